@@ -1,0 +1,257 @@
+"""Attention over shared segments: one online softmax, one global log-sum-exp, exact gradients.
+
+A key/value segment with n rows serves B/n query rows each and is read once, as
+one matrix product. Scores exist only block by block.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+NEG = -1e30  # not -inf: a fully masked row must give zeros, not NaN
+
+
+class Segment(NamedTuple):
+    """Keys and values that queries may attend to.
+
+    Args:
+        k: [n, K, S, H] keys, n dividing the number of query rows.
+        v: [n, K, S, H] values.
+        valid: [n, S] bool, False slots are never attended to.
+    """
+
+    k: Float[Array, "n K S H"]
+    v: Float[Array, "n K S H"]
+    valid: Bool[Array, "n S"]
+
+
+class _Tiling(NamedTuple):
+    """Static plan for one segment: which (query block, key block) pairs are computed."""
+
+    query_block: int
+    key_block: int
+    pairs: tuple[tuple[int, int], ...]
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    segments: tuple[Segment, ...],
+    own: Segment,
+    score_bytes: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Softmax attention over every segment and, causally, over the queries' own keys.
+
+    Args:
+        q: queries; N = K·R heads, head n uses key/value head n // R.
+        segments: attended in full, where valid.
+        own: [B, K, T, H] keys and values of the queries' own tokens, attended causally.
+        score_bytes: upper bound for one block of fp32 scores; None means 64 MB on a
+            CPU and 512 MB elsewhere.
+
+    Returns:
+        [B, T, N, H] in q's dtype; zeros for a query that may attend to nothing.
+
+    Source: online softmax after Milakov & Gimelshein, arXiv:1805.02867; backward as in
+        FlashAttention-2, arXiv:2307.08691, with the log-sum-exp taken over all segments.
+    """
+    B, T, N, H = q.shape
+    K = own.k.shape[1]
+    if score_bytes is None:
+        score_bytes = (64 if jax.default_backend() == "cpu" else 512) << 20
+    q_BKRTH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    o_BKRTH = _attend(q_BKRTH, (*segments, own), score_bytes)
+    return o_BKRTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _attend(q_BKRTH, segments, score_bytes):
+    return _forward(q_BKRTH, segments, score_bytes)[0]
+
+
+def _forward(q_BKRTH, segments, score_bytes):
+    B, K, R, T, H = q_BKRTH.shape
+    peak = jnp.full((B, K, R, T, 1), NEG, jnp.float32)
+    total = jnp.zeros((B, K, R, T, 1), jnp.float32)
+    acc = jnp.zeros((B, K, R, T, H), jnp.float32)
+    for i, segment in enumerate(segments):
+        n, causal = segment.k.shape[0], i == len(segments) - 1
+        tiling = _tile(q_BKRTH.shape, segment.k.shape, causal, score_bytes)
+        state = tuple(_by_segment(x, n) for x in (q_BKRTH, peak, total, acc))
+        state = _segment_forward(state, _pad(segment, tiling), tiling, causal)
+        peak, total, acc = (_by_row(x, B, R) for x in state)
+    o = (acc / jnp.maximum(total, 1e-30)).astype(q_BKRTH.dtype)
+    lse = peak + jnp.log(jnp.maximum(total, 1e-30))
+    return o, (q_BKRTH, segments, o, lse)
+
+
+def _segment_forward(state, segment, tiling, causal):
+    q, *carry = state
+
+    def step(carry, pair):
+        peak, total, acc = (_queries(x, pair[0], tiling) for x in carry)
+        qi = _queries(q, pair[0], tiling)
+        k, v, mask = _keys(segment, pair, tiling, causal)
+        s = jnp.where(mask, _scores(qi, k), NEG)
+        new_peak = jnp.maximum(peak, s.max(-1, keepdims=True))
+        p = jnp.where(mask, jnp.exp(s - new_peak), 0)
+        shrink = jnp.exp(peak - new_peak)
+        new_total = total * shrink + p.sum(-1, keepdims=True)
+        new_acc = acc * shrink + _dot("nkgts,nksh->nkgth", p.astype(v.dtype), v)
+        new = (new_peak, new_total, new_acc)
+        return tuple(_put(x, y, pair[0], tiling) for x, y in zip(carry, new, strict=True))
+
+    return _over_pairs(step, tuple(carry), tiling)
+
+
+def _backward(score_bytes, residuals, do):
+    q_BKRTH, segments, o, lse = residuals
+    B, _, R, _, _ = q_BKRTH.shape
+    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1, keepdims=True)
+    dq = jnp.zeros(q_BKRTH.shape, jnp.float32)
+    d_segments = []
+    for i, segment in enumerate(segments):
+        n, causal = segment.k.shape[0], i == len(segments) - 1
+        tiling = _tile(q_BKRTH.shape, segment.k.shape, causal, score_bytes)
+        args = tuple(_by_segment(x, n) for x in (q_BKRTH, do, lse, delta, dq))
+        dq_n, dk, dv = _segment_backward(args, _pad(segment, tiling), tiling, causal)
+        dq = _by_row(dq_n, B, R)
+        S = segment.k.shape[2]
+        dk, dv = dk[:, :, :S].astype(segment.k.dtype), dv[:, :, :S].astype(segment.v.dtype)
+        d_segments.append(Segment(dk, dv, None))
+    return dq.astype(q_BKRTH.dtype), tuple(d_segments)
+
+
+def _segment_backward(args, segment, tiling, causal):
+    q, do, lse, delta, dq = args
+    scale = q.shape[-1] ** -0.5
+
+    def step(carry, pair):
+        dq, dk, dv = carry
+        i, j = pair
+        qi, doi, lsei, deltai = (_queries(x, i, tiling) for x in (q, do, lse, delta))
+        k, v, mask = _keys(segment, pair, tiling, causal)
+        p = jnp.where(mask, jnp.exp(_scores(qi, k) - lsei), 0)
+        ds = (p * (_dot("nkgth,nksh->nkgts", doi, v) - deltai) * scale).astype(q.dtype)
+        dqi = _dot("nkgts,nksh->nkgth", ds, k)
+        dkj = _dot("nkgts,nkgth->nksh", ds, qi)
+        dvj = _dot("nkgts,nkgth->nksh", p.astype(do.dtype), doi)
+        dq = _put(dq, _queries(dq, i, tiling) + dqi, i, tiling)
+        dk, dv = (_add_at(x, y, j, tiling) for x, y in ((dk, dkj), (dv, dvj)))
+        return dq, dk, dv
+
+    zeros = jnp.zeros(segment.k.shape, jnp.float32)
+    return _over_pairs(step, (dq, zeros, zeros), tiling)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _dot(spec, a, b):
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _scores(q, k):
+    return _dot("nkgth,nksh->nkgts", q, k) * q.shape[-1] ** -0.5
+
+
+def _tile(q_shape, k_shape, causal, score_bytes) -> _Tiling:
+    """Blocks whose fp32 scores stay under `score_bytes`; causal pairs above the diagonal are left out."""
+    B, K, R, T, _ = q_shape
+    S = k_shape[2]
+    if causal:
+        block = _block(T, max(128, int((score_bytes / (4 * B * K * R)) ** 0.5)))
+        nb = -(-T // block)
+        return _Tiling(block, block, tuple((i, j) for i in range(nb) for j in range(i + 1)))
+    block = _block(S, max(128, score_bytes // (4 * B * K * R * T)))
+    return _Tiling(T, block, tuple((0, j) for j in range(-(-S // block))))
+
+
+def _block(size: int, limit: int) -> int:
+    """The largest divisor of size in [limit/2, limit], else an even split to be padded."""
+    limit = min(limit, 1024)  # larger blocks were not faster and make the causal triangle coarse
+    if size <= limit:
+        return size
+    for block in range(limit, limit // 2, -1):
+        if size % block == 0:
+            return block
+    return -(-size // -(-size // limit))
+
+
+def _pad(segment: Segment, tiling: _Tiling) -> Segment:
+    """Key slots filled up to whole blocks."""
+    extra = -segment.k.shape[2] % tiling.key_block
+    if not extra:
+        return segment
+    wide = ((0, 0), (0, 0), (0, extra), (0, 0))
+    return Segment(
+        jnp.pad(segment.k, wide), jnp.pad(segment.v, wide), jnp.pad(segment.valid, ((0, 0), (0, extra)))
+    )
+
+
+def _by_segment(x, n):
+    """[B, K, R, T, …] -> [n, K, (B/n)·R, T, …]; the row dimension stays outermost of what merges."""
+    B, K, R, T, E = x.shape
+    x = x.reshape(n, B // n, K, R, T, E).swapaxes(1, 2)
+    return x.reshape(n, K, (B // n) * R, T, E)
+
+
+def _by_row(x, B, R):
+    """The inverse of `_by_segment`."""
+    n, K, _, T, E = x.shape
+    x = x.reshape(n, K, B // n, R, T, E).swapaxes(1, 2)
+    return x.reshape(B, K, R, T, E)
+
+
+def _queries(x, i, tiling):
+    """Query block i; the last one is filled with zeros that `_put` drops again."""
+    T, block = x.shape[3], tiling.query_block
+    if block == T:
+        return x
+    if T % block:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -T % block), (0, 0)))
+    return jax.lax.dynamic_slice_in_dim(x, i * block, block, 3)
+
+
+def _put(x, block_value, i, tiling):
+    T, block = x.shape[3], tiling.query_block
+    if block == T:
+        return block_value
+    if T % block:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -T % block), (0, 0)))
+    return jax.lax.dynamic_update_slice_in_dim(x, block_value, i * block, 3)[:, :, :, :T]
+
+
+def _keys(segment, pair, tiling, causal):
+    """Key block j with its mask [n, 1, 1, t or 1, s]."""
+    i, j = pair
+    size = tiling.key_block
+    k, v, valid = segment
+    if k.shape[2] != size:
+        k, v = (jax.lax.dynamic_slice_in_dim(x, j * size, size, 2) for x in (k, v))
+        valid = jax.lax.dynamic_slice_in_dim(valid, j * size, size, 1)
+    mask = valid[:, None, None, None, :]
+    if causal and tiling.query_block > 1:
+        t = i * tiling.query_block + jnp.arange(tiling.query_block)
+        mask = mask & (j * size + jnp.arange(size) <= t[:, None])
+    return k, v, mask
+
+
+def _add_at(x, y, j, tiling):
+    size = tiling.key_block
+    if x.shape[2] == size:
+        return x + y
+    old = jax.lax.dynamic_slice_in_dim(x, j * size, size, 2)
+    return jax.lax.dynamic_update_slice_in_dim(x, old + y, j * size, 2)
+
+
+def _over_pairs(step, carry, tiling):
+    if len(tiling.pairs) == 1:
+        return step(carry, tiling.pairs[0])
+    pairs = jnp.asarray(np.array(tiling.pairs, np.int32))
+    return jax.lax.scan(lambda c, pair: (step(c, (pair[0], pair[1])), None), carry, pairs)[0]

@@ -1,0 +1,351 @@
+"""Qwen2, Qwen2.5 and Qwen3 in Flax NNX, behind one pure primitive: `extend`.
+
+Modules live in this file only. Everyone else holds `params`, a nested dict of
+arrays whose layers are stacked [L, …] (training) or a list of per-layer dicts
+(rollout), and calls `extend(params, levels, segments)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax.attention import Segment, attend
+
+Params = dict[str, Any]
+Constrain = Callable[[Any, str], Any]
+SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The sizes and switches of a Qwen checkpoint (its `config.json`)."""
+
+    model_type: str
+    V: int
+    D: int
+    F: int
+    L: int
+    N: int
+    K: int
+    H: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Qwen2 adds a bias to the query, key and value projections."""
+        return self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Qwen3 normalises each head's queries and keys."""
+        return self.model_type == "qwen3"
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> ModelConfig:
+        """Read an HF `config.json`.
+
+        Raises:
+            ValueError: an architecture, activation or rope type that this port does not have,
+                or a missing key; names the key and what is supported.
+        """
+        kind = config.get("model_type")
+        if kind not in SUPPORTED:
+            raise ValueError(f"{source}: model_type must be one of {sorted(SUPPORTED)}, got {kind!r}")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise ValueError(f"{source}: rope type must be 'default', got {rope_type!r}")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"{source}: hidden_act must be 'silu', got {config['hidden_act']!r}")
+        if config.get("use_sliding_window"):
+            raise ValueError(f"{source}: use_sliding_window must be false, got true")
+        try:
+            D, N = config["hidden_size"], config["num_attention_heads"]
+            return cls(
+                model_type=kind,
+                V=config["vocab_size"],
+                D=D,
+                F=config["intermediate_size"],
+                L=config["num_hidden_layers"],
+                N=N,
+                K=config.get("num_key_value_heads", N),
+                H=config.get("head_dim") or D // N,
+                rope_theta=float(config.get("rope_theta") or rope["rope_theta"]),
+                norm_eps=config["rms_norm_eps"],
+                tied=config.get("tie_word_embeddings", False),
+            )
+        except KeyError as error:
+            raise ValueError(f"{source}: the key {error} is missing") from error
+
+
+class Level(NamedTuple):
+    """Tokens of one level of the prefix tree.
+
+    Args:
+        tokens: [n, T] ids.
+        positions: [n, T] int32 logical positions.
+        valid: [n, T] bool; invalid tokens are never attended to.
+        shared: True for levels that many rows share (they shard over tokens, not rows).
+    """
+
+    tokens: Int[Array, "n T"]
+    positions: Int[Array, "n T"]
+    valid: Bool[Array, "n T"]
+    shared: bool = False
+
+
+class KV(NamedTuple):
+    """Keys and values of a level in every layer: [L, n, K, T, H], or lists of [n, K, T, H]."""
+
+    k: Any
+    v: Any
+
+
+def rms_norm(x, scale, eps: float):
+    """x / rms(x) · scale, rounded in the order of the published models."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * scale
+
+
+class RMSNorm(nnx.Module):
+    """`rms_norm` with its scale."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(size))
+        self.eps = eps
+
+    def __call__(self, x):
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+class Attention(nnx.Module):
+    """Projections of grouped-query attention; the attending itself is `attention.attend`."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        def kernel(*shape, fan_in):
+            return nnx.Param(jax.random.normal(rngs.params(), shape) * fan_in**-0.5)
+
+        self.q = kernel(cfg.D, cfg.N, cfg.H, fan_in=cfg.D)
+        self.k = kernel(cfg.D, cfg.K, cfg.H, fan_in=cfg.D)
+        self.v = kernel(cfg.D, cfg.K, cfg.H, fan_in=cfg.D)
+        self.o = kernel(cfg.N, cfg.H, cfg.D, fan_in=cfg.N * cfg.H)
+        if cfg.qkv_bias:
+            self.q_bias = nnx.Param(jnp.zeros((cfg.N, cfg.H)))
+            self.k_bias = nnx.Param(jnp.zeros((cfg.K, cfg.H)))
+            self.v_bias = nnx.Param(jnp.zeros((cfg.K, cfg.H)))
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.H, cfg.norm_eps)
+            self.k_norm = RMSNorm(cfg.H, cfg.norm_eps)
+        self.cfg = cfg
+
+    def project(self, x_BTD, cos_sin):
+        """Rotated queries [B, T, N, H], and keys and values [B, K, T, H]."""
+        q = jnp.einsum("btd,dnh->btnh", x_BTD, self.q[...])
+        k = jnp.einsum("btd,dkh->btkh", x_BTD, self.k[...])
+        v = jnp.einsum("btd,dkh->btkh", x_BTD, self.v[...])
+        if self.cfg.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        if self.cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos_sin), rotate(k, cos_sin)
+        return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+    def output(self, o_BTNH):
+        """Heads merged back to the model width."""
+        return jnp.einsum("btnh,nhd->btd", o_BTNH, self.o[...])
+
+
+class MLP(nnx.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        def kernel(fan_in, fan_out):
+            return nnx.Param(jax.random.normal(rngs.params(), (fan_in, fan_out)) * fan_in**-0.5)
+
+        self.gate, self.up = kernel(cfg.D, cfg.F), kernel(cfg.D, cfg.F)
+        self.down = kernel(cfg.F, cfg.D)
+
+    def __call__(self, x, constrain, rows):
+        y = jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])
+        return constrain(y, f"{rows}_mlp") @ self.down[...]
+
+
+class DecoderLayer(nnx.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(cfg.D, cfg.norm_eps)
+        self.attention = Attention(cfg, rngs)
+        self.mlp_norm = RMSNorm(cfg.D, cfg.norm_eps)
+        self.mlp = MLP(cfg, rngs)
+
+    def __call__(self, x, valid, cos_sin, segments, constrain, rows):
+        q, k, v = self.attention.project(self.attention_norm(x), cos_sin)
+        q = constrain(q, f"{rows}_heads")
+        own = Segment(constrain(k, f"{rows}_kv"), constrain(v, f"{rows}_kv"), valid)
+        o = constrain(attend(q, segments, own), f"{rows}_heads")
+        x = constrain(x + self.attention.output(o), f"{rows}_x")
+        x = constrain(x + self.mlp(self.mlp_norm(x), constrain, rows), f"{rows}_x")
+        return x, own
+
+
+class Qwen(nnx.Module):
+    """The parameters around the layers; `layers` holds one stack of L decoder layers."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        # rows of the table have the length of a token's logit vector: fan-in D when tied
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (cfg.V, cfg.D)) * cfg.D**-0.5)
+        self.layers = nnx.vmap(functools.partial(DecoderLayer, cfg))(rngs.fork(split=cfg.L))
+        self.norm = RMSNorm(cfg.D, cfg.norm_eps)
+        if not cfg.tied:
+            self.head = nnx.Param(jax.random.normal(rngs.params(), (cfg.V, cfg.D)) * cfg.D**-0.5)
+
+
+@functools.cache
+def abstract_params(cfg: ModelConfig) -> Params:
+    """Shapes and dtypes (float32) of a model's parameters, layers stacked, nothing allocated."""
+    return _pure(nnx.eval_shape(lambda: Qwen(cfg, nnx.Rngs(0))))
+
+
+def init_params(cfg: ModelConfig, seed: int = 0) -> Params:
+    """Random float32 parameters of a fresh model, layers stacked."""
+    return jax.jit(lambda key: _pure(Qwen(cfg, nnx.Rngs(key))))(jax.random.key(seed))
+
+
+def check_params(cfg: ModelConfig, params: Params) -> None:
+    """Compare names and shapes with the model's: NNX merges by position and would swap weights silently.
+
+    Raises:
+        ValueError: names the first leaf that is missing, unknown or misshapen.
+    """
+    want = {
+        jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(abstract_params(cfg))
+    }
+    have = {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    for name in want.keys() ^ have.keys():
+        raise ValueError(f"parameter {name} is {'missing' if name in want else 'unknown'}")
+    for name, shape in want.items():
+        if have[name] != shape:
+            raise ValueError(f"parameter {name} must have shape {shape}, got {have[name]}")
+
+
+def _pure(module: nnx.Module) -> Params:
+    return nnx.to_pure_dict(nnx.state(module))
+
+
+@functools.cache
+def _layer_graph(cfg: ModelConfig):
+    """The structure of one decoder layer, and of its parameters."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: DecoderLayer(cfg, nnx.Rngs(0))))
+    return graph, jax.tree.structure(nnx.to_pure_dict(state))
+
+
+def _bind_layer(cfg: ModelConfig, weights: Params) -> DecoderLayer:
+    """The one place where a module is made from parameters."""
+    graph, structure = _layer_graph(cfg)
+    if jax.tree.structure(weights) != structure:
+        raise ValueError(f"layer parameters must have the structure {structure}")
+    return nnx.merge(graph, weights)
+
+
+def rope_tables(cfg: ModelConfig, positions: Int[Array, "n T"]):
+    """cos and sin [n, T, 1, H/2] in fp32; bf16 angles would turn position 5801 into 5792."""
+    frequency = cfg.rope_theta ** -(np.arange(0, cfg.H, 2, dtype=np.float64) / cfg.H)
+    angle = positions[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
+    return jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+
+
+def rotate(x, cos_sin):
+    """Rotary embedding in the half-split form of the published models."""
+    cos, sin = cos_sin
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+
+
+def head_weights(params: Params) -> Float[Array, "V D"]:
+    """The output head: its own, or the embedding table when tied."""
+    return params.get("head", params["embedding"])
+
+
+def extend(
+    params: Params,
+    levels: tuple[Level, ...],
+    segments: tuple[tuple[KV, Bool[Array, "n S"]], ...] = (),
+    *,
+    cfg: ModelConfig,
+    dtype: jnp.dtype = jnp.float32,
+    remat: bool = False,
+    keep_kv: bool = True,
+    constrain: Constrain = lambda x, kind: x,
+) -> tuple[tuple[Float[Array, "n T D"], ...], tuple[KV, ...]]:
+    """Run new tokens through the model on top of what is already known.
+
+    Tokens attend to every segment, to the levels above their own and causally to
+    themselves. All levels pass through a layer before the next layer starts, so a
+    layer's keys and values of the upper levels need not outlive it.
+
+    Args:
+        params: stacked layers run under `lax.scan`; a list of layers is unrolled.
+        levels: from the most shared to the least; rows of each divide the rows of the next.
+        segments: (keys and values of every layer, valid [n, S]) of earlier calls.
+        cfg: the model's sizes.
+        dtype: of activations; weights are cast to it layer by layer.
+        remat: recompute each layer in the backward pass.
+        keep_kv: return the levels' keys and values.
+        constrain: sharding constraint on an array, by kind; see `sharding`.
+
+    Returns:
+        (final hidden states after the last norm, one per level;
+         keys and values, one KV per level, empty without keep_kv).
+    """
+    tables = [rope_tables(cfg, level.positions) for level in levels]
+    names = ["shared" if level.shared else "rows" for level in levels]
+    valids = [valid for _, valid in segments]
+
+    def run_layer(xs, weights, kvs):
+        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
+        layer = _bind_layer(cfg, constrain(weights, "layer_weights"))
+        above = tuple(Segment(*kv, valid) for kv, valid in zip(kvs, valids, strict=True))
+        out = []
+        for x, level, table, name in zip(xs, levels, tables, names, strict=True):
+            x, own = layer(x, level.valid, table, above, constrain, name)
+            out.append(x)
+            above = (*above, own)
+        new = tuple(KV(s.k, s.v) for s in above[len(kvs) :]) if keep_kv else ()
+        return tuple(out), new
+
+    if remat:
+        run_layer = jax.checkpoint(run_layer, prevent_cse=not isinstance(params["layers"], dict))
+    table = constrain(params["embedding"], "embedding").astype(dtype)
+    xs = tuple(constrain(table[lv.tokens], f"{n}_x") for lv, n in zip(levels, names, strict=True))
+    kvs = tuple(kv for kv, _ in segments)
+    xs, new = (_scan if isinstance(params["layers"], dict) else _unroll)(run_layer, xs, params["layers"], kvs)
+    scale = params["norm"]["scale"].astype(dtype)
+    return tuple(rms_norm(x, scale, cfg.norm_eps) for x in xs), new
+
+
+def _scan(run_layer, xs, layers, kvs):
+    return jax.lax.scan(lambda xs, per_layer: run_layer(xs, *per_layer), xs, (layers, kvs))
+
+
+def _unroll(run_layer, xs, layers, kvs):
+    """Layers one by one; returned KVs hold lists (slicing a stack inside decode is 1.5–4x slower)."""
+    per_layer = []
+    for i, weights in enumerate(layers):
+        xs, new = run_layer(xs, weights, tuple(KV(kv.k[i], kv.v[i]) for kv in kvs))
+        per_layer.append(new)
+    return xs, tuple(
+        KV([kv.k for kv in level], [kv.v for kv in level]) for level in zip(*per_layer, strict=True)
+    )

@@ -1,0 +1,47 @@
+"""Packaging; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = {}
+exec(Path("grpo_jax/__init__.py").read_text(), version)
+
+# jinja2 is what transformers' chat templates need and do not declare;
+# importlib_resources is the same for tensorflow-datasets 4.9.10.
+REQUIRES = [
+    "jax>=0.10,<0.12",
+    "flax>=0.12,<0.13",
+    "optax>=0.2.5,<0.3",
+    "orbax-checkpoint>=0.12,<1",
+    "transformers>=5,<6",
+    "tokenizers>=0.21",
+    "safetensors>=0.5",
+    "huggingface_hub>=1",
+    "tensorflow-datasets>=4.9.10,<5",
+    "importlib_resources",
+    "jinja2>=3.1",
+    "jaxtyping>=0.3",
+    "numpy>=2",
+    "pyyaml>=6",
+    "rich>=13",
+    "tensorboardX>=2.6",
+]
+TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "beartype>=0.18", "matplotlib>=3.8"]
+
+setup(
+    name="grpo_jax",
+    version=version["__version__"],
+    description="GRPO with verifiable rewards for tool-calling Qwen models, in JAX and Flax",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["grpo_jax*", "tools_funcs*", "rewards*"]),
+    install_requires=REQUIRES,
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "plot": ["matplotlib>=3.8"],
+        "test": TEST,
+        "torch": ["torch>=2.8"],
+    },
+)
