@@ -112,7 +112,6 @@ class Trajectory:
         completion_ids: everything after the prompt: sampled tokens and tool responses.
         sampled_mask: True where the policy sampled the token.
         logprobs: the sampler's log-probability in nats; 0.0 where not sampled.
-        entropies: entropy in nats of the distribution it was sampled from; 0.0 likewise.
         messages: the messages after the prompt, as rewards see them.
         calls: every call that was run, with its result, in order.
         status: how it ended.
@@ -123,7 +122,6 @@ class Trajectory:
     completion_ids: list[int]
     sampled_mask: list[bool]
     logprobs: list[float]
-    entropies: list[float]
     messages: list[Message]
     calls: list[tuple[ToolCall, ToolResult]]
     status: Status

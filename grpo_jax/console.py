@@ -1,0 +1,239 @@
+"""What the program prints: lines, tables and progress bars with time left.
+
+On a terminal rich draws them; elsewhere (a file, a pipe, CI) they are plain lines,
+and a long phase reports every few seconds. Everything printed goes through here, so
+that nothing tears a bar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:  # types imports jax
+    from grpo_jax.types import Trajectory
+
+SECONDS_BETWEEN_LINES = 5.0
+SAMPLE_CHARACTERS = 400  # of a message, in the table of samples
+
+
+class Console:
+    """Where the program prints.
+
+    Args:
+        file: None for standard output.
+        terminal: None to find out whether the file is a terminal.
+        clock: seconds from any origin.
+    """
+
+    def __init__(
+        self,
+        file: IO[str] | None = None,
+        terminal: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._rich = RichConsole(
+            file=file, force_terminal=terminal, highlight=False, markup=False, emoji=False
+        )
+        self.terminal = self._rich.is_terminal
+        self._clock = clock
+        self._bars: Progress | None = None
+
+    def line(self, text: str) -> None:
+        """Print a line."""
+        self._rich.print(printable(text), soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Print a table.
+
+        Args:
+            title: the line above it.
+            columns: their names.
+            rows: one value per column each; printed as text.
+        """
+        if not self.terminal:
+            self.line(title)
+            for row in rows:
+                self.line("  " + "  ".join(f"{c}: {v}" for c, v in zip(columns, row, strict=True)))
+            return
+        table = Table(
+            title=Text(title), title_justify="left", show_lines=any("\n" in str(v) for r in rows for v in r)
+        )
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(printable(str(value))) for value in row))
+        self._rich.print(table)
+
+    def tools(self, signatures: Sequence[str]) -> None:
+        """Print the signatures of the loaded tools."""
+        self.line(f"Loaded {len(signatures)} tool functions:")
+        for signature in signatures:
+            self.line(f"  {signature}")
+
+    def samples(self, trajectories: Sequence[Trajectory], answers: Sequence[str], n: int = 3) -> None:
+        """Print a few conversations of a batch, spread evenly over its rows.
+
+        Args:
+            trajectories: [B].
+            answers: [B] what each row should have found.
+            n: how many.
+        """
+        n = min(n, len(trajectories))
+        chosen = [i * len(trajectories) // n for i in range(n)]
+        rows = [_sample(trajectories[i], answers[i]) for i in chosen]
+        self.table("Sample conversations", ("completion", "answer", "rewards", "status"), rows)
+
+    @contextlib.contextmanager
+    def progress(self, description: str, total: int) -> Iterator[_Bar | _Lines]:
+        """A progress bar: `with console.progress("rollout", 64) as bar: bar.advance(8, reward=0.4)`.
+
+        Bars may be nested; each is removed at its end.
+
+        Args:
+            description: what is going on.
+            total: units of work.
+
+        Yields:
+            An object with `advance(n=1, **fields)`; the fields are shown beside the bar.
+        """
+        if not self.terminal:
+            lines = _Lines(self, description, total)
+            yield lines
+            lines.finish()
+            return
+        outermost = self._bars is None
+        if outermost:
+            self._bars = _new_bars(self._rich)
+            self._bars.start()
+        bar = _Bar(self._bars, self._bars.add_task(printable(description), total=total, fields=""))
+        try:
+            yield bar
+        finally:
+            self._bars.remove_task(bar.task)
+            if outermost:
+                self._bars.stop()
+                self._bars = None
+
+
+def _new_bars(console: RichConsole) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[fields]}", markup=False),
+        console=console,
+        transient=True,
+    )
+
+
+class _Bar:
+    """A bar on a terminal."""
+
+    def __init__(self, bars: Progress, task: Any):
+        self.bars, self.task = bars, task
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        shown = {"fields": _fields(fields)} if fields else {}
+        self.bars.update(self.task, advance=n, **shown)
+
+
+class _Lines:
+    """A bar's place where there is no terminal: a line every few seconds."""
+
+    def __init__(self, console: Console, description: str, total: int):
+        self._console, self._description, self._total = console, description, total
+        self._done, self._fields = 0, ""
+        self._start = self._printed = console._clock()
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        self._done += n
+        self._fields = _fields(fields) if fields else self._fields
+        now = self._console._clock()
+        if now - self._printed >= SECONDS_BETWEEN_LINES and self._done < self._total:
+            left = (now - self._start) / self._done * (self._total - self._done)
+            self._print(f"{left:.0f} s left")
+            self._printed = now
+
+    def finish(self) -> None:
+        # A phase shorter than the interval is told by whoever runs it.
+        if self._printed > self._start:
+            self._print(f"done in {self._console._clock() - self._start:.0f} s")
+
+    def _print(self, when: str) -> None:
+        parts = [f"{self._description} {self._done}/{self._total}", when, self._fields]
+        self._console.line(", ".join(part for part in parts if part))
+
+
+def _fields(fields: dict[str, Any]) -> str:
+    return " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
+
+
+def _sample(trajectory: Trajectory, answer: str) -> tuple[str, str, str, str]:
+    text = "\n".join(_message(message) for message in trajectory.messages)
+    rewards = ", ".join("none" if value is None else f"{value:.3g}" for value in trajectory.rewards)
+    return text, answer, rewards, trajectory.status.value
+
+
+def _message(message: dict[str, Any]) -> str:
+    parts = [message.get("reasoning_content"), message.get("content")]
+    for call in message.get("tool_calls") or ():
+        arguments = call["function"]["arguments"]
+        parts.append(f"{call['function']['name']}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})")
+    text = " ".join(str(part) for part in parts if part)
+    if len(text) > SAMPLE_CHARACTERS:
+        text = text[:SAMPLE_CHARACTERS] + " …"
+    return f"{message['role']}: {text}"
+
+
+def printable(text: str) -> str:
+    """The text without control characters (but newline and tab): a model may write escape sequences."""
+    return "".join(c if c >= " " and c != "\x7f" or c in "\n\t" else "�" for c in text)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log records as lines of the console."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self.console = console
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            self.console.line(text if record.levelno <= logging.INFO else f"{record.levelname}: {text}")
+        except Exception:
+            self.handleError(record)
+
+
+def setup_logging(console: Console, level: str) -> None:
+    """Send this package's log records to the console, or to the root logger's handlers if it has any.
+
+    A root logger that the user configured keeps its handlers and its level; only a
+    level other than "info" is then set on our own logger. Call it before libraries
+    are imported that add a root handler of their own (Orbax does).
+
+    Args:
+        console: where records go.
+        level: "debug", "info" or "warning".
+    """
+    ours = logging.getLogger("grpo_jax")
+    for handler in [h for h in ours.handlers if isinstance(h, _ConsoleHandler)]:
+        ours.removeHandler(handler)
+    if logging.getLogger().handlers:
+        ours.setLevel(logging.NOTSET if level == "info" else level.upper())
+        ours.propagate = True
+        return
+    ours.setLevel(level.upper())
+    ours.addHandler(_ConsoleHandler(console))
+    ours.propagate = False

@@ -1,0 +1,276 @@
+"""HF safetensors ↔ params: one table of names, read both ways, straight into shards.
+
+Only safetensors is read: no pickle, no remote code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# path in params -> (HF name, layout). Layouts of an HF matrix [out, in]:
+#   "as is"; "in_out" [in, out]; "in_heads" [in, heads, H]; "heads_in" (o_proj) [heads, H, out]; "heads" (bias).
+TABLE = {
+    "embedding": ("model.embed_tokens.weight", "as is"),
+    "head": ("lm_head.weight", "as is"),
+    "norm/scale": ("model.norm.weight", "as is"),
+    "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", "as is"),
+    "layers/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", "as is"),
+    "layers/attention/q": ("model.layers.{}.self_attn.q_proj.weight", "in_heads"),
+    "layers/attention/k": ("model.layers.{}.self_attn.k_proj.weight", "in_heads"),
+    "layers/attention/v": ("model.layers.{}.self_attn.v_proj.weight", "in_heads"),
+    "layers/attention/o": ("model.layers.{}.self_attn.o_proj.weight", "heads_in"),
+    "layers/attention/q_bias": ("model.layers.{}.self_attn.q_proj.bias", "heads"),
+    "layers/attention/k_bias": ("model.layers.{}.self_attn.k_proj.bias", "heads"),
+    "layers/attention/v_bias": ("model.layers.{}.self_attn.v_proj.bias", "heads"),
+    "layers/attention/q_norm/scale": ("model.layers.{}.self_attn.q_norm.weight", "as is"),
+    "layers/attention/k_norm/scale": ("model.layers.{}.self_attn.k_norm.weight", "as is"),
+    "layers/mlp/gate": ("model.layers.{}.mlp.gate_proj.weight", "in_out"),
+    "layers/mlp/up": ("model.layers.{}.mlp.up_proj.weight", "in_out"),
+    "layers/mlp/down": ("model.layers.{}.mlp.down_proj.weight", "in_out"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One leaf of params and where it lives in an HF checkpoint.
+
+    Args:
+        name: HF name, with {} for the layer when stacked.
+        layout: how HF's matrix becomes ours; see `TABLE`.
+        shape: of our leaf, [L, …] when stacked.
+        stacked: one HF tensor per layer.
+    """
+
+    name: str
+    layout: str
+    shape: tuple[int, ...]
+    stacked: bool
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """Shape without the layer dimension."""
+        return self.shape[1:] if self.stacked else self.shape
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """Shape of one HF tensor."""
+        s = self.inner
+        return {
+            "as is": s,
+            "in_out": s[::-1],
+            "in_heads": (int(np.prod(s[1:])), s[0]),
+            "heads_in": (s[-1], int(np.prod(s[:-1]))),
+            "heads": (int(np.prod(s)),),
+        }[self.layout]
+
+    def names(self) -> list[str]:
+        """The HF tensors behind this leaf."""
+        return [self.name.format(i) for i in range(self.shape[0])] if self.stacked else [self.name]
+
+    def read(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
+        """One layer's part of the leaf, from a lazily sliced HF tensor."""
+        if self.layout in ("as is", "in_out"):
+            part = tensor[index if self.layout == "as is" else index[::-1]]
+            return part if self.layout == "as is" else part.T
+        H = self.inner[-1] if self.layout != "heads_in" else self.inner[1]
+        at = {"in_heads": 1, "heads_in": 0, "heads": 0}[self.layout]
+        heads = range(self.inner[at])[index[at]]
+        wide = slice(heads.start * H, heads.stop * H)  # heads are sharded whole, never H itself
+        if self.layout == "heads":
+            return tensor[wide].reshape(-1, H)
+        if self.layout == "in_heads":
+            return tensor[wide, index[0]].T.reshape(-1, len(heads), H)
+        return tensor[index[2], wide].T.reshape(len(heads), H, -1)
+
+    def write(self, value: np.ndarray) -> np.ndarray:
+        """One layer's HF tensor from our leaf."""
+        if self.layout == "as is":
+            return value
+        return {
+            "in_out": lambda: value.T,
+            "in_heads": lambda: value.reshape(value.shape[0], -1).T,
+            "heads_in": lambda: value.reshape(-1, value.shape[-1]).T,
+            "heads": lambda: value.reshape(-1),
+        }[self.layout]()
+
+
+def entries(cfg: ModelConfig) -> Params:
+    """The table for one model: a tree like params, of `Entry`."""
+
+    def entry(path, leaf):
+        key = "/".join(k.key for k in path)
+        return Entry(*TABLE[key], leaf.shape, key.startswith("layers/"))
+
+    return jax.tree_util.tree_map_with_path(entry, abstract_params(cfg))
+
+
+def fetch_model(name_or_path: str, revision: str | None = None) -> Path:
+    """A local folder for a model: the folder itself, or a hub snapshot (cached, usable offline).
+
+    Raises:
+        FileNotFoundError: no such folder, or the hub cannot be reached and nothing is cached.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
+        raise FileNotFoundError(f"model folder {name_or_path} does not exist")
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"model {name_or_path} is no local folder, is not in the hub cache, and could not be downloaded "
+            f"({type(error).__name__}). Give the path of a local HF folder, or 'scratch' for a small "
+            f"model made on the spot; folders here that hold one: {_local_models() or 'none'}"
+        ) from error
+
+
+def _local_models() -> list[str]:
+    found = [p.parent for p in Path(".").glob("*/*/config.json")] + [
+        p.parent for p in Path(".").glob("*/config.json")
+    ]
+    return sorted(str(p) for p in found if list(p.glob("*.safetensors")))[:5]
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model's sizes from `config.json`.
+
+    Raises:
+        FileNotFoundError: no config.json.
+        ValueError: an unsupported model; see `ModelConfig.from_hf`.
+    """
+    return ModelConfig.from_hf(
+        json.loads(_need(folder, "config.json").read_text()), str(folder / "config.json")
+    )
+
+
+def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype=np.float32) -> Params:
+    """Read a checkpoint tensor by tensor into its shards.
+
+    Args:
+        folder: holds safetensors, one file or several with an index.
+        cfg: from `read_config`.
+        shardings: a tree like params.
+        dtype: of the result, whatever the file holds.
+
+    Raises:
+        FileNotFoundError: a weight file is missing.
+        ValueError: a tensor is missing, unknown or misshapen, or a file is truncated; names it.
+    """
+    with contextlib.ExitStack() as files:
+        tensors = dict(_open_tensors(folder, files))
+        table = entries(cfg)
+        _check_tensors(folder, tensors, table)
+
+        def load(entry: Entry, sharding):
+            def shard(index):
+                if not entry.stacked:
+                    return entry.read(tensors[entry.name], index).astype(dtype)
+                layers = range(entry.shape[0])[index[0]]
+                return np.stack(
+                    [entry.read(tensors[entry.name.format(i)], index[1:]).astype(dtype) for i in layers]
+                )
+
+            return jax.make_array_from_callback(entry.shape, sharding, shard)
+
+        return jax.tree.map(load, table, shardings, is_leaf=lambda x: isinstance(x, Entry))
+
+
+def save_model(
+    folder: Path, params: Params, cfg: ModelConfig, source: Path, max_shard_size: str = "5GB"
+) -> None:
+    """Write an HF folder: safetensors, and the source's config and tokenizer files byte for byte.
+
+    Written to a temporary folder beside it and renamed, so that a folder of that name is whole.
+
+    Args:
+        folder: replaced when it exists.
+        params: stacked, on one host or several devices.
+        cfg: the model's sizes.
+        source: the folder that the model was loaded from.
+        max_shard_size: of one weight file.
+    """
+    folder = Path(folder)
+    part = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in (".json", ".txt", ".jinja") and file.name != INDEX:
+            shutil.copyfile(file, part / file.name)
+    tensors = {}
+    for entry, value in zip(jax.tree.leaves(entries(cfg)), jax.tree.leaves(params), strict=True):
+        value = np.asarray(value)
+        for i, name in enumerate(entry.names()):
+            tensors[name] = np.ascontiguousarray(entry.write(value[i] if entry.stacked else value))
+    _write_shards(part, tensors, max_shard_size)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def _write_shards(folder: Path, tensors: dict[str, np.ndarray], max_shard_size: str) -> None:
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda x: x.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        save_file({n: tensors[n] for n in names}, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _open_tensors(folder: Path, files: contextlib.ExitStack) -> Iterator[tuple[str, Any]]:
+    if (folder / INDEX).exists():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    else:
+        names = [WEIGHTS]
+    for name in names:
+        path = _need(folder, name)
+        try:
+            file = files.enter_context(safe_open(path, framework="np"))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a whole safetensors file ({error}); download it again"
+            ) from error
+        yield from ((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118 (no mapping)
+
+
+def _check_tensors(folder: Path, tensors: dict[str, Any], table: Params) -> None:
+    want = {name: e.hf_shape for e in jax.tree.leaves(table) for name in e.names()}
+    unknown = tensors.keys() - want.keys() - {"lm_head.weight"}  # some tied checkpoints store it twice
+    for name in sorted(want.keys() - tensors.keys()):
+        raise ValueError(f"{folder}: the tensor {name} {want[name]} is missing")
+    for name in sorted(unknown):
+        raise ValueError(f"{folder}: the tensor {name} is not part of this architecture")
+    for name, shape in want.items():
+        got = tuple(tensors[name].get_shape())
+        if got != shape:
+            raise ValueError(f"{folder}: the tensor {name} must have shape {shape}, got {got}")
+
+
+def _need(folder: Path, name: str) -> Path:
+    path = Path(folder) / name
+    if not path.exists():
+        raise FileNotFoundError(f"model folder {folder} lacks {name}")
+    return path

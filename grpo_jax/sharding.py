@@ -1,0 +1,134 @@
+"""Every sharding choice: the mesh, one table of weights, one table of activations.
+
+The mesh is ("data", "fsdp", "tensor"). Training shards weights over fsdp and
+tensor and gathers them over fsdp layer by layer; rows run over data and fsdp.
+The rollout keeps its weights where they are (over fsdp and tensor together) and
+runs rows over data only: with the training column one decode step would gather
+every weight. A dimension that its axes do not divide is replicated (Qwen2.5-0.5B
+has 14 query and 2 key/value heads).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+ROWS = ("data", "fsdp")  # what completions are sharded over in training
+STAY = ("fsdp", "tensor")  # what weights are sharded over in the rollout
+
+# leaf name: (training, rollout), both without the layer dimension
+WEIGHTS = {
+    "embedding": ((STAY, None), (STAY, None)),  # [V, D]: D whole, so that logits need no reduction
+    "head": ((STAY, None), (STAY, None)),  # [V, D]
+    "q": (("fsdp", "tensor", None), (None, STAY, None)),  # [D, N, H]
+    "k": (("fsdp", "tensor", None), (None, STAY, None)),  # [D, K, H]
+    "v": (("fsdp", "tensor", None), (None, STAY, None)),  # [D, K, H]
+    "o": (("tensor", None, "fsdp"), (STAY, None, None)),  # [N, H, D]
+    "q_bias": (("tensor", None), (STAY, None)),  # [N, H]
+    "k_bias": (("tensor", None), (STAY, None)),  # [K, H]
+    "v_bias": (("tensor", None), (STAY, None)),  # [K, H]
+    "gate": (("fsdp", "tensor"), (None, STAY)),  # [D, F]
+    "up": (("fsdp", "tensor"), (None, STAY)),  # [D, F]
+    "down": (("tensor", "fsdp"), (STAY, None)),  # [F, D]
+    "scale": ((None,), (None,)),
+}
+
+# kind of activation: (training, rollout). "shared" levels (preamble, prompts) have too few
+# rows to shard, so their tokens are sharded; their keys and values are needed by every row.
+ACTIVATIONS = {
+    "rows_x": ((ROWS, None, None), ("data", None, None)),  # [B, T, D]
+    "rows_heads": ((ROWS, None, "tensor", None), ("data", None, STAY, None)),  # [B, T, N, H]
+    "rows_kv": ((ROWS, "tensor", None, None), ("data", STAY, None, None)),  # [B, K, T, H]
+    "rows_mlp": ((ROWS, None, "tensor"), ("data", None, STAY)),  # [B, T, F]
+    "shared_x": ((None, ROWS, None), (None, "data", None)),  # [n, T, D]
+    "shared_heads": ((None, ROWS, "tensor", None), (None, "data", STAY, None)),
+    "shared_kv": ((None, "tensor", None, None), (None, STAY, None, None)),
+    "shared_mlp": ((None, ROWS, "tensor"), (None, "data", STAY)),
+    "embedding": ((STAY, None), (STAY, None)),  # [V, D]
+    "head": ((STAY, None), (STAY, None)),  # [V, D]
+    "head_hidden": (("data", None, None), ("data", None, None)),  # [B, J, D], gathered over fsdp
+    "logits": (("data", None, STAY), ("data", None, STAY)),  # [B, J, V]
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """The mesh over all devices; -1 for data takes what fsdp and tensor leave.
+
+    Raises:
+        ValueError: when the sizes do not multiply to the number of devices.
+    """
+    n = jax.device_count()
+    if data == -1:
+        data = max(n // (fsdp * tensor), 1)
+    if data * fsdp * tensor != n:
+        raise ValueError(
+            f"mesh_data · mesh_fsdp · mesh_tensor must equal the {n} devices present, "
+            f"got {data} · {fsdp} · {tensor}; set mesh_data to -1 to fill up"
+        )
+    types = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=types)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One column of the tables on a mesh.
+
+    Args:
+        mesh: from `make_mesh`.
+        rollout: the rollout's column instead of training's.
+    """
+
+    mesh: Mesh
+    rollout: bool = False
+
+    def params(self, tree: Any) -> Any:
+        """NamedShardings for a tree of weights (or of anything with the same leaf names, as moments)."""
+        return jax.tree_util.tree_map_with_path(lambda path, x: self._weight(path, x), tree)
+
+    def rows(self, x: Any) -> NamedSharding:
+        """Sharding of an array whose first dimension is completion rows."""
+        return self._named(("data" if self.rollout else ROWS,), x.shape)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """Every device holds all of it."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def constrain(self, x: Any, kind: str) -> Any:
+        """Sharding constraint inside jit, by kind; `layer_weights` takes a whole layer.
+
+        A layer's weights are constrained to their spec without fsdp: that gathers them for
+        the layer's use, which is what makes the training column FSDP.
+        """
+        if self.mesh.size == 1:
+            return x
+        if kind == "layer_weights":
+            drop = () if self.rollout else ("fsdp",)
+            specs = jax.tree_util.tree_map_with_path(lambda path, w: self._weight(path, w, drop), x)
+            return jax.lax.with_sharding_constraint(x, specs)
+        spec = ACTIVATIONS[kind][self.rollout]
+        return jax.lax.with_sharding_constraint(x, self._named(spec, x.shape))
+
+    def _weight(self, path, x, drop=()) -> NamedSharding:
+        names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+        leaf = names[-1] if names and names[-1] in WEIGHTS else None
+        if leaf is None:  # counters and other scalars of an optimizer
+            return self.replicated
+        spec = WEIGHTS[leaf][self.rollout]
+        spec = tuple(None if axis in drop else axis for axis in spec)
+        return self._named((None,) * (len(x.shape) - len(spec)) + spec, x.shape)
+
+    def _named(self, spec, shape) -> NamedSharding:
+        fitted = [
+            axis if axis is not None and size % self._size(axis) == 0 else None
+            for axis, size in zip(spec, shape, strict=False)
+        ]
+        return NamedSharding(self.mesh, PartitionSpec(*fitted))
+
+    def _size(self, axis: str | tuple[str, ...]) -> int:
+        axes = (axis,) if isinstance(axis, str) else axis
+        return functools.reduce(lambda n, a: n * self.mesh.shape[a], axes, 1)

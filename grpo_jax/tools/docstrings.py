@@ -1,0 +1,115 @@
+"""Reads what a docstring says about a function and its arguments.
+
+Three styles: Google (`name: text`), Google with types (`name (int): text`), NumPy (`name : int` and an
+indented text under a header with dashes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+_GOOGLE_HEADER = re.compile(r"^\s*(Args|Arguments|Parameters|Returns|Raises):\s*$")
+_DASHES = re.compile(r"^\s*-{3,}\s*$")
+_GOOGLE_ENTRY = re.compile(r"^\s*\*{0,2}(\w+)\s*(?:\(.*?\))?\s*:\s*(.*)$")
+_NUMPY_ENTRY = re.compile(r"^(\w+(?:\s*,\s*\w+)*)\s*(?::.*)?$")
+_CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)
+_ARGUMENT_TITLES = ("Args", "Arguments", "Parameters")
+
+
+@dataclasses.dataclass(frozen=True)
+class Docstring:
+    """What a docstring says.
+
+    Args:
+        description: the text before the first section.
+        arguments: argument name → its text on one line.
+        returns: the text of the Returns section, None when there is none.
+    """
+
+    description: str
+    arguments: dict[str, str]
+    returns: str | None
+
+
+def read_docstring(doc: str) -> Docstring:
+    """Split a docstring, as `inspect.getdoc` returns it, into description, arguments and returns."""
+    description, arguments, returns = [], {}, None
+    for title, numpy, lines in _sections(doc.strip().split("\n")):
+        if title is None:
+            description = lines
+        elif title in _ARGUMENT_TITLES:
+            arguments |= _numpy_entries(lines) if numpy else _google_entries(lines)
+        elif title == "Returns":
+            returns = "\n".join(lines).strip()
+    return Docstring("\n".join(description).strip(), arguments, returns)
+
+
+def split_choices(text: str) -> tuple[str, list | None]:
+    """Take a closing `(choices: ["a", "b"])` off an argument's text; None when there is none."""
+    match = _CHOICES.search(text)
+    if not match:
+        return text, None
+    try:
+        choices = json.loads(match.group(1))
+    except ValueError:
+        return text, None
+    if not isinstance(choices, list):
+        return text, None
+    return text[: match.start()].strip(), [c.strip() if isinstance(c, str) else c for c in choices]
+
+
+def _sections(lines: list[str]):
+    """Yield (title or None, is NumPy style, lines) for each section in order."""
+    title, numpy, body = None, False, []
+    skip = False
+    for i, line in enumerate(lines):
+        if skip:
+            skip = False
+            continue
+        google = _GOOGLE_HEADER.match(line)
+        dashed = bool(line.strip()) and i + 1 < len(lines) and bool(_DASHES.match(lines[i + 1]))
+        if google or dashed:
+            yield title, numpy, body
+            title, numpy, body = (google.group(1) if google else line.strip()), dashed, []
+            skip = dashed
+        else:
+            body.append(line)
+    yield title, numpy, body
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _google_entries(lines: list[str]) -> dict[str, str]:
+    entries: dict[str, list[str]] = {}
+    margin, name = None, None
+    for line in filter(str.strip, lines):
+        margin = _indent(line) if margin is None else margin
+        entry = _GOOGLE_ENTRY.match(line) if _indent(line) <= margin else None
+        if entry:
+            name = entry.group(1)
+            entries[name] = [entry.group(2)]
+        elif name:
+            entries[name].append(line)
+    return {name: _one_line(parts) for name, parts in entries.items()}
+
+
+def _numpy_entries(lines: list[str]) -> dict[str, str]:
+    entries: dict[str, list[str]] = {}
+    names: list[str] = []
+    for line in filter(str.strip, lines):
+        entry = _NUMPY_ENTRY.match(line.strip()) if _indent(line) == 0 else None
+        if entry:
+            names = [n.strip() for n in entry.group(1).split(",")]
+            entries |= {n: [] for n in names}
+        else:
+            for n in names:
+                entries[n].append(line)
+    return {name: _one_line(parts) for name, parts in entries.items() if parts}
+
+
+def _one_line(parts: list[str]) -> str:
+    return " ".join(part.strip() for part in parts).strip()

@@ -1,0 +1,182 @@
+"""Runs the tool calls of a batch: concurrently, isolated, within limits, equal calls once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from grpo_jax.tools.lanes import InlineLane, ProcessLane
+from grpo_jax.tools.loading import Toolbox
+from grpo_jax.types import Outcome, ToolCall, ToolResult
+
+EXECUTORS = ("process", "inline")
+
+
+class ToolRunner:
+    """Runs tool calls and never raises for what a tool or a model does.
+
+    Args:
+        toolbox: the tools.
+        executor: "process" (isolated worker processes) or "inline" (threads of this process, for tools with
+            state; a tool that hangs or eats memory is then not stopped, only left behind).
+        timeout: seconds per call.
+        workers: calls that run at once; default the CPU count, at least 2, and 1 inline, where tools may
+            share state.
+        memory_limit_mb: MiB that a worker may map on top of its start; "process" only.
+        result_limit: characters of a result; a longer one becomes an error that says so.
+        lax: strings may stand for numbers and booleans.
+        cache: equal calls of a step run once. Tools with state are never cached.
+
+    Raises:
+        ValueError: an unknown executor, a limit that is not positive, tools with state in processes.
+    """
+
+    def __init__(
+        self,
+        toolbox: Toolbox,
+        executor: str = "process",
+        timeout: float = 5.0,
+        workers: int | None = None,
+        memory_limit_mb: int = 2048,
+        result_limit: int = 20_000,
+        lax: bool = False,
+        cache: bool = True,
+    ):
+        limits = {"memory_limit_mb": memory_limit_mb, "result_limit": result_limit}
+        _check(toolbox, executor, timeout=timeout, workers=workers, **limits)
+        workers = workers or (1 if executor == "inline" else max(2, os.cpu_count() or 2))
+        if executor == "inline":
+            options = (toolbox.functions, toolbox.factory, timeout, lax, result_limit)
+            self._lanes = [InlineLane(*options) for _ in range(workers)]
+        else:
+            setup = {
+                "path": sys.path,
+                "script": toolbox.script,
+                "module": toolbox.module,
+                "timeout": timeout,
+                "memory_limit_mb": memory_limit_mb,
+                "result_limit": result_limit,
+                "lax": lax,
+            }
+            self._lanes = [ProcessLane(setup, timeout) for _ in range(workers)]
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tools")
+        self._share = cache and not toolbox.stateful
+        self._results: dict[str, ToolResult] = {}
+        self._asked = self._ran = 0
+        self._closed = False
+
+    @property
+    def cache_hit_rate(self) -> float:
+        """Share of the calls since `start_step` that an equal call had answered."""
+        return 1 - self._ran / self._asked if self._asked else 0.0
+
+    def start_step(self) -> None:
+        """Forget the cached results and the rows' objects."""
+        self._results = {}
+        self._asked = self._ran = 0
+        for lane in self._lanes:
+            lane.forget()
+
+    def run(self, calls: Sequence[ToolCall], rows: Sequence[Hashable] | None = None) -> list[ToolResult]:
+        """Run calls: those of different rows at once, those of one row in order.
+
+        Args:
+            calls: the calls of a turn, of all rows.
+            rows: the row of each call; default, each call is a row of its own.
+
+        Returns:
+            One result per call, in the order of `calls`.
+
+        Raises:
+            RuntimeError: the runner is closed, or a worker cannot load the tools.
+        """
+        return self._run(calls, range(len(calls)) if rows is None else rows, self._share)
+
+    def impure_functions(self, calls: Sequence[ToolCall]) -> list[str]:
+        """Names of the functions that answer the same call differently when it is run again.
+
+        Args:
+            calls: a sample; each is run twice, past the cache.
+        """
+        calls = list(calls)
+        first = self._run(calls, range(len(calls)), share=False)
+        again = self._run(calls[::-1], range(len(calls)), share=False)[::-1]
+        return sorted({c.name for c, a, b in zip(calls, first, again, strict=True) if a.text != b.text})
+
+    def close(self) -> None:
+        """End the workers; further calls raise."""
+        self._closed = True
+        for lane in self._lanes:
+            lane.close()
+        self._pool.shutdown()
+
+    def __enter__(self) -> ToolRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, calls: Sequence[ToolCall], rows: Sequence[Hashable], share: bool) -> list[ToolResult]:
+        results = self._results if share else {}
+        keys = []
+        units: dict[Hashable, list[tuple[str, str, str]]] = {}
+        planned = set(results)
+        for i, (call, row) in enumerate(zip(calls, rows, strict=True)):
+            line = _encode(call)
+            keys.append(line if share else f"{i} {line}")  # equal keys are run once
+            if keys[i] not in planned:
+                planned.add(keys[i])
+                units.setdefault(row, []).append((keys[i], call.name, line))
+        self._asked += len(calls)
+        self._ran += sum(map(len, units.values()))
+        self._drain(deque(units.items()), results)
+        return [results[key] for key in keys]
+
+    def _drain(self, units: deque, results: dict[str, ToolResult]) -> None:
+        """Empty the queue of rows with as many lanes as there are rows, at most all."""
+
+        def work(lane):
+            while units and not self._closed:
+                try:
+                    row, requests = units.popleft()
+                except IndexError:  # another lane took the last one
+                    return
+                for key, name, line in requests:
+                    start = time.perf_counter()
+                    text, outcome = lane.call(name, line, row)
+                    results[key] = ToolResult(text, Outcome(outcome), time.perf_counter() - start)
+
+        if self._closed:
+            raise RuntimeError("this ToolRunner is closed; make a new one")
+        list(self._pool.map(work, self._lanes[: len(units)]))
+
+
+def _encode(call: ToolCall) -> str:
+    """The call as a JSON line; without arguments, which `execute` then refuses, where they are no JSON."""
+    try:
+        return json.dumps([call.name, call.arguments])
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps([str(call.name), None])
+
+
+def _check(toolbox: Toolbox, executor: str, **limits: float | None) -> None:
+    if executor not in EXECUTORS:
+        raise ValueError(f"tool_executor must be one of {', '.join(EXECUTORS)}, got {executor!r}")
+    for name, limit in limits.items():
+        if limit is not None and limit <= 0:
+            raise ValueError(f"{name} must be positive, got {limit}")
+    if executor == "process" and toolbox.stateful:
+        raise ValueError(
+            f"the tools of {toolbox.source} have state, which worker processes do not share; "
+            "set tool_executor to inline"
+        )
+    if executor == "process" and toolbox.script is None and toolbox.module is None:
+        raise ValueError(
+            "worker processes load tools by file or module, and this toolbox names none; "
+            "make it with load_tools, or set tool_executor to inline"
+        )

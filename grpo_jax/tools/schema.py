@@ -1,0 +1,197 @@
+"""The JSON schema of a tool: what the model sees of a Python function."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from grpo_jax.tools import hints
+from grpo_jax.tools.docstrings import read_docstring
+
+logger = logging.getLogger(__name__)
+
+
+def get_schema(function: Callable) -> dict[str, Any]:
+    """The function's schema, byte for byte that of `transformers.utils.get_json_schema` where that works.
+
+    Where it does not (NumPy or `name (int): text` docstrings, undocumented arguments, TypedDict, dataclass),
+    the schema is read here in the same form.
+
+    Args:
+        function: a typed function or bound method with a docstring.
+
+    Returns:
+        `{"type": "function", "function": {"name", "description", "parameters", "return"?}}`.
+
+    Raises:
+        ValueError: it has no docstring, an argument has no type hint or cannot be given by name.
+    """
+    _check(function)
+    parameters = hints.parameters(function)
+    schema = _transformers_schema(function)
+    if schema is None:
+        schema = read_schema(function)
+        missing = [name for name, p in parameters.items() if p.text is None]
+        if missing:
+            logger.warning(
+                "%s: the docstring does not describe %s; the model sees the name and type only",
+                hints.location(function),
+                ", ".join(missing),
+            )
+    return schema
+
+
+def signature_line(function: Callable) -> str:
+    """`add(a: int, b: int) -> str`, for the start-up print."""
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except NameError:
+        signature = inspect.signature(function)
+    return f"{function.__name__}{signature}"
+
+
+def read_schema(function: Callable) -> dict[str, Any]:
+    """The function's schema, read without transformers.
+
+    Raises:
+        ValueError: a type refers to itself, which a schema cannot say, or to a name that does not exist.
+    """
+    doc = read_docstring(inspect.getdoc(function))
+    parameters = hints.parameters(function)
+    try:
+        properties = {name: _property(p) for name, p in parameters.items()}
+    except RecursionError as error:
+        raise ValueError(
+            f"{hints.location(function)}: a type hint refers to itself; use dict there"
+        ) from error
+    except NameError as error:  # inside a TypedDict or dataclass
+        raise ValueError(f"{hints.location(function)}: a type hint cannot be read: {error}") from error
+    _warn_unknown_types(function, properties)
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    if required := [name for name, p in parameters.items() if p.required]:
+        schema["required"] = required
+    output = {"name": function.__name__, "description": doc.description, "parameters": schema}
+    if returned := _returned(function, doc.returns):
+        output["return"] = returned
+    return {"type": "function", "function": output}
+
+
+def type_schema(hint: Any) -> dict[str, Any]:
+    """The JSON schema of one type hint; `{}`, which allows anything, for a type that JSON does not know."""
+    kind = hints.container(hint)
+    if hints.is_enum(hint):
+        return _values_schema([member.value for member in hint])
+    if kind is typing.Literal:
+        return _values_schema(list(typing.get_args(hint)))
+    if hints.is_union(hint):
+        return _union_schema(typing.get_args(hint))
+    if hints.is_record(hint):
+        return _record_schema(hint)
+    if kind in hints.SCALARS:
+        return {"type": hints.SCALARS[kind]}
+    if kind in hints.ARRAYS:
+        return _array_schema(kind, typing.get_args(hint))
+    if kind in hints.OBJECTS:
+        return _object_schema(typing.get_args(hint))
+    return {}
+
+
+def _check(function: Callable) -> None:
+    where = hints.location(function)
+    if not inspect.getdoc(function):
+        raise ValueError(f"{where}: a tool needs a docstring, which is what the model reads; add one")
+    for p in inspect.signature(function).parameters.values():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY):
+            raise ValueError(f"{where}: argument '{p}' cannot be given by name; write it as a named argument")
+        if p.annotation is p.empty and p.name in ("self", "cls"):
+            raise ValueError(f"{where}: it is a method without its object; export object.{function.__name__}")
+        if p.annotation is p.empty:
+            raise ValueError(
+                f"{where}: argument '{p.name}' has no type hint; write {p.name}: int (or its type)"
+            )
+
+
+def _transformers_schema(function: Callable) -> dict[str, Any] | None:
+    """transformers' own schema; None where it refuses the function."""
+    from transformers.utils import chat_template_utils
+
+    torch_check = getattr(chat_template_utils, "is_torch_available", None)
+    # It would import torch, whose CUDA libraries may clash with jax's, only to ask if a hint is a tensor.
+    chat_template_utils.is_torch_available = lambda: False
+    try:
+        return chat_template_utils.get_json_schema(function)
+    except Exception:  # it has no common base class; whatever the reason, read_schema says what is wrong
+        return None
+    finally:
+        chat_template_utils.is_torch_available = torch_check
+
+
+def _property(parameter: hints.Parameter) -> dict[str, Any]:
+    schema = type_schema(parameter.hint)
+    if parameter.choices is not None:
+        schema["enum"] = parameter.choices
+    if parameter.text is not None:
+        schema["description"] = parameter.text
+    return schema
+
+
+def _warn_unknown_types(function: Callable, properties: dict[str, dict]) -> None:
+    for name, parameter in hints.parameters(function).items():
+        if parameter.hint not in (Any, object) and not properties[name].keys() - {"description"}:
+            logger.warning(
+                "%s: the type %r of argument '%s' has no JSON form; the model sees no type and the tool "
+                "gets the JSON value as it is",
+                hints.location(function),
+                parameter.hint,
+                name,
+            )
+
+
+def _returned(function: Callable, text: str | None) -> dict[str, Any] | None:
+    hint = typing.get_type_hints(function).get("return", inspect.Signature.empty)
+    schema = {} if hint is inspect.Signature.empty else type_schema(hint)
+    if schema and text:
+        schema["description"] = text
+    return schema or None
+
+
+def _values_schema(values: list) -> dict[str, Any]:
+    types = list(dict.fromkeys(hints.SCALARS[type(v)] for v in values if type(v) in hints.SCALARS))
+    return {"type": types[0] if len(types) == 1 else types, "enum": values}
+
+
+def _union_schema(members: tuple) -> dict[str, Any]:
+    subtypes = [type_schema(m) for m in members if m is not type(None)]
+    if len(subtypes) == 1:
+        schema = subtypes[0]
+    elif all(s.keys() == {"type"} and isinstance(s["type"], str) for s in subtypes):
+        names = sorted({s["type"] for s in subtypes})
+        schema = {"type": names[0] if len(names) == 1 else names}
+    else:
+        schema = {"anyOf": subtypes}
+    return schema | {"nullable": True} if type(None) in members else schema
+
+
+def _record_schema(record: type) -> dict[str, Any]:
+    fields = hints.record_fields(record)
+    schema = {"type": "object", "properties": {k: type_schema(f.hint) for k, f in fields.items()}}
+    if required := [k for k, f in fields.items() if f.required]:
+        schema["required"] = required
+    return schema
+
+
+def _array_schema(kind: Any, members: tuple) -> dict[str, Any]:
+    if not members:
+        return {"type": "array"}
+    if kind is tuple and Ellipsis not in members:
+        return {"type": "array", "prefixItems": [type_schema(m) for m in members]}
+    return {"type": "array", "items": type_schema(members[0])}
+
+
+def _object_schema(members: tuple) -> dict[str, Any]:
+    if len(members) != 2:
+        return {"type": "object"}
+    return {"type": "object", "additionalProperties": type_schema(members[1])}
