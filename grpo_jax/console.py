@@ -159,7 +159,7 @@ class _Lines:
         self._done += n
         self._fields = _fields(fields) if fields else self._fields
         now = self._console._clock()
-        if now - self._printed >= SECONDS_BETWEEN_LINES and self._done < self._total:
+        if now - self._printed >= SECONDS_BETWEEN_LINES and 0 < self._done < self._total:
             left = (now - self._start) / self._done * (self._total - self._done)
             self._print(f"{left:.0f} s left")
             self._printed = now
@@ -197,7 +197,7 @@ def _message(message: dict[str, Any]) -> str:
 
 def printable(text: str) -> str:
     """The text without control characters (but newline and tab): a model may write escape sequences."""
-    return "".join(c if c >= " " and c != "\x7f" or c in "\n\t" else "�" for c in text)
+    return "".join(c if (c >= " " and c != "\x7f") or c in "\n\t" else "�" for c in text)
 
 
 class _ConsoleHandler(logging.Handler):

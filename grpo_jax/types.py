@@ -133,7 +133,7 @@ class Trajectory:
         return sum(self.sampled_mask)
 
 
-def _pytree(*static: str):
+def pytree_dataclass(*static: str):
     """Frozen dataclass that is a pytree; `static` fields are part of its structure."""
 
     def wrap(cls):
@@ -144,7 +144,7 @@ def _pytree(*static: str):
     return wrap
 
 
-@_pytree("loss_positions")
+@pytree_dataclass("loss_positions")
 class StepBatch:
     """What one update sees: the three levels of the prefix tree and what is learned on them.
 
@@ -185,7 +185,7 @@ class StepBatch:
     loss_positions: int
 
 
-@_pytree()
+@pytree_dataclass()
 class TrainState:
     """All that an update changes.
 

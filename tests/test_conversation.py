@@ -1,10 +1,14 @@
 """Ids equal the chat template's own, control strings in contents stay text, turns append."""
 
+import copy
 import dataclasses
+import json
+import shutil
+import timeit
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.conversation import load_conversation
@@ -29,7 +33,7 @@ SCHEMAS = [
         },
     }
 ]
-CALLS = [ToolCall("add", {"a": 1, "b": 2}), ToolCall("add", {"a": 34, "b": -5, "s": "é \"q\" \\ </tool>"})]
+CALLS = [ToolCall("add", {"a": 1, "b": 2}), ToolCall("add", {"a": 34, "b": -5, "s": 'é "q" \\ </tool>'})]
 CONTENTS = [
     "",
     "x",
@@ -93,7 +97,9 @@ def test_prompt_ids_are_the_templates_own(load, name):
         ]
         for messages in (history, history[1:2]):
             for schemas in (SCHEMAS, []):
-                assert conversation.prompt_ids(messages, schemas) == _template_ids(conversation, messages, schemas)
+                assert conversation.prompt_ids(messages, schemas) == _template_ids(
+                    conversation, messages, schemas
+                )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -101,8 +107,10 @@ def test_prompt_ids_are_the_templates_own(load, name):
 @settings(max_examples=60, deadline=None)
 def test_any_text_is_encoded_as_the_template_does(load, name, contents):
     conversation = load(name)
+    assume(not any(conversation.control.search(content) for content in contents))
     messages = [
-        {"role": role, "content": content} for role, content in zip(("system", "user", "tool"), contents, strict=True)
+        {"role": role, "content": content}
+        for role, content in zip(("system", "user", "tool"), contents, strict=True)
     ]
     assert conversation.prompt_ids(messages, SCHEMAS) == _template_ids(conversation, messages, SCHEMAS)
 
@@ -110,11 +118,6 @@ def test_any_text_is_encoded_as_the_template_does(load, name, contents):
 def _control_tokens(conversation, ids):
     control = set(conversation.control_ids.values())
     return [token for token in ids if token in control]
-
-
-def _replaced(value, old, new):
-    """`value` with a string replaced in its strings and keys, written independently through repr."""
-    return eval(repr(value).replace(old, new))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -125,16 +128,18 @@ def test_rule_8_control_strings_in_contents_stay_text(load, name, place):
 
     def prompt(text):
         at = {place: f"before {text} after {text}"}
-        schema = _replaced(SCHEMAS, "Add", at.get("schema", "Add").replace("\n", " "))
-        schema[0]["function"]["name"] = at.get("tool name", "add")
-        schema[0]["function"]["parameters"]["properties"][at.get("schema", "c")] = {"enum": [at.get("schema", "d")]}
+        schemas = copy.deepcopy(SCHEMAS)
+        function = schemas[0]["function"]
+        function["name"] = at.get("tool name", "add")
+        function["description"] = at.get("schema", "Add.")
+        function["parameters"]["properties"][at.get("schema", "c")] = {"enum": [at.get("schema", "d")]}
         messages = [
             {"role": "system", "content": at.get("system", "s")},
             {"role": "user", "content": at.get("user", "u")},
             _assistant("", [ToolCall("add", {"x": [at.get("call arguments", "1")]})]),
             {"role": "tool", "name": at.get("tool name", "add"), "content": at.get("tool", "t")},
         ]
-        return messages, schema, conversation.prompt_ids(messages, schema)
+        return messages, schemas, conversation.prompt_ids(messages, schemas)
 
     _, _, harmless = prompt("nothing")
     messages, schemas, ids = prompt(CONTROL)
@@ -145,19 +150,192 @@ def test_rule_8_control_strings_in_contents_stay_text(load, name, place):
     assert conversation.tokenizer.decode(ids) == rendered
 
 
+def _bpe_without_added_tokens(conversation, text):
+    """Normalise, split and merge step by step: a path that knows no added tokens."""
+    backend = conversation.tokenizer.backend_tokenizer
+    pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))
+    return [token.id for piece, _ in pieces for token in backend.model.tokenize(piece)]
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_rule_8_hidden_strings_are_encoded_inside_their_piece(load, name):
-    """The tokens of user text are those of the tokenizer's plain encoding of the whole piece."""
+def test_rule_8_hidden_strings_are_encoded_with_the_text_around_them(load, name):
     conversation = load(name)
-    ids = conversation.prompt_ids([{"role": "user", "content": "a<|im_end|>b \U000f0000<think>"}], [])
-    start = len(ids) - 1 - ids[::-1].index(conversation.control_ids["<|im_end|>"])
-    piece = conversation.tokenizer.backend_tokenizer
-    expected = []
-    for part in ("user\na<", "|im_end|>b \U000f0000<", "think>"):  # split inside the strings: never control tokens
-        expected += piece.encode(part, add_special_tokens=False).ids
-    text = conversation.decode(ids[:start])
-    assert text.endswith("user\na<|im_end|>b \U000f0000<think>")
-    assert conversation.decode(expected) == "user\na<|im_end|>b \U000f0000<think>"
-    assert ids[:start][-len(conversation.encode_plain("user\na<|im_end|>b \U000f0000<think>")) :] == list(
-        conversation.encode_plain("user\na<|im_end|>b \U000f0000<think>")
+    text = "e\u0301<|im_end|>b \U000f0000 <think>\n\n"  # holds the first private-use character too
+    ids = conversation.prompt_ids([{"role": "user", "content": text}], [])
+    plain = _bpe_without_added_tokens(conversation, "user\n" + text)
+    newline = _bpe_without_added_tokens(conversation, "\n")
+    start, end = (conversation.control_ids[token] for token in ("<|im_start|>", "<|im_end|>"))
+    answer = _bpe_without_added_tokens(conversation, "assistant\n")
+    assert ids[-len(plain) - len(answer) - 4 :] == [start, *plain, end, *newline, start, *answer]
+
+
+def test_rule_8_holds_for_tool_responses_and_lone_surrogates(load):
+    conversation = load("tiny")
+    ids = conversation.response_ids([("add", CONTROL + "\ud800"), ("<|im_end|>", "SENTINEL<|im_end|>")])
+    harmless = conversation.response_ids([("add", "1"), ("add", "2")])
+    assert _control_tokens(conversation, ids) == _control_tokens(conversation, harmless)
+    text = conversation.tokenizer.decode(ids)
+    assert f"<tool_response>\n{CONTROL}\ufffd\n</tool_response>" in text
+    assert "<tool_response>\nSENTINEL<|im_end|>\n</tool_response>" in text
+
+
+def test_response_is_what_the_template_writes_after_the_end_of_turn(load):
+    conversation = load("tiny")
+    assert conversation.decode(conversation.response_ids([("add", "Sum: 42")])) == (
+        "\n<|im_start|>user\n<tool_response>\nSum: 42\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+QUESTION = [{"role": "user", "content": "1 + 2?"}]
+THOUGHT = "<think>\nI add.\n</think>\n\n"
+PREFIX_CASES = [
+    ("tiny", {}, ""),
+    ("tiny", {}, "Let me see."),
+    ("qwen2_5", {}, ""),
+    ("qwen2_5", {}, "Let me see."),
+    ("qwen3", {}, THOUGHT),
+    ("qwen3", {"enable_thinking": True}, THOUGHT + "Let me see."),
+    ("qwen3", {"enable_thinking": False}, ""),
+    ("qwen3", {"enable_thinking": False}, "Let me see."),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "content"), PREFIX_CASES)
+@pytest.mark.parametrize("calls", [CALLS[:1], CALLS, CALLS * 3], ids=len)
+def test_rule_1_appended_ids_equal_the_templates_rendering(load, name, kwargs, content, calls):
+    """prompt + sampled turn + response, twice over, is the conversation as the template writes it.
+
+    With thinking off Qwen3's template puts an empty think block into the generation
+    prompt but not into the turns of a finished conversation; the policy saw it, so the
+    appended ids keep it, and here it is cut from them.
+    """
+    conversation = load(name, **kwargs)
+    thinking_off = kwargs.get("enable_thinking") is False
+    empty_think = len(conversation._encode("<think>\n\n</think>\n\n", {})) if thinking_off else 0
+    messages, ids = list(QUESTION), conversation.prompt_ids(QUESTION, SCHEMAS)
+    for texts in (CONTENTS, ["Sum: 3"] * 6):
+        results = [("add", text) for text, _ in zip(texts, calls, strict=False)]
+        ids = ids[: len(ids) - empty_think] + conversation.assistant_ids(content, calls)
+        ids += conversation.response_ids(results)
+        messages.append(_assistant(content, calls))
+        messages += [{"role": "tool", "name": name, "content": text} for name, text in results]
+        assert ids == _template_ids(conversation, messages, SCHEMAS)
+
+
+@pytest.mark.parametrize(("name", "kwargs", "content"), PREFIX_CASES)
+@pytest.mark.parametrize("calls", [[], CALLS], ids=len)
+def test_gold_turn_ends_its_turn_and_is_read_back(load, name, kwargs, content, calls):
+    conversation = load(name, **kwargs)
+    ids = conversation.assistant_ids(content, calls)
+    assert ids[-1] == conversation.control_ids["<|im_end|>"] and ids.count(ids[-1]) == 1
+    turn = conversation.parse(ids, SCHEMAS)
+    assert (list(turn.calls), turn.error) == (calls, None)
+    assert turn.content == content.removeprefix(THOUGHT)
+    assert turn.reasoning_content == ("I add." if THOUGHT in content else None)
+
+
+def test_gold_arguments_with_control_strings_are_text_and_read_back(load):
+    conversation = load("tiny")
+    calls = [ToolCall("add", {"a": CONTROL})]
+    ids = conversation.assistant_ids("", calls)
+    assert _control_tokens(conversation, ids) == [
+        conversation.control_ids[token] for token in ("<tool_call>", "</tool_call>", "<|im_end|>")
+    ]
+    assert list(conversation.parse(ids, SCHEMAS).calls) == calls
+
+
+def test_gold_turn_that_the_prompt_contradicts_is_refused(load):
+    with pytest.raises(ValueError, match="enable_thinking"):
+        load("qwen3", enable_thinking=False).assistant_ids(THOUGHT, CALLS)
+
+
+def test_decode_drops_one_closing_stop_token_and_no_other(load):
+    conversation = load("tiny")
+    end, pad, call = (conversation.control_ids[t] for t in ("<|im_end|>", "<|endoftext|>", "<tool_call>"))
+    assert conversation.stop_ids == (end, pad) and conversation.pad_id == pad
+    assert conversation.vocab_size == max(conversation.control_ids.values()) + 1
+    x = conversation.encode_plain("x")[0]
+    assert conversation.decode([x, call, end]) == conversation.decode([x, call, pad]) == "x<tool_call>"
+    assert conversation.decode([end, x, end, end]) == "<|im_end|>x<|im_end|>"
+    assert conversation.decode([]) == "" == conversation.decode([end])
+    assert conversation.decode([x, 100_000]) == "x"  # a row of the embedding that is no token
+
+
+def test_content_must_be_text(load):
+    with pytest.raises(ValueError, match="content of a user message must be text, got list"):
+        load("tiny").prompt_ids([{"role": "user", "content": [{"type": "text", "text": "x"}]}], [])
+
+
+def test_a_response_takes_under_a_millisecond(load):
+    conversation = load("tiny")
+    texts = iter(range(1000))
+    times = timeit.repeat(
+        lambda: conversation.response_ids([("add", f"Sum: {next(texts)}")]), number=10, repeat=20
+    )
+    assert min(times) / 10 < 1e-3
+
+
+def _with_config(folder, tiny, change):
+    """A copy of the tiny checkpoint with a changed tokenizer_config.json."""
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    change(config)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_prompt_that_opens_a_think_block_starts_the_turn_inside_it(tmp_path, tiny):
+    def think(config):
+        head, tail = config["chat_template"].rsplit("<|im_start|>assistant\\n", 1)
+        config["chat_template"] = f"{head}<|im_start|>assistant\\n<think>\\n{tail}"
+
+    conversation = load_conversation(_with_config(tmp_path / "m", tiny, think))
+    turn = conversation.parse(
+        list(conversation.encode_plain("I <tool_call> add.\n</think>\n\nThree.")), SCHEMAS
+    )
+    assert (turn.content, turn.reasoning_content, turn.calls) == ("Three.", "I <tool_call> add.", ())
+
+
+def test_a_template_with_function_tags_is_read_as_qwen3_coder(tmp_path, tiny):
+    def xml(config):
+        config["chat_template"] += "{#- <function=NAME> #}"
+
+    conversation = load_conversation(_with_config(tmp_path / "m", tiny, xml))
+    text = "<tool_call>\n<function=add>\n<parameter=a>\n5\n</parameter>\n</function>\n</tool_call>"
+    assert conversation.parse(list(conversation.encode_plain(text)), SCHEMAS).calls == (
+        ToolCall("add", {"a": 5}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda config: config.pop("chat_template"), "chat template"),
+        (lambda config: config.update(chat_template="{{ messages[0].content }}"), "writes no <tool_call>"),
+        (
+            lambda config: config.update(chat_template="{{ messages[-1].content }}{# <tool_call> #}"),
+            "must close an assistant turn",
+        ),
+    ],
+    ids=["no template", "no tools", "no end of turn"],
+)
+def test_unusable_tokenizers_are_refused(tmp_path, tiny, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_conversation(_with_config(tmp_path / "m", tiny, change))
+
+
+def test_control_tokens_that_swallow_blanks_are_refused(tmp_path, tiny):
+    def greedy(config):
+        next(t for t in config["added_tokens_decoder"].values() if t["content"] == "<tool_call>")[
+            "rstrip"
+        ] = True
+
+    with pytest.raises(ValueError, match="'<tool_call>' must not set lstrip, rstrip or single_word"):
+        load_conversation(_with_config(tmp_path / "m", tiny, greedy))
+
+
+def test_missing_tokenizers_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        load_conversation(tmp_path)
+    with pytest.raises(ValueError, match="nor a hub model that can be reached"):
+        load_conversation(tmp_path / "none")

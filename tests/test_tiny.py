@@ -57,9 +57,10 @@ def test_weights_have_published_names_and_shapes(folder):
     assert weights["model.embed_tokens.weight"].shape == (700, 128)
     assert "lm_head.weight" not in weights
     assert len(weights) == 4 * 11 + 2
-    assert sum(w.size for w in weights.values()) == 876_928
+    assert sum(w.size for w in weights.values()) == 877_440
     assert {w.dtype for w in weights.values()} == {np.dtype(np.float32)}
     assert np.all(weights["model.layers.0.self_attn.q_norm.weight"] == 1.0)
+    assert np.std(weights["model.layers.0.mlp.up_proj.weight"]) == pytest.approx(0.02, rel=0.02)
 
 
 def test_config_is_read_as_qwen3(folder):
@@ -100,12 +101,18 @@ def test_template_writes_what_qwen3_does(tokenizer):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "1+2?"},
-        {"role": "assistant", "content": "Hm.", "tool_calls": [{"function": {"name": "f", "arguments": {"é": 1}}}] * 2},
+        {
+            "role": "assistant",
+            "content": "Hm.",
+            "tool_calls": [{"function": {"name": "f", "arguments": {"é": 1}}}] * 2,
+        },
         {"role": "tool", "content": "3"},
         {"role": "tool", "content": "4"},
         {"role": "assistant", "reasoning_content": "Which?", "content": "3"},
     ]
-    text = tokenizer.apply_chat_template(messages, tools=[{"x": "y"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        messages, tools=[{"x": "y"}], tokenize=False, add_generation_prompt=True
+    )
     call = '<tool_call>\n{"name": "f", "arguments": {"é": 1}}\n</tool_call>'
     system, rest = text.split("<|im_end|>\n", 1)
     assert system.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n\nYou may call one or more functions")
@@ -136,7 +143,10 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [({"vocab_size": 264}, "vocab_size must be >= 265"), ({"kv_heads": 3}, "kv_heads must divide heads, got 3 and 4")],
+    [
+        ({"vocab_size": 264}, "vocab_size must be >= 265"),
+        ({"kv_heads": 3}, "kv_heads must divide heads, got 3 and 4"),
+    ],
 )
 def test_impossible_sizes_are_named(tmp_path, sizes, message):
     with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from grpo_jax.config.options import GROUPS, OPTIONS, Config, check_option, option_type, type_name
+from grpo_jax.config.options import GROUPS, OPTIONS, Config, check_option, option_type
 from grpo_jax.metrics import write_text_atomic
 from grpo_jax.trl_options import ALIASES, OTHER_TRACKERS, RULINGS
 
@@ -117,7 +117,7 @@ def _option_name(given: str, value: Any, origin: str) -> str | None:
         return given
     ruling = RULINGS.get(given)
     if ruling is None:
-        raise ValueError(f"{origin}: unknown option {given!r}; nearest: {_nearest(given)}")
+        raise ValueError(f"{origin}: unknown option {given!r}; {_nearest(given)}")
     if ruling.kind == "alias":
         return ruling.text
     if ruling.silent(value):
@@ -128,8 +128,9 @@ def _option_name(given: str, value: Any, origin: str) -> str | None:
     return None
 
 
-def _nearest(name: str) -> str:
-    return difflib.get_close_matches(name, [*OPTIONS, *ALIASES], n=1, cutoff=0.0)[0]
+def _nearest(name: str, prefix: str = "") -> str:
+    close = difflib.get_close_matches(name.lstrip("-"), [*OPTIONS, *ALIASES], n=1)
+    return f"nearest: {prefix}{close[0]}" if close else "--help lists every option"
 
 
 def _built_in_tracker(value: Any, origin: str) -> Any:
@@ -166,7 +167,7 @@ class _Parser(argparse.ArgumentParser):
         flag = next((word for word in rest if word.startswith("--")), None)
         if flag:
             name = flag.split("=")[0]
-            raise ValueError(f"unknown option {name}; nearest: --{_nearest(name.lstrip('-'))}")
+            raise ValueError(f"unknown option {name}; {_nearest(name, '--')}")
         if rest:
             raise ValueError(f"{rest[0]!r} belongs to no option; write --option value")
         return options
@@ -215,8 +216,12 @@ def _flag_value(name: str, words: Any) -> Any:
     """A foreign flag's words as the value that YAML would read; others as they are."""
     if name in OPTIONS:
         return words
-    values = [yaml.safe_load(word) for word in words]
-    return True if not values else values[0] if len(values) == 1 else values
+    if len(words) != 1:
+        return words or True
+    try:
+        return yaml.safe_load(words[0])
+    except yaml.YAMLError:
+        return words[0]
 
 
 # --- writing ---

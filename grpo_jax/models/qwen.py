@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.attention import Segment, attend
+from grpo_jax.types import pytree_dataclass
 
 Params = dict[str, Any]
 Constrain = Callable[[Any, str], Any]
@@ -89,7 +90,8 @@ class ModelConfig:
             raise ValueError(f"{source}: the key {error} is missing") from error
 
 
-class Level(NamedTuple):
+@pytree_dataclass("shared")
+class Level:
     """Tokens of one level of the prefix tree.
 
     Args:

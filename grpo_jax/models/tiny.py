@@ -91,7 +91,7 @@ def make_tiny_checkpoint(
 ) -> Path:
     """Write a Qwen3-shaped checkpoint with random weights and its own tokenizer.
 
-    The same arguments give the same bytes. The defaults have 876,928 parameters.
+    The same arguments give the same bytes. The defaults have 877,440 parameters.
 
     Args:
         folder: where it goes; must not exist. It appears whole or not at all.
@@ -245,8 +245,15 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 def _save_weights(path: Path, config: dict[str, Any], seed: int) -> None:
     from safetensors.numpy import save_file
 
-    rng = np.random.default_rng(seed)
-    weights = {name: _initial(rng, name, shape, config) for name, shape in weight_shapes(config).items()}
+    # Variance-keeping matrices (1/sqrt(fan in), residual writers shrunk by sqrt(2 L)) and wider
+    # embeddings were tried on addition calls, 150 steps, two seeds: no better than a plain 0.02.
+    rng, std = np.random.default_rng(seed), config["initializer_range"]
+    weights = {
+        name: np.ones(shape, np.float32)
+        if len(shape) == 1
+        else rng.normal(0.0, std, shape).astype(np.float32)
+        for name, shape in weight_shapes(config).items()
+    }
     save_file(weights, str(path), metadata={"format": "pt"})
 
 
@@ -271,16 +278,3 @@ def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for i in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
     return shapes
-
-
-def _initial(
-    rng: np.random.Generator, name: str, shape: tuple[int, ...], config: dict[str, Any]
-) -> np.ndarray:
-    """Norms are ones; embeddings have std 0.02; matrices keep variance, those that
-    write to the residual stream shrink by sqrt(2 L) so that its size does not grow with depth."""
-    if len(shape) == 1:
-        return np.ones(shape, np.float32)
-    std = 0.02 if "embed" in name else shape[1] ** -0.5
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        std /= (2 * config["num_hidden_layers"]) ** 0.5
-    return (std * rng.standard_normal(shape)).astype(np.float32)

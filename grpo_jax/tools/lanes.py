@@ -17,13 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Any
 
-from grpo_jax.tools.calls import execute, function_table
+from grpo_jax.tools.calls import execute
 
 _START_LIMIT = 120.0  # seconds for importing the user's tools, which may pull in heavy libraries
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 class ProcessLane:
@@ -48,49 +46,59 @@ class ProcessLane:
         if self._process is None or self._process.poll() is not None:
             self._start()
         try:
-            outcome, text = json.loads(self._exchange(line, self._timeout))
+            outcome, text = self._ask(line, self._timeout)
         except TimeoutError:
-            outcome, text = "timeout", f"Error: {name} did not finish within {self._timeout:g} s"
+            outcome, text = "timeout", _overtime(name, self._timeout)
         except (EOFError, OSError, ValueError) as error:
             outcome, text = "crash", f"Error: {name} {self._cause_of_death(error)}"
         if outcome in ("timeout", "crash"):
             self.close()
         return text, outcome
 
-    def forget(self) -> None:
-        """Nothing to forget: a worker keeps no objects of rows."""
-
-    def close(self) -> None:
-        """End the worker and what it started."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        if process.poll() is None:
+    def stop(self) -> None:
+        """Kill the worker and what it started; a call under way ends as a crash."""
+        process = self._process
+        if process is not None and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
+
+    def close(self) -> None:
+        """End the worker; the next call starts another."""
+        self.stop()
+        process, self._process = self._process, None
+        if process is not None:
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
 
     def _start(self) -> None:
         self.close()
-        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        # The parent's own sys.path: the worker imports what the parent would.
+        program = f"import sys; sys.path[:] = {sys.path!r}; from grpo_jax.tools import worker; worker.main()"
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "grpo_jax.tools.worker"],
+            [sys.executable, "-P", "-c", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C is for the parent; and children of a tool die with it
-            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the parent, and a tool's own children die with it
         )
         os.set_blocking(self._process.stdin.fileno(), False)
         try:
-            state, why = json.loads(self._exchange(self._setup, _START_LIMIT))
-        except (TimeoutError, EOFError, OSError, ValueError) as error:
-            state, why = "error", self._cause_of_death(error)
+            state, why = self._ask(self._setup, _START_LIMIT)
+        except TimeoutError:
+            state, why = "error", f"importing the tools took over {_START_LIMIT:g} s"
+        except (EOFError, OSError, ValueError) as error:
+            state, why = "error", f"importing the tools {self._cause_of_death(error)}"
         if state != "ready":
             self.close()
             raise RuntimeError(f"a tool worker did not start: {why}")
+
+    def _ask(self, line: str, timeout: float) -> tuple[str, str]:
+        answer = json.loads(self._exchange(line, timeout))
+        match answer:
+            case ["ready" | "ok" | "error" | "crash" as outcome, str(text)]:
+                return outcome, text
+        raise ValueError("it wrote into the worker's pipe")
 
     def _exchange(self, line: str, timeout: float) -> bytes:
         deadline = time.monotonic() + timeout
@@ -126,12 +134,15 @@ def _wait(fd: int, event: int, deadline: float) -> None:
         raise TimeoutError
 
 
+def _overtime(name: str, timeout: float) -> str:
+    return f"Error: {name} did not finish within {timeout:g} s"
+
+
 class InlineLane:
-    """One thread of this process. A tool that hangs keeps its thread; later calls get a new one.
+    """One thread of this process. A tool that hangs keeps its thread; the next call gets a new one.
 
     Args:
-        functions: name → function, used for rows without objects of their own.
-        factory: makes the functions of a row at its first call; None to share `functions`.
+        functions_of: row → its functions by name.
         timeout: seconds per call.
         lax: strings may stand for numbers and booleans.
         result_limit: characters.
@@ -139,17 +150,14 @@ class InlineLane:
 
     def __init__(
         self,
-        functions: dict[str, Callable],
-        factory: Callable[[], list[Callable]] | None,
+        functions_of: Callable[[Hashable], dict[str, Callable]],
         timeout: float,
         lax: bool,
         result_limit: int,
     ):
-        self._functions = functions
-        self._factory = factory
+        self._functions_of = functions_of
         self._timeout = timeout
         self._options = (lax, result_limit)
-        self._tables: dict[Hashable, dict[str, Callable]] = {}
         self._inbox: queue.SimpleQueue | None = None
 
     def call(self, name: str, line: str, row: Hashable) -> tuple[str, str]:
@@ -162,14 +170,13 @@ class InlineLane:
             return self._outbox.get(timeout=self._timeout)
         except queue.Empty:
             self.close()
-            return f"Error: {name} did not finish within {self._timeout:g} s", "timeout"
+            return _overtime(name, self._timeout), "timeout"
 
-    def forget(self) -> None:
-        """Drop the rows' objects."""
-        self._tables.clear()
+    def stop(self) -> None:
+        """A thread cannot be killed: a call under way goes on until its time limit."""
 
     def close(self) -> None:
-        """Let the thread end after what it is doing."""
+        """Let the thread end after what it is doing; the next call starts another."""
         if self._inbox is not None:
             self._inbox.put(None)
         self._inbox = None
@@ -179,13 +186,6 @@ class InlineLane:
             line, row = request
             try:
                 # Read again from text, so that a tool which changes its arguments does not change the call.
-                outbox.put(execute(self._table(row), *json.loads(line), *self._options))
+                outbox.put(execute(self._functions_of(row), *json.loads(line), *self._options))
             except BaseException as error:  # make_tools() failed, or the tool raised KeyboardInterrupt
                 outbox.put((f"Error: {type(error).__name__}: {error}", "crash"))
-
-    def _table(self, row: Hashable) -> dict[str, Callable]:
-        if self._factory is None:
-            return self._functions
-        if row not in self._tables:
-            self._tables[row] = function_table(self._factory())
-        return self._tables[row]

@@ -162,9 +162,9 @@ def _users_line(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{text}\n  {error.filename}:{error.lineno}: {(error.text or '').strip()}"
     frames = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in frames if f.filename != __file__ and "importlib" not in f.filename]
-    lines = [f"\n  {f.filename}:{f.lineno}: {f.line}" for f in frames]
-    return text + "".join(lines)
+    machinery = (__file__, importlib.__file__, "<frozen importlib._bootstrap>")
+    frames = [f for f in frames if f.filename not in machinery and "_bootstrap_external" not in f.filename]
+    return text + "".join(f"\n  {f.filename}:{f.lineno}: {f.line}" for f in frames)
 
 
 def _is_object_method(function: Callable) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from grpo_jax.tools.calls import function_table
 from grpo_jax.tools.lanes import InlineLane, ProcessLane
 from grpo_jax.tools.loading import Toolbox
 from grpo_jax.types import Outcome, ToolCall, ToolResult
@@ -49,13 +49,13 @@ class ToolRunner:
     ):
         limits = {"memory_limit_mb": memory_limit_mb, "result_limit": result_limit}
         _check(toolbox, executor, timeout=timeout, workers=workers, **limits)
+        self._toolbox = toolbox
+        self._row_functions: dict[Hashable, dict[str, Callable]] = {}
         workers = workers or (1 if executor == "inline" else max(2, os.cpu_count() or 2))
         if executor == "inline":
-            options = (toolbox.functions, toolbox.factory, timeout, lax, result_limit)
-            self._lanes = [InlineLane(*options) for _ in range(workers)]
+            self._lanes = [InlineLane(self._functions_of, timeout, lax, result_limit) for _ in range(workers)]
         else:
             setup = {
-                "path": sys.path,
                 "script": toolbox.script,
                 "module": toolbox.module,
                 "timeout": timeout,
@@ -79,8 +79,7 @@ class ToolRunner:
         """Forget the cached results and the rows' objects."""
         self._results = {}
         self._asked = self._ran = 0
-        for lane in self._lanes:
-            lane.forget()
+        self._row_functions = {}
 
     def run(self, calls: Sequence[ToolCall], rows: Sequence[Hashable] | None = None) -> list[ToolResult]:
         """Run calls: those of different rows at once, those of one row in order.
@@ -112,14 +111,24 @@ class ToolRunner:
         """End the workers; further calls raise."""
         self._closed = True
         for lane in self._lanes:
-            lane.close()
+            lane.stop()
         self._pool.shutdown()
+        for lane in self._lanes:
+            lane.close()
 
     def __enter__(self) -> ToolRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _functions_of(self, row: Hashable) -> dict[str, Callable]:
+        """The row's own functions where `make_tools` makes them, else everybody's."""
+        if self._toolbox.factory is None:
+            return self._toolbox.functions
+        if row not in self._row_functions:
+            self._row_functions[row] = function_table(self._toolbox.factory())
+        return self._row_functions[row]
 
     def _run(self, calls: Sequence[ToolCall], rows: Sequence[Hashable], share: bool) -> list[ToolResult]:
         results = self._results if share else {}
@@ -132,28 +141,35 @@ class ToolRunner:
             if keys[i] not in planned:
                 planned.add(keys[i])
                 units.setdefault(row, []).append((keys[i], call.name, line))
-        self._asked += len(calls)
-        self._ran += sum(map(len, units.values()))
+        if share:
+            self._asked += len(calls)
+            self._ran += sum(map(len, units.values()))
         self._drain(deque(units.items()), results)
+        self._check_open()
         return [results[key] for key in keys]
 
     def _drain(self, units: deque, results: dict[str, ToolResult]) -> None:
         """Empty the queue of rows with as many lanes as there are rows, at most all."""
 
         def work(lane):
-            while units and not self._closed:
+            while True:
                 try:
                     row, requests = units.popleft()
-                except IndexError:  # another lane took the last one
+                except IndexError:
                     return
                 for key, name, line in requests:
+                    if self._closed:
+                        return
                     start = time.perf_counter()
                     text, outcome = lane.call(name, line, row)
                     results[key] = ToolResult(text, Outcome(outcome), time.perf_counter() - start)
 
+        self._check_open()
+        list(self._pool.map(work, self._lanes[: len(units)]))
+
+    def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this ToolRunner is closed; make a new one")
-        list(self._pool.map(work, self._lanes[: len(units)]))
 
 
 def _encode(call: ToolCall) -> str:

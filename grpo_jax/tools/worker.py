@@ -1,8 +1,8 @@
 """The program of one tool worker: reads calls as JSON lines, answers each with one JSON line.
 
-The first line is the set-up, answered with `["ready", ""]` or `["error", why]`. Every further line is a call
-`[name, arguments]`, answered with `[outcome, text]`. Started by `runner.py`; imports neither jax nor
-transformers, so that it starts in a few hundredths of a second.
+The first line is the set-up (`runner.py` writes it), answered with `["ready", ""]` or `["error", why]`. Every further line is a call
+`[name, arguments]`, answered with `[outcome, text]`. Imports neither jax nor transformers, so that it starts
+in a few hundredths of a second.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ def main() -> None:
     """Serve calls until the parent closes the pipe."""
     calls, answers = _protocol_pipes()
     setup = json.loads(calls.readline())
-    sys.path[:] = setup["path"]
     try:
         functions = load_functions(setup["script"], setup["module"])
         _limit_memory(setup["memory_limit_mb"])
@@ -71,7 +70,3 @@ def _answer(functions: dict, line: str, setup: dict) -> str:
         return json.dumps(["error", f"Error: the call cannot be read: {error}"])
     text, outcome = execute(functions, name, arguments, setup["lax"], setup["result_limit"])
     return json.dumps([outcome, text])
-
-
-if __name__ == "__main__":
-    main()

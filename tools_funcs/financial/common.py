@@ -20,9 +20,7 @@ def number(name: str, value: Any, low: float, high: float, *, null_ok: bool = Fa
         return None
     if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
         return None
-    return (
-        f"{name} must be a number from {low:g} to {high:g}{' or null' if null_ok else ''}, got {short(value)}"
-    )
+    return f"{name} must be a number from {low:,.15g} to {high:,.15g}{' or null' if null_ok else ''}, got {short(value)}"
 
 
 def amount(name: str, value: Any, *, null_ok: bool = False) -> str | None:

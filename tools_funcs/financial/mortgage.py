@@ -59,7 +59,7 @@ def calculate_mortgage_affordability(
     Args:
         annual_income: Gross household income per year, before taxes. Write "120k" as 120000; multiply a monthly income by 12.
         monthly_debts: Payments per month on other debts (car, student loans, cards), without rent. If not stated: 0.
-        down_payment: Cash put down.
+        down_payment: Cash put down for the home.
         credit_score: FICO score of the buyer, 300 to 850.
         loan_type: conventional: the usual loan. fha: low down payment. va: for veterans and service members. jumbo: above the conforming limit. If not stated: conventional.
         property_state: Two-letter code of the US state where the home is, such as "CA" for California.

@@ -1,0 +1,233 @@
+"""The multi-turn tool loop: decode a turn, parse it, run its calls, feed the responses, again.
+
+All rows of a batch take their turns together; the conversation continues on the
+same key/value cache, so that every token passes through the model once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.conversation import Conversation
+from grpo_jax.models.qwen import Level, Params
+from grpo_jax.prefix_tree import Tree, response_bucket, trunk_arrays
+from grpo_jax.sampler import Cache, Sampler, Trunk, row_keys
+from grpo_jax.tools import ToolRunner
+from grpo_jax.types import Message, Outcome, Status, ToolCall, ToolResult, Trajectory
+
+FEEDBACK_NAME = "tool_call_parser"  # the tool message's name when a call does not parse
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolLoop:
+    """What a rollout needs besides weights and prompts.
+
+    Args:
+        sampler: its jitted functions.
+        conversation: tokenizer and template.
+        schemas: of the tools.
+        runner: runs the calls.
+        tree: the data set's preamble and buckets.
+        max_iterations: tool turns per row; None for no limit but the budget.
+        malformed_feedback: tell the model why a call did not parse instead of ending the row.
+    """
+
+    sampler: Sampler
+    conversation: Conversation
+    schemas: list[dict[str, Any]]
+    runner: ToolRunner
+    tree: Tree
+    max_iterations: int | None = None
+    malformed_feedback: bool = False
+
+
+@dataclasses.dataclass
+class _Row:
+    """A trajectory that grows; frozen into a `Trajectory` at the end."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int] = dataclasses.field(default_factory=list)
+    sampled_mask: list[bool] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    messages: list[Message] = dataclasses.field(default_factory=list)
+    calls: list[tuple[ToolCall, ToolResult]] = dataclasses.field(default_factory=list)
+    status: Status | None = None
+    tool_turns: int = 0
+
+    def append(self, ids: Sequence[int], logprobs: Sequence[float] | None) -> None:
+        """Sampled tokens with their log-probabilities, or given ones (None)."""
+        self.completion_ids += ids
+        self.sampled_mask += [logprobs is not None] * len(ids)
+        self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
+
+    def frozen(self) -> Trajectory:
+        return Trajectory(
+            self.prompt_ids,
+            self.completion_ids,
+            self.sampled_mask,
+            self.logprobs,
+            self.messages,
+            self.calls,
+            self.status,
+        )
+
+
+def prefill_preamble(loop: ToolLoop, params: Params) -> Trunk:
+    """Keys and values of the preamble, once per weight version; empty when nothing is shared."""
+    if not loop.tree.T0:
+        return ()
+    arrays = trunk_arrays(loop.tree, [])
+    tokens, valid = arrays["preamble"], arrays["preamble_valid"]
+    positions = np.arange(loop.tree.T0, dtype=np.int32)[None]
+    return _prefill(loop.sampler, params, (), tokens, positions, valid)
+
+
+def run_rollout(
+    loop: ToolLoop,
+    params: Params,
+    preamble: Trunk,
+    prompts: Sequence[list[int]],
+    draws: Sequence[int],
+    *,
+    generations: int = 1,
+    seed: int = 0,
+    live: Sequence[bool] | None = None,
+    on_turn: Callable[[int, int], None] = lambda finished, rows: None,
+) -> list[Trajectory]:
+    """Sample G trajectories for each of P prompts, tools included.
+
+    Args:
+        loop: sampler, tools and settings.
+        params: rollout weights, from `sampler.export`.
+        preamble: from `prefill_preamble` with the same weights.
+        prompts: P lists of token ids.
+        draws: [P] global draw index of each prompt, epoch · n + place in the epoch: with the
+            seed, the generation and the position it decides a row's randomness.
+        generations: G.
+        seed: of the run.
+        live: [P] False for prompts that only fill up the batch; they come back without tokens.
+        on_turn: told (rows finished, rows) after every turn.
+
+    Returns:
+        B = P·G trajectories, a group's rows next to each other, without rewards.
+    """
+    rows = [_Row(list(p)) for p in prompts for _ in range(generations)]
+    alive = np.repeat(np.ones(len(prompts), bool) if live is None else np.asarray(live, bool), generations)
+    for row, is_alive in zip(rows, alive, strict=True):
+        row.status = None if is_alive else Status.ANSWERED
+    put = _placer(loop.sampler)
+    trunk = preamble + _prefill_prompts(loop, params, preamble, prompts)
+    keys = row_keys(seed, np.repeat(draws, generations), np.tile(np.arange(generations), len(prompts)))
+    cache = loop.sampler.begin(
+        put(np.array([r.prompt_ids[-1] for r in rows], np.int32)),
+        put(np.array([len(r.prompt_ids) - 1 for r in rows], np.int32)),
+    )
+    loop.runner.start_step()
+    while any(r.status is None for r in rows):
+        left = np.array([loop.sampler.budget - len(r.completion_ids) for r in rows], np.int32)
+        running = np.array([r.status is None for r in rows])
+        cache, turn = loop.sampler.decode(params, trunk, cache, put(keys), put(running), put(left))
+        responses = _finish_turn(loop, rows, jax.device_get(turn))
+        if any(responses):
+            cache = _feed(loop.sampler, params, trunk, cache, rows, responses)
+        on_turn(sum(r.status is not None for r in rows), len(rows))
+    return [r.frozen() for r in rows]
+
+
+def _placer(sampler: Sampler):
+    return lambda x: jax.device_put(x, sampler.layout.rows(x))
+
+
+def _prefill(sampler, params, trunk, tokens, positions, valid) -> Trunk:
+    level = Level(*(jax.device_put(x, sampler.layout.replicated) for x in (tokens, positions, valid)), True)
+    return ((sampler.prefill(params, trunk, level), level.valid),)
+
+
+def _prefill_prompts(loop, params, preamble, prompts) -> Trunk:
+    if not loop.tree.T1:
+        return ()
+    x = trunk_arrays(loop.tree, prompts)
+    return _prefill(loop.sampler, params, preamble, x["prompts"], x["prompts_positions"], x["prompts_valid"])
+
+
+def _finish_turn(loop: ToolLoop, rows: list[_Row], turn) -> list[list[int]]:
+    """Record a decoded turn; returns each row's response ids, [] where the row is finished."""
+    pending: dict[int, list[ToolCall]] = {}
+    feedback: dict[int, str] = {}
+    for i, row in enumerate(rows):
+        if row.status is not None:
+            continue
+        n = int(turn.count[i])
+        ids = turn.tokens[i, :n].tolist()
+        row.append(ids, turn.logprobs[i, :n].tolist())
+        if not turn.stopped[i]:
+            row.status = Status.OVERLONG
+            row.messages.append({"role": "assistant", "content": loop.conversation.decode(ids)})
+            continue
+        parsed = loop.conversation.parse(ids, loop.schemas)
+        row.messages.append(loop.conversation.assistant_message(parsed))
+        spent = loop.max_iterations is not None and row.tool_turns >= loop.max_iterations
+        if parsed.error and loop.malformed_feedback and not spent:
+            feedback[i] = f"Error: the tool call does not parse: {parsed.error}"
+        elif parsed.error:
+            row.status = Status.MALFORMED_CALL
+        elif not parsed.calls:
+            row.status = _answered(row)
+        elif spent:
+            row.status = Status.TOOL_LIMIT
+        else:
+            pending[i] = list(parsed.calls)
+    results = _run_calls(loop, rows, pending)
+    results |= {i: [(FEEDBACK_NAME, text)] for i, text in feedback.items()}
+    return [_respond(loop, row, results.get(i)) for i, row in enumerate(rows)]
+
+
+def _answered(row: _Row) -> Status:
+    """A closed turn without a call; the last call's outcome says what it rests on."""
+    last = row.calls[-1][1].outcome if row.calls else Outcome.OK
+    if last is Outcome.TIMEOUT:
+        return Status.TOOL_TIMEOUT
+    return Status.ANSWERED if last is Outcome.OK else Status.TOOL_ERROR
+
+
+def _run_calls(loop: ToolLoop, rows: list[_Row], pending: dict[int, list[ToolCall]]):
+    """Run the calls of every row together; returns (tool name, text) per row."""
+    flat = [(i, call) for i, calls in pending.items() for call in calls]
+    done = loop.runner.run([call for _, call in flat], [i for i, _ in flat])
+    results: dict[int, list[tuple[str, str]]] = {}
+    for (i, call), result in zip(flat, done, strict=True):
+        rows[i].calls.append((call, result))
+        results.setdefault(i, []).append((call.name, result.text))
+    return results
+
+
+def _respond(loop: ToolLoop, row: _Row, results: list[tuple[str, str]] | None) -> list[int]:
+    """Append a row's tool responses as the template writes them, if they fit its budget."""
+    if results is None:
+        return []
+    row.tool_turns += 1
+    row.messages += [{"role": "tool", "name": name, "content": text} for name, text in results]
+    ids = loop.conversation.response_ids(results)
+    if len(row.completion_ids) + len(ids) >= loop.sampler.budget:  # at least one token must follow
+        row.status = Status.OVERLONG_TOOL_RESPONSE
+        return []
+    row.append(ids, None)
+    return ids
+
+
+def _feed(sampler: Sampler, params: Params, trunk: Trunk, cache: Cache, rows, responses) -> Cache:
+    """Put the pending token and the responses, but for their last token, into the cache."""
+    width = response_bucket(max(map(len, responses)))
+    tokens = np.zeros((len(rows), width), np.int32)
+    for i, (row, ids) in enumerate(zip(rows, responses, strict=True)):
+        if ids:  # the pending token is the one before the response
+            tokens[i, : len(ids)] = row.completion_ids[-len(ids) - 1 : -1]
+    count = np.array([len(ids) for ids in responses], np.int32)
+    last = np.array([ids[-1] if ids else 0 for ids in responses], np.int32)
+    put = _placer(sampler)
+    return sampler.append(params, trunk, cache, put(tokens), put(count), put(last))

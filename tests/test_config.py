@@ -1,0 +1,456 @@
+"""Options: sources and their order, errors that say where and what to do, TRL's names."""
+
+import ast
+import dataclasses
+import importlib.metadata
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grpo_jax.config import Config, parse_config, print_config, write_resolved
+from grpo_jax.trl_options import ALIASES, ERRORS, RULINGS, SUPPORTED, WARNINGS
+
+ROOT = Path(__file__).parent.parent
+
+# As the original's recipe generator writes it.
+ORIGINAL = """\
+model_name_or_path: Qwen/Qwen3-1.7B
+model_revision: main
+dtype: bfloat16
+attn_implementation: kernels-community/flash-attn2
+trust_remote_code: true
+output_dir: /opt/ml/checkpoints/Qwen/Qwen3-1.7B/grpo-rlvr/
+
+dataset_id_or_path: /opt/ml/input/data/training/grpo_financial_train.jsonl
+
+# Generation settings
+num_generations: 8
+max_grpo_completion_length: 1024
+mask_truncated_completions: true
+learning_rate: 5.0e-6
+lr_scheduler_type: "constant"
+warmup_steps: 0
+num_train_epochs: 15
+per_device_train_batch_size: 4
+gradient_accumulation_steps: 8
+gradient_checkpointing: true
+save_strategy: "steps"
+save_steps: 25
+save_total_limit: 3
+logging_steps: 1
+report_to:
+  - "mlflow"
+seed: 42
+"""
+
+
+def parse(*argv, text=None, tmp_path=None):
+    """The resolved config of these flags and, where given, of a YAML file of this text."""
+    default = None
+    if text is not None:
+        (tmp_path / "c.yaml").write_text(text)
+        default = str(tmp_path / "c.yaml")
+    return parse_config(list(argv), prog="test", default_config=default, description="")
+
+
+def message(*argv, text=None, tmp_path=None):
+    with pytest.raises(ValueError) as error:
+        parse(*argv, text=text, tmp_path=tmp_path)
+    return str(error.value).replace(f"{tmp_path}/", "")
+
+
+# --- sources ---
+
+
+def test_flag_beats_yaml_beats_default_and_each_origin_is_known(tmp_path):
+    resolved = parse("--seed", "7", text="seed: 1\nbeta: 0.5\n", tmp_path=tmp_path)
+    assert (resolved.config.seed, resolved.config.beta, resolved.config.epsilon) == (7, 0.5, 0.2)
+    assert resolved.origin["seed"] == "--seed"
+    assert resolved.origin["beta"] == f"{tmp_path}/c.yaml:2"
+    assert resolved.origin["epsilon"] == "default"
+    assert resolved.path == f"{tmp_path}/c.yaml"
+
+
+def test_config_flag_replaces_the_default_file(tmp_path):
+    (tmp_path / "d.yaml").write_text("seed: 3")
+    resolved = parse("--config", f"{tmp_path}/d.yaml", text="beta: 0.5", tmp_path=tmp_path)
+    assert (resolved.config.seed, resolved.config.beta) == (3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--learning_rate=5e-7"], "learning_rate", 5e-7),
+        (["--max_steps", "-1"], "max_steps", -1),
+        (["--log_completions"], "log_completions", True),
+        (["--tool_cache", "false"], "tool_cache", False),
+        (["--reward_fn", "a.py", "b.py"], "reward_fn", ["a.py", "b.py"]),
+        (["--reward_fn", "a.py"], "reward_fn", ["a.py"]),
+        (
+            ["--chat_template_kwargs", '{"enable_thinking": false}'],
+            "chat_template_kwargs",
+            {"enable_thinking": False},
+        ),
+        (["--max_completion_length", "64"], "max_grpo_completion_length", 64),
+        (["--min_p", "none"], "min_p", None),
+        (["--resume_from_checkpoint", "none"], "resume_from_checkpoint", "none"),
+    ],
+)
+def test_flags_read_every_kind_of_value(argv, name, value):
+    assert getattr(parse(*argv).config, name) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("learning_rate: 5e-7", "learning_rate", 5e-7),  # PyYAML reads this one as text
+        ("scale_rewards: true", "scale_rewards", "group"),
+        ("scale_rewards: false", "scale_rewards", "none"),
+        ("save_strategy: no", "save_strategy", "no"),
+        ("num_train_epochs: 3", "num_train_epochs", 3.0),
+        ("reward_fn: a.py", "reward_fn", ["a.py"]),
+        (
+            "chat_template_kwargs: {enable_thinking: false}",
+            "chat_template_kwargs",
+            {"enable_thinking": False},
+        ),
+        ("delta: null", "delta", None),
+        ("report_to: [tensorboard]", "report_to", "tensorboard"),
+        ("", "seed", 42),
+    ],
+)
+def test_yaml_reads_every_kind_of_value(text, name, value, tmp_path):
+    assert getattr(parse(text=text, tmp_path=tmp_path).config, name) == value
+
+
+def test_a_reward_named_by_flag_beats_a_reward_file_of_the_yaml(tmp_path):
+    text = "reward_fn: r.py\ntools_script: t.py\n"
+    config = parse("--reward_function_name", "accuracy", text=text, tmp_path=tmp_path).config
+    assert (config.reward_fn, config.reward_function_name) == (None, ["accuracy"])
+    assert config.tools_script == "t.py"
+    config = parse("--tool_functions_module", "m", text=text, tmp_path=tmp_path).config
+    assert (config.reward_fn, config.tools_script, config.tool_functions_module) == (["r.py"], None, "m")
+
+
+def test_within_one_source_both_stay_and_the_file_wins_later(tmp_path):
+    config = parse(text="reward_fn: r.py\nreward_function_name: accuracy\n", tmp_path=tmp_path).config
+    assert (config.reward_fn, config.reward_function_name) == (["r.py"], ["accuracy"])
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seed: 1\nnum_generation: 4", "c.yaml:2: unknown option 'num_generation'; nearest: num_generations"),
+        ("seed: 1\n\nsave_steps: often", "c.yaml:3: save_steps must be a whole number, got 'often'"),
+        ("save_steps: 2.5", "c.yaml:1: save_steps must be a whole number, got 2.5"),
+        ("save_steps: true", "c.yaml:1: save_steps must be a whole number, got True"),
+        ("beta: .nan", "c.yaml:1: beta must be a number, got nan"),
+        ("max_steps: .inf", "c.yaml:1: max_steps must be a whole number, got inf"),
+        ("model_revision: 12", "c.yaml:1: model_revision must be text, got 12"),
+        ("tool_cache: 1", "c.yaml:1: tool_cache must be true or false, got 1"),
+        ("chat_template_kwargs: [1]", "c.yaml:1: chat_template_kwargs must be JSON, got [1]"),
+        ("reward_fn: []", "c.yaml:1: reward_fn must be one or more of: text (or none), got []"),
+        ("seed: 1\nseed: 2", "c.yaml:2: seed is given twice, first at c.yaml:1; keep one"),
+        (
+            "max_completion_length: 1\nmax_grpo_completion_length: 2",
+            "c.yaml:2: max_grpo_completion_length is given twice, first at c.yaml:1; keep one",
+        ),
+        ("- seed", "c.yaml:1: a config file must hold `option: value` lines"),
+        ("seed: 1\nbeta: [", "c.yaml:3: not YAML: expected the node content, but found '<stream end>'"),
+        ("report_to: tensorbord", "c.yaml:1: report_to must be one of none, tensorboard, got 'tensorbord'"),
+        (
+            "beta: 0\nload_in_4bit: true",
+            "c.yaml:2: load_in_4bit True is not supported: weights are not quantised; use dtype bfloat16",
+        ),
+    ],
+)
+def test_yaml_errors_name_file_line_and_mend(text, expected, tmp_path):
+    assert message(text=text + "\n", tmp_path=tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--num_generation", "4"], "unknown option --num_generation; nearest: --num_generations"),
+        (["--zzz=4"], "unknown option --zzz; --help lists every option"),
+        (["seed"], "'seed' belongs to no option; write --option value"),
+        (["--seed"], "argument --seed: expected one argument; --help lists every option"),
+        (["--seed", "x"], "--seed: seed must be a whole number, got 'x'"),
+        (
+            ["--chat_template_kwargs", "{"],
+            "--chat_template_kwargs: chat_template_kwargs must be JSON, got '{'",
+        ),
+        (
+            ["--generation_kwargs", "{"],
+            "--generation_kwargs: generation_kwargs '{' is not supported: use temperature, top_p, top_k and min_p",
+        ),
+        (
+            ["--repetition_penalty", "1.1"],
+            "--repetition_penalty: repetition_penalty 1.1 is not supported: "
+            "sampling knows temperature, top_p, top_k and min_p",
+        ),
+    ],
+)
+def test_flag_errors_name_flag_and_mend(argv, expected):
+    assert message(*argv) == expected
+
+
+def test_missing_config_file_is_named():
+    assert "no/such.yaml" in message("--config", "no/such.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "rule"),
+    [
+        ("num_generations", 1, "must be >= 2 to rank completions, got 1"),
+        ("temperature", 0, "must be > 0, got 0.0"),
+        ("top_p", 0, "must be in (0, 1], got 0.0"),
+        ("top_p", 1.5, "must be in (0, 1], got 1.5"),
+        ("min_p", -0.1, "must be in [0, 1], got -0.1"),
+        ("adam_beta2", 1, "must be in [0, 1), got 1.0"),
+        ("max_steps", 0, "must be -1 or >= 1, got 0"),
+        ("mesh_data", 0, "must be -1 or >= 1, got 0"),
+        ("warmup_steps", 2.5, "must be >= 0, and whole from 1 on, got 2.5"),
+        ("delta", 1, "must be > 1, the ratio of an unchanged policy, got 1.0"),
+        ("beta", -1, "must be >= 0, got -1.0"),
+        ("tool_timeout", 0, "must be > 0, got 0.0"),
+        ("seed", -1, "must be in [0, 2**32 - 1], got -1"),
+        ("loss_type", "cispo", "must be one of grpo, bnpo, dr_grpo, dapo, got 'cispo'"),
+        (
+            "lr_scheduler_type",
+            "cosine_with_restarts",
+            "must be one of constant, constant_with_warmup, linear, cosine",
+        ),
+        ("dtype", "float16", "must be one of auto, float32, bfloat16, got 'float16'"),
+    ],
+)
+def test_values_out_of_range_name_the_rule(name, bad, rule):
+    with pytest.raises(ValueError) as error:
+        Config(**{name: bad})
+    assert str(error.value).startswith(f"{name} {rule}")
+
+
+def test_reward_weights_are_one_per_function():
+    assert Config(reward_weights=[2]).reward_weights == [2.0]
+    with pytest.raises(ValueError, match=r"1 functions \(accuracy\), got \[1.0, 2.0\]"):
+        Config(reward_weights=[1, 2])
+
+
+# --- batch size, warm-up ---
+
+
+def test_batch_size_is_per_device_times_devices_times_accumulation():
+    config = Config(per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    assert config.batch_size(devices=1) == 16
+    assert config.batch_size(devices=4) == 64
+
+
+@pytest.mark.parametrize(
+    ("per_device", "steps", "devices", "nearest"),
+    [
+        (2, 3, 1, "gradient_accumulation_steps 4, or num_generations 3 or 6"),
+        (2, 5, 1, "gradient_accumulation_steps 4 or 8, or num_generations 5 or 10"),
+        (3, 1, 2, "gradient_accumulation_steps 4, or num_generations 3 or 6"),
+        (1, 1, 1, "gradient_accumulation_steps 8"),
+    ],
+)
+def test_indivisible_batch_names_the_nearest_valid_values(per_device, steps, devices, nearest):
+    config = Config(per_device_train_batch_size=per_device, gradient_accumulation_steps=steps)
+    with pytest.raises(ValueError) as error:
+        config.batch_size(devices)
+    assert str(error.value).endswith(f"nearest valid: {nearest}")
+    assert f"got {per_device * steps * devices} = " in str(error.value)
+
+
+def test_warmup_counts_updates_or_is_a_share_rounded_up():
+    assert Config(warmup_steps=10).warmup_updates(total=40) == 10
+    assert Config(warmup_steps=0.1).warmup_updates(total=25) == 3
+    assert Config().warmup_updates(total=25) == 0
+
+
+def test_warmup_of_a_constant_schedule_is_named(tmp_path, caplog):
+    parse(text="lr_scheduler_type: constant\nwarmup_ratio: 0.1\n", tmp_path=tmp_path)
+    assert "c.yaml:2: lr_scheduler_type constant has no warm-up" in caplog.text
+
+
+def test_required_option_that_is_not_set_is_named():
+    with pytest.raises(ValueError, match="model_name_or_path must be set: --model_name_or_path VALUE"):
+        Config().required("model_name_or_path")
+    assert Config(model_name_or_path="m").required("model_name_or_path") == "m"
+
+
+# --- names of TRL and the recipe ---
+
+
+def test_original_recipe_runs_as_it_is(tmp_path, caplog):
+    config = parse(text=ORIGINAL, tmp_path=tmp_path).config
+    assert config.batch_size(1) == 32
+    assert (config.learning_rate, config.max_grpo_completion_length) == (5e-6, 1024)
+    assert (config.save_total_limit, config.report_to, config.dtype) == (3, "none", "bfloat16")
+    warned = [record.getMessage().replace(f"{tmp_path}/", "") for record in caplog.records]
+    assert [one.split(" ")[:2] for one in warned] == [
+        ["c.yaml:4:", "attn_implementation"],
+        ["c.yaml:5:", "trust_remote_code"],
+        ["c.yaml:25:", "report_to"],
+    ]
+    assert all(record.levelno == logging.WARNING for record in caplog.records)
+
+
+def test_original_launcher_flags_are_named_in_a_warning(caplog):
+    parse("--num_process", "4", "--zero_stage=3", "--tools_script", "t.py")
+    assert [r.getMessage().split(" ")[1] for r in caplog.records] == ["num_process", "zero_stage"]
+
+
+def test_supported_and_alias_names_are_options_and_the_rest_are_not():
+    options = {field.name for field in dataclasses.fields(Config)}
+    assert options >= {*SUPPORTED.split(), *ALIASES.values()}
+    assert options.isdisjoint({*ALIASES, *ERRORS, *" ".join(WARNINGS.values()).split()})
+
+
+@pytest.mark.parametrize("name", [name for name, ruling in RULINGS.items() if ruling.kind == "warning"])
+def test_each_warning_option_says_what_takes_its_place(name, tmp_path, caplog):
+    assert parse(text=f"{name}: something\n", tmp_path=tmp_path).config == Config()
+    assert f"c.yaml:1: {name} has no effect here: {RULINGS[name].text}" in caplog.text
+    caplog.clear()
+    parse(text=f"{name}: false\n", tmp_path=tmp_path)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_each_error_option_is_refused_but_for_neutral_values(name, tmp_path):
+    assert message(text=f"{name}: 17\n", tmp_path=tmp_path).startswith(
+        f"c.yaml:1: {name} 17 is not supported: "
+    )
+    for value in RULINGS[name].neutral:
+        text = yaml.safe_dump({name: value})
+        assert parse(text=text, tmp_path=tmp_path).config == Config()
+
+
+def test_a_switch_is_not_confused_with_its_number(tmp_path):
+    assert "repetition_penalty True is not supported" in message(
+        text="repetition_penalty: true", tmp_path=tmp_path
+    )
+
+
+def test_every_name_of_transformers_has_a_ruling():
+    """The release that the list was made from; a later one is ruled on when the list is renewed."""
+    if not importlib.metadata.version("transformers").startswith("5.23."):
+        pytest.skip("the committed list is of transformers 5.23")
+    (folder,) = (
+        f for f in importlib.metadata.files("transformers") if f.match("transformers/training_args.py")
+    )
+    tree = ast.parse(Path(folder.locate()).read_text())
+    body = next(n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "TrainingArguments")
+    names = {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+    assert len(names) > 100
+    assert names - set(RULINGS) == set()
+
+
+# --- defaults, files, help ---
+
+
+def test_defaults_are_those_of_trl():
+    """Written down from TRL 1.16.0's GRPOConfig."""
+    expected = {
+        "learning_rate": 1e-6,
+        "num_generations": 8,
+        "max_grpo_completion_length": 512,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": None,
+        "beta": 0.0,
+        "num_iterations": 1,
+        "epsilon": 0.2,
+        "epsilon_high": None,
+        "delta": None,
+        "importance_sampling_level": "token",
+        "scale_rewards": "group",
+        "loss_type": "dapo",
+        "mask_truncated_completions": False,
+        "max_tool_calling_iterations": None,
+        "log_completions": False,
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 3.0,
+        "max_steps": -1,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+        "gradient_checkpointing": True,
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 500,
+        "save_total_limit": None,
+        "report_to": "none",
+        "eval_steps": None,
+        "seed": 42,
+        "model_revision": "main",
+    }
+    config = Config()
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_default_yaml_is_the_original_quick_start():
+    config = parse_config([], prog="test", default_config=str(ROOT / "configs/default.yaml")).config
+    assert config.model_name_or_path == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert config.dataset_id_or_path == "data/financial_train.jsonl"
+    assert (config.num_train_epochs, config.learning_rate) == (3.0, 5e-7)
+    assert (config.max_grpo_completion_length, config.batch_size(1)) == (512, 16)
+
+
+def test_resolved_config_loads_again_as_it_is(tmp_path):
+    config = Config(
+        reward_fn=["a.py", "b.py"],
+        reward_weights=[1, 0.5],
+        chat_template_kwargs={"enable_thinking": False, "é": [1, {"x": None}]},
+        save_strategy="no",
+        scale_rewards="none",
+        learning_rate=5e-7,
+        system_prompt="Say: yes\nor #no",
+        delta=4.0,
+    )
+    write_resolved(config, tmp_path / "out" / "resolved_config.yaml")
+    again = parse_config([], prog="test", default_config=str(tmp_path / "out" / "resolved_config.yaml"))
+    assert again.config == config
+
+
+def test_help_lists_every_option_with_default_and_one_line(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name} " in text
+        assert field.metadata["help"] in text
+        assert len(field.metadata["help"]) <= 100
+    assert "--num_generations INT Completions per prompt, ranked with one another. [default: 8]" in text
+    assert "load_in_4bit" not in text
+
+
+def test_print_config_shows_value_and_origin(capsys, tmp_path):
+    print_config(parse("--seed=7", text="beta: 0.5", tmp_path=tmp_path))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["seed", "7", "--seed"] in lines
+    assert ["beta", "0.5", f"{tmp_path}/c.yaml:1"] in lines
+    assert ["min_p", "unset", "default"] in lines
+    assert len(lines) == len(dataclasses.fields(Config))
+
+
+def test_config_and_metrics_import_neither_jax_nor_transformers():
+    code = (
+        "import sys, grpo_jax.config, grpo_jax.metrics, grpo_jax.console\n"
+        "print([m for m in ('jax', 'transformers', 'flax', 'tensorboardX') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,412 @@
+"""Running tools: whatever one call does, the others go on and nothing raises."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_jax.tools import Toolbox, ToolRunner, load_tools
+from grpo_jax.types import Outcome, ToolCall
+
+SCRIPT = '''
+import asyncio, os, signal, subprocess, sys, threading, time
+
+LOG = os.environ.get("TOOL_TEST_LOG", os.devnull)
+
+def square(n: int) -> str:
+    """Square."""
+    print("a print of the user", flush=True)
+    os.write(1, b"and a raw one\\n")
+    return f"{n * n}"
+
+def note(text: str) -> str:
+    """Write to the log."""
+    with open(LOG, "a") as log:
+        log.write(text + "\\n")
+    return text
+
+def hang(n: int) -> str:
+    """Hang."""
+    while True:
+        pass
+
+def leave(code: int) -> str:
+    """Call sys.exit."""
+    sys.exit(code)
+
+def die(code: int) -> str:
+    """End the process."""
+    os._exit(code)
+
+def segfault() -> str:
+    """Be killed by a signal."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def eat(gigabytes: int) -> str:
+    """Eat memory."""
+    return str(len(bytearray(gigabytes * 2**30)))
+
+def long(n: int) -> str:
+    """Answer at length."""
+    return "é" * n
+
+def boom() -> str:
+    """Raise."""
+    raise RuntimeError("kaboom")
+
+def refuse() -> str:
+    """Refuse."""
+    return "Error: not allowed; allowed is nothing"
+
+def read() -> str:
+    """Read what is not there."""
+    return repr(sys.stdin.read())
+
+def shut() -> str:
+    """Close every pipe."""
+    os.closerange(3, 100)
+    return "shut"
+
+def unwritable() -> object:
+    """Return what cannot be written."""
+    class Odd:
+        def __str__(self):
+            raise TypeError("no text")
+    return Odd()
+
+def count() -> dict:
+    """Count: not pure."""
+    global COUNT
+    COUNT += 1
+    return {"count": COUNT}
+
+async def later(n: int) -> str:
+    """Answer later."""
+    await asyncio.sleep(0.001)
+    return f"later {n}"
+
+def child() -> str:
+    """Start a child that outlives the call, and hang."""
+    process = subprocess.Popen(["sleep", "60"])
+    note(str(process.pid))
+    time.sleep(60)
+
+def echo(value: object) -> str:
+    """Say it back."""
+    return repr(value)
+
+def where() -> str:
+    """Name the process and whether jax is in it."""
+    return f"{os.getpid()} {'jax' in sys.modules}"
+
+COUNT = 0
+TOOL_FUNCTIONS = [square, note, hang, leave, die, segfault, eat, long, boom, refuse, read, shut, unwritable,
+                  count, later, child, echo, where]
+'''
+
+STATE = '''
+class Account:
+    def __init__(self):
+        self.balance = 0
+
+    def deposit(self, amount: int) -> str:
+        """Put money in."""
+        self.balance += amount
+        return f"Balance: {self.balance}"
+
+    def wait(self) -> str:
+        """Hang."""
+        import time
+        time.sleep(3)
+
+def make_tools():
+    account = Account()
+    return [account.deposit, account.wait]
+'''
+
+
+def call(name, **arguments):
+    return ToolCall(name, arguments)
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    path = tmp_path_factory.mktemp("log") / "log.txt"
+    os.environ["TOOL_TEST_LOG"] = str(path)
+    yield path
+    del os.environ["TOOL_TEST_LOG"]
+
+
+@pytest.fixture(scope="module")
+def toolbox(tmp_path_factory, log):
+    path = tmp_path_factory.mktemp("tools") / "wild_tools.py"
+    path.write_text(SCRIPT)
+    return load_tools(script=path)
+
+
+@pytest.fixture(scope="module")
+def runner(toolbox):
+    with ToolRunner(toolbox, timeout=0.5, workers=2, memory_limit_mb=256, result_limit=100) as runner:
+        yield runner
+
+
+@pytest.fixture
+def account(tmp_path):
+    path = tmp_path / "account.py"
+    path.write_text(STATE)
+    return load_tools(script=path)
+
+
+def test_results_come_in_the_order_of_the_calls(runner):
+    results = runner.run([call("square", n=n) for n in range(50)])
+    assert [r.text for r in results] == [str(n * n) for n in range(50)]
+    assert {r.outcome for r in results} == {Outcome.OK}
+    assert all(0 < r.seconds < 5 for r in results)
+
+
+@pytest.mark.parametrize(
+    "bad, outcome, text",
+    [
+        (call("hang", n=1), Outcome.TIMEOUT, "Error: hang did not finish within 0.5 s"),
+        (call("leave", code=3), Outcome.CRASH, "Error: leave called sys.exit(3)"),
+        (call("die", code=4), Outcome.CRASH, "Error: die ended its worker process with exit code 4"),
+        (call("segfault"), Outcome.CRASH, "Error: segfault crashed its worker process (SIGSEGV)"),
+        (call("eat", gigabytes=8), Outcome.CRASH, "Error: eat ran out of memory"),
+        (
+            call("long", n=101),
+            Outcome.ERROR,
+            "Error: long returned 101 characters, more than the limit of 100",
+        ),
+        (call("boom"), Outcome.ERROR, "Error: boom raised RuntimeError: kaboom"),
+        (call("refuse"), Outcome.ERROR, "Error: not allowed; allowed is nothing"),
+        (call("unwritable"), Outcome.ERROR, "Error: unwritable raised TypeError: no text"),
+        (call("shut"), Outcome.CRASH, "Error: shut "),
+        (
+            call("square", n="4"),
+            Outcome.ERROR,
+            "Error: wrong arguments for square: 'n' must be integer, got s",
+        ),
+        (call("nope"), Outcome.ERROR, "Error: unknown tool 'nope'. Available: square, note, hang"),
+        (ToolCall("square", [1]), Outcome.ERROR, "Error: the arguments of square must be a JSON object"),
+        (
+            ToolCall("square", {"n": {1}}),
+            Outcome.ERROR,
+            "Error: the arguments of square must be a JSON object",
+        ),
+        (call("square", n=10**5000), Outcome.ERROR, "Error: the arguments of square must be a JSON object"),
+    ],
+)
+def test_a_bad_call_is_a_string_and_the_others_go_on(runner, bad, outcome, text):
+    runner.start_step()
+    calls = [call("square", n=n) for n in range(6)]
+    results = runner.run([*calls[:3], bad, *calls[3:]])
+    assert results[3].text.startswith(text)
+    assert results[3].outcome is outcome
+    assert [r.text for r in results[:3] + results[4:]] == ["0", "1", "4", "9", "16", "25"]
+
+
+@pytest.mark.parametrize(
+    "good, text",
+    [
+        (call("long", n=100), "é" * 100),
+        (call("later", n=2), "later 2"),
+        (call("read"), "''"),
+        (call("echo", value="\ud800"), "'\\ud800'"),
+    ],
+)
+def test_async_tools_empty_stdin_and_odd_text(runner, good, text):
+    assert runner.run([good])[0].text == text
+
+
+def test_workers_are_other_processes_without_jax(runner):
+    pid, has_jax = runner.run([call("where")])[0].text.split()
+    assert int(pid) != os.getpid() and has_jax == "False"
+
+
+def test_prints_stay_out_of_the_protocol(toolbox, capfd):
+    """They go to stderr; stdout may carry what the parent prints for others to read."""
+    with ToolRunner(toolbox, workers=1) as runner:
+        assert runner.run([call("square", n=3)])[0].text == "9"
+    out, err = capfd.readouterr()
+    assert "a print of the user" in err and "and a raw one" in err and out == ""
+
+
+def test_a_hanging_call_delays_its_batch_by_at_most_the_limit_and_0_6_s(runner):
+    calls = [call("square", n=n) for n in range(100, 200)]
+    runner.run(calls[:2])  # the workers are up
+    start = time.perf_counter()
+    results = runner.run([call("hang", n=7), *calls])
+    assert 0.5 <= time.perf_counter() - start < 0.5 + 0.6
+    assert [r.outcome for r in results].count(Outcome.OK) == 100
+
+
+def test_what_a_hanging_tool_started_is_killed_with_it(runner, log):
+    log.write_text("")
+    runner.run([call("child")])
+    pid = int(log.read_text())
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and _alive(pid):
+        time.sleep(0.02)
+    assert not _alive(pid)
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_equal_calls_of_a_step_run_once(runner, log):
+    log.write_text("")
+    runner.start_step()
+    calls = [call("note", text="a"), call("note", text="b"), call("note", text="a")]
+    assert [r.text for r in runner.run(calls)] == ["a", "b", "a"]
+    runner.run(calls[:1])
+    assert sorted(log.read_text().split()) == ["a", "b"]
+    assert runner.cache_hit_rate == 0.5
+    runner.start_step()
+    runner.run(calls[:1])
+    assert sorted(log.read_text().split()) == ["a", "a", "b"]
+    assert runner.cache_hit_rate == 0.0
+
+
+def test_one_true_and_1_0_are_different_calls(runner):
+    values = [1, True, 1.0, "1"]
+    assert [r.text for r in runner.run([call("echo", value=v) for v in values])] == [
+        "1",
+        "True",
+        "1.0",
+        "'1'",
+    ]
+
+
+def test_without_cache_every_call_runs_and_those_of_a_row_in_order(toolbox, log):
+    log.write_text("")
+    with ToolRunner(toolbox, workers=2, cache=False) as runner:
+        runner.run([call("note", text=t) for t in "acbca"], rows=[0, 0, 1, 0, 0])
+    lines = log.read_text().split()
+    assert sorted(lines) == ["a", "a", "b", "c", "c"]
+    assert [x for x in lines if x != "b"] == ["a", "c", "c", "a"]
+
+
+def test_impure_functions_are_found(runner):
+    assert runner.impure_functions([call("square", n=2), call("count"), call("later", n=1)]) == ["count"]
+
+
+def test_a_failing_worker_start_is_the_users_to_know(tmp_path):
+    path = tmp_path / "gone.py"
+    path.write_text('def f() -> str:\n    """F."""\nTOOL_FUNCTIONS = [f]\n')
+    toolbox = load_tools(script=path)
+    path.unlink()
+    with (
+        ToolRunner(toolbox, workers=1) as runner,
+        pytest.raises(RuntimeError, match=r"did not start: .*gone\.py"),
+    ):
+        runner.run([call("f")])
+
+
+def test_lax_reaches_the_workers(toolbox):
+    with ToolRunner(toolbox, workers=1, lax=True) as runner:
+        assert runner.run([call("square", n="4")])[0].text == "16"
+
+
+def test_close_ends_the_workers(toolbox):
+    runner = ToolRunner(toolbox, workers=1)
+    pid = int(runner.run([call("where")])[0].text.split()[0])
+    runner.close()
+    assert not _alive(pid)
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.run([call("where")])
+
+
+def test_workers_end_when_the_parent_is_killed(toolbox):
+    """A cluster kills with SIGKILL; a worker that lives on would hold the machine."""
+    code = (
+        "import os, signal\nfrom grpo_jax.tools import ToolRunner, load_tools\nfrom grpo_jax.types import ToolCall\n"
+        f"runner = ToolRunner(load_tools(script={toolbox.script!r}), workers=1)\n"
+        "print(runner.run([ToolCall('where', {})])[0].text, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pid = int(done.stdout.split()[0])
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and _alive(pid):
+        time.sleep(0.02)
+    assert not _alive(pid)
+
+
+# --- inline ----------------------------------------------------------------------------------------------
+
+
+def test_inline_gives_every_row_its_own_object_until_the_step_ends(account):
+    calls = [call("deposit", amount=a) for a in (1, 10, 2, 2)]
+    with ToolRunner(account, executor="inline", workers=2) as runner:
+        texts = [r.text for r in runner.run(calls, rows=["x", "y", "x", "x"])]
+        assert texts == ["Balance: 1", "Balance: 10", "Balance: 3", "Balance: 5"]
+        assert runner.run(calls[:1], rows=["y"])[0].text == "Balance: 11"
+        runner.start_step()
+        assert runner.run(calls[:1], rows=["y"])[0].text == "Balance: 1"
+
+
+def test_inline_leaves_a_hanging_tool_behind(account):
+    with ToolRunner(account, executor="inline", timeout=0.1) as runner:
+        results = runner.run(
+            [call("wait"), call("deposit", amount=1), call("deposit", amount="1")], rows=[0, 0, 0]
+        )
+    assert [r.outcome for r in results] == [Outcome.TIMEOUT, Outcome.OK, Outcome.ERROR]
+    assert results[1].text == "Balance: 1"
+
+
+def test_an_inline_tool_cannot_change_the_call(tmp_path):
+    def spoil(values: list) -> str:
+        """Spoil."""
+        values.clear()
+        raise KeyboardInterrupt
+
+    spoiled = call("spoil", values=[1])
+    toolbox = Toolbox(functions={"spoil": spoil}, schemas=[], source="a test")
+    with ToolRunner(toolbox, executor="inline") as runner:
+        assert runner.run([spoiled])[0].text.startswith("Error: KeyboardInterrupt")
+    assert spoiled.arguments == {"values": [1]}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "have state, which worker processes do not share; set tool_executor to inline"),
+        ({"executor": "thread"}, "tool_executor must be one of process, inline, got 'thread'"),
+        ({"executor": "inline", "timeout": 0}, "timeout must be positive, got 0"),
+    ],
+)
+def test_options_that_cannot_work_are_errors(account, options, message):
+    with pytest.raises(ValueError, match=message):
+        ToolRunner(account, **options)
+
+
+# --- fuzz ------------------------------------------------------------------------------------------------
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+_NAMES = st.sampled_from(["square", "echo", "long", "note", "later", "", "\ud800"]) | st.text(max_size=5)
+
+
+@settings(max_examples=100, deadline=2000)
+@given(
+    st.lists(
+        st.builds(ToolCall, _NAMES, st.dictionaries(st.sampled_from(["n", "value", "x"]), _JSON)), max_size=8
+    )
+)
+def test_no_call_makes_the_runner_raise(runner, calls):
+    results = runner.run(calls)
+    assert len(results) == len(calls)
+    assert not {r.outcome for r in results} & {Outcome.TIMEOUT, Outcome.CRASH}
+    json.dumps([r.text for r in results], ensure_ascii=False).encode()
