@@ -223,14 +223,11 @@ def sample_education(draw: Draw) -> dict:
 
 def sample_currency(draw: Draw) -> dict:
     currencies = draw.choices["base_currency"]
-    base = draw.enum("base_currency")
-    # 3 and 7 have no divisor in common with 10: every currency takes every place.
-    target = currencies[(draw.row * 3 + 1 + draw.row // 10) % 10]
-    middle = currencies[(draw.row * 7 + 2 + draw.row // 10) % 10]
-    if target == base:
-        target = draw.rng.choice([code for code in currencies if code != base])
-    if middle in (base, target):
-        middle = draw.rng.choice([code for code in currencies if code not in (base, target)])
+    # Three places that never meet; over ten rows every currency takes each of them.
+    place, turn = draw.row % 10, draw.row // 10
+    base = currencies[place]
+    target = currencies[(place + 1 + turn % 9) % 10]
+    middle = currencies[(place + 1 + (turn + 4) % 9) % 10]
     hedge = draw.maybe_enum("hedging_strategy")
     months = UNSTATED if hedge is UNSTATED else draw.whole(1, 24)
     units = SCALE.get(base, 1)

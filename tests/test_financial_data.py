@@ -47,7 +47,7 @@ def test_the_script_reproduces_the_committed_bytes(job, tmp_path):
 
 def test_sizes_and_columns():
     assert len(FINANCIAL["train"]) >= 1_000 and len(FINANCIAL["test"]) >= 100
-    assert sum(path.stat().st_size for path in (ROOT / "data").glob("[ft][iw]*.jsonl")) < 6_000_000
+    assert sum((ROOT / "data" / f"financial_{split}.jsonl").stat().st_size for split in FINANCIAL) < 5_000_000
     rows = FINANCIAL["train"] + FINANCIAL["test"]
     assert all(list(row) == ["prompt", "answer", "tool_call"] for row in rows)
     assert all([message["role"] for message in row["prompt"]] == ["system", "user"] for row in rows)

@@ -479,6 +479,15 @@ def test_no_value_makes_a_tool_raise(tool):
             assert len(line) < 400 and "$nan" not in line
 
 
+@pytest.mark.parametrize("tool", TOOL_FUNCTIONS)
+def test_a_whole_number_may_come_as_a_float(tool):
+    floats = {
+        name: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        for name, value in BASE[tool].items()
+    }
+    assert tool(**floats) == tool(**BASE[tool])
+
+
 # One other value per parameter, with what it needs to matter.
 OTHER = {
     calculate_portfolio_allocation: dict(

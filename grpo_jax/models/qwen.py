@@ -330,12 +330,20 @@ def extend(
 
     if remat:
         run_layer = jax.checkpoint(run_layer, prevent_cse=not isinstance(params["layers"], dict))
-    table = constrain(params["embedding"], "embedding").astype(dtype)
-    xs = tuple(constrain(table[lv.tokens], f"{n}_x") for lv, n in zip(levels, names, strict=True))
+    xs = _embed(constrain(params["embedding"], "embedding"), levels, dtype)
+    xs = tuple(constrain(x, f"{name}_x") for x, name in zip(xs, names, strict=True))
     kvs = tuple(kv for kv, _ in segments)
     xs, new = (_scan if isinstance(params["layers"], dict) else _unroll)(run_layer, xs, params["layers"], kvs)
     scale = params["norm"]["scale"].astype(dtype)
     return tuple(rms_norm(x, scale, cfg.norm_eps) for x in xs), new
+
+
+def _embed(table, levels, dtype):
+    """One lookup for all levels: its backward pass is then one scatter into the table, not three."""
+    tokens = jnp.concatenate([level.tokens.reshape(-1) for level in levels])
+    ends = np.cumsum([level.tokens.size for level in levels])[:-1]
+    parts = jnp.split(table[tokens].astype(dtype), ends)
+    return tuple(x.reshape(*lv.tokens.shape, -1) for x, lv in zip(parts, levels, strict=True))
 
 
 def _scan(run_layer, xs, layers, kvs):

@@ -15,8 +15,9 @@ from grpo_jax.tools.arguments import check_arguments
 if TYPE_CHECKING:
     from grpo_jax.tools.loading import Toolbox
 
-_MESSAGE_LIMIT = 500  # characters of an exception's message that a model gets to see
+_MESSAGE_LIMIT = 1000  # characters of an exception's message that a model gets to see
 _NAMES_LISTED = 20
+# Lone surrogates, which no tokenizer takes, become U+FFFD.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -68,11 +69,11 @@ def execute(
         The text for the model, and "ok", "error" or "crash" (`Outcome` values, as plain strings for workers).
     """
     text, outcome = _attempt(functions, name, arguments, lax)
-    if limit is not None and len(text) > limit:
+    if outcome == "ok" and limit is not None and len(text) > limit:
         text = f"Error: {name} returned {len(text)} characters, more than the limit of {limit}"
     if outcome == "ok" and text.startswith("Error:"):
         outcome = "error"
-    return _valid_unicode(text), outcome
+    return _SURROGATE.sub("\ufffd", text), outcome
 
 
 def _attempt(functions: Mapping[str, Callable], name: Any, arguments: Any, lax: bool) -> tuple[str, str]:
@@ -83,7 +84,7 @@ def _attempt(functions: Mapping[str, Callable], name: Any, arguments: Any, lax: 
     try:
         arguments = check_arguments(functions[name], arguments, lax)
     except Exception as error:  # mostly ValueError; also nesting too deep, or a value's own __eq__
-        return f"Error: wrong arguments for {name}: {error}", "error"
+        return f"Error: wrong arguments for {name}: {_message(error)}", "error"
     try:
         result = functions[name](**arguments)
         if inspect.isawaitable(result):
@@ -140,8 +141,3 @@ def _message(error: BaseException) -> str:
     except Exception:
         return "(no message)"
     return text if len(text) <= _MESSAGE_LIMIT else text[:_MESSAGE_LIMIT] + "…"
-
-
-def _valid_unicode(text: str) -> str:
-    """Lone surrogates, which no tokenizer takes, become U+FFFD."""
-    return _SURROGATE.sub("\ufffd", text)

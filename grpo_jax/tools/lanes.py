@@ -80,6 +80,7 @@ class ProcessLane:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            env=os.environ | {"PYTHONHASHSEED": "0"},  # a set prints alike in every worker and every run
             start_new_session=True,  # Ctrl-C is for the parent, and a tool's own children die with it
         )
         os.set_blocking(self._process.stdin.fileno(), False)

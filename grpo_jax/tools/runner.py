@@ -102,10 +102,12 @@ class ToolRunner:
         Args:
             calls: a sample; each is run twice, past the cache.
         """
-        calls = list(calls)
-        first = self._run(calls, range(len(calls)), share=False)
-        again = self._run(calls[::-1], range(len(calls)), share=False)[::-1]
-        return sorted({c.name for c, a, b in zip(calls, first, again, strict=True) if a.text != b.text})
+        # As a row, both runs meet the same worker, and so what the first one left behind there.
+        pairs = self._run(
+            [c for call in calls for c in (call, call)], [i // 2 for i in range(2 * len(calls))], share=False
+        )
+        firsts, seconds = pairs[::2], pairs[1::2]
+        return sorted({c.name for c, a, b in zip(calls, firsts, seconds, strict=True) if a.text != b.text})
 
     def close(self) -> None:
         """End the workers; further calls raise."""

@@ -74,7 +74,7 @@ def read_schema(function: Callable) -> dict[str, Any]:
     if required := [name for name, p in parameters.items() if p.required]:
         schema["required"] = required
     output = {"name": function.__name__, "description": doc.description, "parameters": schema}
-    if returned := _returned(function, doc.returns):
+    if (returned := _returned(function, doc.returns)) is not None:
         output["return"] = returned
     return {"type": "function", "function": output}
 
@@ -151,11 +151,11 @@ def _warn_unknown_types(function: Callable, properties: dict[str, dict]) -> None
 
 
 def _returned(function: Callable, text: str | None) -> dict[str, Any] | None:
-    hint = typing.get_type_hints(function).get("return", inspect.Signature.empty)
-    schema = {} if hint is inspect.Signature.empty else type_schema(hint)
-    if schema and text:
-        schema["description"] = text
-    return schema or None
+    hint = typing.get_type_hints(function).get("return")
+    schema = {} if hint is None else type_schema(hint)
+    if not schema and hint is not Any:
+        return None
+    return schema if text is None else schema | {"description": text}
 
 
 def _values_schema(values: list) -> dict[str, Any]:

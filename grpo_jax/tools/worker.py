@@ -1,8 +1,8 @@
 """The program of one tool worker: reads calls as JSON lines, answers each with one JSON line.
 
-The first line is the set-up (`runner.py` writes it), answered with `["ready", ""]` or `["error", why]`. Every further line is a call
-`[name, arguments]`, answered with `[outcome, text]`. Imports neither jax nor transformers, so that it starts
-in a few hundredths of a second.
+The first line is the set-up (`runner.py` writes it), answered with `["ready", ""]` or `["error", why]`. Every
+further line is a call `[name, arguments]`, answered with `[outcome, text]`. Imports neither jax nor
+transformers, so that it starts in a few hundredths of a second.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def calculate_education_funding(
 
     cost = AVERAGE_COST[school_type] if current_annual_cost is None else current_annual_cost
     net_today = max(0.0, cost - financial_aid_expected) * (1 - student_contribution_percent)
-    bills = [net_today * (1 + education_inflation_rate) ** (years + k) for k in range(years_of_college)]
+    bills = [net_today * (1 + education_inflation_rate) ** (years + k) for k in range(int(years_of_college))]
     # Each year is paid at its start; what is not yet due still earns the return.
     needed = sum(bill / (1 + expected_return) ** k for k, bill in enumerate(bills))
 

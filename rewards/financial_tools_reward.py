@@ -1,0 +1,70 @@
+"""The default job's reward: partial credit with a check of the tool selection.
+
+| the completion                                        | reward |
+|-------------------------------------------------------|--------|
+| makes no tool call                                    | 0.0    |
+| tries a call that does not parse                      | 0.05   |
+| calls another tool than the gold call's               | 0.1    |
+| calls the right tool, which answers `Error: …`        | 0.2    |
+| calls the right tool and gets another result          | 0.4    |
+| its last result equals the answer                     | 1.0    |
+
+With several calls the last one counts. Case and blanks are ignored when results are
+compared. The right tool is named by the data set's column `tool_call` (or `ground_truth`).
+"""
+
+NO_CALL, UNPARSABLE, WRONG_TOOL, ERROR, WRONG_RESULT, EXACT = 0.0, 0.05, 0.1, 0.2, 0.4, 1.0
+
+
+def financial_tools_reward(completions: list[list[dict]], answer: list[str], **kwargs) -> list[float]:
+    """Score each conversation by the table above.
+
+    Args:
+        completions: the messages after the prompt, one list a row.
+        answer: what the gold call returns, one text a row.
+        **kwargs: data set columns; `tool_call` or `ground_truth` holds the gold call.
+
+    Returns:
+        One reward from 0 to 1 a row.
+
+    Raises:
+        ValueError: the data set has neither column.
+    """
+    gold = kwargs.get("tool_call") or kwargs.get("ground_truth")
+    if gold is None:
+        raise ValueError(
+            "financial_tools_reward needs the gold call in a column tool_call or ground_truth; "
+            "add it, or use --reward_function_name accuracy"
+        )
+    return [score(*row) for row in zip(completions, answer, gold, strict=True)]
+
+
+def score(completion: list[dict], answer: str, gold: dict | list[dict]) -> float:
+    """The reward of one conversation."""
+    calls = [call["function"]["name"] for message in completion for call in message.get("tool_calls") or []]
+    results = [message["content"] for message in completion if message["role"] == "tool"]
+    if not calls:
+        tried = any(
+            "<tool_call>" in (message.get("content") or "")
+            for message in completion
+            if message["role"] == "assistant"
+        )
+        return UNPARSABLE if tried else NO_CALL
+    # A row may end before its call was answered: an empty result is a wrong one.
+    result = _plain(results[-1]) if results else ""
+    if result == _plain(answer):
+        return EXACT
+    if calls[-1] != _last_name(gold):
+        return WRONG_TOOL
+    return ERROR if result.startswith("error:") else WRONG_RESULT
+
+
+def _plain(text: str) -> str:
+    return " ".join(str(text).lower().split())
+
+
+def _last_name(gold: dict | list[dict]) -> str:
+    return (gold[-1] if isinstance(gold, list) else gold)["name"]
+
+
+reward_func = financial_tools_reward

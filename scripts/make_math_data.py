@@ -1,0 +1,119 @@
+"""Makes data/math_train.jsonl and data/math_test.jsonl: sums and products asked in words.
+
+    python scripts/make_math_data.py
+
+The same bytes come out every time. Numbers run from 1 to 999, with one, two and three
+digits equally likely. An unordered pair of numbers belongs to one of the two files, so the
+test asks for numbers that training never put together. No question occurs twice in a file.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from tools_funcs.math_tools import add, multiply
+
+SEED = 20261101
+ROWS = {"math_train.jsonl": 6000, "math_test.jsonl": 600}
+TEST_SHARE = 0.15  # of all pairs of numbers; of the 45 pairs of single digits this leaves enough
+
+ADD = (
+    "What is {a} plus {b}?",
+    "What's {a} + {b}?",
+    "Add {a} and {b}.",
+    "Add {a} to {b}.",
+    "{a} + {b} = ?",
+    "Calculate {a} plus {b}.",
+    "Compute {a} + {b}.",
+    "What is the sum of {a} and {b}?",
+    "Find the sum of {a} and {b}.",
+    "the sum of {a} and {b}",
+    "Sum up {a} and {b}.",
+    "How much is {a} plus {b}?",
+    "Please add the numbers {a} and {b}.",
+    "What do I get when I add {a} and {b}?",
+)
+ADD_STORIES = (
+    "I had {a} coins and found {b} more. How many coins now?",
+    "{a} people are on a train and {b} more get on. How many in total?",
+    "I sold {a} tickets on Monday and {b} on Tuesday. How many altogether?",
+    "A farmer has {a} sheep and buys {b} more. How many sheep now?",
+)
+MULTIPLY = (
+    "What is {a} times {b}?",
+    "What's {a} * {b}?",
+    "Multiply {a} by {b}.",
+    "Multiply {a} and {b}.",
+    "{a} * {b} = ?",
+    "{a} x {b} = ?",
+    "Calculate {a} times {b}.",
+    "Compute {a} * {b}.",
+    "What is the product of {a} and {b}?",
+    "Find the product of {a} and {b}.",
+    "the product of {a} and {b}",
+    "How much is {a} times {b}?",
+    "Please multiply the numbers {a} and {b}.",
+    "What do I get when I multiply {a} by {b}?",
+)
+MULTIPLY_STORIES = (
+    "I bought {a} boxes with {b} pens each. How many pens?",
+    "{a} rows have {b} seats each. How many seats are there?",
+    "There are {a} bags with {b} apples in each. How many apples?",
+    "A printer makes {a} pages every minute. How many pages in {b} minutes?",
+)
+# tool → (phrasings, phrasings that need the plural)
+PHRASINGS = {add: (ADD, ADD_STORIES), multiply: (MULTIPLY, MULTIPLY_STORIES)}
+
+
+def is_test_pair(a: int, b: int) -> bool:
+    """The unordered pair belongs to the test file; depends on the two numbers alone."""
+    return random.Random(f"{SEED} {min(a, b)} {max(a, b)}").random() < TEST_SHARE
+
+
+def draw_pair(rng: random.Random, from_test: bool) -> tuple[int, int]:
+    """Two numbers from 1 to 999 that belong to the file, their numbers of digits equally likely."""
+    # The digits come first, so that the split does not make some of them rarer.
+    digits = rng.randint(1, 3), rng.randint(1, 3)
+    while True:
+        a, b = (rng.randint(10 ** (d - 1), 10**d - 1) for d in digits)
+        if is_test_pair(a, b) == from_test:
+            return a, b
+
+
+def draw_row(rng: random.Random, a: int, b: int) -> dict:
+    """A row that asks for the sum or the product of two numbers."""
+    tool = rng.choice((add, multiply))
+    phrasings, stories = PHRASINGS[tool]
+    prompt = rng.choice(phrasings if min(a, b) == 1 else phrasings + stories).format(a=a, b=b)
+    call = {"name": tool.__name__, "arguments": {"a": a, "b": b}}
+    return {"prompt": prompt, "answer": tool(a, b), "tool_call": call}
+
+
+def make_rows(name: str) -> list[dict]:
+    """The rows of one of the two files."""
+    rng = random.Random(f"{SEED} {name}")
+    rows: dict[str, dict] = {}  # by question, so that none occurs twice
+    while len(rows) < ROWS[name]:
+        a, b = draw_pair(rng, from_test=name == "math_test.jsonl")
+        row = draw_row(rng, a, b)
+        while row["prompt"] in rows:
+            row = draw_row(rng, a, b)
+        rows[row["prompt"]] = row
+    return list(rows.values())
+
+
+def main() -> None:
+    """Write both files."""
+    parser = argparse.ArgumentParser(description="Make the data of the quickstart.")
+    default = Path(__file__).resolve().parents[1] / "data"
+    parser.add_argument("--output_dir", type=Path, default=default, help="folder of the two files")
+    folder = parser.parse_args().output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ROWS:
+        lines = "".join(json.dumps(row) + "\n" for row in make_rows(name))
+        (folder / name).write_text(lines, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()
