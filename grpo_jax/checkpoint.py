@@ -122,6 +122,17 @@ class Checkpoints:
         """The parameters alone, for export and evaluation; arguments and errors as `restore`."""
         return self._restore(step, target).params
 
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON of a step alone.
+
+        Raises:
+            ValueError: when there is no such step, or it is damaged.
+        """
+        if step not in self.steps():
+            raise ValueError(f"no checkpoint of step {step} in {self.directory}, which holds {self.steps()}")
+        with self._damage_explained(step):
+            return self._manager.restore(step, args=Composite(meta=JsonRestore())).meta
+
     def wait(self) -> None:
         """Returns when every save has been written."""
         self._manager.wait_until_finished()
@@ -165,6 +176,11 @@ class Checkpoints:
                 f"cannot restore {self.directory / str(step)}: it is damaged, or of another optimizer than "
                 f"this run's. Delete that folder to {mend}. ({type(error).__name__}: {error})"
             ) from error
+
+
+def is_step_folder(path: str | Path) -> bool:
+    """Whether a path is one step's folder, as `runs/x/checkpoints/40`."""
+    return Path(path).name.isdigit() and (Path(path) / "params").is_dir()
 
 
 class StopSignal:

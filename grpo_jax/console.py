@@ -220,8 +220,8 @@ def setup_logging(console: Console, level: str) -> None:
     """Send this package's log records to the console, or to the root logger's handlers if it has any.
 
     A root logger that the user configured keeps its handlers and its level; only a
-    level other than "info" is then set on our own logger. Call it before libraries
-    are imported that add a root handler of their own (Orbax does).
+    level other than "info" is then set on our own logger. The handler that absl adds
+    to the root logger when Orbax is imported is not the user's.
 
     Args:
         console: where records go.
@@ -230,7 +230,7 @@ def setup_logging(console: Console, level: str) -> None:
     ours = logging.getLogger("grpo_jax")
     for handler in [h for h in ours.handlers if isinstance(h, _ConsoleHandler)]:
         ours.removeHandler(handler)
-    if logging.getLogger().handlers:
+    if any(not type(h).__module__.startswith("absl") for h in logging.getLogger().handlers):
         ours.setLevel(logging.NOTSET if level == "info" else level.upper())
         ours.propagate = True
         return

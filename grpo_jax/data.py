@@ -7,8 +7,10 @@ set of the Hugging Face hub (`owner/name`). Only the last two need the network.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -191,12 +193,17 @@ def _sliced_lines(path: str, part: str) -> Iterator[tuple[int, str]]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise _not_found(path)
-    builder = _line_builder(path, hashlib.sha256(file.read_bytes()).hexdigest()[:16])
-    _prepare(builder)
+    if next(_lines(path), None) is None:
+        return
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    with contextlib.redirect_stdout(None):  # TFDS announces a download; there is none
+        builder = _prepared(lambda: _line_builder(path, digest))
     try:
         data = builder.as_data_source(split=f"train[{part}]")
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"{path}[{part}]: not a slice: {error}; write [:95%], [95%:] or [100:200]") from None
+        raise ValueError(
+            f"{path}[{part}] selects no rows: {_reason(error)}; write [:95%], [95%:] or [100:200]"
+        ) from None
     for i in range(len(data)):
         yield int(data[i]["number"]), data[i]["line"].decode()
 
@@ -213,7 +220,7 @@ def _line_builder(path: str, digest: str) -> Any:
 
         def _info(self):
             features = tfds.features.FeaturesDict({"number": np.int64, "line": tfds.features.Text()})
-            return self.dataset_info_from_configs(features=features, disable_shuffling=True)
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
         def _split_generators(self, dl_manager):
             return {"train": self._generate_examples()}
@@ -229,26 +236,26 @@ def _cache_root() -> str:
     return os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
 
 
-def _prepare(builder: Any) -> None:
-    """Build the cache once; every process of a host asks for it, and two must not write it at once."""
+def _prepared(make_builder: Callable[[], Any]) -> Any:
+    """A builder whose cache is on disk; of processes that start together, the first writes it."""
     import filelock
     import tensorflow_datasets as tfds
 
     os.makedirs(_cache_root(), exist_ok=True)
     tfds.disable_progress_bar()
     with filelock.FileLock(os.path.join(_cache_root(), "grpo_jax.lock")):
+        builder = make_builder()  # inside the lock: it reads what another process has written
         builder.download_and_prepare()
+    return builder
 
 
 def _tfds_rows(source: str) -> Iterator[tuple[str, Any]]:
     name, _, split = source.removeprefix("tfds:").partition(":")
     try:
-        builder = _registered_builder(name)
-        _prepare(builder)
+        builder = _prepared(lambda: _registered_builder(name))
         data = builder.as_data_source(split=split or "train")
     except Exception as error:  # whatever the builder's own download code raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{source} cannot be loaded: {reason}; {_LOCAL}") from error
+        raise ValueError(f"{source} cannot be loaded: {_reason(error)}; {_LOCAL}") from error
     for i in range(len(data)):
         yield f"{source}:{i + 1}", _plain(data[i])
 
@@ -256,12 +263,15 @@ def _tfds_rows(source: str) -> Iterator[tuple[str, Any]]:
 def _registered_builder(name: str) -> Any:
     import tensorflow_datasets as tfds
 
-    base = name.partition("/")[0]
-    if base not in tfds.list_builders():
+    load = functools.partial(tfds.builder, name, data_dir=_cache_root(), file_format="array_record")
+    try:
+        return load()
+    except tfds.core.DatasetNotFoundError:
         # Some builders, gsm8k among them, register only when their module is imported.
+        base = name.partition("/")[0]
         for init in Path(tfds.__file__).parent.glob(f"*/{base}/__init__.py"):
             importlib.import_module(f"tensorflow_datasets.{init.parts[-3]}.{base}")
-    return tfds.builder(name, data_dir=_cache_root(), file_format="array_record")
+        return load()
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -276,10 +286,15 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
         data = datasets.load_dataset(source, split="train")
     except Exception as error:  # network, access, format: the hub client's many errors
         raise ValueError(
-            f"{source} is no file here and cannot be loaded from the hub: {error}; {_LOCAL}"
+            f"{source} is no file here and cannot be loaded from the hub: {_reason(error)}; {_LOCAL}"
         ) from error
     for i, row in enumerate(data, start=1):
         yield f"{source}:{i}", dict(row)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a library's message; the others are its advice."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _LOCAL = "or give the path of a local .jsonl file"
@@ -314,10 +329,11 @@ def _no_constant(name: str) -> None:
 
 
 def _not_found(path: str) -> FileNotFoundError:
-    folder = Path(path).expanduser().parent
-    found = sorted(map(str, folder.glob("*.jsonl") if folder.is_dir() else Path().glob("**/*.jsonl")))
-    near = difflib.get_close_matches(path, found, n=3, cutoff=0.0)
-    hint = f"nearest: {', '.join(near)}" if near else f"there is no .jsonl file in {folder}"
+    found = {
+        str(file) for file in (*Path(path).expanduser().parent.glob("*.jsonl"), *Path().glob("*/*.jsonl"))
+    }
+    near = difflib.get_close_matches(path, sorted(found), n=3, cutoff=0.0)
+    hint = f"nearest: {', '.join(near)}" if near else "there is no .jsonl file beside it"
     return FileNotFoundError(f"data set {path} does not exist; {hint}")
 
 

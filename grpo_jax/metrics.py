@@ -126,6 +126,7 @@ class RolloutLog:
         trajectories: Sequence[Trajectory],
         advantages: Sequence[float],
         reward_names: Sequence[str],
+        extras: dict[str, Sequence[Any]] | None = None,
     ) -> Path:
         """Write a step's rows.
 
@@ -135,10 +136,12 @@ class RolloutLog:
             trajectories: [B].
             advantages: [B].
             reward_names: one per value of a trajectory's rewards.
+            extras: more columns, [B] values each (what rewards gave to `log_extra`).
 
         Returns:
             The file.
         """
+        extras = extras or {}
         rows = [
             {
                 "prompt": last_user_message(example.messages),
@@ -147,8 +150,11 @@ class RolloutLog:
                 "rewards": dict(zip(reward_names, one.rewards, strict=True)),
                 "status": one.status.value,
                 "advantage": advantage,
+                **{name: values[i] for name, values in extras.items()},
             }
-            for example, one, advantage in zip(examples, trajectories, advantages, strict=True)
+            for i, (example, one, advantage) in enumerate(
+                zip(examples, trajectories, advantages, strict=True)
+            )
         ]
         path = self.folder / f"step_{step:06d}.jsonl"
         write_text_atomic(path, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
@@ -270,6 +276,12 @@ class PhaseTimer:
         finally:
             self._charge()
             self._running.pop()
+
+    def move(self, phase: str, seconds: float) -> None:
+        """Charge seconds that have just passed to another phase than the one that is running."""
+        if self._running:
+            self.seconds[self._running[-1]] -= seconds
+            self.seconds[phase] += seconds
 
     def restore(self, seconds: dict[str, float]) -> None:
         """Start from the seconds of an interrupted run."""

@@ -93,6 +93,6 @@ def decay_mask(params: Any) -> Any:
 
     def decays(path: tuple, _: jax.Array) -> bool:
         keys = jax.tree_util.keystr(path, simple=True, separator="/")
-        return keys.rsplit("/", 1)[-1] not in ("scale", "bias") and "norm" not in keys
+        return not keys.endswith(("scale", "bias")) and "norm" not in keys
 
     return jax.tree_util.tree_map_with_path(decays, params)

@@ -6,6 +6,8 @@ GRPO and supervised fine-tuning differ in their objective only.
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from grpo_jax import losses
 from grpo_jax.logprobs import first_positions, token_logprobs
 from grpo_jax.models.qwen import KV, Level, ModelConfig, Params, extend, head_weights
+from grpo_jax.prefix_tree import Tree
 from grpo_jax.sharding import Layout
 from grpo_jax.types import StepBatch, TrainState
 
@@ -263,7 +266,7 @@ class _Split(NamedTuple):
     @classmethod
     def of(cls, P: int, G: int, micro_batches: int):
         """Split generations first: every micro-batch then uses every prompt's keys and values."""
-        generations = next(g for g in range(min(G, micro_batches), 0, -1) if G % g == 0 == micro_batches % g)
+        generations = math.gcd(micro_batches, G)
         prompts = micro_batches // generations
         if P % prompts:
             raise ValueError(
@@ -362,3 +365,49 @@ def _learn(step: ModelStep, params: Params, hidden, batch: StepBatch) -> Learned
         at(batch.ref_logprobs),
         batch.advantages,
     )
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """The state before the first update; moments lie where their weights lie."""
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    return jax.device_put(state, state_shardings(layout, state))
+
+
+def place_batch(layout: Layout, batch: StepBatch) -> StepBatch:
+    """A host batch on the devices: completions over rows, the shared levels everywhere."""
+
+    def place(name, x):
+        return jax.device_put(x, layout.rows(x) if name in ROW_FIELDS else layout.replicated)
+
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    arrays = {k: place(k, x) for k, x in fields.items() if x is not None and k != "loss_positions"}
+    return dataclasses.replace(batch, **arrays)
+
+
+def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
+    """The fewest micro-batches whose completions' activations fit in a third of the memory.
+
+    An estimate: with `remat` a layer keeps its input only, and one layer at a time its
+    working set; without, every layer keeps its working set. One micro-batch is best
+    where it fits: the trunk is then never kept.
+
+    Args:
+        step: how the model runs.
+        tree: the lengths.
+        P: prompts per update.
+        G: completions per prompt.
+    """
+    cfg, size = step.cfg, jnp.dtype(step.dtype).itemsize
+    tokens = P * G * (tree.budget + 1) // (step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"])
+    working = 4 * (4 * cfg.D + 4 * cfg.N * cfg.H + 3 * cfg.F)  # fp32 where it matters
+    per_token = cfg.L * cfg.D * size + working if step.remat else cfg.L * working
+    allowed = _memory_bytes() / 3
+    for parts in range(1, P * G + 1):
+        if P % (parts // math.gcd(parts, G)) == 0 and tokens * per_token / parts <= allowed:
+            return parts
+    return P * G
+
+
+def _memory_bytes() -> int:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

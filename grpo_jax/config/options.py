@@ -54,7 +54,7 @@ class Config:
     tool_memory_limit: int = _opt(1024, "Memory of a tool worker in MB.", ONE_OR_MORE)
     tool_cache: bool = _opt(True, "Run equal calls of a step once: tools are pure.")
     tool_arg_validation: str = _opt(
-        "strict", "Check arguments against the schema fully, or only names.", choices=("strict", "lax")
+        "strict", "Whether text may stand for a number in a call (lax) or not.", choices=("strict", "lax")
     )
     max_tool_calling_iterations: int | None = _opt(
         None, "Tool turns of a conversation at most; unset: as the budget allows.", ONE_OR_MORE
@@ -158,7 +158,7 @@ class Config:
     sft_eval_steps: int = _opt(10, "Updates between looks at the validation rows.", ONE_OR_MORE)
     sft_validation_size: int = _opt(128, "Training rows kept for validation.", ONE_OR_MORE)
     sft_stop_match: float = _opt(
-        0.95, "Stop when this share of validation rows' gold turns is reproduced.", SHARE
+        0.95, "Stop at this exact_answer_match on the validation rows.", SHARE
     )
 
     mesh_data: int = _opt(

@@ -95,7 +95,8 @@ def make_tiny_checkpoint(
 
     Args:
         folder: where it goes; must not exist. It appears whole or not at all.
-        texts: what the tokenizer is trained on: texts as the model will meet them.
+        texts: what the tokenizer is trained on, as often as the model will meet them; the
+            template's own words are added.
         seed: of the weights.
         vocab_size: rows of the embedding; the tokenizer has at most as many ids.
         layers, hidden, heads, kv_heads, head_dim, mlp: the transformer's shape.
@@ -118,7 +119,9 @@ def make_tiny_checkpoint(
     if heads % kv_heads:
         raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
     config = _config(vocab_size, layers, hidden, heads, kv_heads, head_dim, mlp)
-    tokenizer = _train_tokenizer(texts, vocab_size - control)
+    texts = list(texts)
+    words = [w.replace(r"\n", "\n") for w in re.findall(r"'([^']*)'", CHAT_TEMPLATE)]
+    tokenizer = _train_tokenizer(texts + words * (len(texts) // 4 + 1), vocab_size - control)
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS + TAG_TOKENS}
     ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
 

@@ -1,0 +1,253 @@
+"""What every command needs before it starts: the job's parts, loaded and checked, and the devices.
+
+Bad input is met here, before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from grpo_jax.checkpoint import Checkpoints, is_step_folder
+from grpo_jax.config import Config
+from grpo_jax.console import Console
+from grpo_jax.conversation import Conversation, load_conversation
+from grpo_jax.data import gold_calls, load_examples
+from grpo_jax.metrics import PhaseTimer
+from grpo_jax.models import hf_checkpoint
+from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
+from grpo_jax.models.tiny import make_tiny_checkpoint
+from grpo_jax.prefix_tree import Tree, make_tree
+from grpo_jax.rewards import RewardFunction, load_rewards
+from grpo_jax.rollout import ToolLoop
+from grpo_jax.sampler import Sampler, Sampling, make_sampler
+from grpo_jax.sharding import Layout, make_mesh
+from grpo_jax.tools import Toolbox, ToolRunner, load_tools, signature_line
+from grpo_jax.types import Example
+
+log = logging.getLogger(__name__)
+SCRATCH = "scratch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """The parts of a job.
+
+    Args:
+        config: the options.
+        console: where it prints.
+        timer: seconds by phase.
+        toolbox: the tools.
+        rewards: the reward functions.
+        runner: runs tool calls.
+        folder: HF folder of the model that the job starts from.
+        checkpoint: a step's folder whose weights take the place of the folder's; or None.
+        model: its sizes.
+        conversation: its tokenizer and template.
+        mesh: the devices.
+        dtype: of the computation.
+    """
+
+    config: Config
+    console: Console
+    timer: PhaseTimer
+    toolbox: Toolbox
+    rewards: list[RewardFunction]
+    runner: ToolRunner
+    folder: Path
+    checkpoint: Path | None
+    model: ModelConfig
+    conversation: Conversation
+    mesh: Mesh
+    dtype: Any
+
+    @property
+    def training(self) -> Layout:
+        """The training column of the sharding tables."""
+        return Layout(self.mesh)
+
+    @property
+    def row_devices(self) -> int:
+        """Devices along data and fsdp, over which completions are spread."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def sampler(self, sampling: Sampling) -> Sampler:
+        """The jitted rollout functions for one way of sampling."""
+        return make_sampler(
+            self.model,
+            Layout(self.mesh, rollout=True),
+            dtype=self.dtype,
+            sampling=sampling,
+            stop_ids=self.conversation.stop_ids,
+            budget=self.config.max_grpo_completion_length,
+        )
+
+    def tool_loop(self, sampler: Sampler, tree: Tree) -> ToolLoop:
+        """The multi-turn loop over a data set's prefix tree."""
+        return ToolLoop(
+            sampler,
+            self.conversation,
+            self.toolbox.schemas,
+            self.runner,
+            tree,
+            self.config.max_tool_calling_iterations,
+            self.config.malformed_call_feedback,
+        )
+
+    def load_params(self, folder: Path | None = None, dtype=jnp.float32) -> Params:
+        """Weights straight into their shards: of an HF folder, or (None) those the job starts from."""
+        shapes = abstract_params(self.model)
+        shardings = self.training.params(shapes)
+        if folder is None and self.checkpoint is not None:
+            target = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+            )
+            with Checkpoints(self.checkpoint.parent) as checkpoints:
+                return checkpoints.restore_params(int(self.checkpoint.name), target)
+        return hf_checkpoint.load_params(folder or self.folder, self.model, shardings, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """A data set with its prompts as token ids, in the same order, and their prefix tree."""
+
+    examples: list[Example]
+    ids: list[list[int]]
+    tree: Tree
+
+
+def setup_jax(config: Config, console: Console) -> None:
+    """The persistent compile cache, and a loud line when an accelerator is present and unused."""
+    if config.compilation_cache_dir not in (None, "none"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    idle = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    if jax.default_backend() == "cpu" and idle:
+        console.line(
+            f"*** {idle[0]} is present but JAX runs on the CPU: install the accelerator build with "
+            'pip install -e ".[cuda]" (NVIDIA) or pip install -e ".[tpu]" (Cloud TPU) ***'
+        )
+
+
+def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session:
+    """Load and check tools, rewards, model and tokenizer, and say what was found.
+
+    Raises:
+        ValueError, FileNotFoundError: bad input; says what, where, and the mend.
+    """
+    toolbox = load_tools(config.tools_script, config.tool_functions_module)
+    rewards = load_rewards(config.reward_fn, config.reward_function_name)
+    console.tools([signature_line(f) for f in toolbox.functions.values()])
+    for reward in rewards:
+        console.line(f"Reward function: {reward.name} ({reward.source})")
+    log.debug("Tool schemas:\n%s", json.dumps(toolbox.schemas, indent=2))
+    setup_jax(config, console)
+    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    folder, checkpoint = _model_folder(config, toolbox, console)
+    model = hf_checkpoint.read_config(folder)
+    conversation = load_conversation(
+        config.tokenizer_name_or_path or str(folder), chat_template_kwargs=config.chat_template_kwargs
+    )
+    if conversation.vocab_size > model.V:
+        raise ValueError(
+            f"the tokenizer has {conversation.vocab_size} tokens, the model only {model.V} rows; "
+            "use the model's own tokenizer"
+        )
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(config.dtype, config.dtype)
+    console.line(
+        f"Model: {folder} ({model.model_type}, {model.L} layers, width {model.D}, vocabulary {model.V}), "
+        f"{dtype} on {mesh.size} {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
+    )
+    runner = ToolRunner(
+        toolbox,
+        executor=config.tool_executor,
+        timeout=config.tool_timeout,
+        memory_limit_mb=config.tool_memory_limit,
+        lax=config.tool_arg_validation == "lax",
+        cache=config.tool_cache,
+    )
+    return Session(
+        config,
+        console,
+        timer,
+        toolbox,
+        rewards,
+        runner,
+        folder,
+        checkpoint,
+        model,
+        conversation,
+        mesh,
+        jnp.dtype(dtype),
+    )
+
+
+def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[Path, Path | None]:
+    """The model's HF folder, and the checkpoint when its name is one's folder.
+
+    `scratch` makes a small HF folder in output_dir once.
+    """
+    name = config.required("model_name_or_path")
+    if is_step_folder(name):
+        checkpoint = Path(name).absolute()
+        with Checkpoints(checkpoint.parent) as checkpoints:
+            return Path(checkpoints.meta(int(checkpoint.name))["source"]), checkpoint
+    if name != SCRATCH:
+        return hf_checkpoint.fetch_model(name, config.model_revision), None
+    folder = Path(config.output_dir) / "base_model"
+    if not folder.exists():
+        examples = load_examples(config.required("dataset_id_or_path"), system_prompt=config.system_prompt)
+        make_tiny_checkpoint(folder, _texts(examples, toolbox), seed=config.seed)
+        console.line(f"Made a small model with its own tokenizer in {folder}")
+    return folder, None
+
+
+def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
+    """What a scratch tokenizer learns its merges from: schemas, questions, gold calls, answers."""
+    # every prompt holds the schemas; a twentieth of that is enough to make their words tokens
+    texts = [json.dumps(schema) for schema in toolbox.schemas] * (len(examples) // 20 + 1)
+    for example in examples:
+        texts += [m["content"] for m in example.messages if isinstance(m.get("content"), str)]
+        texts.append(example.answer)
+        if "tool_call" in example.extra or "ground_truth" in example.extra:
+            calls = gold_calls(example, toolbox.functions)
+            texts += [json.dumps({"name": c.name, "arguments": c.arguments}) for c in calls]
+    return texts
+
+
+def load_prompts(session: Session, source: str) -> Prompts:
+    """Read a data set and encode its prompts.
+
+    Raises:
+        ValueError: a prompt is longer than max_prompt_length (and overlong_prompts is "error").
+    """
+    config = session.config
+    examples = load_examples(source, system_prompt=config.system_prompt)
+    ids = [session.conversation.prompt_ids(e.messages, session.toolbox.schemas) for e in examples]
+    limit = config.max_prompt_length
+    if limit is not None:
+        fits = [len(i) <= limit for i in ids]
+        if not all(fits) and config.overlong_prompts == "error":
+            first = fits.index(False)
+            raise ValueError(
+                f"{examples[first].source}: the prompt has {len(ids[first])} tokens, max_prompt_length is "
+                f"{limit}; raise it, shorten the prompt, or set overlong_prompts to drop"
+            )
+        examples = [e for e, fit in zip(examples, fits, strict=True) if fit]
+        ids = [i for i, fit in zip(ids, fits, strict=True) if fit]
+        if len(ids) < len(fits):
+            session.console.line(f"Dropped {len(fits) - len(ids)} of {len(fits)} prompts over {limit} tokens")
+        if not ids:
+            raise ValueError(f"{source}: every prompt is longer than max_prompt_length {limit}; raise it")
+    return Prompts(examples, ids, make_tree(ids, config.max_grpo_completion_length, session.row_devices))

@@ -1,0 +1,537 @@
+"""GRPO training: `python -m grpo_jax.train --config configs/quickstart.yaml`.
+
+Top to bottom this is the algorithm: sample groups of completions with their tool
+turns, score them, compare each with its group, update; then export what was learned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.advantages import combine_rewards, group_advantages, group_std
+from grpo_jax.checkpoint import Checkpoints, StopSignal, is_step_folder
+from grpo_jax.command import INTERRUPTED, run_command
+from grpo_jax.compiling import watch_compiles
+from grpo_jax.config import Config, ResolvedConfig, write_resolved
+from grpo_jax.console import Console
+from grpo_jax.data import Cursor, next_batch
+from grpo_jax.evaluate import compare, evaluate, greedy_sampler
+from grpo_jax.metrics import MetricsWriter, PhaseTimer, RolloutLog, trajectory_metrics, write_json_atomic
+from grpo_jax.models import hf_checkpoint
+from grpo_jax.optimizer import make_optimizer, make_schedule
+from grpo_jax.prefix_tree import step_batch
+from grpo_jax.rewards import RewardOutcome, call_rewards
+from grpo_jax.rollout import prefill_preamble, run_rollout
+from grpo_jax.sampler import Sampler, Sampling
+from grpo_jax.session import Prompts, Session, load_prompts, open_session
+from grpo_jax.sft import fine_tune
+from grpo_jax.train_step import (
+    GrpoObjective,
+    ModelStep,
+    init_state,
+    make_score,
+    make_update,
+    micro_batches_for,
+    place_batch,
+    state_shardings,
+)
+from grpo_jax.types import Example, StepBatch, TrainState, Trajectory
+
+# What a run leaves in output_dir, and all that --overwrite_output_dir removes.
+LEAVINGS = (
+    "resolved_config.yaml",
+    "metrics.jsonl",
+    "rollouts",
+    "checkpoints",
+    "model",
+    "summary.json",
+    "base_model",
+    "cold_start",
+    "tensorboard",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the steps of a run follow from its options and data.
+
+    Args:
+        P: prompts per batch.
+        G: completions per prompt.
+        batches_per_epoch: full batches; an incomplete last one is dropped.
+        batches: of the whole run.
+        updates_per_batch: `num_iterations`.
+    """
+
+    P: int
+    G: int
+    batches_per_epoch: int
+    batches: int
+    updates_per_batch: int
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.batches * self.updates_per_batch
+
+
+def make_plan(config: Config, rows: int, row_devices: int) -> Plan:
+    """Derive batches and updates.
+
+    Raises:
+        ValueError: completions per update do not divide by num_generations, or the data has
+            fewer rows than one batch has prompts.
+    """
+    G = config.num_generations
+    P = config.batch_size(row_devices) // G
+    if rows < P:
+        raise ValueError(
+            f"one update needs {P} prompts ({P} × {G} completions), the data has {rows} rows; "
+            "lower per_device_train_batch_size or gradient_accumulation_steps, or add rows"
+        )
+    per_epoch = rows // P
+    batches = math.ceil(config.num_train_epochs * per_epoch)
+    if config.max_steps > 0:
+        batches = math.ceil(config.max_steps / config.num_iterations)
+    return Plan(P, G, per_epoch, batches, config.num_iterations)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """The compiled parts of an update and what they were made for.
+
+    Args:
+        step: how the model runs.
+        schedule: updates done -> learning rate.
+        update: the jitted update.
+        score: jitted log-probabilities of a frozen or earlier policy.
+        reference: parameters of the frozen reference; None when beta is 0.
+    """
+
+    step: ModelStep
+    schedule: Callable[[int], float]
+    update: Callable
+    score: Callable
+    reference: Any
+
+
+def run(resolved: ResolvedConfig, console: Console) -> int:
+    """Train as configured; returns the exit status."""
+    config = resolved.config
+    out = Path(config.output_dir)
+    if config.overwrite_output_dir:
+        _start_over(out)
+    summary = _read_summary(out)
+    if "after" in summary:
+        console.line(
+            f"The run in {out} is finished (summary.json, model/). "
+            "--overwrite_output_dir starts over; another --output_dir keeps both."
+        )
+        return 0
+    timer = PhaseTimer()
+    timer.restore(summary.get("timings", {}))
+    with watch_compiles(console, timer):
+        session = open_session(config, console, timer)
+        with session.runner:
+            data = load_prompts(session, config.required("dataset_id_or_path"))
+            return _train(session, resolved, data, summary)
+
+
+def _train(session: Session, resolved: ResolvedConfig, data: Prompts, summary: dict[str, Any]) -> int:
+    config, console, out = session.config, session.console, Path(session.config.output_dir)
+    plan = make_plan(config, len(data.ids), session.row_devices)
+    _check_inputs(session)
+    _say_plan(console, plan, data)
+    write_resolved(config, out / "resolved_config.yaml")
+    greedy = greedy_sampler(session)
+    if config.cold_start:
+        session = _cold_start(session, data, greedy, summary)
+
+    evaluation = _Evaluation(session, greedy)
+    sampler = session.sampler(_sampling(config))
+    with StopSignal() as stop, Checkpoints(out / "checkpoints", keep=config.save_total_limit) as checkpoints:
+        learner, state, meta = _start(session, plan, data, checkpoints)
+        if "before" not in summary and evaluation.possible:
+            summary["before"] = evaluation(sampler.export(state.params), "Evaluation before")
+            _write_summary(session, summary)
+        state, stopped = _grpo(
+            session, plan, data, sampler, learner, state, meta, checkpoints, stop, evaluation
+        )
+    if stopped:
+        _write_summary(session, summary)
+        console.line(f"Stopped after update {int(state.step)}, which is saved. The same command continues.")
+        return INTERRUPTED
+    _finish(session, sampler, state, evaluation, summary)
+    return 0
+
+
+def _grpo(
+    session: Session,
+    plan: Plan,
+    data: Prompts,
+    sampler: Sampler,
+    learner: Learner,
+    state: TrainState,
+    meta: dict[str, Any],
+    checkpoints: Checkpoints,
+    stop: StopSignal,
+    evaluation: _Evaluation,
+) -> tuple[TrainState, bool]:
+    """The training loop; returns the last state and whether it was asked to stop early."""
+    config, console, timer = session.config, session.console, session.timer
+    loop = session.tool_loop(sampler, data.tree)
+    cursor, num_tokens = Cursor.from_json(meta["cursor"]), meta["num_tokens"]
+    first = int(state.step)
+    writer = MetricsWriter(config.output_dir, config.report_to, resume_step=first or None)
+    rollouts = RolloutLog(config.output_dir)
+    names = [reward.name for reward in session.rewards]
+    with console.progress("GRPO", plan.batches) as bar:
+        bar.advance(first // plan.updates_per_batch)
+        for _ in range(first // plan.updates_per_batch, plan.batches):
+            began = time.perf_counter()
+            draws, next_cursor = next_batch(len(data.ids), plan.P, cursor, config.seed)
+            chosen = [i for i, _ in draws]
+            examples = [data.examples[i] for i in chosen for _ in range(plan.G)]
+
+            with timer("rollout"), console.progress("Rollout", plan.P * plan.G) as rows:
+                params = sampler.export(state.params)
+                preamble = prefill_preamble(loop, params)
+                trajectories = run_rollout(
+                    loop,
+                    params,
+                    preamble,
+                    [data.ids[i] for i in chosen],
+                    [draw for _, draw in draws],
+                    generations=plan.G,
+                    seed=config.seed,
+                    on_turn=_row_counter(rows),
+                )
+            with timer("reward"):
+                outcome = score_rewards(session, examples, trajectories, int(state.step), plan)
+                rewards = combine_rewards(outcome.values, config.reward_weights or [1.0] * len(names))
+                advantages = group_advantages(rewards, plan.G, config.scale_rewards)
+                trajectories = [
+                    dataclasses.replace(t, rewards=tuple(None if math.isnan(v) else float(v) for v in values))
+                    for t, values in zip(trajectories, outcome.values, strict=True)
+                ]
+            with timer("update"):
+                batch = _make_batch(config, data, trajectories, plan, advantages)
+                state, metrics = _update(learner, state, place_batch(learner.step.layout, batch), plan)
+
+            cursor, step = next_cursor, int(state.step)
+            num_tokens += sum(len(t.prompt_ids) + len(t.completion_ids) for t in trajectories)
+            spread = group_std(rewards, plan.G)
+            record = {
+                **trajectory_metrics(trajectories, rewards, spread, names),
+                **outcome.metrics,
+                **metrics,
+                "learning_rate": float(learner.schedule(step - 1)),
+                "epoch": cursor.epoch + cursor.next_index / len(data.ids),
+                "num_tokens": num_tokens,
+                "tools/cache_hit_rate": session.runner.cache_hit_rate,
+                "step_time": time.perf_counter() - began,
+            }
+            writer.write(step, record)
+            rollouts.write(step, examples, trajectories, advantages, names, outcome.extras)
+            bar.advance(1, reward=record["reward"], spread=record["reward_std"])
+            _print_step(session, step, plan, record, examples, trajectories)
+            meta = {**meta, "cursor": cursor.to_json(), "num_tokens": num_tokens, "timings": timer.seconds}
+            done = step >= plan.updates
+            if stop.requested or _save_due(config, step, cursor, done, plan):
+                with timer("save"):
+                    checkpoints.save(step, state, meta)
+            if stop.requested and not done:
+                writer.close()
+                return state, True
+            if config.eval_steps and step % config.eval_steps == 0 and not done and evaluation.possible:
+                figures = evaluation(sampler.export(state.params), f"Evaluation at {step}")
+                writer.write(step, {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)})
+    writer.close()
+    return state, False
+
+
+def score_rewards(
+    session: Session, examples: Sequence[Example], trajectories: Sequence[Trajectory], step: int, plan: Plan
+) -> RewardOutcome:
+    """Call the user's reward functions on a batch, with every column of its rows."""
+    columns = {name for example in examples for name in example.extra}
+    return call_rewards(
+        session.rewards,
+        completions=[t.messages for t in trajectories],
+        answer=[e.answer for e in examples],
+        prompts=[e.messages for e in examples],
+        completion_ids=[t.completion_ids for t in trajectories],
+        trainer_state={"global_step": step, "max_steps": plan.updates},
+        columns={name: [e.extra.get(name) for e in examples] for name in sorted(columns)},
+    )
+
+
+def _make_batch(
+    config: Config, data: Prompts, trajectories: Sequence[Trajectory], plan: Plan, advantages: np.ndarray
+) -> StepBatch:
+    learned = [not (config.mask_truncated_completions and t.status.truncated) for t in trajectories]
+    return step_batch(data.tree, trajectories, plan.G, advantages, learned)
+
+
+def _update(
+    learner: Learner, state: TrainState, batch: StepBatch, plan: Plan
+) -> tuple[TrainState, dict[str, float]]:
+    """One batch's updates; metrics are those of the last."""
+    if learner.reference is not None:
+        batch = dataclasses.replace(batch, ref_logprobs=learner.score(learner.reference, batch))
+    if plan.updates_per_batch > 1:
+        batch = dataclasses.replace(batch, old_logprobs=learner.score(state.params, batch))
+    for _ in range(plan.updates_per_batch):
+        state, metrics = learner.update(state, batch)
+    return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def _start(
+    session: Session, plan: Plan, data: Prompts, checkpoints: Checkpoints
+) -> tuple[Learner, TrainState, dict[str, Any]]:
+    """The learner and the state to go on from: a checkpoint's, or a fresh one."""
+    config, model = session.config, session.model
+    schedule = make_schedule(
+        config.lr_scheduler_type, config.learning_rate, config.warmup_updates(plan.updates), plan.updates
+    )
+    optimizer = make_optimizer(
+        schedule=schedule,
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    state = init_state(session.load_params(), optimizer, session.training)
+    step = ModelStep(
+        model, session.training, session.dtype, config.gradient_checkpointing, config.temperature
+    )
+    parts = config.micro_batches or micro_batches_for(step, data.tree, plan.P, plan.G)
+    if parts > 1:
+        session.console.line(f"The update runs its {plan.P * plan.G} completions in {parts} micro-batches")
+    step = dataclasses.replace(step, micro_batches=parts)
+    objective = GrpoObjective(
+        config.epsilon,
+        config.epsilon if config.epsilon_high is None else config.epsilon_high,
+        config.delta,
+        config.beta,
+        config.loss_type,
+        config.importance_sampling_level,
+        config.max_grpo_completion_length,
+    )
+    reference = session.load_params(dtype=session.dtype) if config.beta else None
+    learner = Learner(
+        step, schedule, make_update(step, optimizer, objective, state), make_score(step), reference
+    )
+    meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(session.folder.absolute())}
+    meta |= _machine()
+    found = _checkpoint_to_resume(config, checkpoints)
+    if found is None:
+        return learner, state, meta
+    directory, number = found
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        state_shardings(step.layout, state),
+    )
+    with (
+        Checkpoints(directory)
+        if directory != checkpoints.directory
+        else contextlib.nullcontext(checkpoints) as source
+    ):
+        state, saved = source.restore(number, shapes)
+    for name, value in _machine().items():
+        if saved.get(name) != value:
+            session.console.line(
+                f"Warning: {name} was {saved.get(name)!r} when step {number} was saved and is {value!r} now; "
+                "sums are then taken in another order, and the run may differ in the last bits"
+            )
+    session.timer.restore(saved.get("timings", {}))
+    session.console.line(f"Continuing from the checkpoint of update {number} in {directory}")
+    return learner, state, {**saved, **_machine()}
+
+
+def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints) -> tuple[Path, int] | None:
+    """(folder, step) of the checkpoint that `resume_from_checkpoint` means; None for a fresh start."""
+    wanted, newest = config.resume_from_checkpoint, checkpoints.latest()
+    if wanted == "none" and newest is not None:
+        raise ValueError(
+            f"resume_from_checkpoint is none, but {checkpoints.directory} holds checkpoints; "
+            "start over with --overwrite_output_dir, or choose another --output_dir"
+        )
+    if wanted in (None, "none"):
+        return None if newest is None else (checkpoints.directory, newest)
+    if not is_step_folder(wanted):
+        raise ValueError(
+            f"resume_from_checkpoint must be a step's folder (RUN/checkpoints/STEP), got {wanted}"
+        )
+    path = Path(wanted).absolute()
+    if newest is not None and (path.parent, int(path.name)) != (checkpoints.directory, newest):
+        raise ValueError(
+            f"cannot resume from {path}: {checkpoints.directory} already holds step {newest}; "
+            "choose another --output_dir, so that what was saved stays saved"
+        )
+    return path.parent, int(path.name)
+
+
+def _machine() -> dict[str, Any]:
+    """What decides the order of sums: resumes are bit for bit only where it is the same."""
+    return {"threads": len(os.sched_getaffinity(0)), "xla_flags": os.environ.get("XLA_FLAGS", "")}
+
+
+def _cold_start(session: Session, data: Prompts, greedy: Sampler, summary: dict[str, Any]) -> Session:
+    """The session with the cold-started model in place of its own; fine-tunes unless that is done."""
+    folder = Path(session.config.output_dir) / "cold_start"
+    if not folder.exists():
+        with session.timer("cold_start"):
+            report = fine_tune(session, data, greedy, folder)
+        session.console.line(
+            f"Cold start: {report['steps']} updates on gold calls; GRPO starts from {folder}"
+        )
+        summary["cold_start"] = report
+        _write_summary(session, summary)
+    return dataclasses.replace(session, folder=folder, checkpoint=None)
+
+
+class _Evaluation:
+    """Evaluation on the test file, which is read at the first one and not before."""
+
+    def __init__(self, session: Session, greedy: Sampler):
+        self.session, self.greedy = session, greedy
+        self.source = session.config.eval_dataset_id_or_path
+        self._prompts: Prompts | None = None
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is a test file."""
+        return self.source is not None
+
+    def __call__(self, params: Any, title: str) -> dict[str, Any]:
+        """The figures of rollout weights."""
+        with self.session.timer("evaluate"):
+            if self._prompts is None:
+                self._prompts = load_prompts(self.session, self.source)
+            summary = evaluate(self.session, self.greedy, params, self._prompts, title).summary
+        value = summary["exact_answer_match"]
+        self.session.console.line(f"{title}: exact_answer_match {value:.3f} on {summary['n']} rows")
+        return summary
+
+
+def _finish(
+    session: Session, sampler: Sampler, state: TrainState, evaluation: _Evaluation, summary: dict[str, Any]
+) -> None:
+    """Export, evaluate again, and write the summary."""
+    out = Path(session.config.output_dir)
+    with session.timer("save"):
+        hf_checkpoint.save_model(out / "model", jax.device_get(state.params), session.model, session.folder)
+    summary["after"] = (
+        evaluation(sampler.export(state.params), "Evaluation after") if evaluation.possible else None
+    )
+    if evaluation.possible:
+        compare(session.console, {"before": summary["before"], "after": summary["after"]})
+    _write_summary(session, summary)
+    session.console.line(f"Finished: {int(state.step)} updates; the model is in {out / 'model'}")
+
+
+def _write_summary(session: Session, summary: dict[str, Any]) -> None:
+    path = Path(session.config.output_dir) / "summary.json"
+    write_json_atomic(path, {**summary, "timings": session.timer.seconds})
+
+
+def _read_summary(out: Path) -> dict[str, Any]:
+    path = out / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _start_over(out: Path) -> None:
+    for name in LEAVINGS:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _check_inputs(session: Session) -> None:
+    source = session.config.eval_dataset_id_or_path
+    if source and source.endswith(".jsonl") and not Path(source).exists():  # read only when evaluating
+        raise FileNotFoundError(f"eval_dataset_id_or_path {source} does not exist")
+
+
+def _say_plan(console: Console, plan: Plan, data: Prompts) -> None:
+    tree = data.tree
+    rest = max(len(tree.rest(p)) for p in data.ids) + 1
+    console.line(
+        f"Prefix tree: preamble {len(tree.preamble)} tokens once, {plan.P} prompts of up to {rest} tokens, "
+        f"{plan.P} × {plan.G} completions of up to {tree.budget} tokens"
+    )
+    dropped = len(data.ids) - plan.P * plan.batches_per_epoch
+    console.line(
+        f"{len(data.ids)} rows, {plan.batches_per_epoch} batches an epoch"
+        + (f" ({dropped} rows of each epoch's end are left out)" if dropped else "")
+        + f", {plan.updates} updates in all"
+    )
+
+
+def _sampling(config: Config) -> Sampling:
+    return Sampling(config.temperature, config.top_k, config.top_p, config.min_p or 0.0)
+
+
+def _row_counter(bar) -> Callable[[int, int], None]:
+    seen = 0
+
+    def on_turn(finished: int, rows: int) -> None:
+        nonlocal seen
+        bar.advance(finished - seen)
+        seen = finished
+
+    return on_turn
+
+
+def _save_due(config: Config, step: int, cursor: Cursor, done: bool, plan: Plan) -> bool:
+    if config.save_strategy == "no":
+        return False
+    if done:
+        return True
+    if config.save_strategy == "epoch":
+        return cursor.next_index == 0
+    # several updates per batch may step over a multiple of save_steps
+    return step // config.save_steps > (step - plan.updates_per_batch) // config.save_steps
+
+
+def _print_step(session: Session, step: int, plan: Plan, record, examples, trajectories) -> None:
+    due = step % session.config.logging_steps == 0 or step == plan.updates or step == plan.updates_per_batch
+    if record["skipped"]:
+        session.console.line(f"Warning: update {step} was skipped: its loss or gradient is not finite")
+    if not due:
+        return
+    session.console.line(
+        f"update {step}/{plan.updates}: reward {record['reward']:.3f} ± {record['reward_std']:.3f}, "
+        f"length {record['completions/mean_length']:.1f}, loss {record['loss']:+.4f}, "
+        f"entropy {record['entropy']:.3f}, {record['step_time']:.2f} s"
+    )
+    if session.config.log_completions:
+        session.console.samples(trajectories, [e.answer for e in examples])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    description = "Train a Qwen model with GRPO to call your Python functions."
+    return run_command("train", description, run, argv, default_config="configs/default.yaml")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

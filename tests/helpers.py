@@ -1,0 +1,228 @@
+"""Small pieces that several test files share: a two-layer model, a tool loop, a scripted sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from grpo_jax import sampler as sampler_module
+from grpo_jax.conversation import Conversation, load_conversation
+from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
+from grpo_jax.models.tiny import make_tiny_checkpoint
+from grpo_jax.prefix_tree import Tree, make_tree
+from grpo_jax.rollout import ToolLoop, prefill_preamble, run_rollout
+from grpo_jax.sampler import Sampler, Sampling, make_sampler
+from grpo_jax.sharding import Layout, make_mesh
+from grpo_jax.tools import Toolbox, ToolRunner, get_schema
+from grpo_jax.types import Message, ToolCall, Trajectory
+from tools_funcs.math_tools import add, multiply
+
+BUDGET = 256
+FREE = -1  # in a script: the token is left to the sampler
+QUESTIONS = ["What is 3 plus 4?", "Multiply 12 by 30 and add 7 to the product, please.", "Add 5 and 6."]
+
+
+def echo(text: str) -> str:
+    """Say a text back.
+
+    Args:
+        text: What to say.
+    """
+    return text
+
+
+def fail(why: str) -> str:
+    """Fail.
+
+    Args:
+        why: The reason.
+    """
+    raise RuntimeError(why)
+
+
+def nap(seconds: float) -> str:
+    """Sleep.
+
+    Args:
+        seconds: How long.
+    """
+    time.sleep(seconds)
+    return "rested"
+
+
+TOOLS = (add, multiply, echo, fail, nap)
+SCHEMAS = [get_schema(f) for f in TOOLS]
+
+
+def messages(question: str) -> list[Message]:
+    """A prompt of one user message."""
+    return [{"role": "user", "content": question}]
+
+
+@functools.cache
+def _tiny() -> tuple[Conversation, ModelConfig]:
+    texts = [json.dumps(SCHEMAS), *QUESTIONS, "You may call one or more functions. assistant user system"] * 3
+    with tempfile.TemporaryDirectory() as folder:
+        shape = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 64}
+        model = make_tiny_checkpoint(Path(folder) / "model", texts, vocab_size=512, **shape)
+        config = json.loads((model / "config.json").read_text())
+        return load_conversation(model), ModelConfig.from_hf(config)
+
+
+def conversation() -> Conversation:
+    """Tokenizer and template of a tiny checkpoint, made once."""
+    return _tiny()[0]
+
+
+def config() -> ModelConfig:
+    """The sizes of that checkpoint."""
+    return _tiny()[1]
+
+
+def random_weights(cfg: ModelConfig, seed: int) -> Params:
+    """Stacked float32 weights, large enough that no distribution is all but uniform."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        mean, std = (1, 0.1) if path[-1].key == "scale" else (0, leaf.shape[-1] ** -0.5)
+        return jnp.asarray(rng.normal(mean, std, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
+
+
+@functools.cache
+def weights() -> Params:
+    """The weights of the tiny model."""
+    return random_weights(config(), seed=1)
+
+
+@functools.cache
+def layouts() -> tuple[Layout, Layout]:
+    """(training, rollout) on one device."""
+    mesh = make_mesh()
+    return Layout(mesh), Layout(mesh, rollout=True)
+
+
+@functools.cache
+def prompts() -> tuple[list[int], ...]:
+    """The token ids of `QUESTIONS`, tools included."""
+    return tuple(conversation().prompt_ids(messages(q), SCHEMAS) for q in QUESTIONS)
+
+
+@functools.cache
+def tree() -> Tree:
+    """The prefix tree of `prompts`."""
+    return make_tree(prompts(), BUDGET)
+
+
+def new_sampler(dtype=jnp.float32, sampling: Sampling = Sampling()) -> Sampler:
+    """A sampler of the tiny model."""
+    return make_sampler(
+        config(),
+        layouts()[1],
+        dtype=dtype,
+        sampling=sampling,
+        stop_ids=conversation().stop_ids,
+        budget=BUDGET,
+    )
+
+
+sampler = functools.cache(new_sampler)  # one per setting, so that each is compiled once
+
+
+def tool_loop(sampler: Sampler, **settings) -> ToolLoop:
+    """A tool loop with `TOOLS`, run in this process with 0.2 s for a call."""
+    toolbox = Toolbox({f.__name__: f for f in TOOLS}, SCHEMAS, "tests/helpers.py")
+    runner = ToolRunner(toolbox, "inline", timeout=0.2)
+    return ToolLoop(sampler, conversation(), SCHEMAS, runner, tree(), **settings)
+
+
+def rollout(loop: ToolLoop, prompts: Sequence[list[int]], draws=(0, 1), **settings) -> list[Trajectory]:
+    """Export, preamble and rollout in one call."""
+    params = loop.sampler.export(weights())
+    return run_rollout(loop, params, prefill_preamble(loop, params), prompts, draws, **settings)
+
+
+class Script:
+    """Decides what each row samples, and counts what passes through `extend`.
+
+    The sampler's own loop runs, with its cache, stops and log-probabilities; only the
+    drawn token is replaced. A row whose script has ended samples the end-of-turn token.
+    """
+
+    def __init__(self, **settings):
+        self.load([])
+        made = new_sampler(**settings)  # its own: what is patched is traced
+        jitted = ("prefill", "decode", "append")
+        self.sampler = dataclasses.replace(
+            made, **{name: self._patched(getattr(made, name)) for name in jitted}
+        )
+
+    def load(self, rows: Sequence[Sequence[int]]) -> None:
+        """Start over with the tokens of each row, all turns in one list."""
+        self._rows = [list(row) for row in rows]
+        self._given: dict[tuple[int, int], int] = {}
+        self.shared: Counter = Counter()  # (rows of the level, row, position, token) of shared levels
+        self.own: Counter = Counter()  # (row, position, token) of the completions' level
+
+    def _patched(self, function):
+        def call(*args):  # the names are looked up while tracing
+            with (
+                mock.patch.object(sampler_module, "sample", self._sample),
+                mock.patch.object(sampler_module, "extend", self._extend),
+            ):
+                return function(*args)
+
+        return call
+
+    def _sample(self, logits, keys, positions, sampling, sample=sampler_module.sample):
+        token, logprob = sample(logits, keys, positions, sampling)
+        shape = jax.ShapeDtypeStruct(positions.shape, jnp.int32)
+        forced = jax.pure_callback(self._next, shape, positions)
+        table = jax.nn.log_softmax(logits / sampling.temperature)
+        of_forced = jnp.take_along_axis(table, forced[:, None], 1)[:, 0]
+        return jnp.where(forced == FREE, token, forced), jnp.where(forced == FREE, logprob, of_forced)
+
+    def _next(self, positions) -> np.ndarray:
+        """A row that does not run asks again at its last position and gets the same token."""
+        keys = list(enumerate(np.asarray(positions).tolist()))
+        for row, position in keys:
+            if (row, position) not in self._given:
+                left = self._rows[row] if row < len(self._rows) else []
+                self._given[row, position] = left.pop(0) if left else conversation().stop_ids[0]
+        return np.array([self._given[key] for key in keys], np.int32)
+
+    def _extend(self, params, levels, *args, extend=sampler_module.extend, **kwargs):
+        for level in levels:
+            record = functools.partial(self._record, level.shared)
+            jax.debug.callback(record, level.tokens, level.positions, level.valid)
+        return extend(params, levels, *args, **kwargs)
+
+    def _record(self, shared, *arrays) -> None:
+        tokens, positions, valid = map(np.asarray, arrays)
+        for row, at in zip(*np.nonzero(valid), strict=True):
+            key = (int(row), int(positions[row, at]), int(tokens[row, at]))
+            if shared:
+                self.shared[len(tokens), *key] += 1
+            else:
+                self.own[key] += 1
+
+
+def call_ids(name: str, content: str = "", **arguments) -> list[int]:
+    """The tokens of a model turn that calls one tool, end-of-turn token included."""
+    return conversation().assistant_ids(content, [ToolCall(name, arguments)])
+
+
+def text_ids(text: str) -> list[int]:
+    """The tokens of a model turn that only says something."""
+    return conversation().assistant_ids(text, [])

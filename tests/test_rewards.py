@@ -1,0 +1,374 @@
+"""Loading, calling and checking reward functions."""
+
+import asyncio
+import logging
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_jax.rewards import RewardError, RewardFunction, accuracy, call_rewards, load_rewards, same_answer
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def tool(text, name="add"):
+    return {"role": "tool", "name": name, "content": text}
+
+
+def reward(function, name="mine"):
+    return RewardFunction(name, function, "mine.py")
+
+
+def call(*functions, rows=4, **more):
+    """Call rewards on `rows` completions, the i-th of which says i and expects `answer i`."""
+    given_ = {
+        "completions": [[said(str(i))] for i in range(rows)],
+        "answer": [f"answer {i}" for i in range(rows)],
+        "prompts": [[{"role": "user", "content": "?"}]] * rows,
+        "completion_ids": [[i] for i in range(rows)],
+        "trainer_state": "state",
+        "columns": {},
+    }
+    rewards = [reward(f, f"mine{k}" if k else "mine") for k, f in enumerate(functions)]
+    return call_rewards(rewards, **(given_ | more))
+
+
+# The built-in
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([said("The answer is Sum: 3")], 0.0),
+        ([said("<tool_call>{broken")], 0.0),
+        ([said("<tool_call>{broken"), tool("Error: not JSON", "tool_call_parser"), said("3")], 0.0),
+        ([], 0.0),
+        ([CALLS], 0.1),  # its budget ended before the response
+        ([CALLS, tool("Sum: 4"), said("Sum: 3")], 0.1),
+        ([CALLS, tool("Sum: 3"), CALLS, tool("Sum: 4")], 0.1),
+        ([CALLS, tool("Sum: 4"), CALLS, tool("Sum: 3")], 1.0),
+        ([CALLS, tool(" sum:  3\n")], 1.0),
+        ([said("no calls listed"), tool("Sum: 3")], 1.0),
+    ],
+)
+def test_accuracy_follows_its_table(messages, expected):
+    assert accuracy([messages, [said("none")]], ["Sum: 3", "x"], level=[1, 2]) == [expected, 0.0]
+
+
+@given(st.text(), st.sampled_from(["", " ", "\n", " \t "]), st.sampled_from([str.upper, str.lower, str]))
+def test_same_answer_ignores_case_and_outer_blanks(text, blanks, case):
+    assert same_answer(f"{blanks}{case(text)}{blanks}", text) or case(text).casefold() != text.casefold()
+
+
+def test_same_answer_ignores_repeated_blanks_but_not_missing_ones():
+    assert same_answer("Total:  5\n", "total: 5")
+    assert not same_answer("Total:5", "total: 5")
+
+
+# Loading
+
+
+@pytest.fixture
+def reward_file(tmp_path, monkeypatch):
+    """Writes a reward file and gives its path."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def write(text, name="my_reward.py"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_accuracy_is_the_default():
+    assert load_rewards(None, None) == [RewardFunction("accuracy", accuracy, "built-in")]
+    assert load_rewards([], ["accuracy"]) == [RewardFunction("accuracy", accuracy, "built-in")]
+
+
+def test_files_are_named_after_themselves_and_beat_names(reward_file):
+    first = reward_file("reward_func = lambda completions, **kwargs: [0.5] * len(completions)", "first.py")
+    second = reward_file(
+        "class Score:\n    def __call__(self, answer): return [1]\nreward_func = Score()", "b.py"
+    )
+    loaded = load_rewards([first, second], ["no such name"])
+    assert [(one.name, one.source) for one in loaded] == [("first", first), ("b", second)]
+    outcome = call_rewards(
+        loaded,
+        completions=[[]],
+        answer=["x"],
+        prompts=[[]],
+        completion_ids=[[]],
+        trainer_state=None,
+        columns={},
+    )
+    assert outcome.values.tolist() == [[0.5, 1.0]]
+
+
+def test_a_reward_may_import_the_file_beside_it_and_define_dataclasses(reward_file):
+    reward_file("POINTS = 3", "points_beside.py")
+    path = reward_file(
+        "from __future__ import annotations\nimport dataclasses\nfrom points_beside import POINTS\n"
+        "@dataclasses.dataclass\nclass Score:\n    points: int = POINTS\n"
+        "def reward_func(completions, **kwargs):\n    return [Score().points]\n"
+    )
+    (loaded,) = load_rewards([path], None)
+    assert loaded.function([[]]) == [3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", r"No reward_func found in .*my_reward\.py; end it with reward_func = your_function"),
+        ("reward_func = 1.0", r"reward_func must be callable, got 1\.0 in .*my_reward\.py"),
+        ("a = 1\nb = a / 0", r"my_reward\.py failed: ZeroDivisionError: .* \(.*my_reward\.py:2: b = a / 0\)"),
+        ("def f(:\n", r"my_reward\.py failed: SyntaxError: .* \(.*my_reward\.py:1\)"),
+        ("import sys\nsys.exit(3)", r"my_reward\.py failed: SystemExit: 3 \(.*:2: sys.exit\(3\)\)"),
+    ],
+)
+def test_a_file_without_a_usable_reward_is_an_error(reward_file, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_rewards([reward_file(text)], None)
+
+
+@pytest.mark.parametrize("file", ["no_such.py", "data/math_test.jsonl", "."])
+def test_what_is_no_python_file_is_an_error(file):
+    with pytest.raises(ValueError, match=f"reward_fn must be a Python file, and {file} is none"):
+        load_rewards([file], None)
+
+
+def test_an_unknown_built_in_names_the_known_ones():
+    with pytest.raises(
+        ValueError, match=r"Unknown reward function: acuracy\. Available: accuracy\. .*reward_fn"
+    ):
+        load_rewards(None, ["acuracy"])
+
+
+def test_two_rewards_of_one_name_are_an_error():
+    with pytest.raises(
+        ValueError, match=r"two reward functions are called 'accuracy' \(built-in and built-in\)"
+    ):
+        load_rewards(None, ["accuracy", "accuracy"])
+
+
+# Calling
+
+
+def test_every_keyword_of_the_contract_arrives():
+    seen = {}
+
+    def keep(completions, **kwargs):
+        seen.update(kwargs, completions=completions)
+        return [0.0] * len(completions)
+
+    call(keep, rows=2, columns={"level": [1, None]})
+    assert callable(seen.pop("log_metric"))
+    assert callable(seen.pop("log_extra"))
+    assert seen == {
+        "completions": [[said("0")], [said("1")]],
+        "answer": ["answer 0", "answer 1"],
+        "prompts": [[{"role": "user", "content": "?"}]] * 2,
+        "completion_ids": [[0], [1]],
+        "trainer_state": "state",
+        "level": [1, None],
+    }
+
+
+def test_a_function_without_free_keywords_gets_only_its_own():
+    def narrow(completions, level, absent="default"):
+        assert absent == "default"
+        return level
+
+    assert call(narrow, rows=2, columns={"level": [3, 4], "other": [0, 0]}).values.tolist() == [[3.0], [4.0]]
+
+
+def test_a_keyword_that_does_not_exist_is_named():
+    def needs(completions, expected_tool, **kwargs):
+        return [0.0]
+
+    with pytest.raises(
+        RewardError, match=r"'mine' \(mine\.py\) needs 'expected_tool', .*; available: level,"
+    ):
+        call(needs, columns={"level": [0] * 4})
+
+
+def test_numbers_of_every_kind_and_none_are_accepted():
+    def mixed(completions):
+        return [True, np.float32(0.25), np.int64(3), None]
+
+    def array(completions):
+        return np.array([1, 2, 3, 4], np.int32)
+
+    def booleans(completions):
+        return (np.bool_(True), np.bool_(False), 0, -1.5)
+
+    outcome = call(mixed, array, booleans)
+    assert outcome.values.dtype == np.float64
+    np.testing.assert_array_equal(outcome.values, [[1, 1, 1], [0.25, 2, 0], [3, 3, 0], [np.nan, 4, -1.5]])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([0.0, 1.0, "0.5", 0.0], "row 2 got '0.5'"),
+        ([0.0, float("nan"), 0.0, 0.0], "row 1 got nan"),
+        ([0.0, 0.0, 0.0, float("-inf")], "row 3 got -inf"),
+        ([10**400, 0, 0, 0], "row 0 got 1000"),
+        ([1j, 0, 0, 0], "row 0 got 1j"),
+        ([[0.0]] * 4, r"row 0 got \[0\.0\]"),
+        (np.zeros((4, 1)), r"row 0 got \[0\.0\]"),
+        ([0.0] * 3, "one value for each of the 4 completions, got 3 values"),
+        ([], "one value for each of the 4 completions, got 0 values"),
+        (1.0, "a list with one number or None for each of the 4 completions, got float: 1.0"),
+        (np.float64(1.0), "a list .* got float: 1.0"),
+        (None, "a list .* got NoneType: None"),
+        ("1010", "a list .* got str: '1010'"),
+        ({0, 1, 2, 3}, "a list .* got set"),
+    ],
+)
+def test_an_unusable_return_is_named_with_function_and_row(value, message):
+    def second(completions):
+        return value
+
+    with pytest.raises(RewardError, match=rf"'mine1' \(mine\.py\) must return .*{message}"):
+        call(accuracy, second)
+
+
+def test_a_function_that_raises_is_named_with_the_row_and_the_users_line():
+    def fragile(completions, answer, **kwargs):
+        return [1.0 / (int(c[0]["content"]) - 2) for c in completions]
+
+    with pytest.raises(RewardError) as raised:
+        call(fragile)
+    assert str(raised.value).startswith(
+        "reward function 'mine' (mine.py) raised on row 2 (answer 'answer 2'): ZeroDivisionError: "
+    )
+    assert "test_rewards.py:" in str(raised.value)
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_a_function_that_only_fails_on_the_whole_batch_says_so():
+    def jointly(completions):
+        if len(completions) > 1:
+            raise KeyError("group")
+        return [1.0 / 0]
+
+    with pytest.raises(RewardError, match="raised on no single row, only on the batch: KeyError: 'group'"):
+        call(jointly)
+
+
+def test_sys_exit_in_a_reward_does_not_end_the_run_silently():
+    def leaves(completions):
+        sys.exit(0)
+
+    async def leaves_later(completions):
+        sys.exit(0)
+
+    for function in (leaves, leaves_later):
+        with pytest.raises(RewardError, match=r"raised on row 0 .*: SystemExit: 0"):
+            call(function)
+
+
+def test_async_rewards_run_together():
+    """One alone would wait for the other's event for ever."""
+    here, there = [], []
+
+    async def first(completions):
+        here.append(asyncio.Event())
+        there.append(asyncio.Event())
+        here[0].set()
+        await asyncio.wait_for(there[0].wait(), timeout=5)
+        return [1.0] * len(completions)
+
+    async def second(completions):
+        await asyncio.wait_for(here[0].wait(), timeout=5)
+        there[0].set()
+        return [2.0] * len(completions)
+
+    def plain(completions):
+        return [3.0] * len(completions)
+
+    assert call(first, plain, second, rows=2).values.tolist() == [[1.0, 3.0, 2.0]] * 2
+
+
+def test_an_async_reward_that_raises_is_named_with_the_row():
+    async def fragile(completions, answer):
+        await asyncio.sleep(0)
+        return [{"answer 0": 1.0, "answer 1": 1.0}[a] for a in answer]
+
+    async def fine(completions):
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"'mine1' \(mine\.py\) raised on row 2 .*KeyError: 'answer 2'"):
+        call(fine, fragile)
+
+
+def test_prints_go_to_the_log_even_when_the_reward_raises(caplog, capsys):
+    def chatty(completions):
+        print("mean", 0.5)
+        print("careful", file=sys.stderr)
+        raise ValueError("no")
+
+    with caplog.at_level(logging.INFO, logger="grpo_jax.rewards"), pytest.raises(RewardError):
+        call(chatty)
+    assert capsys.readouterr() == ("", "")
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "reward function prints: mean 0.5"),
+        ("INFO", "reward function prints: careful"),
+    ]
+
+
+def test_log_metric_is_averaged_and_log_extra_collected():
+    def logs(completions, log_metric, log_extra):
+        for i in range(len(completions)):
+            log_metric("length", i)
+        log_metric("exact", np.float32(0.5))
+        log_extra("reason", [f"r{i}" for i in range(len(completions))])
+        return [0.0] * len(completions)
+
+    def logs_too(completions, log_metric, **kwargs):
+        log_metric("length", 10)
+        return [0.0] * len(completions)
+
+    outcome = call(logs, logs_too, rows=3)
+    assert outcome.metrics == {"length": 3.25, "exact": 0.5}
+    assert outcome.extras == {"reason": ["r0", "r1", "r2"]}
+
+
+@pytest.mark.parametrize("value", ["0.5", float("nan"), None])
+def test_a_metric_that_is_no_number_is_an_error(value):
+    def logs(completions, log_metric):
+        log_metric("length", value)
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"log_metric\('length', …\) takes a finite number, got"):
+        call(logs)
+
+
+def test_an_extra_column_of_another_length_is_an_error():
+    def logs(completions, log_extra):
+        log_extra("reason", ["only one"])
+        return [0.0] * len(completions)
+
+    with pytest.raises(RewardError, match=r"log_extra\('reason', …\) got 1 values for 4 completions"):
+        call(logs)
+
+
+@given(
+    st.lists(
+        st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-9, 9) | st.booleans()
+    )
+)
+def test_values_arrive_unchanged(values):
+    outcome = call(lambda completions: values, rows=len(values))
+    np.testing.assert_array_equal(
+        outcome.values[:, 0], [np.nan if value is None else float(value) for value in values]
+    )
