@@ -27,6 +27,7 @@ from grpo_jax.tools import Toolbox, ToolRunner, get_schema
 from grpo_jax.types import Message, ToolCall, Trajectory
 from tools_funcs.math_tools import add, multiply
 
+FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 BUDGET = 256
 FREE = -1  # in a script: the token is left to the sampler
 QUESTIONS = ["What is 3 plus 4?", "Multiply 12 by 30 and add 7 to the product, please.", "Add 5 and 6."]
@@ -125,7 +126,7 @@ def tree() -> Tree:
     return make_tree(prompts(), BUDGET)
 
 
-def new_sampler(dtype=jnp.float32, sampling: Sampling = Sampling()) -> Sampler:
+def new_sampler(dtype=FLOAT32, sampling: Sampling = Sampling()) -> Sampler:
     """A sampler of the tiny model."""
     return make_sampler(
         config(),

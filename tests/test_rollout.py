@@ -88,14 +88,14 @@ def test_rule_3_sampler_equals_trainer(script):
     rows = turns_with_free_tokens()
     trajectories = run(script, rows)
     assert [len(t.calls) for t in trajectories] == [2, 2, 0, 1]
-    gap, count = logprob_gap(trajectories, jnp.float32)
+    gap, count = logprob_gap(trajectories, helpers.FLOAT32)
     assert count > 150
     assert gap.max() <= 1e-4
 
 
 def test_rule_3_in_bfloat16():
-    script = helpers.Script(dtype=jnp.bfloat16)
-    gap, count = logprob_gap(run(script, turns_with_free_tokens()), jnp.bfloat16)
+    script = helpers.Script(dtype=helpers.BFLOAT16)
+    gap, count = logprob_gap(run(script, turns_with_free_tokens()), helpers.BFLOAT16)
     assert count > 150
     assert 0 < gap.mean() <= 0.06
     assert gap.max() <= 0.4
@@ -115,7 +115,7 @@ def logprob_gap(trajectories, dtype):
     return gap, gap.size
 
 
-def model_step(dtype=jnp.float32):
+def model_step(dtype=helpers.FLOAT32):
     return ModelStep(helpers.config(), helpers.layouts()[0], dtype)
 
 

@@ -60,7 +60,7 @@ def test_weights_have_published_names_and_shapes(folder):
     assert sum(w.size for w in weights.values()) == 877_440
     assert {w.dtype for w in weights.values()} == {np.dtype(np.float32)}
     assert np.all(weights["model.layers.0.self_attn.q_norm.weight"] == 1.0)
-    assert np.std(weights["model.layers.0.mlp.up_proj.weight"]) == pytest.approx(0.02, rel=0.02)
+    assert np.std(weights["model.layers.0.mlp.up_proj.weight"]) == pytest.approx(128**-0.5, rel=0.02)
 
 
 def test_config_is_read_as_qwen3(folder):

@@ -284,14 +284,14 @@ def head_weights(params: Params) -> Float[Array, "V D"]:
 def extend(
     params: Params,
     levels: tuple[Level, ...],
-    segments: tuple[tuple[KV, Bool[Array, "n S"]], ...] = (),
+    segments: tuple[tuple[KV, Bool[Array, "_n _S"]], ...] = (),
     *,
     cfg: ModelConfig,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
     keep_kv: bool = True,
     constrain: Constrain = lambda x, kind: x,
-) -> tuple[tuple[Float[Array, "n T D"], ...], tuple[KV, ...]]:
+) -> tuple[tuple[Float[Array, "_n _T D"], ...], tuple[KV, ...]]:
     """Run new tokens through the model on top of what is already known.
 
     Tokens attend to every segment, to the levels above their own and causally to

@@ -1,0 +1,72 @@
+"""A saved step as an HF folder: `python -m grpo_jax.export --checkpoint STEP --output_dir RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+
+from grpo_jax.checkpoint import Checkpoints, is_step_folder
+from grpo_jax.models import hf_checkpoint
+from grpo_jax.models.qwen import abstract_params
+
+
+def export(run: Path, step: str, folder: Path | None, max_shard_size: str) -> Path:
+    """Write one checkpoint's weights with its source's config and tokenizer.
+
+    Args:
+        run: a training run's output_dir.
+        step: a step number, or "latest".
+        folder: where to; None for `RUN/export/step_N`.
+        max_shard_size: of one weight file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: no such checkpoint; names those that are there.
+    """
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        number = checkpoints.latest() if step == "latest" else int(step)
+        if number is None:
+            raise ValueError(f"{checkpoints.directory} holds no checkpoints; name a run's folder with --output_dir")
+        source = Path(checkpoints.meta(number)["source"])
+        model = hf_checkpoint.read_config(source)
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_params(model)
+        )
+        params = checkpoints.restore_params(number, target)
+    folder = folder or run / "export" / f"step_{number}"
+    hf_checkpoint.save_model(folder, params, model, source, max_shard_size)
+    return folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m grpo_jax.export", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="step number, latest, or a step's folder")
+    parser.add_argument("--output_dir", help="the run's folder (not needed with a step's folder)")
+    parser.add_argument("--to", type=Path, help="folder to write; default RUN/export/step_N")
+    parser.add_argument("--max_shard_size", default="5GB", help="of one weight file (default 5GB)")
+    args = parser.parse_args(argv)
+    try:
+        run, step = args.output_dir, args.checkpoint
+        if is_step_folder(step):
+            run, step = Path(step).absolute().parent.parent, Path(step).name
+        elif run is None or not (step == "latest" or step.isdigit()):
+            raise ValueError(
+                f"--checkpoint must be a step number or latest together with --output_dir RUN, or a step's "
+                f"folder (RUN/checkpoints/STEP), got {step!r}"
+            )
+        print(f"Written: {export(Path(run), step, args.to, args.max_shard_size)}")
+    except (ValueError, FileNotFoundError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
