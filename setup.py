@@ -18,6 +18,7 @@ REQUIRES = [
     "tokenizers>=0.21",
     "safetensors>=0.5",
     "huggingface_hub>=1",
+    "filelock>=3.12",
     "tensorflow-datasets>=4.9.10,<5",
     "importlib_resources",
     "jinja2>=3.1",

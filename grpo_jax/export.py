@@ -31,7 +31,9 @@ def export(run: Path, step: str, folder: Path | None, max_shard_size: str) -> Pa
     with Checkpoints(run / "checkpoints") as checkpoints:
         number = checkpoints.latest() if step == "latest" else int(step)
         if number is None:
-            raise ValueError(f"{checkpoints.directory} holds no checkpoints; name a run's folder with --output_dir")
+            raise ValueError(
+                f"{checkpoints.directory} holds no checkpoints; name a run's folder with --output_dir"
+            )
         source = Path(checkpoints.meta(number)["source"])
         model = hf_checkpoint.read_config(source)
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -18,9 +18,7 @@ from grpo_jax.models.qwen import Level, Params
 from grpo_jax.prefix_tree import Tree, response_bucket, trunk_arrays
 from grpo_jax.sampler import Cache, Sampler, Trunk, row_keys
 from grpo_jax.tools import ToolRunner
-from grpo_jax.types import Message, Outcome, Status, ToolCall, ToolResult, Trajectory
-
-FEEDBACK_NAME = "tool_call_parser"  # the tool message's name when a call does not parse
+from grpo_jax.types import PARSER_NAME, Message, Outcome, Status, ToolCall, ToolResult, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +181,7 @@ def _finish_turn(loop: ToolLoop, rows: list[_Row], turn) -> list[list[int]]:
         else:
             pending[i] = list(parsed.calls)
     results = _run_calls(loop, rows, pending)
-    results |= {i: [(FEEDBACK_NAME, text)] for i, text in feedback.items()}
+    results |= {i: [(PARSER_NAME, text)] for i, text in feedback.items()}
     return [_respond(loop, row, results.get(i)) for i, row in enumerate(rows)]
 
 

@@ -8,6 +8,7 @@ turn: no Python per token, one host read per turn.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -103,6 +104,17 @@ def make_sampler(
     budget: int,
 ) -> Sampler:
     """Build the jitted functions of a rollout for one model, mesh and way of sampling."""
+    run, shared = _shared_functions(cfg, layout, jnp.dtype(dtype), budget)
+
+    def decode(params, trunk, cache, keys, live, remaining):
+        return _decode(run, params, trunk, cache, keys, live, remaining, sampling, stop_ids, budget, layout)
+
+    return Sampler(**shared, decode=jax.jit(decode, donate_argnames="cache"), budget=budget, layout=layout)
+
+
+@functools.cache
+def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget: int):
+    """What does not depend on the way of sampling: greedy and random samplers compile it once."""
 
     def run(params, levels, segments):
         return extend(params, levels, segments, cfg=cfg, dtype=dtype, constrain=layout.constrain)
@@ -115,9 +127,6 @@ def make_sampler(
         empty = [layout.constrain(jnp.zeros(shape, dtype), "rows_kv") for _ in range(2 * cfg.L)]
         return Cache(KV(empty[: cfg.L], empty[cfg.L :]), jnp.zeros_like(pending), pending, position)
 
-    def decode(params, trunk, cache, keys, live, remaining):
-        return _decode(run, params, trunk, cache, keys, live, remaining, sampling, stop_ids, budget, layout)
-
     def append(params, trunk, cache, tokens, count, pending):
         return _append(run, params, trunk, cache, tokens, count, pending)
 
@@ -126,15 +135,12 @@ def make_sampler(
         exported = jax.tree.map(lambda w: w.astype(dtype), dict(params, layers=layers))
         return jax.lax.with_sharding_constraint(exported, layout.params(exported))
 
-    return Sampler(
-        export=jax.jit(export),
-        prefill=jax.jit(prefill),
-        begin=jax.jit(begin),
-        decode=jax.jit(decode, donate_argnames="cache"),
-        append=jax.jit(append, donate_argnames="cache"),
-        budget=budget,
-        layout=layout,
-    )
+    return run, {
+        "export": jax.jit(export),
+        "prefill": jax.jit(prefill),
+        "begin": jax.jit(begin),
+        "append": jax.jit(append, donate_argnames="cache"),
+    }
 
 
 @jax.jit

@@ -19,6 +19,9 @@ import jax
 
 Message = dict[str, Any]
 
+# the "tool" that tells the model why its call did not parse; no reward takes it for a result
+PARSER_NAME = "tool_call_parser"
+
 
 class Status(enum.StrEnum):
     """How a trajectory ended; masks, rewards and metrics read it, nothing infers it again."""

@@ -2,8 +2,7 @@
 
     python scripts/make_math_data.py
 
-The same bytes come out every time. Numbers run from 1 to 999, with one, two and three
-digits equally likely. An unordered pair of numbers belongs to one of the two files, so the
+The same bytes come out every time. Numbers run from 1 to 99. An unordered pair of numbers belongs to one of the two files, so the
 test asks for numbers that training never put together. No question occurs twice in a file.
 """
 
@@ -16,7 +15,7 @@ from tools_funcs.math_tools import add, multiply
 
 SEED = 20261101
 ROWS = {"math_train.jsonl": 6000, "math_test.jsonl": 600}
-TEST_SHARE = 0.15  # of all pairs of numbers; of the 45 pairs of single digits this leaves enough
+TEST_SHARE = 0.15  # of the 4,950 unordered pairs of numbers
 
 ADD = (
     "What is {a} plus {b}?",
@@ -72,11 +71,9 @@ def is_test_pair(a: int, b: int) -> bool:
 
 
 def draw_pair(rng: random.Random, from_test: bool) -> tuple[int, int]:
-    """Two numbers from 1 to 999 that belong to the file, their numbers of digits equally likely."""
-    # The digits come first, so that the split does not make some of them rarer.
-    digits = rng.randint(1, 3), rng.randint(1, 3)
+    """Two numbers from 1 to 99 that belong to the file."""
     while True:
-        a, b = (rng.randint(10 ** (d - 1), 10**d - 1) for d in digits)
+        a, b = rng.randint(1, 99), rng.randint(1, 99)
         if is_test_pair(a, b) == from_test:
             return a, b
 

@@ -1,19 +1,25 @@
-"""What every test needs, set before jax is imported."""
+"""What every test needs, set before jax is imported.
+
+Tests see one CPU device. Those that need eight live in `on_eight_devices.py`, which
+`test_sharding.py` runs in a process of its own.
+"""
 
 import os
 import sys
 
-import pytest
 from jaxtyping import install_import_hook
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could set its environment")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# threads of XLA's CPU client, here and in child processes: virtual devices wait for each other
+# in collectives and deadlock when there are fewer threads than devices
+os.environ.setdefault("NPROC", "32")
 # The suite compiles many small programs and runs each a few times: without XLA's optimisation one
-# gradient of a two-layer model takes 1.1 s to compile, not 10.9 s (CPU time).
+# gradient of a two-layer model takes 1.1 s of CPU time to compile instead of 10.9 s.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0")
 
-# every annotated shape and dtype is checked whenever one of these functions is called or traced
-ARRAY_MODULES = ["attention", "logprobs", "models.qwen", "losses", "advantages"]
-install_import_hook([f"grpo_jax.{name}" for name in ARRAY_MODULES], "beartype.beartype")
+# annotated shapes and dtypes are checked whenever a function of these modules is called or traced
+CHECKED = ("attention", "logprobs", "models.qwen", "losses", "advantages")
+install_import_hook([f"grpo_jax.{name}" for name in CHECKED], "beartype.beartype")

@@ -15,6 +15,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from grpo_jax import sampler as sampler_module
 from grpo_jax.conversation import Conversation, load_conversation
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
@@ -126,19 +127,16 @@ def tree() -> Tree:
     return make_tree(prompts(), BUDGET)
 
 
-def new_sampler(dtype=FLOAT32, sampling: Sampling = Sampling()) -> Sampler:
+def new_sampler(dtype=FLOAT32, **sampling) -> Sampler:
     """A sampler of the tiny model."""
     return make_sampler(
         config(),
         layouts()[1],
         dtype=dtype,
-        sampling=sampling,
+        sampling=Sampling(**sampling),
         stop_ids=conversation().stop_ids,
         budget=BUDGET,
     )
-
-
-sampler = functools.cache(new_sampler)  # one per setting, so that each is compiled once
 
 
 def tool_loop(sampler: Sampler, **settings) -> ToolLoop:
@@ -163,7 +161,9 @@ class Script:
 
     def __init__(self, **settings):
         self.load([])
-        made = new_sampler(**settings)  # its own: what is patched is traced
+        sampler_module._shared_functions.cache_clear()  # functions of its own: what is patched is traced
+        made = new_sampler(**settings)
+        sampler_module._shared_functions.cache_clear()
         jitted = ("prefill", "decode", "append")
         self.sampler = dataclasses.replace(
             made, **{name: self._patched(getattr(made, name)) for name in jitted}

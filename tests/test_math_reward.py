@@ -109,15 +109,16 @@ def test_both_tools_have_at_least_a_dozen_phrasings_that_tell_them_apart(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_tools_and_lengths_of_numbers_are_equally_likely(name):
+def test_tools_and_numbers_are_equally_likely(name):
     """Within four standard deviations of a fair draw."""
     rows = ROWS[name]
     tools = Counter(row["tool_call"]["name"] for row in rows)
     assert abs(tools["add"] - len(rows) / 2) < 4 * (len(rows) / 4) ** 0.5
     for key in ("a", "b"):
-        lengths = Counter(len(str(row["tool_call"]["arguments"][key])) for row in rows)
-        assert sorted(lengths) == [1, 2, 3]
-        assert all(abs(n - len(rows) / 3) < 4 * (len(rows) * 2 / 9) ** 0.5 for n in lengths.values())
+        numbers = [row["tool_call"]["arguments"][key] for row in rows]
+        assert (min(numbers), max(numbers)) == (1, 99)
+        deviation = ((99**2 - 1) / 12 / len(rows)) ** 0.5
+        assert abs(sum(numbers) / len(rows) - 50) < 4 * deviation
 
 
 def test_the_script_makes_the_same_bytes_again(tmp_path):

@@ -1,7 +1,9 @@
 """Prefixes, buckets and padding as properties; one whole batch worked by hand."""
 
 import numpy as np
-import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from grpo_jax.prefix_tree import (
     Tree,
     bucket,
@@ -14,8 +16,6 @@ from grpo_jax.prefix_tree import (
     trunk_arrays,
 )
 from grpo_jax.types import Status, Trajectory
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=8)  # few ids, so that prefixes are long
 PROMPTS = st.lists(TOKENS, min_size=1, max_size=5)
@@ -47,13 +47,10 @@ def test_common_prefix_literals():
     assert common_prefix([[7], [7, 8, 9]]) == []
 
 
-@pytest.mark.parametrize(
-    ("n", "devices", "size"),
-    [(0, 1, 0), (1, 1, 16), (16, 1, 16), (17, 1, 32), (33, 1, 64), (65, 1, 128), (129, 1, 256)]
-    + [(5800, 1, 5888), (0, 8, 0), (10, 6, 18), (65, 6, 132), (5800, 8, 5888)],
-)
-def test_bucket_literals(n, devices, size):
-    assert bucket(n, devices) == size
+def test_bucket_literals():
+    sizes = [0, 1, 16, 17, 33, 65, 129, 5800]
+    assert [bucket(n) for n in sizes] == [0, 16, 16, 32, 64, 128, 256, 5888]
+    assert [bucket(n, 6) for n in sizes] == [0, 18, 18, 36, 66, 132, 258, 5892]  # 5888 does not divide by 6
 
 
 @given(st.integers(1, 3000), st.integers(1, 16))
@@ -64,14 +61,11 @@ def test_bucket_holds_its_tokens_divides_by_the_devices_and_grows(n, devices):
     assert bucket(n + 1, devices) >= size
 
 
-@pytest.mark.parametrize(
-    ("n", "budget", "size"),
-    # whole rows: 257 -> 272, 513 -> 528, 33 -> 48; a bucket above 0.75 of the whole is not worth a program
-    [(1, 256, 64), (64, 256, 64), (65, 256, 128), (129, 256, 272), (257, 256, 272)]
-    + [(200, 512, 256), (257, 512, 528), (513, 512, 528), (5, 32, 48), (33, 32, 48)],
-)
-def test_completion_bucket_literals(n, budget, size):
-    assert completion_bucket(n, budget) == size
+def test_completion_bucket_literals():
+    """A whole row is 257 -> 272 or 513 -> 528; a bucket above 0.75 of it is not worth a program."""
+    assert [completion_bucket(n, 256) for n in (1, 64, 65, 128, 129, 257)] == [64, 64, 128, 128, 272, 272]
+    assert [completion_bucket(n, 512) for n in (64, 200, 256, 257, 513)] == [64, 256, 256, 528, 528]
+    assert [completion_bucket(n, 32) for n in (5, 33)] == [48, 48]
 
 
 @given(st.integers(1, 2000), st.data())

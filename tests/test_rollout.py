@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
+
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.prefix_tree import step_batch
-from grpo_jax.rollout import FEEDBACK_NAME, prefill_preamble, run_rollout
+from grpo_jax.rollout import prefill_preamble, run_rollout
 from grpo_jax.train_step import GrpoObjective, ModelStep, make_score, make_update, state_shardings
 from grpo_jax.types import Outcome, Status, TrainState
-from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
 
 PROMPTS = helpers.prompts()
 END = helpers.conversation().stop_ids[0]
@@ -35,7 +36,7 @@ def run(script, rows, **settings):
 
 def run_one(script, *turns, **settings):
     """Roll out one scripted row."""
-    return run(script, [sum(turns, [])], **settings)[0]
+    return run(script, [[token for turn in turns for token in turn]], **settings)[0]
 
 
 def rendered(question, trajectory):
@@ -292,7 +293,7 @@ def test_malformed_call_gets_feedback_where_asked(script):
     turns = (malformed, call_ids("add", a=1, b=2), text_ids("3"))
     row = run_one(script, *turns, malformed_feedback=True)
     assert row.status is Status.ANSWERED
-    assert [m.get("name") for m in row.messages] == [None, FEEDBACK_NAME, None, "add", None]
+    assert [m.get("name") for m in row.messages] == [None, "tool_call_parser", None, "add", None]
     feedback, result = texts(row, "tool")
     assert feedback.startswith("Error: the tool call does not parse: arguments not an object")
     assert result == "Sum: 3"

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from grpo_jax.models.qwen import Level, extend, head_weights
 from grpo_jax.prefix_tree import pad_rows
 from grpo_jax.sampler import Sampling, _inverse_cdf, _kept, row_keys, sample
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 END = helpers.conversation().stop_ids[0]
 DRAWS = 20_000
@@ -66,6 +67,13 @@ def test_draws_follow_the_truncated_distribution(sampling):
     np.testing.assert_allclose(logprobs, np.log(full)[tokens], atol=1e-5)  # of the full distribution
 
 
+def test_every_position_of_a_row_draws_anew():
+    """One row's key at 20,000 positions: the draws are as independent as those of 20,000 rows."""
+    rows = jnp.tile(jnp.asarray(LOGITS, jnp.float32), (DRAWS, 1))
+    tokens, _ = sample(rows, jnp.tile(keys(1), (DRAWS, 1)), jnp.arange(DRAWS), Sampling())
+    np.testing.assert_allclose(np.bincount(tokens) / DRAWS, np.exp(LOGITS), atol=0.015)
+
+
 def test_temperature_zero_takes_the_likeliest():
     logits = jnp.asarray([[0.0, 3.0, 1.0], [2.0, -1.0, 1.9]])
     tokens, logprobs = sample(logits, keys(2), jnp.zeros(2, jnp.int32), Sampling(temperature=0))
@@ -87,6 +95,13 @@ def test_the_kept_set_is_an_independent_ones(logits, top_k, top_p, min_p):
     mass = jnp.asarray(np.exp(logits - logits.max()), jnp.float32)[None]
     kept = np.asarray(_kept(mass, sampling)[0])
     assert kept.tolist() == (numpy_distribution(logits, sampling)[0] > 0).tolist()
+
+
+def test_the_nucleus_ends_where_its_mass_reaches_top_p():
+    mass = jnp.asarray([[0.25, 1.0, 0.5, 0.25]])  # shares 1/8, 1/2, 1/4, 1/8
+    kept = {p: _kept(mass, Sampling(top_p=p))[0].tolist() for p in (0.5, 0.51, 0.75)}
+    assert kept[0.5] == [False, True, False, False]
+    assert kept[0.51] == kept[0.75] == [False, True, True, False]
 
 
 def test_a_token_without_mass_is_never_drawn():
@@ -111,7 +126,9 @@ def test_two_uniforms_reach_the_tail_of_a_long_vocabulary():
     tokens = jax.jit(jax.vmap(lambda u: _inverse_cdf(mass[None], u[None])[0]))(u)
     assert set(tokens.tolist()) - {0} == set(range(8, 1024))
     running = np.cumsum(mass)
-    single = np.searchsorted(running, (1 - np.arange(2**12) / 2**23).astype(np.float32) * running[-1], "right")
+    single = np.searchsorted(
+        running, (1 - np.arange(2**12) / 2**23).astype(np.float32) * running[-1], "right"
+    )
     assert len(set(single.tolist())) < 500
 
 
@@ -145,7 +162,7 @@ def script():
 
 
 def test_greedy_decoding_is_the_argmax_of_a_flat_forward():
-    sampler = helpers.new_sampler(sampling=Sampling(temperature=0))
+    sampler = helpers.new_sampler(temperature=0)
     _, turn = decode(sampler, fresh_cache(sampler), [True, False, True, False], [30, 30, 30, 30])
     assert turn.count.tolist()[1::2] == [0, 0]
     prompts = helpers.prompts()[:2]
@@ -155,7 +172,12 @@ def test_greedy_decoding_is_the_argmax_of_a_flat_forward():
 
     @jax.jit
     def flat(params):
-        (hidden,), _ = extend(params, (Level(*map(jnp.asarray, (tokens, positions, valid))),), cfg=helpers.config(), dtype=helpers.FLOAT32)
+        (hidden,), _ = extend(
+            params,
+            (Level(*map(jnp.asarray, (tokens, positions, valid))),),
+            cfg=helpers.config(),
+            dtype=helpers.FLOAT32,
+        )
         return jax.nn.log_softmax(hidden @ head_weights(params).T)
 
     table = flat(helpers.weights())
@@ -170,7 +192,9 @@ def test_greedy_decoding_is_the_argmax_of_a_flat_forward():
 def test_a_row_ends_with_its_stop_token_or_its_budget(script):
     """Row 0 stops by itself, row 1 has room for three tokens, row 2 none, row 3 does not live."""
     script.load([[7, 8, END, 9], [7] * 9, [7], [7]])
-    cache, turn = decode(script.sampler, fresh_cache(script.sampler), [True, True, True, False], [50, 3, 0, 50])
+    cache, turn = decode(
+        script.sampler, fresh_cache(script.sampler), [True, True, True, False], [50, 3, 0, 50]
+    )
     assert turn.count.tolist() == [3, 3, 0, 0]
     assert turn.stopped.tolist() == [True, False, False, False]
     assert turn.tokens[:, :4].tolist() == [[7, 8, END, 0], [7, 7, 7, 0], [0] * 4, [0] * 4]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.prefix_tree import Tree, make_tree, step_batch
@@ -445,9 +446,7 @@ def test_an_update_moves_a_rows_log_probability_with_its_advantage(sign):
     current = score(base())
     advantages = np.zeros(8, np.float32)
     advantages[0] = sign
-    batch = dataclasses.replace(
-        base(), advantages=advantages, old_logprobs=current, ref_logprobs=current
-    )
+    batch = dataclasses.replace(base(), advantages=advantages, old_logprobs=current, ref_logprobs=current)
     state, _ = update(fresh_state(), batch)
     moved = (score(batch, params=state.params) - current)[0].sum()
     assert sign * moved > 0.01

@@ -1,0 +1,170 @@
+"""Rollout and update on eight virtual devices give what one device gives."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MESHES = [(8, 1, 1), (1, 4, 2)]  # data, fsdp, tensor
+# XLA sizes its thread pool by NPROC; with fewer threads than devices, collectives can deadlock.
+ENVIRONMENT = {
+    "NPROC": "32",
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
+    " --xla_backend_optimization_level=0",
+}
+BUDGET, GENERATIONS = 96, 2
+
+
+@pytest.fixture(scope="module")
+def child():
+    """One process for both meshes: what it measured, and what XLA said."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), str(here)])
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture(params=MESHES, ids=["data=8", "fsdp=4,tensor=2"])
+def measured(child, request):
+    return child[0]["x".join(map(str, request.param))]
+
+
+@pytest.mark.slow
+def test_the_rollouts_tokens_are_the_same(measured):
+    assert measured["tool_turns"] >= 4
+    assert measured["tokens_equal"]
+    assert measured["logprobs"] < 1e-4
+
+
+@pytest.mark.slow
+def test_the_update_is_the_same(measured):
+    """Largest differences from one device; an update moves weights by up to 1e-2."""
+    assert measured["moved"] > 1e-3
+    assert measured["loss"] < 1e-5 and measured["grad_norm"] < 1e-4
+    assert measured["weights"] < 1e-5 and measured["moments"] < 1e-6
+    assert measured["scores"] < 1e-4
+
+
+@pytest.mark.slow
+def test_weights_lie_in_shards(child):
+    """A device holds a part of the gate's [D, F]: D over fsdp and F over tensor."""
+    assert [child[0][mesh]["gate_share"] for mesh in ("8x1x1", "1x4x2")] == [1, 1 / 8]
+
+
+@pytest.mark.slow
+def test_nothing_is_rematerialised_involuntarily(child):
+    """XLA warns where it has to gather a whole tensor to change its sharding.
+
+    It does so here, for instance, when the embedding is sharded over D instead of V.
+    """
+    assert "Involuntary full rematerialization" not in child[1]
+
+
+# --- the child ---------------------------------------------------------------------------------------
+
+
+def run_on(mesh):
+    """One rollout with tool turns, scores and one update; everything as numpy."""
+    import helpers
+    import jax
+    import jax.numpy as jnp
+
+    from grpo_jax.optimizer import make_optimizer
+    from grpo_jax.prefix_tree import make_tree, step_batch
+    from grpo_jax.sampler import Sampling, make_sampler
+    from grpo_jax.sharding import Layout
+    from grpo_jax.train_step import GrpoObjective, ModelStep, make_score, make_update, state_shardings
+    from grpo_jax.types import TrainState
+
+    training, cfg = Layout(mesh), helpers.config()
+    optimizer = make_optimizer(  # a large eps: the sign of a tiny gradient must not decide
+        schedule=lambda count: 1e-2, b1=0.9, b2=0.99, eps=1e-2, weight_decay=0.1, max_grad_norm=1.0
+    )
+    state = TrainState(jnp.zeros((), jnp.int32), helpers.weights(), optimizer.init(helpers.weights()))
+    state = jax.device_put(jax.tree.map(jnp.copy, state), state_shardings(training, state))
+    prompts = [helpers.conversation().prompt_ids(helpers.messages(f"What is {i} + 1?"), []) for i in range(4)]
+    sampler = make_sampler(
+        cfg,
+        Layout(mesh, rollout=True),
+        dtype=helpers.FLOAT32,
+        sampling=Sampling(),
+        stop_ids=tuple(range(0, cfg.V, 8)),  # turns of about eight tokens
+        budget=BUDGET,
+    )
+    loop = helpers.tool_loop(sampler, max_iterations=2)
+    tree = make_tree(prompts, BUDGET, devices=8)
+    loop = dataclasses.replace(loop, tree=tree, conversation=calling(helpers.conversation()))
+    params = sampler.export(state.params)
+    preamble = helpers.prefill_preamble(loop, params)
+    rows = helpers.run_rollout(loop, params, preamble, prompts, range(4), generations=GENERATIONS)
+    batch = step_batch(tree, rows, GENERATIONS, [1.0, -1.0, 0.5, -0.5] * 2)
+    step = ModelStep(cfg, training, helpers.FLOAT32)
+    scores = make_score(step)(state.params, batch)
+    state, metrics = make_update(step, optimizer, GrpoObjective(), state)(state, batch)
+    gate = state.params["layers"]["mlp"]["gate"]
+    share = gate.addressable_shards[0].data.size / gate.size
+    return jax.device_get({"scores": scores, "state": state, "metrics": metrics}) | {
+        "rows": rows,
+        "gate_share": share,
+    }
+
+
+def calling(conversation):
+    """A conversation in which every turn of the model is read as the same call."""
+    from grpo_jax.conversation import Conversation
+    from grpo_jax.types import ParsedTurn, ToolCall
+
+    class Calling(Conversation):
+        def parse(self, ids, schemas):
+            return ParsedTurn("", None, (ToolCall("add", {"a": 3, "b": 4}),), None)
+
+    return Calling(**{f.name: getattr(conversation, f.name) for f in dataclasses.fields(conversation)})
+
+
+def compare(one, many):
+    import helpers
+    import jax
+    import numpy as np
+
+    def gap(a, b):
+        pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        return max(float(np.abs(np.subtract(x, y)).max()) for x, y in pairs)
+
+    return {
+        "tool_turns": sum(len(row.calls) for row in one["rows"]),
+        "tokens_equal": [r.completion_ids for r in one["rows"]] == [r.completion_ids for r in many["rows"]],
+        "logprobs": gap([r.logprobs for r in one["rows"]], [r.logprobs for r in many["rows"]]),
+        "moved": gap(one["state"].params, helpers.weights()),
+        "loss": gap(one["metrics"]["loss"], many["metrics"]["loss"]),
+        "grad_norm": gap(one["metrics"]["grad_norm"], many["metrics"]["grad_norm"]),
+        "weights": gap(one["state"].params, many["state"].params),
+        "moments": gap(one["state"].opt_state, many["state"].opt_state),
+        "scores": gap(one["scores"], many["scores"]),
+        "gate_share": many["gate_share"],
+    }
+
+
+def main():
+    import jax
+
+    from grpo_jax.sharding import make_mesh
+
+    names, auto = ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
+    one = run_on(jax.make_mesh((1, 1, 1), names, axis_types=auto, devices=jax.devices()[:1]))
+    print(json.dumps({"x".join(map(str, m)): compare(one, run_on(make_mesh(*m))) for m in MESHES}))
+
+
+if __name__ == "__main__":
+    main()
