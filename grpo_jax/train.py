@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -244,6 +245,9 @@ def _grpo(
                 "tools/cache_hit_rate": session.runner.cache_hit_rate,
                 "step_time": time.perf_counter() - began,
             }
+            if evaluation.possible and _due(config.eval_steps, step, plan) and step < plan.updates:
+                figures = evaluation(sampler.export(state.params), f"Evaluation at {step}")
+                record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
             writer.write(step, record)
             rollouts.write(step, examples, trajectories, advantages, names, outcome.extras)
             bar.advance(1, reward=record["reward"], spread=record["reward_std"])
@@ -256,9 +260,6 @@ def _grpo(
             if stop.requested and not done:
                 writer.close()
                 return state, True
-            if config.eval_steps and step % config.eval_steps == 0 and not done and evaluation.possible:
-                figures = evaluation(sampler.export(state.params), f"Evaluation at {step}")
-                writer.write(step, {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)})
     writer.close()
     return state, False
 
@@ -466,9 +467,12 @@ def _start_over(out: Path) -> None:
 
 
 def _check_inputs(session: Session) -> None:
-    source = session.config.eval_dataset_id_or_path
-    if source and source.endswith(".jsonl") and not Path(source).exists():  # read only when evaluating
-        raise FileNotFoundError(f"eval_dataset_id_or_path {source} does not exist")
+    # the rows are read only when evaluating, which is too late to find that there is no file
+    path = re.sub(r"\[[^\[\]]*\]$", "", session.config.eval_dataset_id_or_path or "")  # without its slice
+    if path.endswith((".jsonl", ".json")) and not Path(path).expanduser().is_file():
+        raise FileNotFoundError(
+            f"eval_dataset_id_or_path: {path} does not exist; name a JSONL file, or leave the option out"
+        )
 
 
 def _say_plan(console: Console, plan: Plan, data: Prompts) -> None:
@@ -508,12 +512,16 @@ def _save_due(config: Config, step: int, cursor: Cursor, done: bool, plan: Plan)
         return True
     if config.save_strategy == "epoch":
         return cursor.next_index == 0
-    # several updates per batch may step over a multiple of save_steps
-    return step // config.save_steps > (step - plan.updates_per_batch) // config.save_steps
+    return _due(config.save_steps, step, plan)
+
+
+def _due(every: int | None, step: int, plan: Plan) -> bool:
+    """Whether this batch reached a multiple of `every`; several updates per batch may step over it."""
+    return every is not None and step // every > (step - plan.updates_per_batch) // every
 
 
 def _print_step(session: Session, step: int, plan: Plan, record, examples, trajectories) -> None:
-    due = step % session.config.logging_steps == 0 or step == plan.updates or step == plan.updates_per_batch
+    due = _due(session.config.logging_steps, step, plan) or step in (plan.updates_per_batch, plan.updates)
     if record["skipped"]:
         session.console.line(f"Warning: update {step} was skipped: its loss or gradient is not finite")
     if not due:

@@ -14,8 +14,8 @@ from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.prefix_tree import step_batch
 from grpo_jax.rollout import prefill_preamble, run_rollout
-from grpo_jax.train_step import GrpoObjective, ModelStep, make_score, make_update, state_shardings
-from grpo_jax.types import Outcome, Status, TrainState
+from grpo_jax.train_step import GrpoObjective, ModelStep, init_state, make_score, make_update, place_batch
+from grpo_jax.types import Outcome, Status
 
 PROMPTS = helpers.prompts()
 END = helpers.conversation().stop_ids[0]
@@ -153,8 +153,7 @@ def test_rule_6_one_compile_per_shape(script):
     optimizer = make_optimizer(
         schedule=lambda count: 1e-3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0
     )
-    state = TrainState(jnp.zeros((), jnp.int32), helpers.weights(), optimizer.init(helpers.weights()))
-    state = jax.device_put(jax.tree.map(jnp.copy, state), state_shardings(step.layout, state))
+    state = init_state(jax.tree.map(jnp.copy, helpers.weights()), optimizer, step.layout)
     update = make_update(step, optimizer, GrpoObjective(), state)
     loop = helpers.tool_loop(script.sampler)
 
@@ -164,7 +163,7 @@ def test_rule_6_one_compile_per_shape(script):
         preamble = prefill_preamble(loop, params)
         trajectories = run_rollout(loop, params, preamble, PROMPTS[:2], [draw, draw + 1], generations=2)
         batch = step_batch(loop.tree, trajectories, 2, [1.0, -1.0, 0.5, -0.5])
-        state, metrics = update(state, batch)
+        state, metrics = update(state, place_batch(step.layout, batch))
         return state, jax.device_get(metrics), batch
 
     call = call_ids("add", a=3, b=4)
@@ -256,6 +255,17 @@ def test_several_calls_of_a_turn_run_in_order(script):
     )
     n = len(turn) + 1
     assert row.completion_ids[n : n + len(response)] == response
+
+
+def test_the_runner_is_told_whose_call_it_is(script):
+    """Tools with state answer each row from that row's own objects."""
+    loop, told = helpers.tool_loop(script.sampler), []
+    runner_run = loop.runner.run
+    loop.runner.run = lambda calls, rows: told.append((len(calls), list(rows))) or runner_run(calls, rows)
+    two_calls = [*call_ids("echo", text="a")[:-1], *call_ids("echo", text="b")]
+    script.load([two_calls, [], call_ids("echo", text="c")])
+    helpers.rollout(loop, PROMPTS[:2], generations=2)
+    assert told[0] == (3, [0, 0, 2])
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])

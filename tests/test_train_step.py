@@ -17,12 +17,12 @@ from grpo_jax.train_step import (
     GrpoObjective,
     ModelStep,
     batch_loss,
+    init_state,
     make_score,
     make_update,
     sft_objective,
-    state_shardings,
 )
-from grpo_jax.types import Status, TrainState, Trajectory
+from grpo_jax.types import Status, Trajectory
 
 CFG = ModelConfig("qwen3", V=48, D=16, F=24, L=2, N=4, K=2, H=4, rope_theta=1e4, norm_eps=1e-6, tied=True)
 TEMPERATURE, EPSILON, EPSILON_HIGH, BETA = 0.8, 0.1, 0.15, 0.3
@@ -214,8 +214,7 @@ RATE = 1e-2
 @functools.cache
 def updater():
     optimizer = make_optimizer(schedule=lambda count: RATE, **ADAMW)
-    state = TrainState(jnp.zeros((), jnp.int32), weights(), optimizer.init(weights()))
-    state = jax.device_put(state, state_shardings(model_step().layout, state))
+    state = init_state(weights(), optimizer, model_step().layout)
     return make_update(model_step(), optimizer, OBJECTIVE, state), state
 
 

@@ -85,15 +85,13 @@ def run_on(mesh):
     from grpo_jax.prefix_tree import make_tree, step_batch
     from grpo_jax.sampler import Sampling, make_sampler
     from grpo_jax.sharding import Layout
-    from grpo_jax.train_step import GrpoObjective, ModelStep, make_score, make_update, state_shardings
-    from grpo_jax.types import TrainState
+    from grpo_jax.train_step import GrpoObjective, ModelStep, init_state, make_score, make_update, place_batch
 
     training, cfg = Layout(mesh), helpers.config()
     optimizer = make_optimizer(  # a large eps: the sign of a tiny gradient must not decide
         schedule=lambda count: 1e-2, b1=0.9, b2=0.99, eps=1e-2, weight_decay=0.1, max_grad_norm=1.0
     )
-    state = TrainState(jnp.zeros((), jnp.int32), helpers.weights(), optimizer.init(helpers.weights()))
-    state = jax.device_put(jax.tree.map(jnp.copy, state), state_shardings(training, state))
+    state = init_state(jax.tree.map(jnp.copy, helpers.weights()), optimizer, training)
     prompts = [helpers.conversation().prompt_ids(helpers.messages(f"What is {i} + 1?"), []) for i in range(4)]
     sampler = make_sampler(
         cfg,
@@ -109,7 +107,7 @@ def run_on(mesh):
     params = sampler.export(state.params)
     preamble = helpers.prefill_preamble(loop, params)
     rows = helpers.run_rollout(loop, params, preamble, prompts, range(4), generations=GENERATIONS)
-    batch = step_batch(tree, rows, GENERATIONS, [1.0, -1.0, 0.5, -0.5] * 2)
+    batch = place_batch(training, step_batch(tree, rows, GENERATIONS, [1.0, -1.0, 0.5, -0.5] * 2))
     step = ModelStep(cfg, training, helpers.FLOAT32)
     scores = make_score(step)(state.params, batch)
     state, metrics = make_update(step, optimizer, GrpoObjective(), state)(state, batch)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -132,23 +132,25 @@ def fetch_model(name_or_path: str, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
-        raise FileNotFoundError(f"model folder {name_or_path} does not exist")
+        raise FileNotFoundError(f"model folder {name_or_path} does not exist. {_alternatives()}")
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"model {name_or_path} is no local folder, is not in the hub cache, and could not be downloaded "
-            f"({type(error).__name__}). Give the path of a local HF folder, or 'scratch' for a small "
-            f"model made on the spot; folders here that hold one: {_local_models() or 'none'}"
+            f"({type(error).__name__}). {_alternatives()}"
         ) from error
 
 
-def _local_models() -> list[str]:
-    found = [p.parent for p in Path(".").glob("*/*/config.json")] + [
-        p.parent for p in Path(".").glob("*/config.json")
-    ]
-    return sorted(str(p) for p in found if list(p.glob("*.safetensors")))[:5]
+def _alternatives() -> str:
+    # a run's own model is three levels down: runs/NAME/model
+    configs = [path for depth in ("*", "*/*", "*/*/*") for path in Path().glob(f"{depth}/config.json")]
+    found = sorted(str(p.parent) for p in configs if list(p.parent.glob("*.safetensors")))
+    return (
+        "Give the path of a local HF folder, or 'scratch' for a small model made on the spot; "
+        f"folders here that hold a model: {', '.join(found[:5]) or 'none'}"
+    )
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -156,11 +158,14 @@ def read_config(folder: Path) -> ModelConfig:
 
     Raises:
         FileNotFoundError: no config.json.
-        ValueError: an unsupported model; see `ModelConfig.from_hf`.
+        ValueError: it is not JSON, or of an unsupported model; see `ModelConfig.from_hf`.
     """
-    return ModelConfig.from_hf(
-        json.loads(_need(folder, "config.json").read_text()), str(folder / "config.json")
-    )
+    path = _need(folder, "config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+    return ModelConfig.from_hf(config, str(path))
 
 
 def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype=np.float32) -> Params:
@@ -272,5 +277,5 @@ def _check_tensors(folder: Path, tensors: dict[str, Any], table: Params) -> None
 def _need(folder: Path, name: str) -> Path:
     path = Path(folder) / name
     if not path.exists():
-        raise FileNotFoundError(f"model folder {folder} lacks {name}")
+        raise FileNotFoundError(f"model folder {folder} lacks {name}; copy it from the model's repository")
     return path

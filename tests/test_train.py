@@ -1,0 +1,379 @@
+"""The training command: what a run leaves, what it learns from, and that it can be interrupted anywhere."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+from transformers import AutoConfig, AutoTokenizer
+
+from grpo_jax import train
+from grpo_jax.checkpoint import Checkpoints
+from grpo_jax.config import Config, parse_config
+from grpo_jax.models import hf_checkpoint
+from grpo_jax.models.qwen import abstract_params
+
+LEAVINGS = {
+    "resolved_config.yaml",
+    "metrics.jsonl",
+    "rollouts",
+    "checkpoints",
+    "model",
+    "summary.json",
+    "base_model",
+    "cold_start",
+}
+METRICS = {
+    "reward",
+    "reward_std",
+    "rewards/math_reward/mean",
+    "rewards/math_reward/std",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/clipped_ratio",
+    "entropy",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "tools/call_frequency",
+    "tools/failure_frequency",
+    "num_tokens",
+    "step_time",
+    "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+}
+PHASES = {"compile", "cold_start", "rollout", "reward", "update", "evaluate", "save"}
+FIGURES = {"response_validity", "exact_answer_match", "tool_call_schema_match", "n"}
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of a folder with its time of change and bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    return [{name: value for name, value in line.items() if name != "step_time"} for line in lines]
+
+
+# What a run leaves
+
+
+def test_the_smoke_run_leaves_what_the_contract_names():
+    ran = runs.smoke()
+    assert ran.status == 0, ran.err
+    assert {path.name for path in ran.folder.iterdir()} == LEAVINGS
+    assert {path.name for path in (ran.folder / "checkpoints").iterdir()} == {"1", "2"}
+    assert {path.name for path in (ran.folder / "rollouts").iterdir()} == {
+        "step_000001.jsonl",
+        "step_000002.jsonl",
+    }
+
+
+def test_the_smoke_run_says_what_it_does_in_plain_lines():
+    out = runs.smoke().out
+    for text in (
+        "Loaded 2 tool functions:",
+        "  add(a: int, b: int) -> str",
+        "Reward function: math_reward (rewards/math_reward.py)",
+        "2 prompts of up to",
+        "Compiling update …",
+        "Cold start: 4 updates on gold calls",
+        "Evaluation before: exact_answer_match",
+        "update 2/2: reward",
+        "Sample conversations",
+        "Evaluation after: exact_answer_match",
+        "Finished: 2 updates",
+    ):
+        assert text in out
+    assert "\x1b" not in out  # no terminal, no escape sequences
+
+
+def test_the_resolved_config_is_read_again_as_it_is():
+    folder = runs.smoke().folder
+    again = parse_config(["--config", str(folder / "resolved_config.yaml")], prog="test").config
+    flags = ["--output_dir", str(folder), "--compilation_cache_dir", str(runs.XLA_CACHE)]
+    smoke = str(runs.ROOT / "configs" / "smoke.yaml")
+    assert again == parse_config(["--config", smoke, *flags], prog="test").config
+
+
+def test_metrics_hold_one_line_an_update_under_trls_names():
+    lines = runs.smoke().jsonl("metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line.keys() >= METRICS
+        assert all(isinstance(value, int | float) for value in line.values())
+    assert lines[0]["learning_rate"] == pytest.approx(3e-4)  # linear decay over two updates
+    assert lines[1]["learning_rate"] == pytest.approx(1.5e-4)
+    assert lines[1]["epoch"] == pytest.approx(4 / 6000)
+    assert lines[0]["num_tokens"] < lines[1]["num_tokens"]
+
+
+def test_rollouts_hold_every_completion_with_the_advantage_that_its_group_gives():
+    rows = runs.whole().jsonl("rollouts/step_000001.jsonl")
+    assert len(rows) == 8
+    for group in (rows[:4], rows[4:]):
+        assert len({row["prompt"] for row in group}) == len({row["answer"] for row in group}) == 1
+        rewards = np.array([row["rewards"]["spread"] for row in group])
+        by_hand = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+        np.testing.assert_allclose([row["advantage"] for row in group], by_hand, rtol=1e-5, atol=1e-6)
+    assert len({row["advantage"] for row in rows}) > 2
+    assert all(row["messages"][0]["role"] == "assistant" for row in rows)
+
+
+def test_the_model_loads_in_transformers_and_is_that_of_the_last_checkpoint():
+    ran = runs.whole()
+    folder = ran.folder / "model"
+    assert AutoConfig.from_pretrained(folder).model_type == "qwen3"
+    assert AutoTokenizer.from_pretrained(folder).encode("<tool_call>") != []
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (runs.small_model() / name).read_bytes()
+    cfg = hf_checkpoint.read_config(folder)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), abstract_params(cfg)
+    )
+    exported = hf_checkpoint.load_params(folder, cfg, jax.tree.map(lambda _: one, shapes))
+    with Checkpoints(ran.folder / "checkpoints") as checkpoints:
+        saved = checkpoints.restore_params(runs.UPDATES, shapes)
+    jax.tree.map(np.testing.assert_array_equal, exported, saved)
+    assert ran.weights() != (runs.small_model() / "model.safetensors").read_bytes()
+
+
+def test_the_summary_holds_both_evaluations_and_the_seconds_of_every_phase():
+    ran = runs.smoke()
+    summary = ran.json("summary.json")
+    for part in ("before", "after"):
+        assert summary[part].keys() >= FIGURES
+        assert summary[part]["n"] == 16
+        assert all(0 <= summary[part][name] <= 1 for name in FIGURES - {"n"})
+    assert summary["timings"].keys() == PHASES
+    assert all(seconds > 0 for seconds in summary["timings"].values())
+    assert sum(summary["timings"].values()) < ran.seconds
+
+
+def test_a_finished_run_says_so_and_changes_nothing():
+    ran = runs.whole()
+    before = contents(ran.folder)
+    again = runs.small_run(ran.folder)
+    assert again.status == 0
+    assert "is finished" in again.out
+    assert "--overwrite_output_dir" in again.out
+    assert again.compiles == 0
+    assert contents(ran.folder) == before
+
+
+def test_overwrite_starts_over_and_leaves_the_users_own_files(tmp_path):
+    folder = shutil.copytree(runs.whole().folder, tmp_path / "run")
+    notes = runs.write(folder / "notes.txt", "mine")
+    again = runs.small_run(folder, "--overwrite_output_dir", max_steps=1)
+    assert again.status == 0
+    assert [line["step"] for line in again.jsonl("metrics.jsonl")] == [1]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["1"]
+    assert [path.name for path in (folder / "rollouts").iterdir()] == ["step_000001.jsonl"]
+    assert notes.read_text() == "mine"
+
+
+# What it learns from
+
+
+def test_the_policy_never_sees_a_gold_call(tmp_path):
+    """Without the column that holds them, GRPO makes the same weights bit for bit."""
+    bare = [{"prompt": row["prompt"], "answer": row["answer"]} for row in runs.rows(10, 24)]
+    data = runs.write_rows(tmp_path / "bare.jsonl", bare)
+    assert runs.small_run(tmp_path / "run", dataset_id_or_path=data).status == 0
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == runs.whole().weights()
+
+
+def test_the_test_file_is_first_read_after_the_cold_start(tmp_path):
+    """A test file that cannot be read stops the run, but only where it is evaluated."""
+    test_file = runs.write(tmp_path / "test.jsonl", "not JSON\n")
+    ran = runs.small_run(
+        tmp_path / "run",
+        cold_start=True,
+        sft_max_steps=1,
+        eval_dataset_id_or_path=test_file,
+    )
+    assert ran.status == 2
+    assert f"{test_file}:1: not JSON" in ran.err
+    assert "Cold start: 1 updates on gold calls" in ran.out
+    assert (tmp_path / "run/cold_start/model.safetensors").exists()
+
+
+def test_columns_reach_the_reward(tmp_path):
+    reward = runs.write(
+        tmp_path / "columns.py",
+        "def reward_func(completions, answer, tool_call, prompts, **kwargs):\n"
+        "    for a, call, prompt in zip(answer, tool_call, prompts, strict=True):\n"
+        "        total = call['arguments']['a'] + call['arguments']['b']\n"
+        "        assert a == f'Sum: {total}'\n"
+        "        assert prompt[-1]['content'].startswith(f\"Add {call['arguments']['a']} and\")\n"
+        "    kwargs['log_metric']('seen', len(completions))\n"
+        "    return [0.0] * len(completions)\n",
+    )
+    ran = runs.small_run(tmp_path / "run", reward_fn=reward, max_steps=1)
+    assert ran.status == 0
+    assert ran.jsonl("metrics.jsonl")[0]["seen"] == 8
+
+
+def test_rule_6_one_compile_per_shape():
+    """Four updates compile the functions of the first; a second shape would be announced again."""
+    out = runs.whole().out
+    assert out.count("Compiling update …") == out.count("Compiling decode …") == 1
+    assert out.count("Compiling prefill …") == 2  # the preamble and the prompts
+
+
+def test_several_updates_a_batch_with_reference_and_evaluations(tmp_path):
+    ran = runs.small_run(
+        tmp_path / "run",
+        num_iterations=2,
+        beta=0.1,
+        save_steps=3,
+        eval_steps=2,
+        eval_dataset_id_or_path=runs.test_rows(),
+    )
+    assert ran.status == 0, ran.err
+    first, last = ran.jsonl("metrics.jsonl")
+    assert (first["step"], last["step"]) == (2, 4)
+    assert first["kl"] > 0
+    assert first["eval/n"] == 6
+    assert "eval/n" not in last  # the evaluation after training is in summary.json
+    assert ran.json("summary.json")["after"]["n"] == 6
+    # the second batch steps over update 3, and is the last
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["4"]
+
+
+# Interrupted
+
+
+def interrupting_reward(folder: Path, name: str) -> Path:
+    """The reward of the small run, which once, after update 2, sends a signal to its own process."""
+    return runs.write(
+        folder / "spread.py",
+        "import os\n"
+        "import signal\n"
+        "from pathlib import Path\n\n\n"
+        "def reward_func(completions, completion_ids, trainer_state, **kwargs):\n"
+        "    once = Path(__file__).with_name('sent')\n"
+        "    if trainer_state['global_step'] == 2 and not once.exists():\n"
+        "        once.touch()\n"
+        f"        os.kill(os.getpid(), signal.{name})\n"
+        f"    return {runs.SPREAD_VALUE}\n",
+    )
+
+
+def assert_equals_the_whole_run(ran: runs.Ran) -> None:
+    whole = runs.whole()
+    assert ran.status == 0, ran.err
+    assert ran.weights() == whole.weights()
+    lines = ran.jsonl("metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert timeless(lines) == timeless(whole.jsonl("metrics.jsonl"))
+    for step in range(1, runs.UPDATES + 1):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        assert ran.jsonl(name) == whole.jsonl(name)
+
+
+def test_rule_7_resume_is_exact_after_sigkill(tmp_path):
+    """Killed between updates 2 and 3, with the checkpoint of update 2 perhaps half written."""
+    reward = interrupting_reward(tmp_path / "rewards", "SIGKILL")
+    killed = runs.finish(
+        runs.start("train", runs.options(tmp_path / "run", reward_fn=reward)), tmp_path / "run"
+    )
+    assert killed.status == -signal.SIGKILL
+    assert [line["step"] for line in killed.jsonl("metrics.jsonl")] == [1, 2]
+    assert not (tmp_path / "run/model").exists()
+    again = runs.small_run(tmp_path / "run", reward_fn=reward)
+    assert "Continuing from the checkpoint of update" in again.out
+    assert_equals_the_whole_run(again)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_rule_7_resume_is_exact_after_a_clean_stop(tmp_path, name):
+    """The update that was asked to stop is ended and saved."""
+    reward = interrupting_reward(tmp_path / "rewards", name)
+    stopped = runs.small_run(tmp_path / "run", reward_fn=reward, save_steps=100)
+    assert stopped.status == 130
+    assert "Stopped after update 3, which is saved. The same command continues." in stopped.out
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["3"]
+    again = runs.small_run(tmp_path / "run", reward_fn=reward, save_steps=100)
+    assert "Continuing from the checkpoint of update 3" in again.out
+    assert_equals_the_whole_run(again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "status"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 130), ("SIGINT", 130)]
+)
+def test_rule_7_resume_is_exact_as_a_user_meets_it(tmp_path, name, status):
+    """Processes with XLA's own optimisation and tool workers; the signal comes from outside, at any time."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    cold_start = runs.smoke().folder / "cold_start"
+
+    def flags(folder: Path) -> list:
+        changes = {"model_name_or_path": cold_start, "reward_fn": runs.spread_reward(), "max_steps": 12}
+        given = ["--config", "configs/smoke.yaml", "--cold_start", "false", "--log_completions", "false"]
+        given += ["--output_dir", folder, "--compilation_cache_dir", runs.FOLDER / "optimised"]
+        return [*given, *(word for option, value in changes.items() for word in (f"--{option}", value))]
+
+    whole = runs.finish(runs.start("train", flags(tmp_path / "whole"), environment), tmp_path / "whole")
+    process = runs.start("train", flags(tmp_path / "run"), environment)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    os.killpg(process.pid, getattr(signal, name))  # as a terminal's Ctrl-C, to the whole group
+    stopped = runs.finish(process, tmp_path / "run")
+    assert stopped.status == status, stopped.err
+    assert 2 <= len(stopped.jsonl("metrics.jsonl")) < 12
+    again = runs.finish(runs.start("train", flags(tmp_path / "run"), environment), tmp_path / "run")
+    assert again.status == whole.status == 0, again.err
+    assert again.weights() == whole.weights() != (cold_start / "model.safetensors").read_bytes()
+    assert timeless(again.jsonl("metrics.jsonl")) == timeless(whole.jsonl("metrics.jsonl"))
+    assert again.json("summary.json")["after"] == whole.json("summary.json")["after"]
+
+
+@pytest.mark.slow
+def test_the_smoke_run_is_short(tmp_path):
+    """Under 40 s on two idle cores from an empty compile cache; four times that on a busy machine."""
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    ran = runs.smoke_run(tmp_path / "run", environment, tmp_path / "cache")
+    print(json.dumps({"seconds": ran.seconds, **ran.json("summary.json")["timings"]}))
+    assert ran.status == 0, ran.err
+    assert ran.seconds < 160
+
+
+# How the steps follow from options and data
+
+
+def plan(rows: int, **options) -> train.Plan:
+    sizes = {"per_device_train_batch_size": 8, "num_generations": 4}
+    return train.make_plan(Config(**(sizes | options)), rows, row_devices=1)
+
+
+def test_a_plan_counts_full_batches():
+    assert plan(11, num_train_epochs=1.5) == train.Plan(
+        P=2, G=4, batches_per_epoch=5, batches=8, updates_per_batch=1
+    )
+    assert plan(11, num_train_epochs=1, num_iterations=3).updates == 15
+
+
+def test_max_steps_counts_updates():
+    assert plan(11, max_steps=5).batches == 5
+    assert plan(11, max_steps=5, num_iterations=2).updates == 6  # the third batch is used twice as well
+
+
+def test_accumulation_makes_the_batch_larger():
+    assert plan(11, gradient_accumulation_steps=2).P == 4
