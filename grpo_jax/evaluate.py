@@ -65,6 +65,7 @@ def evaluate(session: Session, sampler: Sampler, params: Params, prompts: Prompt
         prompts: the rows.
         title: of the progress bar.
     """
+    gold = [gold_calls(e, session.toolbox.functions) for e in prompts.examples]
     size = session.config.eval_batch_size
     loop = session.tool_loop(sampler, prompts.tree)
     preamble = prefill_preamble(loop, params)
@@ -77,7 +78,6 @@ def evaluate(session: Session, sampler: Sampler, params: Params, prompts: Prompt
             done = run_rollout(loop, params, preamble, [prompts.ids[i] for i in filled], filled, live=live)
             trajectories += done[: len(rows)]
             bar.advance(len(rows))
-    gold = [gold_calls(e, session.toolbox.functions) for e in prompts.examples]
     return Evaluation(summarize(prompts.examples, trajectories, gold), trajectories)
 
 

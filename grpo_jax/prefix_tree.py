@@ -81,8 +81,8 @@ def completion_bucket(n: int, budget: int) -> int:
 
 
 def response_bucket(n: int) -> int:
-    """The padded length of the tokens fed after a tool turn: a power of two from 16 on."""
-    size = 16
+    """The padded length of the tokens fed after a tool turn: a power of two from 32 on."""
+    size = 32
     while size < n:
         size *= 2
     return size

@@ -49,6 +49,7 @@ def fine_tune(session: Session, data: Prompts, sampler: Sampler, folder: Path) -
     """
     config = session.config
     train, held_out = _split(session, data)
+    _check_gold_calls(session, train.examples)
     optimizer = make_optimizer(
         schedule=make_schedule(
             "constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps
@@ -85,13 +86,24 @@ def fine_tune(session: Session, data: Prompts, sampler: Sampler, folder: Path) -
     return {"steps": done, "validation": report}
 
 
+def _check_gold_calls(session: Session, examples: Sequence[Example]) -> None:
+    for example in examples:
+        if not gold_calls(example, session.toolbox.functions):
+            raise ValueError(
+                f"{example.source}: fine-tuning needs a gold call in column tool_call or ground_truth, "
+                "got none"
+            )
+
+
 def gold_trajectories(
     session: Session, examples: Sequence[Example], prompts: Sequence[list[int]]
 ) -> list[Trajectory]:
     """Gold rows as trajectories: each call in a turn of its own, its result, then the result as the answer.
 
+    Every row must hold a gold call.
+
     Raises:
-        ValueError: a row without a gold call, or whose gold conversation exceeds the budget.
+        ValueError: a gold conversation exceeds the budget.
     """
     gold = [gold_calls(e, session.toolbox.functions) for e in examples]
     flat = [(i, call) for i, calls in enumerate(gold) for call in calls]
@@ -104,10 +116,6 @@ def gold_trajectories(
 
 
 def _gold(session: Session, example: Example, prompt: list[int], calls, texts) -> Trajectory:
-    if not calls:
-        raise ValueError(
-            f"{example.source}: fine-tuning needs a gold call in column tool_call or ground_truth, got none"
-        )
     ids: list[int] = []
     mask: list[bool] = []
 

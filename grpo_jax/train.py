@@ -158,19 +158,21 @@ def _train(session: Session, resolved: ResolvedConfig, data: Prompts, summary: d
     _say_plan(console, plan, data)
     write_resolved(config, out / "resolved_config.yaml")
     greedy = greedy_sampler(session)
-    if config.cold_start:
-        session = _cold_start(session, data, greedy, summary)
+    with Checkpoints(out / "checkpoints", keep=config.save_total_limit) as checkpoints:
+        found = _checkpoint_to_resume(config, checkpoints)
+        if config.cold_start:
+            session = _cold_start(session, data, greedy, summary)
 
-    evaluation = _Evaluation(session, greedy)
-    sampler = session.sampler(_sampling(config))
-    with StopSignal() as stop, Checkpoints(out / "checkpoints", keep=config.save_total_limit) as checkpoints:
-        learner, state, meta = _start(session, plan, data, checkpoints)
-        if "before" not in summary and evaluation.possible:
-            summary["before"] = evaluation(sampler.export(state.params), "Evaluation before")
-            _write_summary(session, summary)
-        state, stopped = _grpo(
-            session, plan, data, sampler, learner, state, meta, checkpoints, stop, evaluation
-        )
+        evaluation = _Evaluation(session, greedy)
+        sampler = session.sampler(_sampling(config))
+        with StopSignal() as stop:
+            learner, state, meta = _start(session, plan, data, checkpoints, found)
+            if "before" not in summary and evaluation.possible:
+                summary["before"] = evaluation(sampler.export(state.params), "Evaluation before")
+                _write_summary(session, summary)
+            state, stopped = _grpo(
+                session, plan, data, sampler, learner, state, meta, checkpoints, stop, evaluation
+            )
     if stopped:
         _write_summary(session, summary)
         console.line(f"Stopped after update {int(state.step)}, which is saved. The same command continues.")
@@ -301,9 +303,9 @@ def _update(
 
 
 def _start(
-    session: Session, plan: Plan, data: Prompts, checkpoints: Checkpoints
+    session: Session, plan: Plan, data: Prompts, checkpoints: Checkpoints, found: tuple[Path, int] | None
 ) -> tuple[Learner, TrainState, dict[str, Any]]:
-    """The learner and the state to go on from: a checkpoint's, or a fresh one."""
+    """The learner and the state to go on from: that of the checkpoint that was found, or a fresh one."""
     config, model = session.config, session.model
     schedule = make_schedule(
         config.lr_scheduler_type, config.learning_rate, config.warmup_updates(plan.updates), plan.updates
@@ -339,7 +341,6 @@ def _start(
     )
     meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(session.folder.absolute())}
     meta |= _machine()
-    found = _checkpoint_to_resume(config, checkpoints)
     if found is None:
         return learner, state, meta
     directory, number = found

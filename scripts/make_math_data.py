@@ -17,52 +17,28 @@ SEED = 20261101
 ROWS = {"math_train.jsonl": 6000, "math_test.jsonl": 600}
 TEST_SHARE = 0.15  # of the 4,950 unordered pairs of numbers
 
-ADD = (
-    "What is {a} plus {b}?",
-    "What's {a} + {b}?",
-    "Add {a} and {b}.",
-    "Add {a} to {b}.",
-    "{a} + {b} = ?",
-    "Calculate {a} plus {b}.",
-    "Compute {a} + {b}.",
-    "What is the sum of {a} and {b}?",
-    "Find the sum of {a} and {b}.",
-    "the sum of {a} and {b}",
-    "Sum up {a} and {b}.",
-    "How much is {a} plus {b}?",
-    "Please add the numbers {a} and {b}.",
-    "What do I get when I add {a} and {b}?",
-)
-ADD_STORIES = (
-    "I had {a} coins and found {b} more. How many coins now?",
-    "{a} people are on a train and {b} more get on. How many in total?",
-    "I sold {a} tickets on Monday and {b} on Tuesday. How many altogether?",
-    "A farmer has {a} sheep and buys {b} more. How many sheep now?",
-)
-MULTIPLY = (
-    "What is {a} times {b}?",
-    "What's {a} * {b}?",
-    "Multiply {a} by {b}.",
-    "Multiply {a} and {b}.",
-    "{a} * {b} = ?",
-    "{a} x {b} = ?",
-    "Calculate {a} times {b}.",
-    "Compute {a} * {b}.",
-    "What is the product of {a} and {b}?",
-    "Find the product of {a} and {b}.",
-    "the product of {a} and {b}",
-    "How much is {a} times {b}?",
-    "Please multiply the numbers {a} and {b}.",
-    "What do I get when I multiply {a} by {b}?",
-)
-MULTIPLY_STORIES = (
-    "I bought {a} boxes with {b} pens each. How many pens?",
-    "{a} rows have {b} seats each. How many seats are there?",
-    "There are {a} bags with {b} apples in each. How many apples?",
-    "A printer makes {a} pages every minute. How many pages in {b} minutes?",
-)
-# tool → (phrasings, phrasings that need the plural)
-PHRASINGS = {add: (ADD, ADD_STORIES), multiply: (MULTIPLY, MULTIPLY_STORIES)}
+PHRASINGS = {
+    add: (
+        "What is {a} plus {b}?",
+        "What is {a} + {b}?",
+        "Add {a} and {b}.",
+        "{a} + {b} = ?",
+        "Calculate {a} plus {b}.",
+        "Compute {a} + {b}.",
+        "What is the sum of {a} and {b}?",
+        "Find the sum of {a} and {b}.",
+    ),
+    multiply: (
+        "What is {a} times {b}?",
+        "What is {a} * {b}?",
+        "Multiply {a} by {b}.",
+        "{a} * {b} = ?",
+        "Calculate {a} times {b}.",
+        "Compute {a} * {b}.",
+        "What is the product of {a} and {b}?",
+        "Find the product of {a} and {b}.",
+    ),
+}
 
 
 def is_test_pair(a: int, b: int) -> bool:
@@ -81,8 +57,7 @@ def draw_pair(rng: random.Random, from_test: bool) -> tuple[int, int]:
 def draw_row(rng: random.Random, a: int, b: int) -> dict:
     """A row that asks for the sum or the product of two numbers."""
     tool = rng.choice((add, multiply))
-    phrasings, stories = PHRASINGS[tool]
-    prompt = rng.choice(phrasings if min(a, b) == 1 else phrasings + stories).format(a=a, b=b)
+    prompt = rng.choice(PHRASINGS[tool]).format(a=a, b=b)
     call = {"name": tool.__name__, "arguments": {"a": a, "b": b}}
     return {"prompt": prompt, "answer": tool(a, b), "tool_call": call}
 

@@ -7,6 +7,7 @@ Tests see one CPU device. Those that need eight live in `on_eight_devices.py`, w
 import os
 import sys
 
+import hypothesis
 from jaxtyping import install_import_hook
 
 if "jax" in sys.modules:
@@ -23,3 +24,6 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_ba
 # annotated shapes and dtypes are checked whenever a function of these modules is called or traced
 CHECKED = ("attention", "logprobs", "models.qwen", "losses", "advantages")
 install_import_hook([f"grpo_jax.{name}" for name in CHECKED], "beartype.beartype")
+
+hypothesis.settings.register_profile("jax", deadline=None)  # a first call compiles
+hypothesis.settings.load_profile("jax")

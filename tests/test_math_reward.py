@@ -99,12 +99,12 @@ def phrasing(row):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_both_tools_have_at_least_a_dozen_phrasings_that_tell_them_apart(name):
+def test_both_tools_have_several_phrasings_that_tell_them_apart(name):
     used = {
         tool: {phrasing(row) for row in ROWS[name] if row["tool_call"]["name"] == tool}
         for tool in ("add", "multiply")
     }
-    assert min(map(len, used.values())) >= 12
+    assert min(map(len, used.values())) >= 8
     assert used["add"].isdisjoint(used["multiply"])
 
 

@@ -80,8 +80,8 @@ def test_completion_buckets_are_few_and_hold_every_row(budget, data):
 @given(st.integers(1, 5000))
 def test_response_bucket_is_the_next_power_of_two(n):
     size = response_bucket(n)
-    assert size >= max(n, 16) and size & (size - 1) == 0
-    assert size == 16 or size < 2 * n
+    assert size >= max(n, 32) and size & (size - 1) == 0
+    assert size == 32 or size < 2 * n
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5), st.integers(0, 3))

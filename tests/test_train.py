@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import jax
+import launch
 import numpy as np
 import pytest
-import runs
 from transformers import AutoConfig, AutoTokenizer
 
 from grpo_jax import train
@@ -55,6 +56,7 @@ METRICS = {
     "epoch",
 }
 PHASES = {"compile", "cold_start", "rollout", "reward", "update", "evaluate", "save"}
+OPTIMISED = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # see conftest
 FIGURES = {"response_validity", "exact_answer_match", "tool_call_schema_match", "n"}
 
 
@@ -73,7 +75,7 @@ def timeless(lines: list[dict]) -> list[dict]:
 
 
 def test_the_smoke_run_leaves_what_the_contract_names():
-    ran = runs.smoke()
+    ran = launch.smoke()
     assert ran.status == 0, ran.err
     assert {path.name for path in ran.folder.iterdir()} == LEAVINGS
     assert {path.name for path in (ran.folder / "checkpoints").iterdir()} == {"1", "2"}
@@ -84,7 +86,7 @@ def test_the_smoke_run_leaves_what_the_contract_names():
 
 
 def test_the_smoke_run_says_what_it_does_in_plain_lines():
-    out = runs.smoke().out
+    out = launch.smoke().out
     for text in (
         "Loaded 2 tool functions:",
         "  add(a: int, b: int) -> str",
@@ -103,15 +105,15 @@ def test_the_smoke_run_says_what_it_does_in_plain_lines():
 
 
 def test_the_resolved_config_is_read_again_as_it_is():
-    folder = runs.smoke().folder
+    folder = launch.smoke().folder
     again = parse_config(["--config", str(folder / "resolved_config.yaml")], prog="test").config
-    flags = ["--output_dir", str(folder), "--compilation_cache_dir", str(runs.XLA_CACHE)]
-    smoke = str(runs.ROOT / "configs" / "smoke.yaml")
+    flags = ["--output_dir", str(folder), "--compilation_cache_dir", str(launch.XLA_CACHE)]
+    smoke = str(launch.ROOT / "configs" / "smoke.yaml")
     assert again == parse_config(["--config", smoke, *flags], prog="test").config
 
 
 def test_metrics_hold_one_line_an_update_under_trls_names():
-    lines = runs.smoke().jsonl("metrics.jsonl")
+    lines = launch.smoke().jsonl("metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert line.keys() >= METRICS
@@ -123,7 +125,7 @@ def test_metrics_hold_one_line_an_update_under_trls_names():
 
 
 def test_rollouts_hold_every_completion_with_the_advantage_that_its_group_gives():
-    rows = runs.whole().jsonl("rollouts/step_000001.jsonl")
+    rows = launch.whole().jsonl("rollouts/step_000001.jsonl")
     assert len(rows) == 8
     for group in (rows[:4], rows[4:]):
         assert len({row["prompt"] for row in group}) == len({row["answer"] for row in group}) == 1
@@ -135,12 +137,12 @@ def test_rollouts_hold_every_completion_with_the_advantage_that_its_group_gives(
 
 
 def test_the_model_loads_in_transformers_and_is_that_of_the_last_checkpoint():
-    ran = runs.whole()
+    ran = launch.whole()
     folder = ran.folder / "model"
     assert AutoConfig.from_pretrained(folder).model_type == "qwen3"
     assert AutoTokenizer.from_pretrained(folder).encode("<tool_call>") != []
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (folder / name).read_bytes() == (runs.small_model() / name).read_bytes()
+        assert (folder / name).read_bytes() == (launch.small_model() / name).read_bytes()
     cfg = hf_checkpoint.read_config(folder)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
@@ -148,13 +150,13 @@ def test_the_model_loads_in_transformers_and_is_that_of_the_last_checkpoint():
     )
     exported = hf_checkpoint.load_params(folder, cfg, jax.tree.map(lambda _: one, shapes))
     with Checkpoints(ran.folder / "checkpoints") as checkpoints:
-        saved = checkpoints.restore_params(runs.UPDATES, shapes)
+        saved = checkpoints.restore_params(launch.UPDATES, shapes)
     jax.tree.map(np.testing.assert_array_equal, exported, saved)
-    assert ran.weights() != (runs.small_model() / "model.safetensors").read_bytes()
+    assert ran.weights() != (launch.small_model() / "model.safetensors").read_bytes()
 
 
 def test_the_summary_holds_both_evaluations_and_the_seconds_of_every_phase():
-    ran = runs.smoke()
+    ran = launch.smoke()
     summary = ran.json("summary.json")
     for part in ("before", "after"):
         assert summary[part].keys() >= FIGURES
@@ -166,9 +168,9 @@ def test_the_summary_holds_both_evaluations_and_the_seconds_of_every_phase():
 
 
 def test_a_finished_run_says_so_and_changes_nothing():
-    ran = runs.whole()
+    ran = launch.whole()
     before = contents(ran.folder)
-    again = runs.small_run(ran.folder)
+    again = launch.small_run(ran.folder)
     assert again.status == 0
     assert "is finished" in again.out
     assert "--overwrite_output_dir" in again.out
@@ -177,9 +179,9 @@ def test_a_finished_run_says_so_and_changes_nothing():
 
 
 def test_overwrite_starts_over_and_leaves_the_users_own_files(tmp_path):
-    folder = shutil.copytree(runs.whole().folder, tmp_path / "run")
-    notes = runs.write(folder / "notes.txt", "mine")
-    again = runs.small_run(folder, "--overwrite_output_dir", max_steps=1)
+    folder = shutil.copytree(launch.whole().folder, tmp_path / "run")
+    notes = launch.write(folder / "notes.txt", "mine")
+    again = launch.small_run(folder, "--overwrite_output_dir", max_steps=1)
     assert again.status == 0
     assert [line["step"] for line in again.jsonl("metrics.jsonl")] == [1]
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["1"]
@@ -192,16 +194,16 @@ def test_overwrite_starts_over_and_leaves_the_users_own_files(tmp_path):
 
 def test_the_policy_never_sees_a_gold_call(tmp_path):
     """Without the column that holds them, GRPO makes the same weights bit for bit."""
-    bare = [{"prompt": row["prompt"], "answer": row["answer"]} for row in runs.rows(10, 24)]
-    data = runs.write_rows(tmp_path / "bare.jsonl", bare)
-    assert runs.small_run(tmp_path / "run", dataset_id_or_path=data).status == 0
-    assert (tmp_path / "run/model/model.safetensors").read_bytes() == runs.whole().weights()
+    bare = [{"prompt": row["prompt"], "answer": row["answer"]} for row in launch.rows(10, 24)]
+    data = launch.write_rows(tmp_path / "bare.jsonl", bare)
+    assert launch.small_run(tmp_path / "run", dataset_id_or_path=data).status == 0
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == launch.whole().weights()
 
 
 def test_the_test_file_is_first_read_after_the_cold_start(tmp_path):
     """A test file that cannot be read stops the run, but only where it is evaluated."""
-    test_file = runs.write(tmp_path / "test.jsonl", "not JSON\n")
-    ran = runs.small_run(
+    test_file = launch.write(tmp_path / "test.jsonl", "not JSON\n")
+    ran = launch.small_run(
         tmp_path / "run",
         cold_start=True,
         sft_max_steps=1,
@@ -214,7 +216,7 @@ def test_the_test_file_is_first_read_after_the_cold_start(tmp_path):
 
 
 def test_columns_reach_the_reward(tmp_path):
-    reward = runs.write(
+    reward = launch.write(
         tmp_path / "columns.py",
         "def reward_func(completions, answer, tool_call, prompts, **kwargs):\n"
         "    for a, call, prompt in zip(answer, tool_call, prompts, strict=True):\n"
@@ -224,26 +226,26 @@ def test_columns_reach_the_reward(tmp_path):
         "    kwargs['log_metric']('seen', len(completions))\n"
         "    return [0.0] * len(completions)\n",
     )
-    ran = runs.small_run(tmp_path / "run", reward_fn=reward, max_steps=1)
+    ran = launch.small_run(tmp_path / "run", reward_fn=reward, max_steps=1)
     assert ran.status == 0
     assert ran.jsonl("metrics.jsonl")[0]["seen"] == 8
 
 
 def test_rule_6_one_compile_per_shape():
     """Four updates compile the functions of the first; a second shape would be announced again."""
-    out = runs.whole().out
+    out = launch.whole().out
     assert out.count("Compiling update …") == out.count("Compiling decode …") == 1
     assert out.count("Compiling prefill …") == 2  # the preamble and the prompts
 
 
 def test_several_updates_a_batch_with_reference_and_evaluations(tmp_path):
-    ran = runs.small_run(
+    ran = launch.small_run(
         tmp_path / "run",
         num_iterations=2,
         beta=0.1,
         save_steps=3,
         eval_steps=2,
-        eval_dataset_id_or_path=runs.test_rows(),
+        eval_dataset_id_or_path=launch.evaluation_rows(),
     )
     assert ran.status == 0, ran.err
     first, last = ran.jsonl("metrics.jsonl")
@@ -261,7 +263,7 @@ def test_several_updates_a_batch_with_reference_and_evaluations(tmp_path):
 
 def interrupting_reward(folder: Path, name: str) -> Path:
     """The reward of the small run, which once, after update 2, sends a signal to its own process."""
-    return runs.write(
+    return launch.write(
         folder / "spread.py",
         "import os\n"
         "import signal\n"
@@ -271,18 +273,18 @@ def interrupting_reward(folder: Path, name: str) -> Path:
         "    if trainer_state['global_step'] == 2 and not once.exists():\n"
         "        once.touch()\n"
         f"        os.kill(os.getpid(), signal.{name})\n"
-        f"    return {runs.SPREAD_VALUE}\n",
+        f"    return {launch.SPREAD_VALUE}\n",
     )
 
 
-def assert_equals_the_whole_run(ran: runs.Ran) -> None:
-    whole = runs.whole()
+def assert_equals_the_whole_run(ran: launch.Ran) -> None:
+    whole = launch.whole()
     assert ran.status == 0, ran.err
     assert ran.weights() == whole.weights()
     lines = ran.jsonl("metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert timeless(lines) == timeless(whole.jsonl("metrics.jsonl"))
-    for step in range(1, runs.UPDATES + 1):
+    for step in range(1, launch.UPDATES + 1):
         name = f"rollouts/step_{step:06d}.jsonl"
         assert ran.jsonl(name) == whole.jsonl(name)
 
@@ -290,13 +292,13 @@ def assert_equals_the_whole_run(ran: runs.Ran) -> None:
 def test_rule_7_resume_is_exact_after_sigkill(tmp_path):
     """Killed between updates 2 and 3, with the checkpoint of update 2 perhaps half written."""
     reward = interrupting_reward(tmp_path / "rewards", "SIGKILL")
-    killed = runs.finish(
-        runs.start("train", runs.options(tmp_path / "run", reward_fn=reward)), tmp_path / "run"
+    killed = launch.finish(
+        launch.start("train", launch.options(tmp_path / "run", reward_fn=reward)), tmp_path / "run"
     )
     assert killed.status == -signal.SIGKILL
     assert [line["step"] for line in killed.jsonl("metrics.jsonl")] == [1, 2]
     assert not (tmp_path / "run/model").exists()
-    again = runs.small_run(tmp_path / "run", reward_fn=reward)
+    again = launch.small_run(tmp_path / "run", reward_fn=reward)
     assert "Continuing from the checkpoint of update" in again.out
     assert_equals_the_whole_run(again)
 
@@ -305,51 +307,67 @@ def test_rule_7_resume_is_exact_after_sigkill(tmp_path):
 def test_rule_7_resume_is_exact_after_a_clean_stop(tmp_path, name):
     """The update that was asked to stop is ended and saved."""
     reward = interrupting_reward(tmp_path / "rewards", name)
-    stopped = runs.small_run(tmp_path / "run", reward_fn=reward, save_steps=100)
+    stopped = launch.small_run(tmp_path / "run", reward_fn=reward, save_steps=100)
     assert stopped.status == 130
     assert "Stopped after update 3, which is saved. The same command continues." in stopped.out
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["3"]
-    again = runs.small_run(tmp_path / "run", reward_fn=reward, save_steps=100)
+    again = launch.small_run(tmp_path / "run", reward_fn=reward, save_steps=100)
     assert "Continuing from the checkpoint of update 3" in again.out
     assert_equals_the_whole_run(again)
+
+
+def users_run(folder: Path) -> subprocess.Popen:
+    """Start 12 updates from the smoke run's cold start, with XLA's own optimisation and tool workers."""
+    options = {
+        "config": "configs/smoke.yaml",
+        "cold_start": "false",
+        "model_name_or_path": launch.smoke().folder / "cold_start",
+        "reward_fn": launch.spread_reward(),
+        "max_steps": 12,
+        "log_completions": "false",
+        "output_dir": folder,
+        "compilation_cache_dir": launch.FOLDER / "optimised",
+    }
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return launch.start("train", flags, OPTIMISED)
+
+
+@pytest.fixture(scope="module")
+def users_whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    ran = launch.finish(users_run(folder), folder)
+    assert ran.status == 0, ran.err
+    assert ran.weights() != launch.smoke().weights("cold_start")
+    return ran
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "status"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 130), ("SIGINT", 130)]
 )
-def test_rule_7_resume_is_exact_as_a_user_meets_it(tmp_path, name, status):
-    """Processes with XLA's own optimisation and tool workers; the signal comes from outside, at any time."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    cold_start = runs.smoke().folder / "cold_start"
-
-    def flags(folder: Path) -> list:
-        changes = {"model_name_or_path": cold_start, "reward_fn": runs.spread_reward(), "max_steps": 12}
-        given = ["--config", "configs/smoke.yaml", "--cold_start", "false", "--log_completions", "false"]
-        given += ["--output_dir", folder, "--compilation_cache_dir", runs.FOLDER / "optimised"]
-        return [*given, *(word for option, value in changes.items() for word in (f"--{option}", value))]
-
-    whole = runs.finish(runs.start("train", flags(tmp_path / "whole"), environment), tmp_path / "whole")
-    process = runs.start("train", flags(tmp_path / "run"), environment)
-    metrics = tmp_path / "run/metrics.jsonl"
+def test_rule_7_resume_is_exact_as_a_user_meets_it(tmp_path, users_whole_run, name, status):
+    """The signal comes from outside, at any time after update 2, to the whole group as a terminal's Ctrl-C."""
+    folder = tmp_path / "run"
+    process = users_run(folder)
+    metrics = folder / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         time.sleep(0.02)
-    os.killpg(process.pid, getattr(signal, name))  # as a terminal's Ctrl-C, to the whole group
-    stopped = runs.finish(process, tmp_path / "run")
+    os.killpg(process.pid, getattr(signal, name))
+    stopped = launch.finish(process, folder)
     assert stopped.status == status, stopped.err
     assert 2 <= len(stopped.jsonl("metrics.jsonl")) < 12
-    again = runs.finish(runs.start("train", flags(tmp_path / "run"), environment), tmp_path / "run")
-    assert again.status == whole.status == 0, again.err
-    assert again.weights() == whole.weights() != (cold_start / "model.safetensors").read_bytes()
-    assert timeless(again.jsonl("metrics.jsonl")) == timeless(whole.jsonl("metrics.jsonl"))
-    assert again.json("summary.json")["after"] == whole.json("summary.json")["after"]
+    again = launch.finish(users_run(folder), folder)
+    assert again.status == 0, again.err
+    assert again.weights() == users_whole_run.weights()
+    lines, whole_lines = (ran.jsonl("metrics.jsonl") for ran in (again, users_whole_run))
+    assert timeless(lines) == timeless(whole_lines)
+    assert again.json("summary.json")["after"] == users_whole_run.json("summary.json")["after"]
 
 
 @pytest.mark.slow
 def test_the_smoke_run_is_short(tmp_path):
     """Under 40 s on two idle cores from an empty compile cache; four times that on a busy machine."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    ran = runs.smoke_run(tmp_path / "run", environment, tmp_path / "cache")
+    ran = launch.smoke_run(tmp_path / "run", OPTIMISED, tmp_path / "cache")
     print(json.dumps({"seconds": ran.seconds, **ran.json("summary.json")["timings"]}))
     assert ran.status == 0, ran.err
     assert ran.seconds < 160

@@ -116,8 +116,8 @@ def train_rows() -> Path:
 
 
 @functools.cache
-def test_rows() -> Path:
-    """Six rows that are not among them."""
+def evaluation_rows() -> Path:
+    """Six rows for evaluation that are not among them."""
     return write_rows(FOLDER / "test.jsonl", rows(60, 6))
 
 

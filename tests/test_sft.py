@@ -1,0 +1,182 @@
+"""The cold start: what is learned of a gold row, the rule that ends it, and the command by itself."""
+
+import contextlib
+import io
+import re
+
+import launch
+import pytest
+
+from grpo_jax import sft
+from grpo_jax.config import parse_config
+from grpo_jax.console import Console
+from grpo_jax.metrics import PhaseTimer
+from grpo_jax.session import load_prompts, open_session
+from grpo_jax.types import Example
+
+
+@contextlib.contextmanager
+def opened(folder, **changes):
+    """The session of a small run, and the training rows."""
+    argv = launch.options(folder, compilation_cache_dir="none", **changes)
+    config = parse_config(argv, prog="test").config
+    session = open_session(config, Console(io.StringIO()), PhaseTimer())
+    with session.runner:
+        yield session, load_prompts(session, config.dataset_id_or_path)
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    with opened(folder, max_grpo_completion_length=120) as (session, _):
+        yield session
+
+
+def row(*calls, answer="Sum: 3") -> Example:
+    gold = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    return Example([{"role": "user", "content": "Add."}], answer, {"tool_call": gold}, "rows.jsonl:7")
+
+
+def gold(session, example):
+    prompt = session.conversation.prompt_ids(example.messages, session.toolbox.schemas)
+    return sft.gold_trajectories(session, [example], [prompt])[0]
+
+
+def spans(session, trajectory) -> list[tuple[bool, str]]:
+    """Neighbouring tokens of equal mask as (learned, text)."""
+    out: list[tuple[bool, list[int]]] = []
+    for token, learned in zip(trajectory.completion_ids, trajectory.sampled_mask, strict=True):
+        if not out or out[-1][0] != learned:
+            out.append((learned, []))
+        out[-1][1].append(token)
+    return [(learned, session.conversation.tokenizer.decode(ids)) for learned, ids in out]
+
+
+# What is learned
+
+
+def test_only_what_the_assistant_writes_is_learned(session):
+    """End-of-turn tokens included; the tool's response and the next generation prompt are given."""
+    assert spans(session, gold(session, row(("add", {"a": 1, "b": 2})))) == [
+        (True, '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>'),
+        (
+            False,
+            "\n<|im_start|>user\n<tool_response>\nSum: 3\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (True, "Sum: 3<|im_end|>"),
+    ]
+
+
+def test_each_call_is_a_turn_and_the_last_result_is_the_answer(session):
+    two = gold(session, row(("add", {"a": 1, "b": 2}), ("multiply", {"a": 3, "b": 4})))
+    texts = spans(session, two)
+    assert [learned for learned, _ in texts] == [True, False, True, False, True]
+    assert "Sum: 3" in texts[1][1]
+    assert '"multiply"' in texts[2][1]
+    assert "Product: 12" in texts[3][1]
+    assert texts[4][1] == "Product: 12<|im_end|>"
+
+
+def test_a_gold_conversation_over_the_budget_is_named(session):
+    calls = [("add", {"a": 1, "b": 2})] * 5
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:7: the gold conversation has \d+ tokens .* is 120; raise it"
+    ):
+        gold(session, row(*calls))
+
+
+# The rule that ends it
+
+
+@pytest.fixture
+def validations(monkeypatch):
+    """Replaces the validation by figures of the test's own; records what it was asked to evaluate."""
+    asked, figures = [], []
+
+    def validate(session, sampler, params, prompts, title):
+        asked.append([example.answer for example in prompts.examples])
+        return sft_evaluation({"exact_answer_match": figures[len(asked) - 1]})
+
+    monkeypatch.setattr(sft, "evaluate", validate)
+    # the rule does not depend on what the updates do, and this one needs no compiling
+    monkeypatch.setattr(sft, "make_update", lambda *_: lambda state, batch: (state, {"loss": 0.0}))
+    return asked, figures
+
+
+def sft_evaluation(summary):
+    return type("Evaluation", (), {"summary": summary})
+
+
+class NoSampler:
+    """The export of a sampler that is not asked to sample."""
+
+    @staticmethod
+    def export(params):
+        return params
+
+
+def test_it_stops_at_the_first_validation_that_is_good_enough(tmp_path, validations, monkeypatch):
+    asked, figures = validations
+    figures += [0.0, 0.39, 0.4, 1.0]
+    trained = []
+    make = sft.gold_trajectories
+
+    def recorded(session, examples, prompts):
+        trained.extend(example.answer for example in examples)
+        return make(session, examples, prompts)
+
+    monkeypatch.setattr(sft, "gold_trajectories", recorded)
+    settings = {"sft_eval_steps": 2, "sft_max_steps": 20, "sft_stop_match": 0.4, "sft_validation_size": 4}
+    with opened(tmp_path / "run", **settings) as (session, data):
+        report = sft.fine_tune(session, data, NoSampler, tmp_path / "model")
+    assert report == {"steps": 6, "validation": {"exact_answer_match": 0.4}}
+    held_out = [row["answer"] for row in launch.rows(30, 4)]  # the last 4 of rows 10 to 33
+    assert asked == [held_out] * 3
+    assert len(trained) == 6 * 8
+    assert not set(trained) & set(held_out)
+    assert (tmp_path / "model/model.safetensors").exists()
+
+
+def test_it_stops_at_sft_max_steps_and_validates_there(tmp_path, validations):
+    asked, figures = validations
+    figures += [0.0, 0.1]
+    with opened(tmp_path / "run", sft_eval_steps=2, sft_max_steps=3) as (session, data):
+        report = sft.fine_tune(session, data, NoSampler, tmp_path / "model")
+    assert report == {"steps": 3, "validation": {"exact_answer_match": 0.1}}
+    assert len(asked) == 2
+
+
+def test_too_few_rows_for_training_and_validation_are_an_error(tmp_path):
+    with (
+        opened(tmp_path / "run", sft_validation_size=17) as (session, data),
+        pytest.raises(ValueError, match=r"sft_batch_size rows, 17 \+ 8, got 24; lower one of them"),
+    ):
+        sft.fine_tune(session, data, NoSampler, tmp_path / "model")
+
+
+# The command
+
+
+def test_the_command_learns_the_calls_and_never_opens_the_test_file(tmp_path):
+    ran = launch.call(
+        sft.main,
+        launch.options(
+            tmp_path / "run",
+            eval_dataset_id_or_path=tmp_path / "does not exist.jsonl",
+            sft_learning_rate=1e-2,
+            sft_max_steps=16,
+            sft_eval_steps=8,
+        ),
+        tmp_path / "run",
+    )
+    assert ran.status == 0, ran.err
+    losses = [float(x) for x in re.findall(r"cold start \d+: loss ([\d.]+)", ran.out)]
+    assert len(losses) == 2
+    assert losses[1] < losses[0] < 6.2  # ln 512 = 6.24 nats is what guessing costs
+    assert {path.name for path in ran.folder.iterdir()} == {"model", "resolved_config.yaml", "sft.json"}
+    report = ran.json("sft.json")
+    assert report["steps"] == 16
+    assert report["validation"]["n"] == 4
+    assert report["timings"]["cold_start"] > 0
+    assert ran.weights() != (launch.small_model() / "model.safetensors").read_bytes()
+    assert "Fine-tuned for 16 updates" in ran.out
