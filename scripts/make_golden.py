@@ -1,6 +1,6 @@
 """Write tests/golden/*.npz: results of the published models' own code, for machines without torch.
 
-    pip install -e ".[test,torch]" && python scripts/make_golden.py
+pip install -e ".[test,torch]" && python scripts/make_golden.py
 """
 
 import sys

@@ -68,7 +68,11 @@ def published_shapes(config: dict) -> dict[str, tuple[int, ...]]:
         shapes["lm_head.weight"] = (config["vocab_size"], D)
     for i in range(config["num_hidden_layers"]):
         layer = {"input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,)}
-        layer |= {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F)}
+        layer |= {
+            "mlp.gate_proj.weight": (F, D),
+            "mlp.up_proj.weight": (F, D),
+            "mlp.down_proj.weight": (D, F),
+        }
         for name, out in (("q", wide), ("k", narrow), ("v", narrow)):
             layer[f"self_attn.{name}_proj.weight"] = (out, D)
             if config["model_type"] == "qwen2":

@@ -3,7 +3,6 @@
 Numbers of the published models: `test_qwen_golden.py` and `test_qwen_torch.py`.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -34,84 +33,354 @@ MODELS = {
     "qwen2": ModelConfig.from_hf(QWEN2 | SHRUNK),
     "qwen3": ModelConfig.from_hf(QWEN3 | SHRUNK | {"tie_word_embeddings": True}),
 }
-QWEN = MODELS["qwen3"]
-
-# real lengths of the one preamble, the two prompts and the six completions; 0 leaves the level out
-TREES = {
-    "three levels": (11, (5, 3), (9, 4, 7, 1, 6, 9)),
-    "no preamble": (0, (5, 3), (9, 4, 7, 1, 6, 9)),
-    "no prompts": (11, (0, 0), (9, 4, 7, 1, 6, 9)),
-}
-PADDING = 3  # slots that no row uses, on every level
+COMPLETIONS = 9, 4, 7, 1, 6, 9  # real tokens of six rows
+# real tokens of the preamble and of the two prompts; a level without tokens is left out
+TREES = {"three levels": (11, (5, 3)), "no preamble": (0, (5, 3)), "no prompts": (11, (0, 0))}
+PADDING = 3  # slots that no row of a level uses
+LONGEST = 32  # more positions than any row has
 
 
 @functools.cache
-def weights(model):
+def weights(model="qwen3"):
     return random_weights(MODELS[model], seed=0)
 
 
 def as_list(params):
     """The rollout's form: layers one by one."""
-    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(QWEN.L)]
+    layers = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(2)]
     return params | {"layers": layers}
 
 
-def level(rows, starts, shared=False, gap=0):
-    """Ragged rows, padded, at positions that start where the level above ends."""
-    width = max(map(len, rows)) + PADDING
-    tokens, valid = pad_rows(rows, width)
-    positions = np.asarray(starts, np.int32)[:, None] + gap + np.arange(width, dtype=np.int32)
+def level(rows, starts, shared=False, width=None):
+    """Ragged rows, padded, with positions from each row's start on."""
+    tokens, valid = pad_rows(rows, width or max(map(len, rows)) + PADDING)
+    positions = np.asarray(starts, np.int32)[:, None] + np.arange(tokens.shape[1], dtype=np.int32)
     return Level(*map(jnp.asarray, (tokens, positions, valid)), shared=shared)
 
 
-def tree_levels(tree):
-    """(levels of the tree, one level of flat rows, [(level, row, first place in its flat rows)])."""
-    T0, T1, T2 = TREES[tree]
+def random_tree(tree):
+    """(the tree's levels, its rows written out as one level, what each completion token teaches).
+
+    The last is [B, LONGEST, D]: a random cotangent where a completion has a real token, else 0.
+    """
+    T0, T1 = TREES[tree]
     rng = np.random.default_rng(1)
-    preamble, *rest = [rng.integers(0, 50, n).tolist() for n in (T0, *T1, *T2)]
-    prompts, completions = rest[: len(T1)], rest[len(T1) :]
-    share = len(T2) // len(T1)
-    flat = [preamble + prompts[b // share] + c for b, c in enumerate(completions)]
-    starts = [T0 + len(prompts[b // share]) for b in range(len(T2))]
+    preamble, *rest = [rng.integers(0, 50, n).tolist() for n in (T0, *T1, *COMPLETIONS)]
+    prompts, completions = rest[:2], rest[2:]
+    above = [preamble + prompts[b // 3] for b in range(6)]
+    starts = [len(ids) for ids in above]
     levels = [level([preamble], [0], shared=True)] if T0 else []
-    levels += [level(prompts, [T0] * len(T1), shared=True)] if any(T1) else []
-    return (*levels, level(completions, starts)), level(flat, [0] * len(flat)), starts
-
-
-def flat_hidden(hidden, levels):
-    """Hidden states of a tree's levels, every row written out: [B, positions, D]."""
-    B = levels[-1].tokens.shape[0]
-    out = np.zeros((B, 64, hidden[0].shape[-1]), np.float32)
-    for h, lv in zip(hidden, levels, strict=True):
-        n = lv.tokens.shape[0]
-        for b in range(B):
-            real = np.asarray(lv.valid[b * n // B])
-            out[b, np.asarray(lv.positions[b * n // B])[real]] = np.asarray(h[b * n // B])[real]
-    return out
+    levels += [level(prompts, [T0, T0], shared=True)] if any(T1) else []
+    flat = [ids + completion for ids, completion in zip(above, completions, strict=True)]
+    teaches = rng.normal(size=(6, LONGEST, 24))
+    for b in range(6):
+        teaches[b, : starts[b]] = teaches[b, len(flat[b]) :] = 0
+    return (
+        (*levels, level(completions, starts)),
+        (level(flat, [0] * 6, width=LONGEST),),
+        jnp.asarray(teaches, jnp.float32),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "remat"))
-def hidden_and_gradient(params, levels, model, remat=False):
-    """Hidden states of all levels; the gradient of what the completions' tokens at their positions score.
-
-    The score is Σ hidden · direction(row, position) over real tokens of the last level's
-    rows, with positions counted in whole rows, so that trees and flat rows can be compared.
-    """
-    cfg = MODELS[model]
+def gradient_and_hidden(params, levels, teaches, model="qwen3", remat=False):
+    """The gradient of Σ hidden · teaches[row, position] over the last level; hidden states of all."""
 
     def score(params):
-        hidden, _ = extend(params, levels, cfg=cfg, remat=remat, keep_kv=False)
-        last = levels[-1]
-        rows = jnp.arange(last.tokens.shape[0])[:, None]
-        place = (rows * 64 + last.positions)[..., None] * cfg.D + jnp.arange(cfg.D)
-        return (hidden[-1] * jnp.sin(place) * (last.valid & learned(last))[..., None]).sum(), hidden
+        hidden, _ = extend(params, levels, cfg=MODELS[model], remat=remat, keep_kv=False)
+        rows = jnp.arange(6)[:, None]
+        return (hidden[-1] * teaches[rows, levels[-1].positions]).sum(), hidden
 
     return jax.grad(score, has_aux=True)(params)
 
 
-def learned(last):
-    """Flat rows hold the trunk too, which teaches nothing by itself: only positions from 16 on do."""
-    return last.positions >= FIRST_LEARNED
+def written_out(hidden, levels):
+    """Every row's real hidden states from all levels, by position: [6, LONGEST, D]."""
+    out = np.zeros((6, LONGEST, 24), np.float32)
+    for states, lv in zip(hidden, levels, strict=True):
+        for b in range(6):
+            row = b * len(states) // 6
+            real = np.asarray(lv.valid[row])
+            out[b, np.asarray(lv.positions[row])[real]] = np.asarray(states[row])[real]
+    return out
 
 
-FIRST_LEARNED = 0
+def assert_close(got, want, rtol=1e-5):
+    """Equal within rtol of the largest entry, or of one."""
+    got, want = np.asarray(got), np.asarray(want)
+    np.testing.assert_allclose(got, want, rtol=0, atol=rtol * max(1, np.abs(want).max()))
+
+
+@pytest.mark.parametrize(("tree", "model"), [("three levels", "qwen2"), *((tree, "qwen3") for tree in TREES)])
+def test_rule_4_tree_equals_flat(tree, model):
+    """Values at every position and gradients of every weight, on ragged rows with padding."""
+    levels, flat, teaches = random_tree(tree)
+    gradient, hidden = gradient_and_hidden(weights(model), levels, teaches, model)
+    want_gradient, want = gradient_and_hidden(weights(model), flat, teaches, model)
+    assert_close(written_out(hidden, levels), written_out(want, flat))
+    assert all(g.any() for name, g in leaves(want_gradient) if name != "['head']")
+    jax.tree.map(assert_close, gradient, want_gradient)
+
+
+def leaves(params):
+    return [(jax.tree_util.keystr(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+
+
+@pytest.mark.parametrize("variant", ["remat", "list of layers"])
+def test_recomputed_and_unrolled_layers_change_nothing(variant):
+    levels, _, teaches = random_tree("three levels")
+    want_gradient, want = gradient_and_hidden(weights(), levels, teaches)
+    params = as_list(weights()) if variant == "list of layers" else weights()
+    gradient, hidden = gradient_and_hidden(params, levels, teaches, remat=variant == "remat")
+    jax.tree.map(assert_close, hidden, want)
+    want_gradient = as_list(want_gradient) if variant == "list of layers" else want_gradient
+    jax.tree.map(assert_close, gradient, want_gradient)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "keep_kv"))
+def run(params, levels, segments=(), dtype=jnp.float32, keep_kv=True):
+    return extend(params, levels, segments, cfg=MODELS["qwen3"], dtype=dtype, keep_kv=keep_kv)
+
+
+@pytest.mark.parametrize("form", ["stacked", "list of layers"])
+def test_levels_in_several_calls_equal_one_call(form):
+    """Prefill the preamble, then the prompts, then the completions, on the segments returned before."""
+    params = weights() if form == "stacked" else as_list(weights())
+    levels, _, _ = random_tree("three levels")
+    want, want_kvs = run(params, levels)
+    segments = ()
+    for lv, hidden, kv in zip(levels, want, want_kvs, strict=True):
+        (got,), (new,) = run(params, (lv,), segments)
+        assert_close(got, hidden)
+        jax.tree.map(assert_close, new, kv)
+        segments += ((new, lv.valid),)
+
+
+def test_keys_and_values_are_returned_only_when_asked_for():
+    levels, _, _ = random_tree("three levels")
+    _, kvs = run(weights(), levels)
+    assert [kv.k.shape for kv in kvs] == [(2, 1, 2, 14, 16), (2, 2, 2, 8, 16), (2, 6, 2, 12, 16)]
+    assert run(weights(), levels, keep_kv=False)[1] == ()
+
+
+def plain(tokens, positions=None, valid=None):
+    """One level, positions 0, 1, 2, …, all valid."""
+    tokens = jnp.asarray(tokens)
+    counted = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    positions = counted if positions is None else positions
+    return Level(tokens, positions, jnp.ones(tokens.shape, bool) if valid is None else valid)
+
+
+def hidden_of(lv):
+    return run(weights(), (lv,), keep_kv=False)[0][0]
+
+
+TOKENS = np.random.default_rng(2).integers(0, 50, (2, 12))
+
+
+def test_causality():
+    """Token 7 changes; what lies before does not, and everything from it on does."""
+    changed = TOKENS.copy()
+    changed[:, 7] = (changed[:, 7] + 1) % 50
+    before, after = hidden_of(plain(TOKENS)), hidden_of(plain(changed))
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert jnp.abs(before - after)[:, 7:].max(-1).min() > 1e-3
+
+
+def test_rows_do_not_see_each_other():
+    changed = TOKENS.copy()
+    changed[1] = 0
+    np.testing.assert_array_equal(hidden_of(plain(TOKENS))[0], hidden_of(plain(changed))[0])
+
+
+def test_only_distances_between_positions_matter():
+    """Rotary embedding: all positions + 1000 changes nothing but rounding, a gap in them does."""
+    counted = jnp.arange(12, dtype=jnp.int32) + jnp.zeros((2, 1), jnp.int32)
+    base = hidden_of(plain(TOKENS))
+    np.testing.assert_allclose(hidden_of(plain(TOKENS, counted + 1000)), base, atol=1e-3)
+    gap = hidden_of(plain(TOKENS, jnp.where(counted < 6, counted, counted + 3)))
+    np.testing.assert_array_equal(gap[:, :6], base[:, :6])
+    assert jnp.abs(gap - base)[:, 6:].max(-1).min() > 1e-2
+
+
+def test_invalid_tokens_change_no_other():
+    """Neither their ids nor their positions; a valid token in the same place does."""
+    hole = jnp.ones((2, 12), bool).at[:, 4].set(False)
+    counted = jnp.arange(12, dtype=jnp.int32) + jnp.zeros((2, 1), jnp.int32)
+    other = np.where(hole, TOKENS, (TOKENS + 1) % 50)
+    others = np.delete(np.arange(12), 4)
+    base = hidden_of(plain(TOKENS, counted, hole))[:, others]
+    moved = hidden_of(plain(other, counted.at[:, 4].set(99), hole))[:, others]
+    np.testing.assert_array_equal(base, moved)
+    assert jnp.abs(hidden_of(plain(TOKENS))[:, others] - base)[:, 4:].max(-1).min() > 1e-3
+
+
+def test_activations_have_the_asked_dtype():
+    (hidden,), (kv,) = run(weights(), (plain(TOKENS),), dtype=jnp.bfloat16)
+    assert {hidden.dtype, kv.k.dtype, kv.v.dtype} == {jnp.dtype(jnp.bfloat16)}
+    exact = hidden_of(plain(TOKENS))
+    assert jnp.abs(hidden.astype(jnp.float32) - exact).mean() < 0.02 * jnp.abs(exact).mean()
+
+
+def test_rope_angle_is_fp32_at_position_5801():
+    """bf16 would turn 5801 into 5792, nine radians off; the first frequency is 1."""
+    cfg = MODELS["qwen3"]
+    cos, sin = rope_tables(cfg, jnp.asarray([[5801]]))
+    assert cos.dtype == sin.dtype == jnp.float32 and cos.shape == (1, 1, 1, 8)
+    angles = [5801 * 1e6 ** (-i / 8) for i in range(8)]
+    # an angle's fp32 rounding is 5801 · 2⁻²⁴ = 3.5e-4
+    np.testing.assert_allclose(cos.ravel(), [math.cos(a) for a in angles], atol=1e-3)
+    np.testing.assert_allclose(sin.ravel(), [math.sin(a) for a in angles], atol=1e-3)
+    np.testing.assert_allclose(cos[0, 0, 0, 0], math.cos(5801), atol=1e-6)
+
+
+def test_rotate_by_hand():
+    """A quarter turn takes (x1, x2) to (−x2, x1), x1 and x2 being the halves, not neighbours."""
+    x = jnp.asarray([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
+    quarter = jnp.zeros((1, 1, 1, 2)), jnp.ones((1, 1, 1, 2))
+    assert rotate(x, quarter).ravel().tolist() == [-3, -4, 1, 2]
+    assert rotate(x, quarter[::-1]).ravel().tolist() == [1, 2, 3, 4]
+
+
+def test_rms_norm_by_hand():
+    """rms of (3, 4) is 5/√2; eps counts inside the root: √(0 + 4) = 2."""
+    got = rms_norm(jnp.asarray([3.0, 4.0]), jnp.asarray([1.0, 10.0]), 0.0)
+    np.testing.assert_allclose(got, [0.8485281, 11.313708], rtol=1e-6)
+    np.testing.assert_allclose(rms_norm(jnp.asarray([2.0, -2.0]), jnp.ones(2), 12.0), [0.5, -0.5])
+
+
+def test_rms_norm_rounds_before_the_scale():
+    """bf16: 1/3 of three is 1.0039 (one bf16 step above 1) or 1; the published models round, then scale."""
+    x = jnp.asarray([1.0, 1.01, 0.99, 1.0], jnp.bfloat16)
+    scale = jnp.asarray([1.01, 3.03, 0.77, 1.7], jnp.bfloat16)
+    x32 = np.asarray(x, np.float32)
+    rounded = jnp.asarray(x32 / np.sqrt((x32**2).mean() + 1e-6), jnp.bfloat16)
+    got = rms_norm(x, scale, 1e-6)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, rounded * scale)
+
+
+def test_fresh_parameters():
+    """Unit norms, zero biases, kernels of standard deviation fan-in^-1/2, other values for other seeds."""
+    cfg = MODELS["qwen2"]
+    params = init_params(cfg, seed=3)
+    check_params(cfg, params)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    attention = params["layers"]["attention"]
+    assert (params["norm"]["scale"] == 1).all() and not attention["q_bias"].any()
+    np.testing.assert_allclose(params["embedding"].std() * 24**0.5, 1, rtol=0.1)
+    np.testing.assert_allclose(params["layers"]["mlp"]["down"].std() * 40**0.5, 1, rtol=0.1)
+    np.testing.assert_allclose(attention["o"].std() * 24**0.5, 1, rtol=0.1)
+    assert (attention["q"][0] != attention["q"][1]).all()  # layers differ
+    again, other = init_params(cfg, seed=3), init_params(cfg, seed=4)
+    np.testing.assert_array_equal(again["embedding"], params["embedding"])
+    assert (other["embedding"] != params["embedding"]).all()
+
+
+def test_head_is_the_embedding_table_when_tied():
+    assert head_weights(weights("qwen3")) is weights("qwen3")["embedding"]
+    assert head_weights(weights("qwen2")) is weights("qwen2")["head"]
+
+
+def changed(params, path, value):
+    """A copy with one leaf replaced, or dropped when the value is None."""
+    name, *rest = path
+    inner = changed(params[name], rest, value) if rest else value
+    return {k: v for k, v in {**params, name: inner}.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("layers", "attention", "q"), None, "parameter ['layers']['attention']['q'] is missing"),
+        (("layers", "mlp", "extra"), np.ones(2), "parameter ['layers']['mlp']['extra'] is unknown"),
+        (
+            ("norm", "scale"),
+            np.ones(23),
+            "parameter ['norm']['scale'] must have shape (24,), got (23,)",
+        ),
+    ],
+)
+def test_check_params_names_the_leaf(path, value, message):
+    cfg = MODELS["qwen2"]
+    check_params(cfg, abstract_params(cfg))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_params(cfg, changed(abstract_params(cfg), path, value))
+
+
+def test_a_renamed_weight_is_refused_where_a_layer_is_made():
+    """NNX binds by position: gate, called zate, would silently serve as up, and up as gate."""
+    mlp = weights()["layers"]["mlp"]
+    params = changed(weights(), ("layers", "mlp", "gate"), None)
+    params = changed(params, ("layers", "mlp", "zate"), mlp["gate"])
+    with pytest.raises(ValueError, match="layer parameters must have the structure"):
+        extend(params, (plain(TOKENS),), cfg=MODELS["qwen3"])
+
+
+def test_config_by_hand():
+    """As Qwen2.5-0.5B-Instruct is published."""
+    published = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "max_window_layers": 21,
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    want = ModelConfig("qwen2", 151936, 896, 4864, 24, 14, 2, 64, 1e6, 1e-6, True)
+    assert ModelConfig.from_hf(published) == want
+    assert want.qkv_bias and not want.qk_norm
+    shapes = [x.shape for _, x in leaves(abstract_params(want))]
+    assert sum(map(math.prod, shapes)) == 494_032_768  # the published model's parameter count
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "value"),
+    [
+        ({"head_dim": None}, "H", 8),  # hidden_size / num_attention_heads
+        ({"num_key_value_heads": None}, "K", 4),
+        (
+            {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_theta",
+            5e5,
+        ),
+        ({"rope_scaling": None}, "rope_theta", 1e6),
+        ({"tie_word_embeddings": None}, "tied", False),
+        ({"hidden_act": None}, "D", 32),
+    ],
+)
+def test_config_keys_that_may_be_absent(change, field, value):
+    assert getattr(ModelConfig.from_hf(edited(change)), field) == value
+
+
+def edited(change):
+    return {k: v for k, v in (QWEN3 | change).items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, r"x.json: model_type must be one of \['qwen2', 'qwen3'\], got 'llama'"),
+        ({"model_type": None}, "got None"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type must be 'default', got 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope type must be 'default', got 'llama3'"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window must be false"),
+        ({"hidden_size": None}, "the key 'hidden_size' is missing"),
+        ({"rms_norm_eps": None}, "the key 'rms_norm_eps' is missing"),
+        ({"rope_theta": None}, "the key 'rope_theta' is missing"),
+    ],
+)
+def test_unsupported_configs_are_errors_that_name_the_key(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(edited(change), "x.json")

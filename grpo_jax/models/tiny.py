@@ -23,6 +23,8 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Added tokens that Qwen does not mark as special: decoding keeps them.
 TAG_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 
+RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight")
+
 # Qwen's split rule: digits stand alone, so that numbers are written digit by digit.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -248,15 +250,17 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 def _save_weights(path: Path, config: dict[str, Any], seed: int) -> None:
     from safetensors.numpy import save_file
 
-    # 1/sqrt(fan in), the embedding table by its width: on the quickstart's cold start exact calls
-    # reached 36 % after 150 updates, with the published models' plain 0.02 they stayed at 1 %.
+    # 1/sqrt(fan in), the embedding table by its width, residual writers smaller so that tokens
+    # stay visible: docs/log.md has what the published models' plain 0.02 did to the cold start.
     rng = np.random.default_rng(seed)
-    weights = {
-        name: np.ones(shape, np.float32)
-        if len(shape) == 1
-        else rng.normal(0.0, shape[-1] ** -0.5, shape).astype(np.float32)
-        for name, shape in weight_shapes(config).items()
-    }
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        shrink = (2 * config["num_hidden_layers"]) ** -0.5 if name.endswith(RESIDUAL_WRITERS) else 1.0
+        return rng.normal(0.0, shrink * shape[-1] ** -0.5, shape).astype(np.float32)
+
+    weights = {name: draw(name, shape) for name, shape in weight_shapes(config).items()}
     save_file(weights, str(path), metadata={"format": "pt"})
 
 

@@ -1,0 +1,101 @@
+"""Tests that need eight devices; `test_sharding.py` runs them in a process of its own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from parity import QWEN2, QWEN3, random_tensors, write_checkpoint
+from safetensors.numpy import load_file
+
+from grpo_jax.logprobs import token_logprobs
+from grpo_jax.models.hf_checkpoint import load_params, read_config, save_model
+from grpo_jax.models.qwen import Level, abstract_params, extend, head_weights
+from grpo_jax.sharding import Layout, make_mesh
+
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
+CASES = {"qwen2": QWEN2, "qwen3": QWEN3 | {"tie_word_embeddings": True}}
+
+
+def test_eight_devices_are_present():
+    assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"), [((-1, 2, 2), (2, 2, 2)), ((-1, 1, 1), (8, 1, 1)), ((1, 4, 2), (1, 4, 2))]
+)
+def test_data_fills_the_mesh_up(asked, got):
+    assert tuple(make_mesh(*asked).shape.values()) == got
+
+
+@pytest.fixture(params=CASES)
+def checkpoint(request, tmp_path):
+    folder = write_checkpoint(tmp_path / "source", CASES[request.param])
+    return folder, read_config(folder), random_tensors(CASES[request.param])
+
+
+@pytest.mark.parametrize("rollout", [False, True], ids=["training", "rollout"])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_export_from_eight_devices_equals_one(sizes, rollout, checkpoint, tmp_path):
+    """Every tensor is read into its shards and comes out of them bit for bit."""
+    source, cfg, want = checkpoint
+    layout = Layout(make_mesh(*sizes), rollout)
+    shardings = layout.params(abstract_params(cfg))
+    params = load_params(source, cfg, shardings)
+    assert jax.tree.map(lambda x: x.sharding, params) == shardings
+    gate, parts = params["layers"]["mlp"]["gate"], sizes[1] * sizes[2]
+    assert gate.addressable_shards[0].data.size * parts == gate.size
+    save_model(tmp_path / "model", params, cfg, source)
+    got = load_file(tmp_path / "model" / "model.safetensors")
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        np.testing.assert_array_equal(got[name], x, strict=True)
+
+
+def loss(params, cfg, constrain):
+    """Log-likelihood of eight rows on a preamble and two prompts: the constraint of every kind."""
+    rng = np.random.default_rng(0)
+
+    def level(n, T, start, shared=False):
+        places = start + jnp.zeros((n, 1), jnp.int32) + jnp.arange(T, dtype=jnp.int32)
+        ids = jnp.asarray(rng.integers(0, cfg.V, (n, T)))
+        return Level(ids, places, jnp.ones((n, T), bool), shared=shared)
+
+    levels = level(1, 16, 0, True), level(2, 8, 16, True), level(8, 6, 24)
+    hidden, _ = extend(params, levels, cfg=cfg, remat=True, keep_kv=False, constrain=constrain)
+    logprobs, _ = token_logprobs(
+        hidden[2][:, :-1], head_weights(params), levels[2].tokens[:, 1:], constrain=constrain
+    )
+    return logprobs.mean(), logprobs
+
+
+def test_training_on_all_three_axes_gives_one_devices_gradient(checkpoint):
+    """Other meshes, with the whole update: `test_update_sharded.py`."""
+    source, cfg, _ = checkpoint
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    alone = load_params(source, cfg, jax.tree.map(lambda _: one, abstract_params(cfg)))
+    layout = Layout(make_mesh(2, 2, 2))
+    params = load_params(source, cfg, layout.params(abstract_params(cfg)))
+
+    def run(params, constrain):
+        function = functools.partial(loss, cfg=cfg, constrain=constrain)
+        return jax.jit(jax.grad(function, has_aux=True))(params)
+
+    want_gradient, want = run(alone, lambda x, kind: x)
+    gradient, got = run(params, layout.constrain)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(assert_close, gradient, want_gradient)
+
+
+@pytest.mark.parametrize("rollout", [False, True], ids=["training", "rollout"])
+def test_a_layers_weights_are_gathered_over_fsdp_in_training_only(rollout):
+    layout = Layout(make_mesh(1, 4, 2), rollout)
+    layer = {"mlp": {"gate": jnp.ones((16, 16)), "down": jnp.ones((16, 16))}}
+    out = jax.jit(lambda w: layout.constrain(w, "layer_weights"))(layer)["mlp"]
+    stay = ("fsdp", "tensor")
+    want = [(None, stay), (stay, None)] if rollout else [(None, "tensor"), ("tensor", None)]
+    for x, spec in zip((out["gate"], out["down"]), want, strict=True):
+        assert x.sharding.is_equivalent_to(jax.NamedSharding(layout.mesh, PartitionSpec(*spec)), 2)
