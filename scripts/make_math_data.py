@@ -2,7 +2,7 @@
 
     python scripts/make_math_data.py
 
-The same bytes come out every time. Numbers run from 1 to 99. An unordered pair of numbers belongs to one of the two files, so the
+The same bytes come out every time. Numbers run from 10 to 99. An unordered pair of numbers belongs to one of the two files, so the
 test asks for numbers that training never put together. No question occurs twice in a file.
 """
 
@@ -15,27 +15,21 @@ from tools_funcs.math_tools import add, multiply
 
 SEED = 20261101
 ROWS = {"math_train.jsonl": 6000, "math_test.jsonl": 600}
-TEST_SHARE = 0.15  # of the 4,950 unordered pairs of numbers
+TEST_SHARE = 0.15  # of the 4,095 unordered pairs of numbers
 
 PHRASINGS = {
     add: (
         "What is {a} plus {b}?",
-        "What is {a} + {b}?",
         "Add {a} and {b}.",
         "{a} + {b} = ?",
         "Calculate {a} plus {b}.",
-        "Compute {a} + {b}.",
-        "What is the sum of {a} and {b}?",
         "Find the sum of {a} and {b}.",
     ),
     multiply: (
         "What is {a} times {b}?",
-        "What is {a} * {b}?",
         "Multiply {a} by {b}.",
         "{a} * {b} = ?",
         "Calculate {a} times {b}.",
-        "Compute {a} * {b}.",
-        "What is the product of {a} and {b}?",
         "Find the product of {a} and {b}.",
     ),
 }
@@ -47,9 +41,9 @@ def is_test_pair(a: int, b: int) -> bool:
 
 
 def draw_pair(rng: random.Random, from_test: bool) -> tuple[int, int]:
-    """Two numbers from 1 to 99 that belong to the file."""
+    """Two numbers from 10 to 99 that belong to the file."""
     while True:
-        a, b = rng.randint(1, 99), rng.randint(1, 99)
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
         if is_test_pair(a, b) == from_test:
             return a, b
 

@@ -169,7 +169,7 @@ def _config(
         "num_key_value_heads": kv_heads,
         "rms_norm_eps": 1e-6,
         "rope_scaling": None,
-        "rope_theta": 10000.0,
+        "rope_theta": 1000.0,
         "sliding_window": None,
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
