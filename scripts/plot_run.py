@@ -18,7 +18,9 @@ import numpy as np
 
 def main() -> None:
     """Read metrics.jsonl and summary.json of a run and write one PNG."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="output_dir of a run")
     parser.add_argument("png", type=Path, help="picture to write")
     args = parser.parse_args()

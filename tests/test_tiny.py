@@ -68,7 +68,7 @@ def test_config_is_read_as_qwen3(folder):
     assert (config.model_type, config.head_dim, config.num_key_value_heads) == ("qwen3", 32, 2)
     assert config.tie_word_embeddings and not config.attention_bias
     written = json.loads((folder / "config.json").read_text())
-    assert written["rope_theta"] == 10000.0 and written["architectures"] == ["Qwen3ForCausalLM"]
+    assert written["rope_theta"] == 1000.0 and written["architectures"] == ["Qwen3ForCausalLM"]
 
 
 def test_control_tokens_follow_the_bpe_and_end_ids_agree(folder, tokenizer):

@@ -157,9 +157,7 @@ class Config:
     sft_learning_rate: float = _opt(1e-5, "Learning rate of the cold start.", ABOVE_ZERO)
     sft_eval_steps: int = _opt(10, "Updates between looks at the validation rows.", ONE_OR_MORE)
     sft_validation_size: int = _opt(128, "Training rows kept for validation.", ONE_OR_MORE)
-    sft_stop_match: float = _opt(
-        0.95, "Stop at this exact_answer_match on the validation rows.", SHARE
-    )
+    sft_stop_match: float = _opt(0.95, "Stop at this exact_answer_match on the validation rows.", SHARE)
 
     mesh_data: int = _opt(
         -1,
