@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
+from grpo_jax.models.qwen import ModelConfig, Params, abstract_params, check_params
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -214,6 +214,7 @@ def save_model(
         source: the folder that the model was loaded from.
         max_shard_size: of one weight file.
     """
+    check_params(cfg, params)
     folder = Path(folder)
     part = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
@@ -227,8 +228,12 @@ def save_model(
         for i, name in enumerate(entry.names()):
             tensors[name] = np.ascontiguousarray(entry.write(value[i] if entry.stacked else value))
     _write_shards(part, tensors, max_shard_size)
-    shutil.rmtree(folder, ignore_errors=True)
+    aside = folder.with_name(folder.name + ".old")  # at no moment is there neither the old nor the new
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
     part.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_shards(folder: Path, tensors: dict[str, np.ndarray], max_shard_size: str) -> None:

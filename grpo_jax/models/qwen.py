@@ -209,7 +209,7 @@ class Qwen(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         # rows of the table have the length of a token's logit vector: fan-in D when tied
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (cfg.V, cfg.D)) * cfg.D**-0.5)
-        self.layers = nnx.vmap(functools.partial(DecoderLayer, cfg))(rngs.fork(split=cfg.L))
+        self.layers = nnx.vmap(functools.partial(DecoderLayer, cfg))(rngs.split(cfg.L))
         self.norm = RMSNorm(cfg.D, cfg.norm_eps)
         if not cfg.tied:
             self.head = nnx.Param(jax.random.normal(rngs.params(), (cfg.V, cfg.D)) * cfg.D**-0.5)
