@@ -120,6 +120,29 @@ def reward_function(rows: int):
     return runner, reward
 
 
+def update_gflop(cfg: ModelConfig, shape: Shape, P: int, G: int) -> dict[str, float]:
+    """Arithmetic of one update by level, in GFLOP, padding not counted.
+
+    Per token and layer: 2 FLOP a weight forward, twice that backward; attention 4·N·H a key forward and
+    10·N·H backward, a causal token seeing half its own level; `remat` runs the forward twice. Head: 2·D·V a
+    token, forward, again and twice backward.
+    """
+    weights = 2 * cfg.D * cfg.H * (cfg.N + cfg.K) + 3 * cfg.D * cfg.F
+    forward = 2 if shape.remat else 1
+
+    def level(tokens: int, keys: float) -> float:
+        attention = (4 * forward + 10) * cfg.N * cfg.H * keys
+        return tokens * cfg.L * ((forward + 2) * 2 * weights + attention) / 1e9
+
+    T0, T1, T2 = shape.preamble, shape.prompt, shape.completion
+    rows = P * G * T2
+    return {
+        "preamble": level(T0, T0 / 2),
+        "prompts": level(P * T1, T0 + T1 / 2),
+        "completions": level(rows, T0 + T1 + T2 / 2) + rows * 4 * 2 * cfg.D * cfg.V / 1e9,
+    }
+
+
 def main() -> None:
     """Print the times, tokens per second and peak memory."""
     parser = argparse.ArgumentParser(
@@ -201,6 +224,12 @@ def main() -> None:
         )
     total = rollout_s + reward_s + update_s
     print(f"{'step':8s} {total:8.3f} s   {sampled / total:10.0f} sampled tokens/s")
+    gflop = update_gflop(cfg, shape, P, G)
+    print(
+        f"update: {sum(gflop.values()):.0f} GFLOP ("
+        + ", ".join(f"{name} {value:.0f}" for name, value in gflop.items())
+        + f"), {sum(gflop.values()) / update_s:.0f} GFLOP/s"
+    )
     gap = float(metrics["sampling/sampling_logp_difference/max"])
     print(
         f"largest |sampler - trainer| log-probability: {gap:.1e}; peak memory of the process {peak:.2f} GiB"

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from grpo_jax.checkpoint import Checkpoints, is_step_folder
@@ -27,6 +28,7 @@ from grpo_jax.metrics import PhaseTimer
 from grpo_jax.models import hf_checkpoint
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
 from grpo_jax.models.tiny import make_tiny_checkpoint
+from grpo_jax.optimizer import make_optimizer
 from grpo_jax.prefix_tree import Tree, make_tree
 from grpo_jax.rewards import RewardFunction, load_rewards
 from grpo_jax.rollout import ToolLoop
@@ -90,6 +92,18 @@ class Session:
             sampling=sampling,
             stop_ids=self.conversation.stop_ids,
             budget=self.config.max_grpo_completion_length,
+        )
+
+    def optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        """AdamW with the job's options and a schedule."""
+        config = self.config
+        return make_optimizer(
+            schedule=schedule,
+            b1=config.adam_beta1,
+            b2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
         )
 
     def tool_loop(self, sampler: Sampler, tree: Tree) -> ToolLoop:

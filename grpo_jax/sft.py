@@ -22,7 +22,7 @@ from grpo_jax.data import Cursor, gold_calls, next_batch
 from grpo_jax.evaluate import evaluate, greedy_sampler
 from grpo_jax.metrics import PhaseTimer, write_json_atomic
 from grpo_jax.models import hf_checkpoint
-from grpo_jax.optimizer import make_optimizer, make_schedule
+from grpo_jax.optimizer import make_schedule
 from grpo_jax.prefix_tree import make_tree, step_batch
 from grpo_jax.sampler import Sampler
 from grpo_jax.session import Prompts, Session, load_prompts, open_session
@@ -50,16 +50,8 @@ def fine_tune(session: Session, data: Prompts, sampler: Sampler, folder: Path) -
     config = session.config
     train, held_out = _split(session, data)
     _check_gold_calls(session, train.examples)
-    optimizer = make_optimizer(
-        schedule=make_schedule(
-            "constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps
-        ),
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    schedule = make_schedule("constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps)
+    optimizer = session.optimizer(schedule)
     state = init_state(session.load_params(), optimizer, session.training)
     step = ModelStep(session.model, session.training, session.dtype, remat=config.gradient_checkpointing)
     update = make_update(step, optimizer, sft_objective, state)

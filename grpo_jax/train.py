@@ -32,7 +32,7 @@ from grpo_jax.data import Cursor, next_batch
 from grpo_jax.evaluate import compare, evaluate, greedy_sampler
 from grpo_jax.metrics import MetricsWriter, PhaseTimer, RolloutLog, trajectory_metrics, write_json_atomic
 from grpo_jax.models import hf_checkpoint
-from grpo_jax.optimizer import make_optimizer, make_schedule
+from grpo_jax.optimizer import make_schedule
 from grpo_jax.prefix_tree import step_batch
 from grpo_jax.rewards import RewardOutcome, call_rewards
 from grpo_jax.rollout import prefill_preamble, run_rollout
@@ -310,14 +310,7 @@ def _start(
     schedule = make_schedule(
         config.lr_scheduler_type, config.learning_rate, config.warmup_updates(plan.updates), plan.updates
     )
-    optimizer = make_optimizer(
-        schedule=schedule,
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    optimizer = session.optimizer(schedule)
     state = init_state(session.load_params(), optimizer, session.training)
     step = ModelStep(
         model, session.training, session.dtype, config.gradient_checkpointing, config.temperature
