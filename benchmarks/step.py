@@ -157,7 +157,9 @@ def main() -> None:
     P, G = args.prompts or shape.prompts, args.generations or shape.generations
     cfg, mesh = model_config(shape), make_mesh()
     prompts = random_prompts(shape, P)
-    tree = make_tree(prompts, shape.completion)
+    tree = make_tree(
+        random_prompts(shape, max(P, 2)), shape.completion
+    )  # one prompt alone would be all preamble
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.float32 if on_cpu else jnp.bfloat16
     optimizer = make_optimizer(
