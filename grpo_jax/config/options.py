@@ -347,6 +347,7 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def type_name(name: str) -> str:
+    """What an option's value must be, in words, for errors and --help."""
     kind, item, optional = option_type(name)
     text = "one or more of: " + _NAMES[item] if kind is list else _NAMES[kind]
     return text + (" (or none)" if optional else "")
