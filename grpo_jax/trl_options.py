@@ -28,7 +28,7 @@ SUPPORTED = (
     "gradient_checkpointing logging_steps log_level report_to eval_steps save_strategy save_steps "
     "save_total_limit seed resume_from_checkpoint "
     # ModelConfig
-    "model_name_or_path model_revision dtype "
+    "model_name_or_path model_revision dtype use_peft lora_r lora_alpha lora_dropout lora_target_modules "
     # the recipe
     "dataset_id_or_path tool_functions_module tools_script reward_function_name reward_fn "
     "tokenizer_name_or_path max_grpo_completion_length "
@@ -113,7 +113,7 @@ WARNINGS = {
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
     ),
     "all weights are trained; there are no adapters": (
-        "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
+        "lora_target_parameters lora_modules_to_save "
         "lora_task_type use_rslora use_dora"
     ),
     "weights are not quantised": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
@@ -180,7 +180,6 @@ ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
     "data_seed": ((None,), "seed covers the data's order too"),
     "train_sampling_strategy": (("random",), "rows are shuffled from seed"),
     "group_by_length": ((False,), "rows are shuffled from seed"),
-    "use_peft": ((False,), "all weights are trained; mesh_fsdp spreads them over devices"),
     "load_in_8bit": ((False,), "weights are not quantised; use dtype bfloat16"),
     "load_in_4bit": ((False,), "weights are not quantised; use dtype bfloat16"),
     "dataset_config": ((None,), "use dataset_id_or_path tfds:name/config"),

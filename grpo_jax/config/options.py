@@ -53,6 +53,7 @@ class Config:
     tool_timeout: float = _opt(5.0, "Seconds until a tool call is stopped.", ABOVE_ZERO)
     tool_memory_limit: int = _opt(1024, "Memory of a tool worker in MB.", ONE_OR_MORE)
     tool_cache: bool = _opt(True, "Run equal calls of a step once: tools are pure.")
+    verify_purity: bool = _opt(False, "Run a sample of calls twice and report tools whose results differ.")
     tool_arg_validation: str = _opt(
         "strict", "Whether text may stand for a number in a call (lax) or not.", choices=("strict", "lax")
     )
@@ -67,6 +68,7 @@ class Config:
 
     dataset_id_or_path: str | None = _opt(None, "Training rows: a JSONL file, tfds:name or owner/name.")
     eval_dataset_id_or_path: str | None = _opt(None, "Evaluation rows, of the same kinds.")
+    dataset_columns: dict = _opt({}, 'Rename columns of both, as {"prompt": "question"} (ours: theirs).')
     system_prompt: str | None = _opt(None, "System message for rows that have none.")
     max_prompt_length: int | None = _opt(
         None, "Tokens of a prompt at most; unset: the data's longest.", ONE_OR_MORE
@@ -83,7 +85,18 @@ class Config:
         "Type of the computation; auto: float32 on CPU, bfloat16 on accelerators.",
         choices=("auto", "float32", "bfloat16"),
     )
+    param_dtype: str = _opt("float32", "Type of the trained weights.", choices=("float32", "bfloat16"))
+    optim_dtype: str = _opt("float32", "Type of AdamW's moments.", choices=("float32", "bfloat16"))
+    max_shard_size: str = _opt("5GB", "Of one weight file of a written model.")
     chat_template_kwargs: dict = _opt({}, 'Passed to the chat template, as {"enable_thinking": false}.')
+
+    use_peft: bool = _opt(False, "Train LoRA adapters instead of the weights.")
+    lora_r: int = _opt(16, "Rank of the adapters.", ONE_OR_MORE)
+    lora_alpha: float = _opt(32.0, "The adapters' product is scaled by lora_alpha / lora_r.", ABOVE_ZERO)
+    lora_dropout: float = _opt(0.05, "Dropout on the adapters' input in updates.", DECAY)
+    lora_target_modules: list[str] | None = _opt(
+        None, "Modules with adapters, as q_proj, or all-linear; unset: q_proj v_proj, PEFT's own."
+    )
 
     num_train_epochs: float = _opt(3.0, "Passes over the training rows.", ABOVE_ZERO)
     max_steps: int = _opt(
@@ -194,6 +207,10 @@ class Config:
         choices=("debug", "info", "warning"),
         spellings={"passive": "info", "error": "warning", "critical": "warning"},
     )
+    check: bool = _opt(False, "Load everything, run the gold calls, score three conversations, and exit.")
+    plan: str | None = _opt(
+        None, "Print what a step needs on v5e-8, v6e-8, v5p-64, h200, cpu or BYTES x DEVICES, and exit."
+    )
     print_config: bool = _opt(False, "Show every option and where it came from.")
     compilation_cache_dir: str | None = _opt(
         "~/.cache/grpo_jax/xla", "Folder of compiled programs; none turns it off."
@@ -257,6 +274,7 @@ GROUPS = {
     "reward_fn": "rewards",
     "dataset_id_or_path": "data",
     "model_name_or_path": "model",
+    "use_peft": "LoRA",
     "num_train_epochs": "GRPO",
     "learning_rate": "optimiser",
     "cold_start": "cold start",
