@@ -175,7 +175,7 @@ def _finish_turn(loop: ToolLoop, rows: list[_Row], turn) -> list[list[int]]:
         elif parsed.error:
             row.status = Status.MALFORMED_CALL
         elif not parsed.calls:
-            row.status = _answered(row)
+            row.status = answered(row.calls)
         elif spent:
             row.status = Status.TOOL_LIMIT
         else:
@@ -185,9 +185,9 @@ def _finish_turn(loop: ToolLoop, rows: list[_Row], turn) -> list[list[int]]:
     return [_respond(loop, row, results.get(i)) for i, row in enumerate(rows)]
 
 
-def _answered(row: _Row) -> Status:
-    """A closed turn without a call; the last call's outcome says what it rests on."""
-    last = row.calls[-1][1].outcome if row.calls else Outcome.OK
+def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
+    """The status after a closed turn without a call; the last call's outcome says what it rests on."""
+    last = calls[-1][1].outcome if calls else Outcome.OK
     if last is Outcome.TIMEOUT:
         return Status.TOOL_TIMEOUT
     return Status.ANSWERED if last is Outcome.OK else Status.TOOL_ERROR

@@ -18,16 +18,19 @@ from grpo_jax.command import run_command
 from grpo_jax.compiling import watch_compiles
 from grpo_jax.config import ResolvedConfig, write_resolved
 from grpo_jax.console import Console
+from grpo_jax.conversation import Conversation
 from grpo_jax.data import Cursor, gold_calls, next_batch
 from grpo_jax.evaluate import evaluate, greedy_sampler
 from grpo_jax.metrics import PhaseTimer, write_json_atomic
 from grpo_jax.models import hf_checkpoint
 from grpo_jax.optimizer import make_schedule
+from grpo_jax.parsing import call_message
 from grpo_jax.prefix_tree import make_tree, step_batch
+from grpo_jax.rollout import answered
 from grpo_jax.sampler import Sampler
 from grpo_jax.session import Prompts, Session, load_prompts, open_session
 from grpo_jax.train_step import ModelStep, init_state, make_update, place_batch, sft_objective
-from grpo_jax.types import Example, Status, Trajectory
+from grpo_jax.types import Example, Message, ToolCall, ToolResult, Trajectory
 
 WARMUP = 10  # updates; AdamW's second moment is not to be trusted before
 
@@ -45,11 +48,14 @@ def fine_tune(session: Session, data: Prompts, sampler: Sampler, folder: Path) -
         {"steps", "validation"}: updates done and the last validation's figures.
 
     Raises:
-        ValueError: rows without gold calls, or too few of them.
+        ValueError: rows without gold calls, too few of them, or a gold conversation over the
+            budget; raised before anything is compiled.
     """
     config = session.config
     train, held_out = _split(session, data)
     _check_gold_calls(session, train.examples)
+    gold = gold_trajectories(session, train.examples, train.ids)
+    _check_budget(train.examples, gold, config.max_grpo_completion_length)
     schedule = make_schedule("constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps)
     optimizer = session.optimizer(schedule)
     state = init_state(session.load_params(), optimizer, session.training)
@@ -59,10 +65,8 @@ def fine_tune(session: Session, data: Prompts, sampler: Sampler, folder: Path) -
     with session.console.progress("Cold start", config.sft_max_steps) as bar:
         for done in range(1, config.sft_max_steps + 1):
             draws, cursor = next_batch(len(train.ids), config.sft_batch_size, cursor, config.seed)
-            gold = gold_trajectories(
-                session, [train.examples[i] for i, _ in draws], [train.ids[i] for i, _ in draws]
-            )
-            batch = place_batch(step.layout, step_batch(train.tree, gold, 1, [0.0] * len(gold)))
+            rows = [gold[i] for i, _ in draws]
+            batch = place_batch(step.layout, step_batch(train.tree, rows, 1, [0.0] * len(rows)))
             state, metrics = update(state, batch)
             if done % config.sft_eval_steps == 0 or done == config.sft_max_steps:
                 params = sampler.export(state.params)
@@ -87,45 +91,65 @@ def _check_gold_calls(session: Session, examples: Sequence[Example]) -> None:
             )
 
 
+def _check_budget(examples: Sequence[Example], gold: Sequence[Trajectory], budget: int) -> None:
+    for example, trajectory in zip(examples, gold, strict=True):
+        if (tokens := len(trajectory.completion_ids)) > budget:
+            raise ValueError(
+                f"{example.source}: the gold conversation has {tokens} tokens after the prompt, "
+                f"max_grpo_completion_length is {budget}; raise it"
+            )
+
+
 def gold_trajectories(
     session: Session, examples: Sequence[Example], prompts: Sequence[list[int]]
 ) -> list[Trajectory]:
-    """Gold rows as trajectories: each call in a turn of its own, its result, then the result as the answer.
+    """Gold rows as trajectories: their calls with the results of running them; the last result is the answer.
 
-    Every row must hold a gold call.
-
-    Raises:
-        ValueError: a gold conversation exceeds the budget.
+    Every row must hold a gold call. The budget is not looked at.
     """
     gold = [gold_calls(e, session.toolbox.functions) for e in examples]
     flat = [(i, call) for i, calls in enumerate(gold) for call in calls]
     session.runner.start_step()
     results = session.runner.run([call for _, call in flat], [i for i, _ in flat])
-    texts: list[list[str]] = [[] for _ in examples]
-    for (i, _), result in zip(flat, results, strict=True):
-        texts[i].append(result.text)
-    return [_gold(session, *row) for row in zip(examples, prompts, gold, texts, strict=True)]
+    made: list[list[tuple[ToolCall, ToolResult]]] = [[] for _ in examples]
+    for (i, call), result in zip(flat, results, strict=True):
+        made[i].append((call, result))
+    return [
+        written_trajectory(session.conversation, prompt, calls, calls[-1][1].text)
+        for prompt, calls in zip(prompts, made, strict=True)
+    ]
 
 
-def _gold(session: Session, example: Example, prompt: list[int], calls, texts) -> Trajectory:
+def written_trajectory(
+    conversation: Conversation,
+    prompt: list[int],
+    calls: Sequence[tuple[ToolCall, ToolResult]],
+    answer: str,
+) -> Trajectory:
+    """A trajectory whose turns were written instead of sampled.
+
+    Args:
+        conversation: tokenizer and template.
+        prompt: the prompt's token ids.
+        calls: each is a turn of its own, followed by its result; may be empty.
+        answer: the text of the last turn.
+    """
     ids: list[int] = []
     mask: list[bool] = []
+    messages: list[Message] = []
 
-    def append(new: list[int], learned: bool) -> None:
+    def append(new: list[int], learned: bool, message: Message) -> None:
         ids.extend(new)
         mask.extend([learned] * len(new))
+        messages.append(message)
 
-    for call, text in zip(calls, texts, strict=True):
-        append(session.conversation.assistant_ids("", [call]), True)
-        append(session.conversation.response_ids([(call.name, text)]), False)
-    append(session.conversation.assistant_ids(texts[-1], []), True)
-    budget = session.config.max_grpo_completion_length
-    if len(ids) > budget:
-        raise ValueError(
-            f"{example.source}: the gold conversation has {len(ids)} tokens after the prompt, "
-            f"max_grpo_completion_length is {budget}; raise it"
-        )
-    return Trajectory(prompt, ids, mask, [0.0] * len(ids), [], [], Status.ANSWERED)
+    for call, result in calls:
+        turn = {"role": "assistant", "content": "", "tool_calls": [call_message(call)]}
+        append(conversation.assistant_ids("", [call]), True, turn)
+        response = {"role": "tool", "name": call.name, "content": result.text}
+        append(conversation.response_ids([(call.name, result.text)]), False, response)
+    append(conversation.assistant_ids(answer, []), True, {"role": "assistant", "content": answer})
+    return Trajectory(prompt, ids, mask, [0.0] * len(ids), messages, list(calls), answered(calls))
 
 
 def _split(session: Session, data: Prompts) -> tuple[Prompts, Prompts]:

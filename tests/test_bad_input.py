@@ -1,5 +1,6 @@
 """Bad input stops a command before anything is compiled: what is wrong, where, and the mend."""
 
+import re
 import shutil
 
 import huggingface_hub.constants
@@ -108,6 +109,16 @@ def test_a_cold_start_without_gold_calls_is_named_by_line(tmp_path):
     path = file(tmp_path, gold * 30 + gold.replace('"add"', '"sum"') + gold * 4)
     message = rejected(tmp_path, dataset_id_or_path=path, cold_start=True)
     assert f"{path}:31: column 'tool_call': unknown tool 'sum'; the tools are add, multiply" in message
+
+
+@pytest.mark.parametrize("cold_start", [{"main": train.main, "cold_start": True}, {"main": sft.main}])
+def test_a_gold_conversation_over_the_budget_is_named_by_line(tmp_path, cold_start):
+    """The first in the file, not the first that is drawn."""
+    gold = ROW.replace("}", ', "tool_call": [{"name": "add", "arguments": {"a": 15, "b": 27}}]}')
+    twice = re.sub(r"\[(.*)\]", r"[\1, \1]", gold)
+    path = file(tmp_path, gold * 20 + twice + gold * 2 + twice * 2 + gold * 8)
+    message = rejected(tmp_path, dataset_id_or_path=path, **cold_start)
+    assert re.search(rf"{path}:21: the gold conversation has \d+ tokens .* is 79; raise it", message)
 
 
 # Tools and rewards

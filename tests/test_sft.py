@@ -77,12 +77,13 @@ def test_each_call_is_a_turn_and_the_last_result_is_the_answer(session):
     assert texts[4][1] == "Product: 12<|im_end|>"
 
 
-def test_a_gold_conversation_over_the_budget_is_named(session):
-    calls = [("add", {"a": 1, "b": 2})] * 5
-    with pytest.raises(
-        ValueError, match=r"rows\.jsonl:7: the gold conversation has \d+ tokens .* is 120; raise it"
-    ):
-        gold(session, row(*calls))
+def test_a_gold_row_is_the_conversation_that_a_reward_would_see(session):
+    call = {"name": "add", "arguments": {"a": 1, "b": 2}}
+    assert gold(session, row(("add", {"a": 1, "b": 2}))).messages == [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "name": "add", "content": "Sum: 3"},
+        {"role": "assistant", "content": "Sum: 3"},
+    ]
 
 
 # The rule that ends it
@@ -119,13 +120,13 @@ def test_it_stops_at_the_first_validation_that_is_good_enough(tmp_path, validati
     asked, figures = validations
     figures += [0.0, 0.39, 0.4, 1.0]
     trained = []
-    make = sft.gold_trajectories
+    make = sft.step_batch
 
-    def recorded(session, examples, prompts):
-        trained.extend(example.answer for example in examples)
-        return make(session, examples, prompts)
+    def recorded(tree, trajectories, *rest):
+        trained.extend(trajectory.messages[-1]["content"] for trajectory in trajectories)
+        return make(tree, trajectories, *rest)
 
-    monkeypatch.setattr(sft, "gold_trajectories", recorded)
+    monkeypatch.setattr(sft, "step_batch", recorded)
     settings = {"sft_eval_steps": 2, "sft_max_steps": 20, "sft_stop_match": 0.4, "sft_validation_size": 4}
     with opened(tmp_path / "run", **settings) as (session, data):
         report = sft.fine_tune(session, data, NoSampler, tmp_path / "model")
