@@ -97,7 +97,11 @@ def test_config_flag_replaces_the_default_file(tmp_path):
         ),
         (["--max_completion_length", "64"], "max_grpo_completion_length", 64),
         (["--min_p", "none"], "min_p", None),
+        (["--eval_dataset_id_or_path", "none"], "eval_dataset_id_or_path", None),
+        (["--tokenizer_name_or_path", "None"], "tokenizer_name_or_path", None),
+        (["--reward_fn", "none"], "reward_fn", None),
         (["--resume_from_checkpoint", "none"], "resume_from_checkpoint", "none"),
+        (["--compilation_cache_dir", "none"], "compilation_cache_dir", "none"),
     ],
 )
 def test_flags_read_every_kind_of_value(argv, name, value):
@@ -119,6 +123,7 @@ def test_flags_read_every_kind_of_value(argv, name, value):
             {"enable_thinking": False},
         ),
         ("delta: null", "delta", None),
+        ("eval_dataset_id_or_path: none", "eval_dataset_id_or_path", None),
         ("report_to: [tensorboard]", "report_to", "tensorboard"),
         ("", "seed", 42),
     ],

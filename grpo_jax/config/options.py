@@ -28,7 +28,10 @@ DECAY: Rule = ("in [0, 1)", lambda v: 0 <= v < 1)
 
 
 def _opt(default: Any, help: str, rule: Rule | None = None, **meta: Any) -> Any:
-    """A field: default, one line of help, rule; `choices`, and `spellings` of them from elsewhere."""
+    """A field: default, one line of help, rule; `choices`, and `spellings` of them from elsewhere.
+
+    The text none unsets an optional option, but for one with `keeps_none`, where it is a value.
+    """
     metadata = {"help": help, "rule": rule, **meta}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -191,7 +194,7 @@ class Config:
     save_steps: int = _opt(500, "Updates between checkpoints.", ONE_OR_MORE)
     save_total_limit: int | None = _opt(None, "Newest checkpoints to keep; unset: all.", ONE_OR_MORE)
     resume_from_checkpoint: str | None = _opt(
-        None, "Folder of a step, or none for a fresh start; unset: the newest in output_dir."
+        None, "Folder of a step, or none for a fresh start; unset: the newest in output_dir.", keeps_none=True
     )
     logging_steps: int = _opt(10, "Updates between printed lines.", ONE_OR_MORE)
     log_completions: bool = _opt(False, "Print sample conversations at these lines.")
@@ -213,7 +216,7 @@ class Config:
     )
     print_config: bool = _opt(False, "Show every option and where it came from.")
     compilation_cache_dir: str | None = _opt(
-        "~/.cache/grpo_jax/xla", "Folder of compiled programs; none turns it off."
+        "~/.cache/grpo_jax/xla", "Folder of compiled programs; none turns it off.", keeps_none=True
     )
 
     def __post_init__(self):
@@ -308,7 +311,7 @@ def check_option(name: str, value: Any) -> Any:
     kind, item, optional = option_type(name)
     meta = OPTIONS[name].metadata
     value = meta.get("spellings", {}).get(str(value).lower(), value)
-    if optional and (value is None or (kind is not str and str(value).lower() in ("none", "null"))):
+    if optional and (value is None or (_says_none(value) and not meta.get("keeps_none"))):
         return None
     try:
         value = _read_list(item, value) if kind is list else _READ[kind](value)
@@ -319,6 +322,11 @@ def check_option(name: str, value: Any) -> Any:
     if meta["rule"] and not meta["rule"][1](value):
         raise ValueError(f"{name} must be {meta['rule'][0]}, got {value!r}")
     return value
+
+
+def _says_none(value: Any) -> bool:
+    word = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return str(word).lower() in ("none", "null")
 
 
 def _read_bool(value: Any) -> bool:
