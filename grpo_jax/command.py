@@ -29,6 +29,8 @@ def run_command(
         resolved = parse_config(
             argv, prog=f"python -m grpo_jax.{name}", default_config=default_config, description=description
         )
+        if resolved.config.check and name != "train":
+            raise ValueError(f"check belongs to python -m grpo_jax.train; leave it out of grpo_jax.{name}")
         setup_logging(console, resolved.config.log_level)
         if resolved.config.print_config:
             print_config(resolved)

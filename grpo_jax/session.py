@@ -218,7 +218,7 @@ def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[P
         with Checkpoints(checkpoint.parent) as checkpoints:
             return Path(checkpoints.meta(int(checkpoint.name))["source"]), checkpoint
     if name != SCRATCH:
-        return hf_checkpoint.fetch_model(name, config.model_revision), None
+        return hf_checkpoint.fetch_model(name, config.model_revision, weights=not config.check), None
     folder = Path(config.output_dir) / "base_model"
     if not folder.exists():
         examples = load_examples(config.required("dataset_id_or_path"), system_prompt=config.system_prompt)

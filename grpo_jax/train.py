@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ import jax
 import numpy as np
 
 from grpo_jax.advantages import combine_rewards, group_advantages, group_std
+from grpo_jax.check import check_job
 from grpo_jax.checkpoint import Checkpoints, StopSignal, is_step_folder
 from grpo_jax.command import INTERRUPTED, run_command
 from grpo_jax.compiling import watch_compiles
@@ -132,6 +134,8 @@ class Learner:
 def run(resolved: ResolvedConfig, console: Console) -> int:
     """Train as configured; returns the exit status."""
     config = resolved.config
+    if config.check:
+        return _check(config, console)
     out = Path(config.output_dir)
     if config.overwrite_output_dir:
         _start_over(out)
@@ -149,6 +153,19 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
         with session.runner:
             data = load_prompts(session, config.required("dataset_id_or_path"))
             return _train(session, resolved, data, summary)
+
+
+def _check(config: Config, console: Console) -> int:
+    """Check the job; nothing is left in output_dir, so a scratch model is made elsewhere."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        session = open_session(dataclasses.replace(config, output_dir=elsewhere), console, PhaseTimer())
+        with session.runner:
+            data = load_prompts(session, config.required("dataset_id_or_path"))
+            source = config.eval_dataset_id_or_path
+            evaluation = None if source is None else load_prompts(session, source)
+            status = check_job(session, data, evaluation, lambda e, t: score_rewards(session, e, t, 0, 1))
+            _say_plan(console, make_plan(config, len(data.ids), session.row_devices), data)
+    return status
 
 
 def _train(session: Session, resolved: ResolvedConfig, data: Prompts, summary: dict[str, Any]) -> int:
@@ -223,7 +240,7 @@ def _grpo(
                     on_turn=_row_counter(rows),
                 )
             with timer("reward"):
-                outcome = score_rewards(session, examples, trajectories, int(state.step), plan)
+                outcome = score_rewards(session, examples, trajectories, int(state.step), plan.updates)
                 rewards = combine_rewards(outcome.values, config.reward_weights or [1.0] * len(names))
                 advantages = group_advantages(rewards, plan.G, config.scale_rewards)
                 trajectories = [
@@ -267,7 +284,7 @@ def _grpo(
 
 
 def score_rewards(
-    session: Session, examples: Sequence[Example], trajectories: Sequence[Trajectory], step: int, plan: Plan
+    session: Session, examples: Sequence[Example], trajectories: Sequence[Trajectory], step: int, updates: int
 ) -> RewardOutcome:
     """Call the user's reward functions on a batch, with every column of its rows."""
     columns = {name for example in examples for name in example.extra}
@@ -277,7 +294,7 @@ def score_rewards(
         answer=[e.answer for e in examples],
         prompts=[e.messages for e in examples],
         completion_ids=[t.completion_ids for t in trajectories],
-        trainer_state={"global_step": step, "max_steps": plan.updates},
+        trainer_state={"global_step": step, "max_steps": updates},
         columns={name: [e.extra.get(name) for e in examples] for name in sorted(columns)},
     )
 

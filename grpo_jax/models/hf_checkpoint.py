@@ -122,8 +122,13 @@ def entries(cfg: ModelConfig) -> Params:
     return jax.tree_util.tree_map_with_path(entry, abstract_params(cfg))
 
 
-def fetch_model(name_or_path: str, revision: str | None = None) -> Path:
+def fetch_model(name_or_path: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """A local folder for a model: the folder itself, or a hub snapshot (cached, usable offline).
+
+    Args:
+        name_or_path: a folder or a hub id.
+        revision: branch, tag or commit of a hub id.
+        weights: download them too.
 
     Raises:
         FileNotFoundError: no such folder, or the hub cannot be reached and nothing is cached.
@@ -133,7 +138,7 @@ def fetch_model(name_or_path: str, revision: str | None = None) -> Path:
         return path
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
         raise FileNotFoundError(f"model folder {name_or_path} does not exist. {_alternatives()}")
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    wanted = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
