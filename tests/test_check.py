@@ -261,6 +261,16 @@ def test_a_wrong_call_is_one_that_the_tool_refuses_where_no_other_row_has_one(tm
     assert "assistant: stock(no_such_argument=0)\ntool: Error: wrong arguments for stock: " in out
 
 
+def test_a_gold_call_that_does_not_run_is_neither_counted_nor_taken_for_a_wrong_call(tmp_path):
+    """Its error is longer than any answer, and is no result of the tool."""
+    failing = price("figs", 5, tool_call={"name": "price", "arguments": {"number": 5}})
+    ran = checked(tmp_path, [ROWS[0], failing, ROWS[2]])
+    (tokens,) = [line for line in figures(ran, "Tokens") if "completions" in line]
+    assert tokens.startswith("of: completions of gold calls  number: 2  ")
+    wrong = ran.out.split("Sample conversations")[1].split("completion: ")[2]
+    assert wrong.startswith("assistant: price(item='pears', count=14)\ntool: Price: 42")
+
+
 def test_varying_system_messages_are_named(tmp_path):
     def of(name):
         system = {"role": "system", "content": f"You serve {name}. " + "Be brief. " * 40}
