@@ -141,11 +141,14 @@ def _segment_backward(args, segment, tiling, causal):
         i, j = pair
         qi, doi, lsei, deltai = (_queries(x, i, tiling) for x in (q, do, lse, delta))
         k, v, mask = _keys(segment, pair, tiling, causal)
-        p = jnp.exp(jnp.where(mask, _scores(qi, k), MASKED) - lsei)
-        ds = (p * (_dot("nkgth,nksh->nkgts", doi, v) - deltai) * scale).astype(q.dtype)
-        dqi = _dot("nkgts,nksh->nkgth", ds, k)
-        dkj = _dot("nkgts,nkgth->nksh", ds, qi)
-        dvj = _dot("nkgts,nkgth->nksh", p.astype(do.dtype), doi)
+        # Scores lie [s, g·t] here, so that no product has to transpose a whole block: on a CPU
+        # that costs five times the product itself (docs/log.md).
+        s = jnp.where(_transposed(mask), _dot("nksh,nkgth->nksgt", k, qi) * scale, MASKED)
+        p = jnp.exp(s - _transposed(lsei))
+        ds = (p * (_dot("nksh,nkgth->nksgt", v, doi) - _transposed(deltai)) * scale).astype(q.dtype)
+        dqi = jnp.moveaxis(_dot("nksh,nksgt->nkhgt", k, ds), 2, -1)
+        dkj = _dot("nksgt,nkgth->nksh", ds, qi)
+        dvj = _dot("nksgt,nkgth->nksh", p.astype(do.dtype), doi)
         dq = _put(dq, _queries(dq, i, tiling) + dqi, i, tiling)
         dk, dv = (_add_at(x, y, j, tiling) for x, y in ((dk, dkj), (dv, dvj)))
         return dq, dk, dv
@@ -159,7 +162,14 @@ _attend.defvjp(_forward, _backward)
 
 
 def _dot(spec, a, b):
+    if jax.default_backend() == "cpu":  # which lacks bf16 × bf16 = fp32 in some layouts; the cast is exact
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _transposed(x):
+    """[n, k, g, t, s or 1] -> [n, k, s or 1, g, t]."""
+    return jnp.moveaxis(x, -1, 2)
 
 
 def _scores(q, k):
