@@ -106,7 +106,7 @@ def _segment_forward(state, segment, tiling, causal):
         p = jnp.exp(s - new_peak)
         shrink = jnp.exp(peak - new_peak)
         new_total = total * shrink + p.sum(-1, keepdims=True)
-        new_acc = acc * shrink + _dot("nkgts,nksh->nkgth", p.astype(v.dtype), v)
+        new_acc = acc * shrink + dot_fp32("nkgts,nksh->nkgth", p.astype(v.dtype), v)
         new = (new_peak, new_total, new_acc)
         return tuple(_put(x, y, pair[0], tiling) for x, y in zip(carry, new, strict=True))
 
@@ -143,12 +143,12 @@ def _segment_backward(args, segment, tiling, causal):
         k, v, mask = _keys(segment, pair, tiling, causal)
         # Scores lie [s, g·t] here, so that no product has to transpose a whole block: on a CPU
         # that costs five times the product itself (docs/log.md).
-        s = jnp.where(_transposed(mask), _dot("nksh,nkgth->nksgt", k, qi) * scale, MASKED)
+        s = jnp.where(_transposed(mask), dot_fp32("nksh,nkgth->nksgt", k, qi) * scale, MASKED)
         p = jnp.exp(s - _transposed(lsei))
-        ds = (p * (_dot("nksh,nkgth->nksgt", v, doi) - _transposed(deltai)) * scale).astype(q.dtype)
-        dqi = jnp.moveaxis(_dot("nksh,nksgt->nkhgt", k, ds), 2, -1)
-        dkj = _dot("nksgt,nkgth->nksh", ds, qi)
-        dvj = _dot("nksgt,nkgth->nksh", p.astype(do.dtype), doi)
+        ds = (p * (dot_fp32("nksh,nkgth->nksgt", v, doi) - _transposed(deltai)) * scale).astype(q.dtype)
+        dqi = jnp.moveaxis(dot_fp32("nksh,nksgt->nkhgt", k, ds), 2, -1)
+        dkj = dot_fp32("nksgt,nkgth->nksh", ds, qi)
+        dvj = dot_fp32("nksgt,nkgth->nksh", p.astype(do.dtype), doi)
         dq = _put(dq, _queries(dq, i, tiling) + dqi, i, tiling)
         dk, dv = (_add_at(x, y, j, tiling) for x, y in ((dk, dkj), (dv, dvj)))
         return dq, dk, dv
@@ -161,7 +161,8 @@ def _segment_backward(args, segment, tiling, causal):
 _attend.defvjp(_forward, _backward)
 
 
-def _dot(spec, a, b):
+def dot_fp32(spec: str, a: Array, b: Array) -> Array:
+    """An einsum with products summed in fp32, whatever the inputs' type."""
     if jax.default_backend() == "cpu":  # which lacks bf16 × bf16 = fp32 in some layouts; the cast is exact
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
@@ -173,7 +174,7 @@ def _transposed(x):
 
 
 def _scores(q, k):
-    return _dot("nkgth,nksh->nkgts", q, k) * q.shape[-1] ** -0.5
+    return dot_fp32("nkgth,nksh->nkgts", q, k) * q.shape[-1] ** -0.5
 
 
 def _tile(q_shape, S, causal, score_bytes) -> _Tiling:
