@@ -289,4 +289,6 @@ def _over_pairs(step, carry, tiling):
     if len(tiling.pairs) == 1:
         return step(carry, tiling.pairs[0])
     pairs = jnp.asarray(np.array(tiling.pairs, np.int32))
-    return jax.lax.scan(lambda c, pair: (step(c, (pair[0], pair[1])), None), carry, pairs)[0]
+    # Not lax.scan: under jax.checkpoint it would compute the masks of all pairs beforehand and keep them.
+    n, step_at = len(tiling.pairs), lambda x: (x[0] + 1, step(x[1], (pairs[x[0], 0], pairs[x[0], 1])))
+    return jax.lax.while_loop(lambda x: x[0] < n, step_at, (0, carry))[1]
