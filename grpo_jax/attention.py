@@ -106,7 +106,7 @@ def _segment_forward(state, segment, tiling, causal):
         p = jnp.exp(s - new_peak)
         shrink = jnp.exp(peak - new_peak)
         new_total = total * shrink + p.sum(-1, keepdims=True)
-        new_acc = acc * shrink + _dot("nkgts,nksh->nkgth", p.astype(v.dtype), v)
+        new_acc = acc * shrink + dot_fp32("nkgts,nksh->nkgth", p.astype(v.dtype), v)
         new = (new_peak, new_total, new_acc)
         return tuple(_put(x, y, pair[0], tiling) for x, y in zip(carry, new, strict=True))
 
@@ -141,11 +141,14 @@ def _segment_backward(args, segment, tiling, causal):
         i, j = pair
         qi, doi, lsei, deltai = (_queries(x, i, tiling) for x in (q, do, lse, delta))
         k, v, mask = _keys(segment, pair, tiling, causal)
-        p = jnp.exp(jnp.where(mask, _scores(qi, k), MASKED) - lsei)
-        ds = (p * (_dot("nkgth,nksh->nkgts", doi, v) - deltai) * scale).astype(q.dtype)
-        dqi = _dot("nkgts,nksh->nkgth", ds, k)
-        dkj = _dot("nkgts,nkgth->nksh", ds, qi)
-        dvj = _dot("nkgts,nkgth->nksh", p.astype(do.dtype), doi)
+        # Scores lie [s, g·t] here, so that no product has to transpose a whole block: on a CPU
+        # that costs five times the product itself (docs/log.md).
+        s = jnp.where(_transposed(mask), dot_fp32("nksh,nkgth->nksgt", k, qi) * scale, MASKED)
+        p = jnp.exp(s - _transposed(lsei))
+        ds = (p * (dot_fp32("nksh,nkgth->nksgt", v, doi) - _transposed(deltai)) * scale).astype(q.dtype)
+        dqi = jnp.moveaxis(dot_fp32("nksh,nksgt->nkhgt", k, ds), 2, -1)
+        dkj = dot_fp32("nksgt,nkgth->nksh", ds, qi)
+        dvj = dot_fp32("nksgt,nkgth->nksh", p.astype(do.dtype), doi)
         dq = _put(dq, _queries(dq, i, tiling) + dqi, i, tiling)
         dk, dv = (_add_at(x, y, j, tiling) for x, y in ((dk, dkj), (dv, dvj)))
         return dq, dk, dv
@@ -158,12 +161,20 @@ def _segment_backward(args, segment, tiling, causal):
 _attend.defvjp(_forward, _backward)
 
 
-def _dot(spec, a, b):
+def dot_fp32(spec: str, a: Array, b: Array) -> Array:
+    """An einsum with products summed in fp32, whatever the inputs' type."""
+    if jax.default_backend() == "cpu":  # which lacks bf16 × bf16 = fp32 in some layouts; the cast is exact
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
+def _transposed(x):
+    """[n, k, g, t, s or 1] -> [n, k, s or 1, g, t]."""
+    return jnp.moveaxis(x, -1, 2)
+
+
 def _scores(q, k):
-    return _dot("nkgth,nksh->nkgts", q, k) * q.shape[-1] ** -0.5
+    return dot_fp32("nkgth,nksh->nkgts", q, k) * q.shape[-1] ** -0.5
 
 
 def _tile(q_shape, S, causal, score_bytes) -> _Tiling:
@@ -278,4 +289,6 @@ def _over_pairs(step, carry, tiling):
     if len(tiling.pairs) == 1:
         return step(carry, tiling.pairs[0])
     pairs = jnp.asarray(np.array(tiling.pairs, np.int32))
-    return jax.lax.scan(lambda c, pair: (step(c, (pair[0], pair[1])), None), carry, pairs)[0]
+    # Not lax.scan: under jax.checkpoint it would compute the masks of all pairs beforehand and keep them.
+    n, step_at = len(tiling.pairs), lambda x: (x[0] + 1, step(x[1], (pairs[x[0], 0], pairs[x[0], 1])))
+    return jax.lax.while_loop(lambda x: x[0] < n, step_at, (0, carry))[1]

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax.attention import dot_fp32
+
+NEG = -1e30  # the first running maximum
 
 
 def first_positions(mask: Bool[Array, "B T"], J: int) -> tuple[Int[Array, "B J"], Bool[Array, "B J"]]:
@@ -20,48 +28,128 @@ def token_logprobs(
     temperature: float = 1.0,
     *,
     logits_bytes: int | None = None,
+    shards: int = 1,
     constrain=lambda x, kind: x,
 ) -> tuple[Float[Array, "B J"], Float[Array, "B J"]]:
     """log softmax(hidden · headᵀ / temperature)[target], and the entropy, in nats and fp32.
 
-    Chunked over positions and recomputed in the backward pass: at V = 152 k this needs
-    about 0.1 GB where full logits need 2.5 GB. The entropy carries no gradient.
+    One pass over blocks of the vocabulary with a running maximum and sum; the backward pass
+    computes each block's logits again. Only one block of logits exists at a time, and a block's
+    gradient is written once: cutting positions instead adds to all of it once per cut. The
+    entropy carries no gradient.
 
     Args:
         hidden: final hidden states at the positions that predict `targets`.
         head: output head, or the tied embedding table.
         targets: the tokens whose log-probability is asked for.
         temperature: of the sampling distribution.
-        logits_bytes: upper bound for one chunk of fp32 logits; None means 64 MB on a CPU
-            and 512 MB elsewhere.
-        constrain: sharding constraint by kind ("head_hidden", "head", "logits").
+        logits_bytes: upper bound for one block of fp32 logits; None means 6 MB on a CPU,
+            which stay in its cache, and 256 MB elsewhere.
+        shards: equal parts that V is sharded into; every block takes its share of each.
+        constrain: sharding constraint by kind ("head_hidden", "head", "head_blocks", "logits_block").
 
     Returns:
         (log-probabilities, entropies).
+
+    Source: the online softmax of Milakov & Gimelshein, arXiv:1805.02867, as in
+        Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv:2411.09009.
     """
     B, J, D = hidden.shape
-    V = head.shape[0]
     if logits_bytes is None:
-        logits_bytes = (64 if jax.default_backend() == "cpu" else 512) << 20
-    chunk = max(1, min(J, logits_bytes // (4 * B * V)))
-    n = -(-J // chunk)
-    pad = n * chunk - J
+        logits_bytes = (6 if jax.default_backend() == "cpu" else 256) << 20
+    plan = _Blocks.of(head.shape[0], shards, max(1, logits_bytes // (4 * B * J)), constrain)
     head = constrain(head.astype(hidden.dtype), "head")
+    hidden_RD = constrain(hidden, "head_hidden").reshape(B * J, D)
+    out = _logprobs(hidden_RD, head, targets.reshape(B * J), temperature, plan)
+    return tuple(x.reshape(B, J) for x in out)
 
-    @jax.checkpoint
-    def one_chunk(h, t):
-        logits = jnp.einsum("bjd,vd->bjv", h, head, preferred_element_type=jnp.float32)
-        logits = constrain(logits / temperature, "logits")
-        log_z = jax.nn.logsumexp(logits, -1)
+
+class _Blocks(NamedTuple):
+    """How the vocabulary is cut: `count` blocks of `shards` × `width` rows of the head."""
+
+    V: int
+    shards: int
+    count: int
+    width: int
+    constrain: object
+
+    @classmethod
+    def of(cls, V: int, shards: int, limit: int, constrain):
+        """The fewest even blocks of at most `limit` rows; where none is near, the last is padded."""
+        local = V // shards
+        limit = max(1, min(local, limit // shards))
+        fewest = -(-local // limit)
+        even = next((n for n in range(fewest, 2 * fewest) if local % n == 0), fewest)
+        return cls(V, shards, even, -(-local // even), constrain)
+
+    def cut(self, head_VD):
+        """[V, D] -> [count, shards, width, D]; a shard's rows stay on their device."""
+        x = head_VD.reshape(self.shards, -1, head_VD.shape[1])
+        x = jnp.pad(x, ((0, 0), (0, self.count * self.width - x.shape[1]), (0, 0)))
+        x = x.reshape(self.shards, self.count, self.width, -1).swapaxes(0, 1)
+        return self.constrain(x, "head_blocks")
+
+    def join(self, blocks):
+        """The inverse of `cut`."""
+        x = blocks.swapaxes(0, 1).reshape(self.shards, self.count * self.width, -1)
+        return x[:, : self.V // self.shards].reshape(self.V, -1)
+
+    def tokens(self, block):
+        """[shards, width, 1] token ids of a block; V where a row is padding."""
+        local = self.V // self.shards
+        row = block * self.width + jnp.arange(self.width)
+        ids = jnp.where(row < local, row + local * np.arange(self.shards)[:, None], self.V)
+        return ids[..., None]
+
+    def logits(self, head_block, hidden_DR, tokens, temperature):
+        """[shards, width, R] fp32. Positions come last, so that neither pass transposes a block."""
+        x = dot_fp32("swd,dr->swr", head_block, hidden_DR) / temperature
+        x = x if self.count * self.width * self.shards == self.V else jnp.where(tokens < self.V, x, 2 * NEG)
+        return self.constrain(x, "logits_block")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _logprobs(hidden_RD, head_VD, targets_R, temperature, plan):
+    return _forward(hidden_RD, head_VD, targets_R, temperature, plan)[0]
+
+
+def _forward(hidden_RD, head_VD, targets_R, temperature, plan):
+    hidden_DR = hidden_RD.T
+
+    def step(carry, x):
+        peak, total, weighted, target = carry
+        tokens = plan.tokens(x[1])
+        logits = plan.logits(x[0], hidden_DR, tokens, temperature)
         # a masked sum, not a gather: it stays local when V is sharded
-        target = jnp.where(jnp.arange(V) == t[..., None], logits, 0).sum(-1)
-        shifted = jax.lax.stop_gradient(logits - log_z[..., None])
-        return target - log_z, -(jnp.exp(shifted) * shifted).sum(-1)
+        target = target + jnp.where(tokens == targets_R, logits, 0).sum((0, 1))
+        new_peak = jnp.maximum(peak, logits.max((0, 1)))
+        mass, shrink = jnp.exp(logits - new_peak), jnp.exp(peak - new_peak)
+        total = total * shrink + mass.sum((0, 1))
+        weighted = weighted * shrink + (mass * logits).sum((0, 1))
+        return (new_peak, total, weighted, target), None
 
-    hidden = constrain(hidden, "head_hidden")
-    if n == 1:
-        return one_chunk(hidden, targets)
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(B, n, chunk, D).swapaxes(0, 1)
-    targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(B, n, chunk).swapaxes(0, 1)
-    _, out = jax.lax.scan(lambda _, x: (None, one_chunk(*x)), None, (hidden, targets))
-    return tuple(x.swapaxes(0, 1).reshape(B, n * chunk)[:, :J] for x in out)
+    zeros = jnp.zeros(targets_R.shape, jnp.float32)
+    blocks = (plan.cut(head_VD), jnp.arange(plan.count))
+    (peak, total, weighted, target), _ = jax.lax.scan(step, (zeros + NEG, zeros, zeros, zeros), blocks)
+    log_z = peak + jnp.log(total)
+    return (target - log_z, log_z - weighted / total), (hidden_RD, head_VD, targets_R, log_z)
+
+
+def _backward(temperature, plan, residuals, cotangents):
+    hidden_RD, head_VD, targets_R, log_z = residuals
+    hidden_DR, scaled = hidden_RD.T, cotangents[0] / temperature
+
+    def step(d_hidden_DR, x):
+        tokens = plan.tokens(x[1])
+        logits = plan.logits(x[0], hidden_DR, tokens, temperature)
+        d_logits = (jnp.where(tokens == targets_R, 1.0, 0.0) - jnp.exp(logits - log_z)) * scaled
+        d_logits = d_logits.astype(hidden_RD.dtype)
+        d_hidden_DR = d_hidden_DR + dot_fp32("swd,swr->dr", x[0], d_logits)
+        return d_hidden_DR, dot_fp32("swr,rd->swd", d_logits, hidden_RD).astype(head_VD.dtype)
+
+    zeros = jnp.zeros(hidden_DR.shape, jnp.float32)
+    d_hidden_DR, d_head = jax.lax.scan(step, zeros, (plan.cut(head_VD), jnp.arange(plan.count)))
+    return d_hidden_DR.T.astype(hidden_RD.dtype), plan.join(d_head), None
+
+
+_logprobs.defvjp(_forward, _backward)

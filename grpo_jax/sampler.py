@@ -165,7 +165,7 @@ def _decode(run, params, trunk, cache, keys, live, remaining, sampling, stop_ids
         cache, live, turn, t = carry
         hidden, cache = _step(run, params, trunk, cache, live)
         logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
-        logits = layout.constrain(logits[:, None], "logits")[:, 0]
+        logits = layout.constrain(logits, "decode_logits")
         token, logprob = sample(logits, keys, cache.position, sampling)
         stopped = live & (token[:, None] == stops).any(1)
         turn = Turn(

@@ -51,7 +51,9 @@ ACTIVATIONS = {
     "embedding": ((STAY, None), (STAY, None)),  # [V, D]
     "head": ((STAY, None), (STAY, None)),  # [V, D]
     "head_hidden": (("data", None, None), ("data", None, None)),  # [B, J, D], gathered over fsdp
-    "logits": (("data", None, STAY), ("data", None, STAY)),  # [B, J, V]
+    "head_blocks": ((None, STAY, None, None), (None, STAY, None, None)),  # [blocks, shards, V/…, D]
+    "logits_block": ((STAY, None, "data"), (STAY, None, "data")),  # [shards, V/…, B·J]
+    "decode_logits": (("data", STAY), ("data", STAY)),  # [B, V]
 }
 
 
@@ -92,6 +94,10 @@ class Layout:
     def rows(self, x: Any) -> NamedSharding:
         """Sharding of an array whose first dimension is completion rows."""
         return self._named(("data" if self.rollout else ROWS,), x.shape)
+
+    def head_shards(self, V: int) -> int:
+        """Parts that the V rows of the head are sharded into."""
+        return self._size(STAY) if V % self._size(STAY) == 0 else 1
 
     @property
     def replicated(self) -> NamedSharding:

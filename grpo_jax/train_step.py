@@ -161,13 +161,11 @@ def make_update(
     def update(state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
         loss_fn = lambda params: batch_loss(step, objective, params, batch)  # noqa: E731
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = TrainState(state.step, optax.apply_updates(state.params, updates), opt_state)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, finite=finite)
         metrics |= {"loss": loss, "grad_norm": norm, "skipped": ~finite}
-        return dataclasses.replace(new, step=state.step + 1), metrics
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     shardings = state_shardings(step.layout, state)
     replicated = step.layout.replicated
@@ -354,6 +352,7 @@ def _learn(step: ModelStep, params: Params, hidden, batch: StepBatch) -> Learned
         head_weights(params),
         at(batch.completions),
         step.temperature,
+        shards=step.layout.head_shards(step.cfg.V),
         constrain=step.layout.constrain,
     )
     return Learned(

@@ -54,7 +54,7 @@ def test_export_from_eight_devices_equals_one(sizes, rollout, checkpoint, tmp_pa
         np.testing.assert_array_equal(got[name], x, strict=True)
 
 
-def loss(params, cfg, constrain):
+def loss(params, cfg, constrain, shards=1):
     """Log-likelihood of eight rows on a preamble and two prompts: the constraint of every kind."""
     rng = np.random.default_rng(0)
 
@@ -66,7 +66,7 @@ def loss(params, cfg, constrain):
     levels = level(1, 16, 0, True), level(2, 8, 16, True), level(8, 6, 24)
     hidden, _ = extend(params, levels, cfg=cfg, remat=True, keep_kv=False, constrain=constrain)
     logprobs, _ = token_logprobs(
-        hidden[2][:, :-1], head_weights(params), levels[2].tokens[:, 1:], constrain=constrain
+        hidden[2][:, :-1], head_weights(params), levels[2].tokens[:, 1:], shards=shards, constrain=constrain
     )
     return logprobs.mean(), logprobs
 
@@ -79,12 +79,12 @@ def test_training_on_all_three_axes_gives_one_devices_gradient(checkpoint):
     layout = Layout(make_mesh(2, 2, 2))
     params = load_params(source, cfg, layout.params(abstract_params(cfg)))
 
-    def run(params, constrain):
-        function = functools.partial(loss, cfg=cfg, constrain=constrain)
+    def run(params, constrain, shards=1):
+        function = functools.partial(loss, cfg=cfg, constrain=constrain, shards=shards)
         return jax.jit(jax.grad(function, has_aux=True))(params)
 
     want_gradient, want = run(alone, lambda x, kind: x)
-    gradient, got = run(params, layout.constrain)
+    gradient, got = run(params, layout.constrain, layout.head_shards(cfg.V))
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(assert_close, gradient, want_gradient)

@@ -14,7 +14,7 @@ from tracing import largest_array, temporary_bytes
 from grpo_jax.logprobs import first_positions, token_logprobs
 
 B, J, D, V = 2, 7, 5, 11
-CHUNKS = [1, 2, 3, 7]  # positions per chunk; 2 and 3 leave a rest
+BLOCKS = [1, 2, 3, 4, 11]  # rows of the head per block; 2, 3 and 4 leave a rest
 
 
 def inputs():
@@ -25,8 +25,8 @@ def inputs():
     return hidden, head, jnp.asarray(rng.integers(0, V, (B, J)))
 
 
-def positions_per_chunk(n):
-    return 4 * B * V * n
+def rows_per_block(n):
+    return 4 * B * J * n
 
 
 def full(hidden, head, targets, temperature=1.0):
@@ -76,26 +76,39 @@ def test_even_logits_have_the_entropy_of_a_uniform_choice():
     assert_close(entropies, np.full((1, 3), 2.3978953))
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_gradient_equals_that_of_full_logits(chunk):
-    def chunked(*args):
-        return token_logprobs(*args, 0.7, logits_bytes=positions_per_chunk(chunk))[0]
+@pytest.mark.parametrize("rows", BLOCKS)
+def test_gradient_equals_that_of_full_logits(rows):
+    def blockwise(*args):
+        return token_logprobs(*args, 0.7, logits_bytes=rows_per_block(rows))[0]
 
-    got = value_and_gradients(chunked, *inputs())
+    got = value_and_gradients(blockwise, *inputs())
     want = value_and_gradients(functools.partial(full, temperature=0.7), *inputs())
     jax.tree.map(assert_close, got, want)
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_chunking_does_not_matter(chunk):
+@pytest.mark.parametrize("rows", BLOCKS)
+def test_blocks_do_not_matter(rows):
     whole = token_logprobs(*inputs())
-    parts = token_logprobs(*inputs(), logits_bytes=positions_per_chunk(chunk))
+    parts = token_logprobs(*inputs(), logits_bytes=rows_per_block(rows))
     assert parts[0].shape == (B, J)
     jax.tree.map(assert_close, parts, whole)
 
 
-def test_one_position_is_the_smallest_chunk():
+def test_one_row_of_the_head_is_the_smallest_block():
     jax.tree.map(assert_close, token_logprobs(*inputs(), logits_bytes=0), token_logprobs(*inputs()))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_sharded_vocabulary_is_cut_within_its_shards(rows):
+    """Twelve rows in three shards: each block takes rows of every shard; 3 rows a shard leave a rest of 1."""
+    hidden, _, targets = inputs()
+    head = jnp.asarray(np.random.default_rng(1).normal(size=(12, D)), jnp.float32)
+
+    def blockwise(*args):
+        return token_logprobs(*args, shards=3, logits_bytes=rows_per_block(3 * rows))[0]
+
+    got = value_and_gradients(blockwise, hidden, head, targets)
+    jax.tree.map(assert_close, got, value_and_gradients(full, hidden, head, targets))
 
 
 def test_entropy_carries_no_gradient():
@@ -128,26 +141,26 @@ def large(V=8192, J=64):
     return hidden, jax.ShapeDtypeStruct((V, 8), jnp.float32), jax.ShapeDtypeStruct((4, J), jnp.int32)
 
 
-def eight_positions(hidden, head, targets):
-    def chunked(*args):
-        return token_logprobs(*args, logits_bytes=4 * 4 * 8192 * 8)[0]
+def eighth_of_the_vocabulary(hidden, head, targets):
+    def blockwise(*args):
+        return token_logprobs(*args, logits_bytes=4 * 4 * 64 * 1024)[0]
 
-    return value_and_gradients(chunked, hidden, head, targets)
+    return value_and_gradients(blockwise, hidden, head, targets)
 
 
-def all_positions(hidden, head, targets):
+def whole_vocabulary(hidden, head, targets):
     return value_and_gradients(full, hidden, head, targets)
 
 
 def test_full_logits_are_never_made():
-    assert largest_array(eight_positions, *large()) == 4 * 8 * 8192
-    assert largest_array(all_positions, *large()) == 4 * 64 * 8192
+    assert largest_array(eighth_of_the_vocabulary, *large()) == 4 * 8 * 8192
+    assert largest_array(whole_vocabulary, *large()) == 4 * 64 * 8192
 
 
 def test_memory_is_that_of_one_chunk():
     """A chunk of logits is 1 MB, all of them are 8 MB; the head's gradient is 0.25 MB."""
-    assert temporary_bytes(eight_positions, *large()) < 4 << 20
-    assert temporary_bytes(all_positions, *large()) >= 8 << 20
+    assert temporary_bytes(eighth_of_the_vocabulary, *large()) < 4 << 20
+    assert temporary_bytes(whole_vocabulary, *large()) >= 8 << 20
 
 
 def test_first_positions_by_hand():

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from grpo_jax.optimizer import decay_mask, make_optimizer, make_schedule
+from grpo_jax.optimizer import decay_mask, layer_by_layer, make_optimizer, make_schedule
 
 PARAMS = {
     "embed": {"embedding": jnp.full((3, 2), 0.5)},
@@ -101,8 +102,34 @@ def test_the_norm_of_the_whole_gradient_is_clipped_before_adam_sees_it():
     for max_grad_norm, scale in ((1.0, 0.2), (100.0, 1.0), (0, 1.0), (None, 1.0)):
         tx = optimizer(max_grad_norm=max_grad_norm)
         _, state = tx.update(gradient, tx.init(zeros), zeros)
-        np.testing.assert_allclose(state[1][0].mu["a"], [0.3 * scale], rtol=1e-6)
-        np.testing.assert_allclose(state[1][0].mu["b"], [0.4 * scale], rtol=1e-6)
+        np.testing.assert_allclose(state[1]["rest"][0].mu["a"], [0.3 * scale], rtol=1e-6)
+        np.testing.assert_allclose(state[1]["rest"][0].mu["b"], [0.4 * scale], rtol=1e-6)
+
+
+def random_tree(seed):
+    """Three stacked layers and what is around them."""
+    keys = iter(jax.random.split(jax.random.key(seed), 3))
+    return {
+        "embedding": jax.random.normal(next(keys), (5, 2)),
+        "layers": {"mlp": {"up": jax.random.normal(next(keys), (3, 2, 4))}},
+        "norm": {"scale": jax.random.normal(next(keys), (2,))},
+    }
+
+
+def test_layer_by_layer_gives_what_all_layers_at_once_give():
+    inner = optax.adamw(lambda count: 0.1 / (1 + count), weight_decay=0.1, mask=decay_mask)
+    gradients = [random_tree(seed) for seed in (1, 2, 3)]
+    got, _ = run(layer_by_layer(inner), random_tree(0), gradients)
+    want, _ = run(inner, random_tree(0), gradients)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), got, want)
+
+
+def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments_nor_counts():
+    tx, params = optimizer(), random_tree(0)
+    state = tx.init(params)
+    updates, after = tx.update(jax.tree.map(lambda x: x * jnp.nan, params), state, params, finite=False)
+    assert not any(u.any() for u in jax.tree.leaves(updates))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 def test_negative_max_grad_norm_is_refused():

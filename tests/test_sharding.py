@@ -61,8 +61,8 @@ def test_a_weights_specs_name_each_of_its_dimensions():
 
 @functools.cache
 def constrained():
-    """{kind: ranks of the arrays} that the model and the head ask constraints for."""
-    seen = {}
+    """{kind: ranks of the arrays} that the model, the head and the sampler ask constraints for."""
+    seen = {"decode_logits": {2}}  # the sampler's own, which takes a whole Layout
 
     def note(x, kind):
         if kind != "layer_weights":

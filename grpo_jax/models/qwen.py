@@ -121,6 +121,12 @@ def rms_norm(x, scale, eps: float):
     return x32.astype(x.dtype) * scale
 
 
+@jax.checkpoint  # its inputs are kept for the backward pass anyway, the steps between need not be
+def gated(gate, up):
+    """silu(gate) · up."""
+    return jax.nn.silu(gate) * up
+
+
 class RMSNorm(nnx.Module):
     """`rms_norm` with its scale."""
 
@@ -180,7 +186,7 @@ class MLP(nnx.Module):
         self.down = kernel(cfg.F, cfg.D)
 
     def __call__(self, x, constrain, rows):
-        y = jax.nn.silu(x @ self.gate[...]) * (x @ self.up[...])
+        y = gated(x @ self.gate[...], x @ self.up[...])
         return constrain(y, f"{rows}_mlp") @ self.down[...]
 
 
