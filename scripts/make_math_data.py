@@ -23,14 +23,14 @@ PHRASINGS = {
         "Add {a} and {b}.",
         "{a} + {b} = ?",
         "Calculate {a} plus {b}.",
-        "Find the sum of {a} and {b}.",
+        "Sum {a} and {b}.",
     ),
     multiply: (
         "What is {a} times {b}?",
         "Multiply {a} by {b}.",
         "{a} * {b} = ?",
         "Calculate {a} times {b}.",
-        "Find the product of {a} and {b}.",
+        "Product of {a} and {b}?",
     ),
 }
 
