@@ -67,6 +67,34 @@ def load_examples(
     return examples
 
 
+def row_tools(example: Example, names: Iterable[str]) -> list[str]:
+    """The tools that a row may see: those that its column `tools` names, or all.
+
+    Args:
+        example: the row; null in the column means all, as does its absence.
+        names: of all tools.
+
+    Returns:
+        The names, in the order of `names`.
+
+    Raises:
+        ValueError: the column is not a list of at least one tool's name.
+    """
+    names, wanted = list(names), example.extra.get("tools")
+    if wanted is None:
+        return names
+    if not isinstance(wanted, list) or not wanted or not all(isinstance(name, str) for name in wanted):
+        raise ValueError(
+            f"{example.source}: column 'tools' must be a list of tool names, as {_show(names[:1])}, or null "
+            f"for all, got {_show(wanted)}"
+        )
+    for name in wanted:
+        if name not in names:
+            (near,) = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            raise ValueError(f"{example.source}: column 'tools': unknown tool {name!r}; nearest: {near}")
+    return [name for name in names if name in wanted]
+
+
 def gold_calls(example: Example, functions: Mapping[str, Callable] | None) -> list[ToolCall]:
     """The calls that answer a row, from its column `tool_call`, else from `ground_truth`.
 
@@ -83,15 +111,24 @@ def gold_calls(example: Example, functions: Mapping[str, Callable] | None) -> li
         The calls in order; empty for a row that has neither column, or null in it.
 
     Raises:
-        ValueError: a call is not {"name": text, "arguments": object}, or names an unknown tool.
+        ValueError: a call is not {"name": text, "arguments": object}, or names an unknown tool or one
+            that the row does not see.
     """
     column = "ground_truth" if example.extra.get("tool_call") is None else "tool_call"
     value = example.extra.get(column)
     calls = [] if value is None else value if isinstance(value, list) else [value]
     try:
-        return [_gold_call(call, functions, padded=column == "ground_truth") for call in calls]
+        gold = [_gold_call(call, functions, padded=column == "ground_truth") for call in calls]
     except ValueError as error:
         raise ValueError(f"{example.source}: column {column!r}: {error}") from None
+    seen = None if functions is None else row_tools(example, functions)
+    for call in gold:
+        if seen is not None and call.name not in seen:
+            raise ValueError(
+                f"{example.source}: column {column!r}: the row does not see the tool {call.name!r}, only "
+                f"{', '.join(seen)}; add it to the column 'tools'"
+            )
+    return gold
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:

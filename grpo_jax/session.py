@@ -23,12 +23,13 @@ from grpo_jax.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.config import Config
 from grpo_jax.console import Console
 from grpo_jax.conversation import Conversation, load_conversation
-from grpo_jax.data import gold_calls, load_examples
+from grpo_jax.data import gold_calls, load_examples, row_tools
 from grpo_jax.metrics import PhaseTimer
 from grpo_jax.models import hf_checkpoint
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
 from grpo_jax.models.tiny import make_tiny_checkpoint
 from grpo_jax.optimizer import make_optimizer
+from grpo_jax.parsing import Schema
 from grpo_jax.prefix_tree import Tree, make_tree
 from grpo_jax.rewards import RewardFunction, load_rewards
 from grpo_jax.rollout import ToolLoop
@@ -105,6 +106,11 @@ class Session:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
         )
+
+    def schemas_of(self, example: Example) -> list[Schema]:
+        """What a row's prompt shows of the tools: all, or those that its column `tools` names."""
+        names = row_tools(example, self.toolbox.functions)
+        return [schema for schema in self.toolbox.schemas if schema["function"]["name"] in names]
 
     def tool_loop(self, sampler: Sampler, tree: Tree) -> ToolLoop:
         """The multi-turn loop over a data set's prefix tree."""
@@ -221,7 +227,7 @@ def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[P
         return hf_checkpoint.fetch_model(name, config.model_revision), None
     folder = Path(config.output_dir) / "base_model"
     if not folder.exists():
-        examples = load_examples(config.required("dataset_id_or_path"), system_prompt=config.system_prompt)
+        examples = read_rows(config, config.required("dataset_id_or_path"))
         make_tiny_checkpoint(folder, _texts(examples, toolbox), seed=config.seed)
         console.line(f"Made a small model with its own tokenizer in {folder}")
     return folder, None
@@ -240,15 +246,23 @@ def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
     return texts
 
 
+def read_rows(config: Config, source: str) -> list[Example]:
+    """The rows of a training or evaluation set, read as the options say; see `load_examples`."""
+    return load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
+
+
 def load_prompts(session: Session, source: str) -> Prompts:
     """Read a data set and encode its prompts.
 
     Raises:
-        ValueError: a prompt is longer than max_prompt_length (and overlong_prompts is "error").
+        ValueError: a row is not usable, or longer than max_prompt_length (and overlong_prompts is "error").
     """
     config = session.config
-    examples = load_examples(source, system_prompt=config.system_prompt)
-    ids = [session.conversation.prompt_ids(e.messages, session.toolbox.schemas) for e in examples]
+    examples = read_rows(config, source)
+    ids = [session.conversation.prompt_ids(e.messages, session.schemas_of(e)) for e in examples]
+    for example in examples:
+        if example.extra.get("tools") is not None:  # a gold call outside of them could never be made
+            gold_calls(example, session.toolbox.functions)
     limit = config.max_prompt_length
     if limit is not None:
         fits = [len(i) <= limit for i in ids]

@@ -220,6 +220,7 @@ def _grpo(
                     [draw for _, draw in draws],
                     generations=plan.G,
                     seed=config.seed,
+                    schemas=[session.schemas_of(data.examples[i]) for i in chosen],
                     on_turn=_row_counter(rows),
                 )
             with timer("reward"):

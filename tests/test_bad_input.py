@@ -110,6 +110,32 @@ def test_a_cold_start_without_gold_calls_is_named_by_line(tmp_path):
     assert f"{path}:31: column 'tool_call': unknown tool 'sum'; the tools are add, multiply" in message
 
 
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ('["add", "multipl"]', "column 'tools': unknown tool 'multipl'; nearest: multiply"),
+        ("[]", "column 'tools' must be a list of tool names"),
+        ('["multiply"]', "column 'tool_call': the row does not see the tool 'add', only multiply"),
+    ],
+)
+def test_bad_tools_of_a_row_are_named_by_line(tmp_path, tools, message):
+    gold = '"tool_call": {"name": "add", "arguments": {"a": 15, "b": 27}}'
+    path = file(tmp_path, ROW * 2 + ROW.replace("}", f', {gold}, "tools": {tools}}}'))
+    assert f"{path}:3: {message}" in rejected(tmp_path, dataset_id_or_path=path)
+
+
+def test_a_mapping_of_columns_that_a_row_lacks_is_named_by_line(tmp_path):
+    path = file(tmp_path, ROW.replace("prompt", "question") + ROW)
+    for model in (launch.small_model(), "scratch"):
+        message = rejected(
+            tmp_path,
+            model_name_or_path=model,
+            dataset_id_or_path=path,
+            dataset_columns={"prompt": "question"},
+        )
+        assert f"{path}:2: lacks the column 'question' of the mapping" in message
+
+
 # Tools and rewards
 
 

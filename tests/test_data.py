@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.data import Cursor, epoch_order, gold_calls, load_examples, next_batch
+from grpo_jax.data import Cursor, epoch_order, gold_calls, load_examples, next_batch, row_tools
 from grpo_jax.types import Example, ToolCall
 
 GOOD = '{"prompt": "What is 15 plus 27?", "answer": "Sum: 42"}'
@@ -205,6 +205,16 @@ def test_a_slice_holds_the_rows_of_the_whole_file_with_their_lines(rows_file, pa
     assert sliced == [whole[i] for i in expected]
 
 
+def test_columns_of_a_slice_can_be_mapped(rows_file):
+    path = rows_file(*(line.replace("prompt", "q") for line in numbered(4)))
+    examples = load_examples(f"{path}[2:]", columns={"prompt": "q"})
+    assert [e.messages[0]["content"] for e in examples] == ["question 2 ü\u2028", "question 3 ü\u2028"]
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:3: lacks the column 'x' of the mapping; it has 'q', 'an"
+    ):
+        load_examples(f"{path}[2:]", columns={"prompt": "x"})
+
+
 def test_a_slice_sees_a_changed_file(rows_file):
     assert load_examples(rows_file(*numbered(4)) + "[:50%]")[-1].answer == "1"
     assert load_examples(rows_file(*numbered(8)) + "[:50%]")[-1].answer == "3"
@@ -254,7 +264,13 @@ def test_a_registered_tfds_data_set_is_read_with_config_split_and_mapping():
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=n) for n in ("easy", "hard")]  # noqa: RUF012
 
         def _info(self):
-            features = {"question": tfds.features.Text(), "answer": tfds.features.Text(), "marks": np.int64}
+            text = tfds.features.Text()
+            features = {
+                "question": text,
+                "answer": text,
+                "marks": np.int64,
+                "names": tfds.features.Sequence(text),
+            }
             return tfds.core.DatasetInfo(
                 builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
             )
@@ -265,14 +281,15 @@ def test_a_registered_tfds_data_set_is_read_with_config_split_and_mapping():
         def _generate_examples(self, split):
             for i in range(3):
                 question = f"{self.builder_config.name} {split} ü {i}"
-                yield i, {"question": question, "answer": str(i), "marks": i}
+                yield i, {"question": question, "answer": str(i), "marks": i, "names": ["add"]}
 
-    examples = load_examples("tfds:little_quiz/hard:test[1:]", columns={"prompt": "question"})
+    columns = {"prompt": "question", "tools": "names"}
+    examples = load_examples("tfds:little_quiz/hard:test[1:]", columns=columns)
     assert examples == [
         Example(
             [{"role": "user", "content": f"hard test ü {i}"}],
             str(i),
-            {"marks": i},
+            {"marks": i, "tools": ["add"]},
             f"tfds:little_quiz/hard:test[1:]:{i}",
         )
         for i in (1, 2)
@@ -297,10 +314,10 @@ def test_a_hub_id_is_read_through_the_library(monkeypatch):
     def load_dataset(name, split):
         if name != "owner/name":
             raise ConnectionError("offline\nlong advice")
-        return [{"prompt": f"{name} {split}", "answer": "x"}]
+        return [{"question": f"{name} {split}", "answer": "x"}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    (example,) = load_examples("owner/name")
+    (example,) = load_examples("owner/name", columns={"prompt": "question"})
     assert example.messages[0]["content"] == "owner/name train"
     assert example.source == "owner/name:1"
     with pytest.raises(ValueError, match=r"cannot be loaded from the hub: offline; or give the path of a"):
@@ -400,6 +417,49 @@ def test_a_bad_gold_call_is_named_by_row_and_column(call, message):
     with pytest.raises(ValueError) as raised:
         gold_calls(with_columns(tool_call=call), TOOLS)
     assert str(raised.value).startswith(f"rows.jsonl:7: column 'tool_call': {message}")
+
+
+# The tools of a row
+
+
+@pytest.mark.parametrize(
+    ("extra", "names"),
+    [
+        ({}, ["a", "b", "c"]),
+        ({"tools": None}, ["a", "b", "c"]),
+        ({"tools": ["c", "a"]}, ["a", "c"]),
+        ({"tools": ["b", "b"]}, ["b"]),
+    ],
+)
+def test_a_row_sees_the_tools_it_names_in_the_loaded_order(extra, names):
+    assert row_tools(with_columns(**extra), ["a", "b", "c"]) == names
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("convert", 'must be a list of tool names, as ["convert"], or null for all, got "convert"'),
+        ([], 'must be a list of tool names, as ["convert"], or null for all, got []'),
+        ({}, 'must be a list of tool names, as ["convert"], or null for all, got {}'),
+        (["convert", 3], 'must be a list of tool names, as ["convert"], or null for all, got ["convert", 3]'),
+        (["convrt"], ": unknown tool 'convrt'; nearest: convert"),
+    ],
+)
+def test_a_bad_list_of_tools_is_named_by_row(tools, message):
+    with pytest.raises(ValueError) as raised:
+        row_tools(with_columns(tools=tools), TOOLS)
+    assert str(raised.value).replace("tools': ", "tools' : ") == f"rows.jsonl:7: column 'tools' {message}"
+
+
+def test_a_gold_call_that_the_row_does_not_see_is_named_by_row():
+    gold = {"name": "anything", "arguments": {}}
+    assert gold_calls(with_columns(tool_call=gold, tools=["anything"]), TOOLS) == [ToolCall("anything", {})]
+    with pytest.raises(ValueError) as raised:
+        gold_calls(with_columns(tool_call=gold, tools=["convert"]), TOOLS)
+    assert str(raised.value) == (
+        "rows.jsonl:7: column 'tool_call': the row does not see the tool 'anything', only convert; "
+        "add it to the column 'tools'"
+    )
 
 
 # Order

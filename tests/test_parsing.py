@@ -110,7 +110,7 @@ REASONS = [
     (_block("{}"), "no name: "),
     (_block('{"name": "", "arguments": {}}'), "no name: "),
     (_block('{"name": ["add"], "arguments": {}}'), "no name: "),
-    (_block('{"name": "ad", "arguments": {}}'), "unknown tool: 'ad'; try one of add"),
+    (_block('{"name": "ad", "arguments": {}}'), "unknown tool: 'ad'; try one of add, convert"),
     (_block('{"name": "zzz", "arguments": {}}'), "unknown tool: 'zzz'; try one of add, convert"),
     (_block('{"name": "add"}'), 'arguments not an object: "arguments" must be a JSON object, got nothing'),
     (_block('{"name": "add", "arguments": "{}"}'), "arguments not an object: "),
@@ -126,6 +126,12 @@ def test_reason_why_a_call_does_not_parse(text, reason):
     turn = parse_turn(text, SCHEMAS)
     assert turn.error is not None and turn.error.startswith(reason)
     assert (turn.content, turn.calls) == (text, ())
+
+
+def test_of_many_tools_the_ten_nearest_are_named():
+    schemas = [_schema(f"tool_{i}") for i in range(300)]
+    error = parse_turn(_block('{"name": "tool_77b", "arguments": {}}'), schemas).error
+    assert error.startswith("unknown tool: 'tool_77b'; try one of tool_77, ") and error.count(",") == 9
 
 
 def test_one_bad_call_drops_the_good_ones():

@@ -25,6 +25,10 @@ ZERO_OR_MORE: Rule = (">= 0", lambda v: v >= 0)
 ABOVE_ZERO: Rule = ("> 0", lambda v: v > 0)
 SHARE: Rule = ("in (0, 1]", lambda v: 0 < v <= 1)
 DECAY: Rule = ("in [0, 1)", lambda v: 0 <= v < 1)
+COLUMN_NAMES: Rule = (
+    'column names, as {"prompt": "question"}',
+    lambda v: all(name and isinstance(name, str) for pair in v.items() for name in pair),
+)
 
 
 def _opt(default: Any, help: str, rule: Rule | None = None, **meta: Any) -> Any:
@@ -68,7 +72,9 @@ class Config:
 
     dataset_id_or_path: str | None = _opt(None, "Training rows: a JSONL file, tfds:name or owner/name.")
     eval_dataset_id_or_path: str | None = _opt(None, "Evaluation rows, of the same kinds.")
-    dataset_columns: dict = _opt({}, 'Rename columns of both, as {"prompt": "question"} (ours: theirs).')
+    dataset_columns: dict = _opt(
+        {}, 'Rename columns of both data sets, as {"prompt": "question"} (ours: theirs).', COLUMN_NAMES
+    )
     system_prompt: str | None = _opt(None, "System message for rows that have none.")
     max_prompt_length: int | None = _opt(
         None, "Tokens of a prompt at most; unset: the data's longest.", ONE_OR_MORE
