@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import get_json_schema
 
-from grpo_jax.tools import check_arguments, get_schema, load_tools, run_tool, signature_line
+from grpo_jax.tools import ToolRunner, check_arguments, get_schema, load_tools, run_tool, signature_line
 from grpo_jax.tools.schema import read_schema
+from grpo_jax.types import ToolCall
 
 
 class Colour(Enum):
@@ -528,8 +529,11 @@ def test_a_script_wins_over_the_module_and_its_folder_is_importable(script):
 
 
 def test_scripts_named_like_modules_do_not_replace_them(script):
-    load_tools(script=script(ADD + "TOOL_FUNCTIONS = [add]\n", "json.py"))
+    """Neither in this process nor in the workers, which import json themselves."""
+    tools = load_tools(script=script(ADD + "TOOL_FUNCTIONS = [add]\n", "json.py"))
     assert sys.modules["json"] is json
+    with ToolRunner(tools, workers=1) as runner:
+        assert runner.run([ToolCall("add", {"a": 15, "b": 27})])[0].text == "42"
 
 
 @pytest.mark.parametrize(
@@ -552,6 +556,10 @@ def test_scripts_named_like_modules_do_not_replace_them(script):
         ("y = 1\nx = nope + 1\n", r"importing .* failed: NameError.*\n  .*my_tools\.py:2: x = nope \+ 1$"),
         ("def f(:\n", r"SyntaxError.*\n  .*my_tools\.py:1: def f\(:$"),
         ("import sys\nsys.exit(1)\n", r"failed: SystemExit: 1\n  .*my_tools\.py:2"),
+        (
+            "def make_tools():\n    return 1 / 0\n",
+            r"make_tools\(\) in /.* failed: ZeroDivisionError.*\n  .*my_tools\.py:2: return 1 / 0$",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_script_is_said(script, text, message):
