@@ -36,6 +36,7 @@ from grpo_jax.rollout import ToolLoop
 from grpo_jax.sampler import Sampler, Sampling, make_sampler
 from grpo_jax.sharding import Layout, make_mesh
 from grpo_jax.tools import Toolbox, ToolRunner, load_tools, signature_line
+from grpo_jax.tools.purity import PurityCheck
 from grpo_jax.types import Example
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Session:
         conversation: its tokenizer and template.
         mesh: the devices.
         dtype: of the computation.
+        purity: runs a sample of the calls again; None when that is not asked for.
     """
 
     config: Config
@@ -73,6 +75,7 @@ class Session:
     conversation: Conversation
     mesh: Mesh
     dtype: Any
+    purity: PurityCheck | None
 
     @property
     def training(self) -> Layout:
@@ -210,6 +213,7 @@ def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session
         conversation,
         mesh,
         jnp.dtype(dtype),
+        PurityCheck(toolbox, runner, console.line) if config.verify_purity else None,
     )
 
 

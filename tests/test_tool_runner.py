@@ -296,8 +296,13 @@ def test_without_cache_every_call_runs_and_those_of_a_row_in_order(toolbox, log)
     assert [x for x in lines if x != "b"] == ["a", "c", "c", "a"]
 
 
-def test_impure_functions_are_found(runner):
-    assert runner.impure_functions([call("square", n=2), call("count"), call("later", n=1)]) == ["count"]
+def test_calls_run_again_past_the_cache(runner, log):
+    log.write_text("")
+    runner.start_step()
+    for run in (runner.run, runner.run_again, runner.run):
+        assert [r.text for r in run([call("note", text="a"), call("square", n=2)])] == ["a", "4"]
+    assert log.read_text().split() == ["a", "a"]
+    assert runner.cache_hit_rate == 0.5
 
 
 def test_a_failing_worker_start_is_the_users_to_know(tmp_path):

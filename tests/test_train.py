@@ -234,6 +234,7 @@ def test_columns_reach_the_reward(tmp_path):
 
 
 def test_mapped_columns_and_the_tools_of_a_row_reach_rollout_and_rewards(tmp_path):
+    """With the check of purity on, which finds nothing."""
     renamed = {"prompt": "question", "answer": "expected", "tool_call": "gold", "tools": "allowed"}
     rows = [row | {"tools": ["add"]} for row in launch.rows(10, 24)]
     data = [{theirs: row[ours] for ours, theirs in renamed.items()} for row in rows]
@@ -252,8 +253,10 @@ def test_mapped_columns_and_the_tools_of_a_row_reach_rollout_and_rewards(tmp_pat
             reward_fn=reward,
             system_prompt="Use the tools. " * 10,  # as long as a schema, for shapes that are compiled already
             max_steps=1,
+            verify_purity=True,
         )
     assert ran.status == 0, ran.err
+    assert ran.jsonl("metrics.jsonl")[0]["tools/impure"] == 0
     schemas = load_tools(module="tools_funcs.math_tools").schemas
     assert rollout.call_args.kwargs["schemas"] == [schemas[:1]] * 2
 
