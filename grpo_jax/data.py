@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.types import Example, Message, ToolCall
+from grpo_jax.messages import read_prompt, show_json
+from grpo_jax.types import Example, ToolCall
 
-ROLES = ("system", "user", "assistant", "tool")
 # Keywords that every reward gets from the trainer; a column of that name would hide one.
 RESERVED_COLUMNS = frozenset(
     ("completions", "prompts", "completion_ids", "trainer_state", "log_metric", "log_extra")
@@ -85,8 +85,8 @@ def row_tools(example: Example, names: Iterable[str]) -> list[str]:
         return names
     if not isinstance(wanted, list) or not wanted or not all(isinstance(name, str) for name in wanted):
         raise ValueError(
-            f"{example.source}: column 'tools' must be a list of tool names, as {_show(names[:1])}, or null "
-            f"for all, got {_show(wanted)}"
+            f"{example.source}: column 'tools' must be a list of tool names, as {show_json(names[:1])}, or null "
+            f"for all, got {show_json(wanted)}"
         )
     for name in wanted:
         if name not in names:
@@ -409,7 +409,7 @@ def _not_found(path: str) -> FileNotFoundError:
 def _example(row: Any, place: str, system_prompt: str | None, columns: Mapping[str, str]) -> Example:
     if not isinstance(row, dict):
         raise ValueError(
-            f'a row must be a JSON object like {{"prompt": "…", "answer": "…"}}, got {_show(row)}'
+            f'a row must be a JSON object like {{"prompt": "…", "answer": "…"}}, got {show_json(row)}'
         )
     row = _renamed(row, columns)
     for name in ("prompt", "answer"):
@@ -419,8 +419,8 @@ def _example(row: Any, place: str, system_prompt: str | None, columns: Mapping[s
         raise ValueError(f"column {reserved[0]!r} is a keyword that rewards get from the trainer; rename it")
     answer = row.pop("answer")
     if not isinstance(answer, str):
-        raise ValueError(f"'answer' must be text, as the tool returns it, got {_show(answer)}; quote it")
-    messages = _messages(row.pop("prompt"))
+        raise ValueError(f"'answer' must be text, as the tool returns it, got {show_json(answer)}; quote it")
+    messages = read_prompt(row.pop("prompt"))
     if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     return Example(messages, answer, row, place)
@@ -433,45 +433,13 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def _messages(prompt: Any) -> list[Message]:
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list):
-        raise ValueError(f"'prompt' must be text or a list of chat messages, got {_show(prompt)}")
-    if not prompt:
-        raise ValueError("'prompt' is empty; it needs at least one message from the user")
-    for i, message in enumerate(prompt):
-        _check_message(message, f"'prompt' message {i + 1}")
-    if prompt[-1]["role"] != "user":
-        raise ValueError(f"the last message of 'prompt' must be the user's, got role {prompt[-1]['role']!r}")
-    if not prompt[-1]["content"].strip():
-        raise ValueError("'prompt' is empty: the user's last message holds no text")
-    return prompt
-
-
-def _check_message(message: Any, which: str) -> None:
-    if not isinstance(message, dict):
-        raise ValueError(f'{which} must be {{"role": …, "content": …}}, got {_show(message)}')
-    if message.get("role") not in ROLES:
-        raise ValueError(f"{which}: role must be one of {', '.join(ROLES)}, got {_show(message.get('role'))}")
-    content = message.get("content")
-    is_call = message["role"] == "assistant" and message.get("tool_calls")
-    if not isinstance(content, str) and not (is_call and content is None):
-        raise ValueError(f"{which}: content must be text, got {_show(content)}")
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
 # Gold calls
 
 
 def _gold_call(call: Any, functions: Mapping[str, Callable] | None, *, padded: bool) -> ToolCall:
     shaped = isinstance(call, dict) and isinstance(call.get("name"), str)
     if not shaped or not isinstance(call.get("arguments"), dict):
-        raise ValueError(f'a call must be {{"name": text, "arguments": object}}, got {_show(call)}')
+        raise ValueError(f'a call must be {{"name": text, "arguments": object}}, got {show_json(call)}')
     name, arguments = call["name"], call["arguments"]
     if functions is not None and name not in functions:
         raise ValueError(f"unknown tool {name!r}; the tools are {', '.join(functions)}")

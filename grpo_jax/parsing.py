@@ -35,6 +35,7 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 _FUNCTION = re.compile(r"<function=([^>\n]*)>")
 _PARAMETER = re.compile(r"<parameter=([^>\n]*)>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_AS_JSON = {"True": "true", "False": "false", "None": "null"}  # Qwen3-Coder's template writes Python's words
 
 
 class _CallError(ValueError):
@@ -281,7 +282,7 @@ def _typed_value(text: str, schema: Schema) -> Any:
     if types - {"null"} == {"string"}:
         return text
     try:
-        value = _whole_json({"True": "true", "False": "false"}.get(text, text))
+        value = _whole_json(_AS_JSON.get(text, text))
     except ValueError:
         return text
     return text if "string" in types and not _has_type(value, types) else value

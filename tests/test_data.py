@@ -63,6 +63,49 @@ def test_message_prompts_are_kept_as_they_are(rows_file):
     assert example.messages == messages
 
 
+TOOL = {"role": "tool", "content": "Sum: 3"}
+
+
+def called(*calls) -> dict:
+    return {"role": "assistant", "content": "", "tool_calls": list(calls)}
+
+
+@pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}', ' {"a":1}\n'])
+def test_recorded_calls_become_what_templates_read(rows_file, arguments):
+    """OpenAI's form has the arguments as text, which Qwen2.5's template would quote once more."""
+    openai = {"id": "x", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    bare = {"name": "add", "arguments": arguments}
+    prompt = [{"role": "user", "content": "Add."}, called(openai, bare), TOOL]
+    (example,) = load_examples(rows_file(json.dumps({"prompt": prompt, "answer": "Sum: 3"})))
+    read = [
+        {"id": "x", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}},
+        {"name": "add", "arguments": {"a": 1}},
+    ]
+    assert example.messages == [prompt[0], called(*read), TOOL]
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "add",
+        {"name": "add", "arguments": {}},
+        ["add"],
+        [{"name": "add"}],
+        [{"arguments": {}}],
+        [{"function": None}],
+        [{"function": {"name": "add", "arguments": "{"}}],
+        [{"function": {"name": "add", "arguments": "[]"}}],
+        [{"function": {"name": "add", "arguments": None}}],
+    ],
+)
+def test_a_bad_recorded_call_is_named_by_line_and_message(rows_file, calls):
+    prompt = [{"role": "user", "content": "Add."}, {**called(), "tool_calls": calls}, TOOL]
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:1: 'prompt' message 2: (a tool call|tool_calls) must be"
+    ):
+        load_examples(rows_file(json.dumps({"prompt": prompt, "answer": "x"})))
+
+
 def test_system_prompt_is_added_only_where_a_row_lacks_one(rows_file):
     own = {"role": "system", "content": "Own."}
     prompt = [own, {"role": "user", "content": "Hi"}]
@@ -122,7 +165,7 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(rows_file):
         ),
         (
             '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": "c"}',
-            "the last message of 'prompt' must be the user's, got role 'assistant'",
+            "the last message of 'prompt' must be a user's or a tool's, got role 'assistant'",
         ),
         (
             '{"prompt": "a", "answer": "b", "completions": []}',

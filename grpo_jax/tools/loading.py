@@ -79,7 +79,7 @@ def named_functions(functions: Any, source: str) -> dict[str, Callable]:
     named: dict[str, Callable] = {}
     for i, function in enumerate(functions):
         name = getattr(function, "__name__", "")
-        if not callable(function) or isinstance(function, type) or not name.isidentifier():
+        if not (inspect.isroutine(function) or hasattr(function, "__wrapped__")) or not name.isidentifier():
             raise ValueError(f"{source}[{i}] must be a function defined with `def`, got {function!r}")
         if name in named:
             both = f"{hints.location(named[name])} and {hints.location(function)}"
