@@ -253,7 +253,11 @@ BITS = [
     "]",
     '"',
     "NaN",
+    "1e999",
+    "\\ud83d",
+    "\ud83d",
     "9" * 5000,
+    "x" * 100_000,
 ]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -262,33 +266,61 @@ JSON = st.recursive(
     ),
     max_leaves=15,
 )
-# Plain text with surrogates, random bytes decoded, tags in any order, calls with any arguments, cut anywhere.
-ANYTHING = st.text(st.characters()) | st.binary().map(lambda data: data.decode("utf-8", "replace"))
-CALLS = st.builds(
-    lambda name, value: {"name": name, "arguments": value}, st.sampled_from(["add", "x", None]), JSON
+# Plain text with surrogates, and random bytes decoded.
+ANYTHING = st.text(st.characters() | st.sampled_from("\ud800\udfff\ufeff"))
+ANYTHING |= st.binary().map(lambda data: data.decode("utf-8", "replace"))
+
+
+def _deep(value, depth):
+    return f"{'[' * depth}{value}{']' * depth}"
+
+
+def _object(pairs):
+    """An object that may name a key twice, which json.dumps cannot write."""
+    return "{" + ", ".join(f"{json.dumps(key)}: {value}" for key, value in pairs) + "}"
+
+
+def _turns(call):
+    """Calls of one family, alone and between anything."""
+    mixed = st.lists(st.one_of(call, call, ANYTHING, st.sampled_from(BITS)), max_size=6)
+    return (mixed | st.lists(call, max_size=4)).map("".join)
+
+
+# JSON text: with NaN and Infinity, nested up to 1000 levels, with keys that occur twice.
+VALUE = JSON.map(json.dumps)
+VALUE |= st.builds(_deep, VALUE, st.sampled_from([MAX_DEPTH - 3, MAX_DEPTH, 1000]))
+OBJECT = st.lists(st.tuples(st.sampled_from("abcd") | st.text(), VALUE), max_size=3).map(_object)
+NAMES = st.sampled_from(["add", "convert", "convert", "x", ""])
+KEYS = st.sampled_from(["a", "to", "rates", "level", ""])
+CALL = st.builds(
+    lambda name, arguments: _block(_object([("name", json.dumps(name)), ("arguments", arguments)])),
+    NAMES,
+    st.one_of(OBJECT, OBJECT, VALUE),
 )
-CALL = (CALLS | JSON).map(lambda value: _block(json.dumps(value)))
-TURN = st.lists(st.sampled_from(BITS) | ANYTHING | CALL, max_size=8).map("".join)
+XML = st.builds(lambda name, key, value: _xml(name, **{key: value}), NAMES, KEYS, OBJECT | VALUE | ANYTHING)
+TURN = _turns(CALL) | _turns(XML)
 
 
-@given(text=TURN, cut=st.integers(0, 50), call_format=st.sampled_from(["hermes", "qwen3_coder"]))
+@given(text=TURN, cut=st.just(0) | st.integers(1, 50))
 @settings(
     max_examples=int(os.environ.get("GRPO_JAX_FUZZ_EXAMPLES", "300")),
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-def test_no_turn_breaks_the_parser(text, cut, call_format):
-    """Any text gives a turn that is typed and can be written down, within a second."""
+def test_no_turn_breaks_the_parsers(text, cut):
+    """Any text, cut anywhere, gives a turn that is typed and can be written down, within a second."""
     text = text[: len(text) - cut]
-    start = time.perf_counter()
-    turn = parse_turn(text, SCHEMAS, call_format)
-    assert time.perf_counter() - start < 1.0
-    if turn.error is not None:
-        assert turn.error.startswith(REASON) and turn.calls == () and turn.content == text
-    for call in turn.calls:
-        assert call.name in ("add", "convert")
-        assert json.loads(json.dumps(call.arguments, allow_nan=False)) == call.arguments
-        json.dumps(call.arguments, ensure_ascii=False).encode("utf-8")
+    for call_format in ("hermes", "qwen3_coder"):
+        start = time.perf_counter()
+        turn = parse_turn(text, SCHEMAS, call_format)
+        assert time.perf_counter() - start < 1.0
+        if turn.error is not None:
+            assert turn.error.startswith(REASON) and turn.calls == () and turn.content == text
+            turn.error.encode("utf-8")  # the model may be told
+        for call in turn.calls:
+            assert call.name in ("add", "convert")
+            assert json.loads(json.dumps(call.arguments, allow_nan=False)) == call.arguments
+            json.dumps(call.arguments, ensure_ascii=False).encode("utf-8")
 
 
 @given(name=st.sampled_from(["add", "convert"]), arguments=st.dictionaries(st.text(), JSON))
