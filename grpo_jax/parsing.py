@@ -35,7 +35,7 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 _FUNCTION = re.compile(r"<function=([^>\n]*)>")
 _PARAMETER = re.compile(r"<parameter=([^>\n]*)>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_AS_JSON = {"True": "true", "False": "false", "None": "null"}  # Qwen3-Coder's template writes Python's words
+_AS_JSON = {"True": "true", "False": "false", "None": "null"}  # Qwen3.5's template writes Python's words
 
 
 class _CallError(ValueError):

@@ -311,9 +311,9 @@ def test_no_turn_breaks_the_parsers(text, cut):
     """Any text, cut anywhere, gives a turn that is typed and can be written down, within a second."""
     text = text[: len(text) - cut]
     for call_format in ("hermes", "qwen3_coder"):
-        start = time.perf_counter()
+        start = time.process_time()  # not the clock: a busy machine may stop this process for longer
         turn = parse_turn(text, SCHEMAS, call_format)
-        assert time.perf_counter() - start < 1.0
+        assert time.process_time() - start < 1.0
         if turn.error is not None:
             assert turn.error.startswith(REASON) and turn.calls == () and turn.content == text
             turn.error.encode("utf-8")  # the model may be told
@@ -338,7 +338,7 @@ def test_every_written_call_is_read_back(name, arguments):
 @pytest.mark.parametrize("call_format", ["hermes", "qwen3_coder"])
 def test_a_megabyte_of_anything_takes_under_a_second(bit, call_format):
     text = "<tool_call>" + bit * (1_000_000 // len(bit))
-    start = time.perf_counter()
+    start = time.process_time()
     parse_turn(text, SCHEMAS, call_format)
     parse_turn(text.removeprefix("<tool_call>"), SCHEMAS, call_format)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0

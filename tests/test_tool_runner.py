@@ -96,6 +96,12 @@ def child() -> str:
     note(str(process.pid))
     time.sleep(60)
 
+def fork() -> str:
+    """Fork, and let the child return too."""
+    child = os.fork() == 0
+    time.sleep(0.0 if child else 0.1)
+    return "child" if child else "parent"
+
 def echo(value: object) -> str:
     """Say it back."""
     return repr(value)
@@ -106,7 +112,7 @@ def where() -> str:
 
 COUNT = 0
 TOOL_FUNCTIONS = [square, note, hang, leave, die, segfault, eat, long, boom, refuse, read, shut, unwritable,
-                  count, later, child, echo, where]
+                  count, later, child, fork, echo, where]
 '''
 
 STATE = '''
@@ -261,6 +267,14 @@ def _alive(pid):
             return stat.read().split()[2] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_child_that_a_tool_forks_does_not_answer(runner):
+    """Its answer would be taken for that of the next call, and so on for ever."""
+    runner.start_step()
+    texts = [r.text for r in runner.run([call("fork"), *(call("square", n=n) for n in range(6))])]
+    assert texts == ["parent", "0", "1", "4", "9", "16", "25"]
+    assert [r.text for r in runner.run([call("square", n=n) for n in range(6, 9)])] == ["36", "49", "64"]
 
 
 def test_equal_calls_of_a_step_run_once(runner, log):
