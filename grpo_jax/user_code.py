@@ -57,18 +57,14 @@ def _make_importable(folder: str) -> None:
         sys.path.insert(max(own, default=-1) + 1, folder)
 
 
-def import_module(name: str, option: str) -> ModuleType:
-    """Import a module by its dotted name.
-
-    Args:
-        name: of the module.
-        option: that names it, for messages.
+def import_module(name: str) -> ModuleType:
+    """Import the module that tool_functions_module names.
 
     Raises:
         ValueError: there is no such module, or it fails (with the user's lines).
     """
     if _is_absent(name):
-        raise ValueError(f"{option} {name!r} is not importable; check its spelling and PYTHONPATH")
+        raise ValueError(f"tool_functions_module {name!r} is not importable; for a file set tools_script")
     with users_errors(f"importing {name}"):
         return importlib.import_module(name)
 

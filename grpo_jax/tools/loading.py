@@ -113,7 +113,7 @@ def _import(script: str | os.PathLike | None, module: str | None) -> tuple[Modul
         return namespace, str(path)
     if module is None:
         raise ValueError("no tools given; set tools_script to a file or tool_functions_module to a module")
-    return import_module(module, "tool_functions_module"), module
+    return import_module(module), module
 
 
 def _is_object_method(function: Callable) -> bool:
