@@ -17,15 +17,15 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grpo_jax.types import Example, Message, ToolCall
+from grpo_jax.messages import read_prompt, show_json
+from grpo_jax.types import Example, ToolCall
 
-ROLES = ("system", "user", "assistant", "tool")
 # Keywords that every reward gets from the trainer; a column of that name would hide one.
 RESERVED_COLUMNS = frozenset(
     ("completions", "prompts", "completion_ids", "trainer_state", "log_metric", "log_extra")
@@ -67,6 +67,34 @@ def load_examples(
     return examples
 
 
+def row_tools(example: Example, names: Iterable[str]) -> list[str]:
+    """The tools that a row may see: those that its column `tools` names, or all.
+
+    Args:
+        example: the row; null in the column means all, as does its absence.
+        names: of all tools.
+
+    Returns:
+        The names, in the order of `names`.
+
+    Raises:
+        ValueError: the column is not a list of at least one tool's name.
+    """
+    names, wanted = list(names), example.extra.get("tools")
+    if wanted is None:
+        return names
+    if not isinstance(wanted, list) or not wanted or not all(isinstance(name, str) for name in wanted):
+        raise ValueError(
+            f"{example.source}: column 'tools' must be a list of tool names, as {show_json(names[:1])}, or null "
+            f"for all, got {show_json(wanted)}"
+        )
+    for name in wanted:
+        if name not in names:
+            (near,) = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            raise ValueError(f"{example.source}: column 'tools': unknown tool {name!r}; nearest: {near}")
+    return [name for name in names if name in wanted]
+
+
 def gold_calls(example: Example, functions: Mapping[str, Callable] | None) -> list[ToolCall]:
     """The calls that answer a row, from its column `tool_call`, else from `ground_truth`.
 
@@ -83,15 +111,24 @@ def gold_calls(example: Example, functions: Mapping[str, Callable] | None) -> li
         The calls in order; empty for a row that has neither column, or null in it.
 
     Raises:
-        ValueError: a call is not {"name": text, "arguments": object}, or names an unknown tool.
+        ValueError: a call is not {"name": text, "arguments": object}, or names an unknown tool or one
+            that the row does not see.
     """
     column = "ground_truth" if example.extra.get("tool_call") is None else "tool_call"
     value = example.extra.get(column)
     calls = [] if value is None else value if isinstance(value, list) else [value]
     try:
-        return [_gold_call(call, functions, padded=column == "ground_truth") for call in calls]
+        gold = [_gold_call(call, functions, padded=column == "ground_truth") for call in calls]
     except ValueError as error:
         raise ValueError(f"{example.source}: column {column!r}: {error}") from None
+    seen = None if functions is None else row_tools(example, functions)
+    for call in gold:
+        if seen is not None and call.name not in seen:
+            raise ValueError(
+                f"{example.source}: column {column!r}: the row does not see the tool {call.name!r}, only "
+                f"{', '.join(seen)}; add it to the column 'tools'"
+            )
+    return gold
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -155,6 +192,35 @@ def next_batch(n: int, size: int, cursor: Cursor, seed: int) -> tuple[list[tuple
     stop = cursor.next_index + size
     draws = [(int(order[place]), cursor.epoch * n + place) for place in range(cursor.next_index, stop)]
     return draws, Cursor(cursor.epoch, stop) if stop + size <= n else Cursor(cursor.epoch + 1, 0)
+
+
+def process_share(
+    draws: Sequence[tuple[int, int]], process_index: int, process_count: int
+) -> list[tuple[int, int]]:
+    """This process's part of a batch: the parts lie next to each other, in the order of the processes.
+
+    Args:
+        draws: [P] the whole batch, which `next_batch` draws alike in every process.
+        process_index: of this process, counted from 0.
+        process_count: number of processes.
+
+    Returns:
+        [P / process_count] of the draws.
+
+    Raises:
+        ValueError: P does not divide by process_count, or there is no such process.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index must be in [0, process_count = {process_count}), got {process_index}"
+        )
+    size, rest = divmod(len(draws), process_count)
+    if rest:
+        raise ValueError(
+            f"the prompts of a batch must divide by the number of processes, {process_count}, got {len(draws)}; "
+            "change per_device_train_batch_size, gradient_accumulation_steps or num_generations"
+        )
+    return list(draws[process_index * size : (process_index + 1) * size])
 
 
 # Sources: (place, row as parsed JSON) pairs
@@ -343,7 +409,7 @@ def _not_found(path: str) -> FileNotFoundError:
 def _example(row: Any, place: str, system_prompt: str | None, columns: Mapping[str, str]) -> Example:
     if not isinstance(row, dict):
         raise ValueError(
-            f'a row must be a JSON object like {{"prompt": "…", "answer": "…"}}, got {_show(row)}'
+            f'a row must be a JSON object like {{"prompt": "…", "answer": "…"}}, got {show_json(row)}'
         )
     row = _renamed(row, columns)
     for name in ("prompt", "answer"):
@@ -353,8 +419,8 @@ def _example(row: Any, place: str, system_prompt: str | None, columns: Mapping[s
         raise ValueError(f"column {reserved[0]!r} is a keyword that rewards get from the trainer; rename it")
     answer = row.pop("answer")
     if not isinstance(answer, str):
-        raise ValueError(f"'answer' must be text, as the tool returns it, got {_show(answer)}; quote it")
-    messages = _messages(row.pop("prompt"))
+        raise ValueError(f"'answer' must be text, as the tool returns it, got {show_json(answer)}; quote it")
+    messages = read_prompt(row.pop("prompt"))
     if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     return Example(messages, answer, row, place)
@@ -367,45 +433,13 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def _messages(prompt: Any) -> list[Message]:
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list):
-        raise ValueError(f"'prompt' must be text or a list of chat messages, got {_show(prompt)}")
-    if not prompt:
-        raise ValueError("'prompt' is empty; it needs at least one message from the user")
-    for i, message in enumerate(prompt):
-        _check_message(message, f"'prompt' message {i + 1}")
-    if prompt[-1]["role"] != "user":
-        raise ValueError(f"the last message of 'prompt' must be the user's, got role {prompt[-1]['role']!r}")
-    if not prompt[-1]["content"].strip():
-        raise ValueError("'prompt' is empty: the user's last message holds no text")
-    return prompt
-
-
-def _check_message(message: Any, which: str) -> None:
-    if not isinstance(message, dict):
-        raise ValueError(f'{which} must be {{"role": …, "content": …}}, got {_show(message)}')
-    if message.get("role") not in ROLES:
-        raise ValueError(f"{which}: role must be one of {', '.join(ROLES)}, got {_show(message.get('role'))}")
-    content = message.get("content")
-    is_call = message["role"] == "assistant" and message.get("tool_calls")
-    if not isinstance(content, str) and not (is_call and content is None):
-        raise ValueError(f"{which}: content must be text, got {_show(content)}")
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
 # Gold calls
 
 
 def _gold_call(call: Any, functions: Mapping[str, Callable] | None, *, padded: bool) -> ToolCall:
     shaped = isinstance(call, dict) and isinstance(call.get("name"), str)
     if not shaped or not isinstance(call.get("arguments"), dict):
-        raise ValueError(f'a call must be {{"name": text, "arguments": object}}, got {_show(call)}')
+        raise ValueError(f'a call must be {{"name": text, "arguments": object}}, got {show_json(call)}')
     name, arguments = call["name"], call["arguments"]
     if functions is not None and name not in functions:
         raise ValueError(f"unknown tool {name!r}; the tools are {', '.join(functions)}")

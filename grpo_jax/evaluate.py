@@ -69,13 +69,22 @@ def evaluate(session: Session, sampler: Sampler, params: Params, prompts: Prompt
     size = session.config.eval_batch_size
     loop = session.tool_loop(sampler, prompts.tree)
     preamble = prefill_preamble(loop, params)
+    schemas = [session.schemas_of(e) for e in prompts.examples]
     trajectories: list[Trajectory] = []
     with session.console.progress(title, len(prompts.ids)) as bar:
         for start in range(0, len(prompts.ids), size):
             rows = list(range(start, min(start + size, len(prompts.ids))))
             filled = rows + [start] * (size - len(rows))  # always the same shape: one compile
             live = [i < len(rows) for i in range(size)]
-            done = run_rollout(loop, params, preamble, [prompts.ids[i] for i in filled], filled, live=live)
+            done = run_rollout(
+                loop,
+                params,
+                preamble,
+                [prompts.ids[i] for i in filled],
+                filled,
+                schemas=[schemas[i] for i in filled],
+                live=live,
+            )
             trajectories += done[: len(rows)]
             bar.advance(len(rows))
     return Evaluation(summarize(prompts.examples, trajectories, gold), trajectories)

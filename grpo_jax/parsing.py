@@ -28,11 +28,14 @@ CallFormat = Literal["hermes", "qwen3_coder"]
 # values would break the template or the tool later. Real arguments nest below 10.
 MAX_DEPTH = 64
 
+_NAMES_LISTED = 10  # of the tools, for a call that names none of them
+
 _OPENINGS = re.compile("<think>|<tool_call>")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _FUNCTION = re.compile(r"<function=([^>\n]*)>")
 _PARAMETER = re.compile(r"<parameter=([^>\n]*)>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_AS_JSON = {"True": "true", "False": "false", "None": "null"}  # Qwen3.5's template writes Python's words
 
 
 class _CallError(ValueError):
@@ -117,8 +120,10 @@ def _expect_close(text: str, at: int, what: str) -> int:
 
 def _check_tool(name: str, tools: dict[str, Schema]) -> None:
     if name not in tools:
-        near = difflib.get_close_matches(name[:64], tools, n=3) or sorted(tools)[:10]
-        raise _CallError(f"unknown tool: {_quote(name)}; try one of {', '.join(near)}")
+        names = list(tools)
+        if len(names) > _NAMES_LISTED:
+            names = difflib.get_close_matches(name[:64], tools, n=_NAMES_LISTED, cutoff=0.0)
+        raise _CallError(f"unknown tool: {_quote(name)}; try one of {', '.join(names)}")
 
 
 def _quote(text: str) -> str:
@@ -277,7 +282,7 @@ def _typed_value(text: str, schema: Schema) -> Any:
     if types - {"null"} == {"string"}:
         return text
     try:
-        value = _whole_json({"True": "true", "False": "false"}.get(text, text))
+        value = _whole_json(_AS_JSON.get(text, text))
     except ValueError:
         return text
     return text if "string" in types and not _has_type(value, types) else value

@@ -9,25 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import importlib.util
 import inspect
 import io
 import logging
 import math
 import numbers
-import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Message = dict[str, Any]
+from grpo_jax.types import PARSER_NAME, Message
+from grpo_jax.user_code import import_file
 
 _log = logging.getLogger(__name__)
-# The tool message that answers a call which does not parse (--malformed_call_feedback).
-_PARSER_NAME = "tool_call_parser"
 
 
 class RewardError(RuntimeError):
@@ -92,7 +88,7 @@ def accuracy(completions: Sequence[Sequence[Message]], answer: Sequence[str], **
 
 
 def _accuracy(messages: Sequence[Message], answer: str) -> float:
-    responses = [m["content"] for m in messages if m["role"] == "tool" and m.get("name") != _PARSER_NAME]
+    responses = [m["content"] for m in messages if m["role"] == "tool" and m.get("name") != PARSER_NAME]
     if not responses:
         # A call without a response: the row's budget ended before it.
         return 0.1 if any(m.get("tool_calls") for m in messages) else 0.0
@@ -185,10 +181,8 @@ def _built_in(name: str) -> RewardFunction:
 
 
 def _from_file(file: str) -> RewardFunction:
-    path = Path(file).expanduser().resolve()
-    if not path.is_file() or path.suffix != ".py":
-        raise ValueError(f"reward_fn must be a Python file, and {file} is none")
-    found = vars(_run_file(path)).get("reward_func")
+    module, path = import_file(file, "reward_fn")
+    found = vars(module).get("reward_func")
     if found is None:
         raise ValueError(f"No reward_func found in {file}; end it with reward_func = your_function")
     if not callable(found):
@@ -196,30 +190,6 @@ def _from_file(file: str) -> RewardFunction:
             f"reward_func must be callable, got {found!r} in {file}; end it with reward_func = your_function"
         )
     return RewardFunction(path.stem, found, str(file))
-
-
-def _run_file(path: Path) -> Any:
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # a reward may import the file next to it
-    spec = importlib.util.spec_from_file_location(f"reward_fn_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their hints up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"importing {path} failed: {_described(error, str(path))}") from error
-    return module
-
-
-def _described(error: BaseException, file: str | None = None) -> str:
-    """The error with the line of the user's code it comes from: the last in `file`, else the last."""
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, SyntaxError):
-        return f"{text} ({error.filename}:{error.lineno})"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if file in (None, f.filename)]
-    if not frames:
-        return text
-    return f"{text} ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})"
 
 
 # Calling
@@ -313,7 +283,11 @@ def _failure(
     where = "on no single row, only on the batch"
     if row is not None:
         where = f"on row {row} (answer {batch['answer'][row]!r})"
-    return RewardError(f"reward function {reward} raised {where}: {_described(error)}")
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return RewardError(
+        f"reward function {reward} raised {where}: {type(error).__name__}: {error} "
+        f"({frame.filename}:{frame.lineno}: {frame.line})"
+    )
 
 
 def _failing_row(

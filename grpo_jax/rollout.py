@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from grpo_jax.conversation import Conversation
 from grpo_jax.models.qwen import Level, Params
+from grpo_jax.parsing import Schema
 from grpo_jax.prefix_tree import Tree, response_bucket, trunk_arrays
 from grpo_jax.sampler import Cache, Sampler, Trunk, row_keys
 from grpo_jax.tools import ToolRunner
@@ -28,7 +28,7 @@ class ToolLoop:
     Args:
         sampler: its jitted functions.
         conversation: tokenizer and template.
-        schemas: of the tools.
+        schemas: of all tools.
         runner: runs the calls.
         tree: the data set's preamble and buckets.
         max_iterations: tool turns per row; None for no limit but the budget.
@@ -37,7 +37,7 @@ class ToolLoop:
 
     sampler: Sampler
     conversation: Conversation
-    schemas: list[dict[str, Any]]
+    schemas: list[Schema]
     runner: ToolRunner
     tree: Tree
     max_iterations: int | None = None
@@ -49,6 +49,7 @@ class _Row:
     """A trajectory that grows; frozen into a `Trajectory` at the end."""
 
     prompt_ids: list[int]
+    schemas: list[Schema]
     completion_ids: list[int] = dataclasses.field(default_factory=list)
     sampled_mask: list[bool] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
@@ -94,6 +95,7 @@ def run_rollout(
     *,
     generations: int = 1,
     seed: int = 0,
+    schemas: Sequence[list[Schema]] | None = None,
     live: Sequence[bool] | None = None,
     on_turn: Callable[[int, int], None] = lambda finished, rows: None,
 ) -> list[Trajectory]:
@@ -108,13 +110,15 @@ def run_rollout(
             seed, the generation and the position it decides a row's randomness.
         generations: G.
         seed: of the run.
+        schemas: [P] of the tools that each prompt shows, the only ones that it may call; None for all.
         live: [P] False for prompts that only fill up the batch; they come back without tokens.
         on_turn: told (rows finished, rows) after every turn.
 
     Returns:
         B = P·G trajectories, a group's rows next to each other, without rewards.
     """
-    rows = [_Row(list(p)) for p in prompts for _ in range(generations)]
+    schemas = [loop.schemas] * len(prompts) if schemas is None else schemas
+    rows = [_Row(list(p), s) for p, s in zip(prompts, schemas, strict=True) for _ in range(generations)]
     alive = np.repeat(np.ones(len(prompts), bool) if live is None else np.asarray(live, bool), generations)
     for row, is_alive in zip(rows, alive, strict=True):
         row.status = None if is_alive else Status.ANSWERED
@@ -167,7 +171,7 @@ def _finish_turn(loop: ToolLoop, rows: list[_Row], turn) -> list[list[int]]:
             row.status = Status.OVERLONG
             row.messages.append({"role": "assistant", "content": loop.conversation.decode(ids)})
             continue
-        parsed = loop.conversation.parse(ids, loop.schemas)
+        parsed = loop.conversation.parse(ids, row.schemas)
         row.messages.append(loop.conversation.assistant_message(parsed))
         spent = loop.max_iterations is not None and row.tool_turns >= loop.max_iterations
         if parsed.error and loop.malformed_feedback and not spent:

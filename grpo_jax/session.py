@@ -23,18 +23,20 @@ from grpo_jax.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.config import Config
 from grpo_jax.console import Console
 from grpo_jax.conversation import Conversation, load_conversation
-from grpo_jax.data import gold_calls, load_examples
+from grpo_jax.data import gold_calls, load_examples, row_tools
 from grpo_jax.metrics import PhaseTimer
 from grpo_jax.models import hf_checkpoint
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
 from grpo_jax.models.tiny import make_tiny_checkpoint
 from grpo_jax.optimizer import make_optimizer
+from grpo_jax.parsing import Schema
 from grpo_jax.prefix_tree import Tree, make_tree
 from grpo_jax.rewards import RewardFunction, load_rewards
 from grpo_jax.rollout import ToolLoop
 from grpo_jax.sampler import Sampler, Sampling, make_sampler
 from grpo_jax.sharding import Layout, make_mesh
 from grpo_jax.tools import Toolbox, ToolRunner, load_tools, signature_line
+from grpo_jax.tools.purity import PurityCheck
 from grpo_jax.types import Example
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class Session:
         conversation: its tokenizer and template.
         mesh: the devices.
         dtype: of the computation.
+        purity: runs a sample of the calls again; None when that is not asked for.
     """
 
     config: Config
@@ -72,6 +75,7 @@ class Session:
     conversation: Conversation
     mesh: Mesh
     dtype: Any
+    purity: PurityCheck | None
 
     @property
     def training(self) -> Layout:
@@ -105,6 +109,11 @@ class Session:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
         )
+
+    def schemas_of(self, example: Example) -> list[Schema]:
+        """What a row's prompt shows of the tools: all, or those that its column `tools` names."""
+        names = row_tools(example, self.toolbox.functions)
+        return [schema for schema in self.toolbox.schemas if schema["function"]["name"] in names]
 
     def tool_loop(self, sampler: Sampler, tree: Tree) -> ToolLoop:
         """The multi-turn loop over a data set's prefix tree."""
@@ -204,6 +213,7 @@ def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session
         conversation,
         mesh,
         jnp.dtype(dtype),
+        PurityCheck(toolbox, runner, console.line) if config.verify_purity else None,
     )
 
 
@@ -221,7 +231,7 @@ def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[P
         return hf_checkpoint.fetch_model(name, config.model_revision, weights=not config.check), None
     folder = Path(config.output_dir) / "base_model"
     if not folder.exists():
-        examples = load_examples(config.required("dataset_id_or_path"), system_prompt=config.system_prompt)
+        examples = read_rows(config, config.required("dataset_id_or_path"))
         make_tiny_checkpoint(folder, _texts(examples, toolbox), seed=config.seed)
         console.line(f"Made a small model with its own tokenizer in {folder}")
     return folder, None
@@ -240,15 +250,23 @@ def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
     return texts
 
 
+def read_rows(config: Config, source: str) -> list[Example]:
+    """The rows of a training or evaluation set, read as the options say; see `load_examples`."""
+    return load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
+
+
 def load_prompts(session: Session, source: str) -> Prompts:
     """Read a data set and encode its prompts.
 
     Raises:
-        ValueError: a prompt is longer than max_prompt_length (and overlong_prompts is "error").
+        ValueError: a row is not usable, or longer than max_prompt_length (and overlong_prompts is "error").
     """
     config = session.config
-    examples = load_examples(source, system_prompt=config.system_prompt)
-    ids = [session.conversation.prompt_ids(e.messages, session.toolbox.schemas) for e in examples]
+    examples = read_rows(config, source)
+    ids = [session.conversation.prompt_ids(e.messages, session.schemas_of(e)) for e in examples]
+    for example in examples:
+        if example.extra.get("tools") is not None:  # a gold call outside of them could never be made
+            gold_calls(example, session.toolbox.functions)
     limit = config.max_prompt_length
     if limit is not None:
         fits = [len(i) <= limit for i in ids]

@@ -237,8 +237,11 @@ def _grpo(
                     [draw for _, draw in draws],
                     generations=plan.G,
                     seed=config.seed,
+                    schemas=[session.schemas_of(data.examples[i]) for i in chosen],
                     on_turn=_row_counter(rows),
                 )
+            if session.purity is not None:  # beside what follows, which needs no tools
+                session.purity.start(call for t in trajectories for call in t.calls)
             with timer("reward"):
                 outcome = score_rewards(session, examples, trajectories, int(state.step), plan.updates)
                 rewards = combine_rewards(outcome.values, config.reward_weights or [1.0] * len(names))
@@ -262,8 +265,10 @@ def _grpo(
                 "epoch": cursor.epoch + cursor.next_index / len(data.ids),
                 "num_tokens": num_tokens,
                 "tools/cache_hit_rate": session.runner.cache_hit_rate,
-                "step_time": time.perf_counter() - began,
             }
+            if session.purity is not None:
+                record["tools/impure"] = session.purity.finish()
+            record["step_time"] = time.perf_counter() - began
             if evaluation.possible and _due(config.eval_steps, step, plan) and step < plan.updates:
                 figures = evaluation(sampler.export(state.params), f"Evaluation at {step}")
                 record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}

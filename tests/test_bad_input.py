@@ -121,6 +121,32 @@ def test_a_gold_conversation_over_the_budget_is_named_by_line(tmp_path, cold_sta
     assert re.search(rf"{path}:21: the gold conversation has \d+ tokens .* is 79; raise it", message)
 
 
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ('["add", "multipl"]', "column 'tools': unknown tool 'multipl'; nearest: multiply"),
+        ("[]", "column 'tools' must be a list of tool names"),
+        ('["multiply"]', "column 'tool_call': the row does not see the tool 'add', only multiply"),
+    ],
+)
+def test_bad_tools_of_a_row_are_named_by_line(tmp_path, tools, message):
+    gold = '"tool_call": {"name": "add", "arguments": {"a": 15, "b": 27}}'
+    path = file(tmp_path, ROW * 2 + ROW.replace("}", f', {gold}, "tools": {tools}}}'))
+    assert f"{path}:3: {message}" in rejected(tmp_path, dataset_id_or_path=path)
+
+
+def test_a_mapping_of_columns_that_a_row_lacks_is_named_by_line(tmp_path):
+    path = file(tmp_path, ROW.replace("prompt", "question") + ROW)
+    for model in (launch.small_model(), "scratch"):
+        message = rejected(
+            tmp_path,
+            model_name_or_path=model,
+            dataset_id_or_path=path,
+            dataset_columns={"prompt": "question"},
+        )
+        assert f"{path}:2: lacks the column 'question' of the mapping" in message
+
+
 # Tools and rewards
 
 
@@ -171,7 +197,7 @@ def test_bad_rewards_name_the_file(tmp_path, text, message):
 
 def test_missing_rewards_are_named(tmp_path):
     path = tmp_path / "none.py"
-    assert f"reward_fn must be a Python file, and {path} is none" in rejected(tmp_path, reward_fn=path)
+    assert f"reward_fn must be a Python file, and {path} does not exist" in rejected(tmp_path, reward_fn=path)
     message = rejected(tmp_path, reward_fn=None, reward_function_name="acuracy")
     assert "Unknown reward function: acuracy. Available: accuracy" in message
 

@@ -161,6 +161,10 @@ def test_within_one_source_both_stay_and_the_file_wins_later(tmp_path):
         ("model_revision: 12", "c.yaml:1: model_revision must be text, got 12"),
         ("tool_cache: 1", "c.yaml:1: tool_cache must be true or false, got 1"),
         ("chat_template_kwargs: [1]", "c.yaml:1: chat_template_kwargs must be JSON, got [1]"),
+        (
+            "dataset_columns: {prompt: 3}",
+            'c.yaml:1: dataset_columns must be column names, as {"prompt": "question"}, got {\'prompt\': 3}',
+        ),
         ("reward_fn: []", "c.yaml:1: reward_fn must be one or more of: text (or none), got []"),
         ("seed: 1\nseed: 2", "c.yaml:2: seed is given twice, first at c.yaml:1; keep one"),
         (

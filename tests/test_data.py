@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.data import Cursor, epoch_order, gold_calls, load_examples, next_batch
+from grpo_jax.data import Cursor, epoch_order, gold_calls, load_examples, next_batch, process_share, row_tools
 from grpo_jax.types import Example, ToolCall
 
 GOOD = '{"prompt": "What is 15 plus 27?", "answer": "Sum: 42"}'
@@ -61,6 +61,49 @@ def test_message_prompts_are_kept_as_they_are(rows_file):
     ]
     (example,) = load_examples(rows_file(json.dumps({"prompt": messages, "answer": "Sum: 7"})))
     assert example.messages == messages
+
+
+TOOL = {"role": "tool", "content": "Sum: 3"}
+
+
+def called(*calls) -> dict:
+    return {"role": "assistant", "content": "", "tool_calls": list(calls)}
+
+
+@pytest.mark.parametrize("arguments", [{"a": 1}, '{"a": 1}', ' {"a":1}\n'])
+def test_recorded_calls_become_what_templates_read(rows_file, arguments):
+    """OpenAI's form has the arguments as text, which Qwen2.5's template would quote once more."""
+    openai = {"id": "x", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    bare = {"name": "add", "arguments": arguments}
+    prompt = [{"role": "user", "content": "Add."}, called(openai, bare), TOOL]
+    (example,) = load_examples(rows_file(json.dumps({"prompt": prompt, "answer": "Sum: 3"})))
+    read = [
+        {"id": "x", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}},
+        {"name": "add", "arguments": {"a": 1}},
+    ]
+    assert example.messages == [prompt[0], called(*read), TOOL]
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "add",
+        {"name": "add", "arguments": {}},
+        ["add"],
+        [{"name": "add"}],
+        [{"arguments": {}}],
+        [{"function": None}],
+        [{"function": {"name": "add", "arguments": "{"}}],
+        [{"function": {"name": "add", "arguments": "[]"}}],
+        [{"function": {"name": "add", "arguments": None}}],
+    ],
+)
+def test_a_bad_recorded_call_is_named_by_line_and_message(rows_file, calls):
+    prompt = [{"role": "user", "content": "Add."}, {**called(), "tool_calls": calls}, TOOL]
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:1: 'prompt' message 2: (a tool call|tool_calls) must be"
+    ):
+        load_examples(rows_file(json.dumps({"prompt": prompt, "answer": "x"})))
 
 
 def test_system_prompt_is_added_only_where_a_row_lacks_one(rows_file):
@@ -122,7 +165,7 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(rows_file):
         ),
         (
             '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": "c"}',
-            "the last message of 'prompt' must be the user's, got role 'assistant'",
+            "the last message of 'prompt' must be a user's or a tool's, got role 'assistant'",
         ),
         (
             '{"prompt": "a", "answer": "b", "completions": []}',
@@ -205,6 +248,16 @@ def test_a_slice_holds_the_rows_of_the_whole_file_with_their_lines(rows_file, pa
     assert sliced == [whole[i] for i in expected]
 
 
+def test_columns_of_a_slice_can_be_mapped(rows_file):
+    path = rows_file(*(line.replace("prompt", "q") for line in numbered(4)))
+    examples = load_examples(f"{path}[2:]", columns={"prompt": "q"})
+    assert [e.messages[0]["content"] for e in examples] == ["question 2 ü\u2028", "question 3 ü\u2028"]
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl:3: lacks the column 'x' of the mapping; it has 'q', 'an"
+    ):
+        load_examples(f"{path}[2:]", columns={"prompt": "x"})
+
+
 def test_a_slice_sees_a_changed_file(rows_file):
     assert load_examples(rows_file(*numbered(4)) + "[:50%]")[-1].answer == "1"
     assert load_examples(rows_file(*numbered(8)) + "[:50%]")[-1].answer == "3"
@@ -254,7 +307,13 @@ def test_a_registered_tfds_data_set_is_read_with_config_split_and_mapping():
         BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=n) for n in ("easy", "hard")]  # noqa: RUF012
 
         def _info(self):
-            features = {"question": tfds.features.Text(), "answer": tfds.features.Text(), "marks": np.int64}
+            text = tfds.features.Text()
+            features = {
+                "question": text,
+                "answer": text,
+                "marks": np.int64,
+                "names": tfds.features.Sequence(text),
+            }
             return tfds.core.DatasetInfo(
                 builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
             )
@@ -265,14 +324,15 @@ def test_a_registered_tfds_data_set_is_read_with_config_split_and_mapping():
         def _generate_examples(self, split):
             for i in range(3):
                 question = f"{self.builder_config.name} {split} ü {i}"
-                yield i, {"question": question, "answer": str(i), "marks": i}
+                yield i, {"question": question, "answer": str(i), "marks": i, "names": ["add"]}
 
-    examples = load_examples("tfds:little_quiz/hard:test[1:]", columns={"prompt": "question"})
+    columns = {"prompt": "question", "tools": "names"}
+    examples = load_examples("tfds:little_quiz/hard:test[1:]", columns=columns)
     assert examples == [
         Example(
             [{"role": "user", "content": f"hard test ü {i}"}],
             str(i),
-            {"marks": i},
+            {"marks": i, "tools": ["add"]},
             f"tfds:little_quiz/hard:test[1:]:{i}",
         )
         for i in (1, 2)
@@ -297,10 +357,10 @@ def test_a_hub_id_is_read_through_the_library(monkeypatch):
     def load_dataset(name, split):
         if name != "owner/name":
             raise ConnectionError("offline\nlong advice")
-        return [{"prompt": f"{name} {split}", "answer": "x"}]
+        return [{"question": f"{name} {split}", "answer": "x"}]
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    (example,) = load_examples("owner/name")
+    (example,) = load_examples("owner/name", columns={"prompt": "question"})
     assert example.messages[0]["content"] == "owner/name train"
     assert example.source == "owner/name:1"
     with pytest.raises(ValueError, match=r"cannot be loaded from the hub: offline; or give the path of a"):
@@ -402,6 +462,49 @@ def test_a_bad_gold_call_is_named_by_row_and_column(call, message):
     assert str(raised.value).startswith(f"rows.jsonl:7: column 'tool_call': {message}")
 
 
+# The tools of a row
+
+
+@pytest.mark.parametrize(
+    ("extra", "names"),
+    [
+        ({}, ["a", "b", "c"]),
+        ({"tools": None}, ["a", "b", "c"]),
+        ({"tools": ["c", "a"]}, ["a", "c"]),
+        ({"tools": ["b", "b"]}, ["b"]),
+    ],
+)
+def test_a_row_sees_the_tools_it_names_in_the_loaded_order(extra, names):
+    assert row_tools(with_columns(**extra), ["a", "b", "c"]) == names
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("convert", 'must be a list of tool names, as ["convert"], or null for all, got "convert"'),
+        ([], 'must be a list of tool names, as ["convert"], or null for all, got []'),
+        ({}, 'must be a list of tool names, as ["convert"], or null for all, got {}'),
+        (["convert", 3], 'must be a list of tool names, as ["convert"], or null for all, got ["convert", 3]'),
+        (["convrt"], ": unknown tool 'convrt'; nearest: convert"),
+    ],
+)
+def test_a_bad_list_of_tools_is_named_by_row(tools, message):
+    with pytest.raises(ValueError) as raised:
+        row_tools(with_columns(tools=tools), TOOLS)
+    assert str(raised.value).replace("tools': ", "tools' : ") == f"rows.jsonl:7: column 'tools' {message}"
+
+
+def test_a_gold_call_that_the_row_does_not_see_is_named_by_row():
+    gold = {"name": "anything", "arguments": {}}
+    assert gold_calls(with_columns(tool_call=gold, tools=["anything"]), TOOLS) == [ToolCall("anything", {})]
+    with pytest.raises(ValueError) as raised:
+        gold_calls(with_columns(tool_call=gold, tools=["convert"]), TOOLS)
+    assert str(raised.value) == (
+        "rows.jsonl:7: column 'tool_call': the row does not see the tool 'anything', only convert; "
+        "add it to the column 'tools'"
+    )
+
+
 # Order
 
 
@@ -457,3 +560,37 @@ def test_a_stored_cursor_continues_the_same_draws(n, seed, data):
 def test_a_batch_that_the_data_cannot_fill_is_an_error(size):
     with pytest.raises(ValueError, match=f"between 1 prompt and the data set's 5 rows, got {size}"):
         next_batch(5, size, Cursor(), seed=0)
+
+
+# Processes
+
+
+def test_a_process_takes_its_contiguous_part():
+    draws = [(5, 10), (0, 11), (6, 12), (1, 13), (7, 14), (2, 15)]
+    assert process_share(draws, 0, 3) == [(5, 10), (0, 11)]
+    assert process_share(draws, 2, 3) == [(7, 14), (2, 15)]
+    assert process_share(draws, 0, 1) == draws
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 9))
+def test_the_parts_of_all_processes_are_the_whole_batch(count, size, seed):
+    """Each draws the whole batch for itself, as a process of a run does."""
+    parts = [
+        process_share(next_batch(40, count * size, Cursor(), seed)[0], index, count) for index in range(count)
+    ]
+    assert {len(part) for part in parts} == {size}
+    assert [draw for part in parts for draw in part] == next_batch(40, count * size, Cursor(), seed)[0]
+
+
+@pytest.mark.parametrize(
+    ("index", "count", "message"),
+    [
+        (0, 4, "must divide by the number of processes, 4, got 6; change per_device"),
+        (3, 3, r"process_index must be in \[0, process_count = 3\), got 3"),
+        (-1, 3, r"process_index must be in \[0, process_count = 3\), got -1"),
+        (0, 0, r"process_index must be in \[0, process_count = 0\), got 0"),
+    ],
+)
+def test_a_batch_that_has_no_such_part_is_an_error(index, count, message):
+    with pytest.raises(ValueError, match=message):
+        process_share([(i, i) for i in range(6)], index, count)

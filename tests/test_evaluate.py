@@ -136,7 +136,7 @@ def test_only_the_last_result_is_the_answer_and_blanks_and_case_do_not_matter():
     assert summary["response_validity"] == 1.0
 
 
-def evaluation_rows_whose_gold_answer_is_an_error_are_counted_apart():
+def test_rows_whose_gold_answer_is_an_error_are_counted_apart():
     wrong = (call("add", a=1), "Error: b is missing")
     examples = [example("Sum: 3"), example("Error: b is missing"), example("Error: b is missing")]
     trajectories = [trajectory((ADD, "Sum: 3")), trajectory(wrong), trajectory((ADD, "Sum: 3"))]
@@ -147,7 +147,7 @@ def evaluation_rows_whose_gold_answer_is_an_error_are_counted_apart():
     assert summary["error_answers"] == {"n": 2, "exact_answer_match": 0.5}
 
 
-def evaluation_rows_without_gold_calls_have_no_schema_figure():
+def test_rows_without_gold_calls_have_no_schema_figure():
     summary = summarize([example("Sum: 3")], [trajectory((ADD, "Sum: 3"))], [[]])
     assert summary["tool_call_schema_match"] is summary["intervals"]["tool_call_schema_match"] is None
     assert summary["exact_answer_match"] == 1.0

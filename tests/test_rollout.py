@@ -268,6 +268,19 @@ def test_the_runner_is_told_whose_call_it_is(script):
     assert told[0] == (3, [0, 0, 2])
 
 
+def test_a_row_may_call_only_the_tools_that_its_prompt_shows(script):
+    """Any other is unknown to it, and the reason names those that it has."""
+    turns = [i for turn in (call_ids("add", a=1, b=2), text_ids("done")) for i in turn]
+    script.load([turns] * 4)
+    loop = helpers.tool_loop(script.sampler, malformed_feedback=True)
+    shown = [SCHEMAS, [s for s in SCHEMAS if s["function"]["name"] in ("multiply", "echo")]]
+    rows = helpers.rollout(loop, PROMPTS[:2], generations=2, schemas=shown)
+    assert [len(row.calls) for row in rows] == [1, 1, 0, 0]
+    assert texts(rows[1], "tool") == ["Sum: 3"]
+    reason = "Error: the tool call does not parse: unknown tool: 'add'; try one of multiply, echo"
+    assert texts(rows[2], "tool") == [reason]
+
+
 @pytest.mark.parametrize("limit", [0, 1, 2])
 def test_a_row_that_still_calls_after_the_limit_ends_there(script, limit):
     row = run_one(script, *[call_ids("add", a=i, b=1) for i in range(3)], max_iterations=limit)

@@ -96,6 +96,12 @@ def child() -> str:
     note(str(process.pid))
     time.sleep(60)
 
+def fork() -> str:
+    """Fork, and let the child return too."""
+    child = os.fork() == 0
+    time.sleep(0.0 if child else 0.1)
+    return "child" if child else "parent"
+
 def echo(value: object) -> str:
     """Say it back."""
     return repr(value)
@@ -106,7 +112,7 @@ def where() -> str:
 
 COUNT = 0
 TOOL_FUNCTIONS = [square, note, hang, leave, die, segfault, eat, long, boom, refuse, read, shut, unwritable,
-                  count, later, child, echo, where]
+                  count, later, child, fork, echo, where]
 '''
 
 STATE = '''
@@ -263,6 +269,14 @@ def _alive(pid):
         return False
 
 
+def test_a_child_that_a_tool_forks_does_not_answer(runner):
+    """Its answer would be taken for that of the next call, and so on for ever."""
+    runner.start_step()
+    texts = [r.text for r in runner.run([call("fork"), *(call("square", n=n) for n in range(6))])]
+    assert texts == ["parent", "0", "1", "4", "9", "16", "25"]
+    assert [r.text for r in runner.run([call("square", n=n) for n in range(6, 9)])] == ["36", "49", "64"]
+
+
 def test_equal_calls_of_a_step_run_once(runner, log):
     log.write_text("")
     runner.start_step()
@@ -296,8 +310,13 @@ def test_without_cache_every_call_runs_and_those_of_a_row_in_order(toolbox, log)
     assert [x for x in lines if x != "b"] == ["a", "c", "c", "a"]
 
 
-def test_impure_functions_are_found(runner):
-    assert runner.impure_functions([call("square", n=2), call("count"), call("later", n=1)]) == ["count"]
+def test_calls_run_again_past_the_cache(runner, log):
+    log.write_text("")
+    runner.start_step()
+    for run in (runner.run, runner.run_again, runner.run):
+        assert [r.text for r in run([call("note", text="a"), call("square", n=2)])] == ["a", "4"]
+    assert log.read_text().split() == ["a", "a"]
+    assert runner.cache_hit_rate == 0.5
 
 
 def test_a_failing_worker_start_is_the_users_to_know(tmp_path):

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import get_json_schema
 
-from grpo_jax.tools import check_arguments, get_schema, load_tools, run_tool, signature_line
+from grpo_jax.tools import ToolRunner, check_arguments, get_schema, load_tools, run_tool, signature_line
 from grpo_jax.tools.schema import read_schema
+from grpo_jax.types import ToolCall
 
 
 class Colour(Enum):
@@ -394,6 +395,69 @@ def test_records_are_checked_and_built():
     )
 
 
+_TYPES = {
+    "integer": lambda v: type(v) is int or (type(v) is float and v.is_integer()),
+    "number": lambda v: type(v) in (int, float),
+    "string": lambda v: type(v) is str,
+    "boolean": lambda v: type(v) is bool,
+    "null": lambda v: v is None,
+    "array": lambda v: type(v) is list,
+    "object": lambda v: type(v) is dict,
+}
+
+
+def _allows(schema, value):
+    """JSON Schema's own rules, as a reader of the tool's schema knows them."""
+    if value is None and schema.get("nullable"):
+        return True
+    types = schema.get("type", list(_TYPES))
+    if not any(_TYPES[name](value) for name in ([types] if isinstance(types, str) else types)):
+        return False
+    if "enum" in schema and not any(
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in schema["enum"]
+    ):
+        return False
+    if "anyOf" in schema and not any(_allows(one, value) for one in schema["anyOf"]):
+        return False
+    if isinstance(value, dict):
+        return all(_allows(schema.get("additionalProperties", {}), one) for one in value.values())
+    if isinstance(value, list) and "prefixItems" in schema:
+        places = schema["prefixItems"]
+        return len(value) == len(places) and all(map(_allows, places, value))
+    return not isinstance(value, list) or all(_allows(schema.get("items", {}), one) for one in value)
+
+
+def _near(schema):
+    """Values that a schema allows, and some that it may not."""
+    own = [st.sampled_from(schema["enum"])] if "enum" in schema else []
+    own += [_near(one) for one in schema.get("anyOf", [])]
+    own += [st.tuples(*map(_near, schema["prefixItems"])).map(list)] if "prefixItems" in schema else []
+    own += [st.lists(_near(schema["items"]), max_size=2)] if "items" in schema else []
+    if "additionalProperties" in schema:
+        own.append(st.dictionaries(st.sampled_from("ab"), _near(schema["additionalProperties"]), max_size=2))
+    odd = st.sampled_from(
+        [None, True, 0, 1, 2, 1.0, 0.5, 1e300, 2**70, "red", "1", "", [], {}, [1], {"a": 1}]
+    )
+    return st.one_of(*own, *own, odd)
+
+
+@settings(max_examples=400, deadline=None)
+@given(_HINTS, st.data())
+def test_arguments_are_accepted_exactly_where_the_schema_allows_them(hint, data):
+    def tool(value):
+        """Take a value."""
+
+    tool.__annotations__["value"] = hint
+    (schema,) = read_schema(tool)["function"]["parameters"]["properties"].values()
+    value = data.draw(_near(schema))
+    try:
+        check_arguments(tool, {"value": value})
+        accepted = True
+    except ValueError:
+        accepted = False
+    assert accepted == _allows(schema, value)
+
+
 # --- run_tool --------------------------------------------------------------------------------------------
 
 
@@ -528,8 +592,11 @@ def test_a_script_wins_over_the_module_and_its_folder_is_importable(script):
 
 
 def test_scripts_named_like_modules_do_not_replace_them(script):
-    load_tools(script=script(ADD + "TOOL_FUNCTIONS = [add]\n", "json.py"))
+    """Neither in this process nor in the workers, which import json themselves."""
+    tools = load_tools(script=script(ADD + "TOOL_FUNCTIONS = [add]\n", "json.py"))
     assert sys.modules["json"] is json
+    with ToolRunner(tools, workers=1) as runner:
+        assert runner.run([ToolCall("add", {"a": 15, "b": 27})])[0].text == "42"
 
 
 @pytest.mark.parametrize(
@@ -552,6 +619,10 @@ def test_scripts_named_like_modules_do_not_replace_them(script):
         ("y = 1\nx = nope + 1\n", r"importing .* failed: NameError.*\n  .*my_tools\.py:2: x = nope \+ 1$"),
         ("def f(:\n", r"SyntaxError.*\n  .*my_tools\.py:1: def f\(:$"),
         ("import sys\nsys.exit(1)\n", r"failed: SystemExit: 1\n  .*my_tools\.py:2"),
+        (
+            "def make_tools():\n    return 1 / 0\n",
+            r"make_tools\(\) in /.* failed: ZeroDivisionError.*\n  .*my_tools\.py:2: return 1 / 0$",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_script_is_said(script, text, message):

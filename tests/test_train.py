@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import launch
@@ -19,6 +20,7 @@ from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.config import Config, parse_config
 from grpo_jax.models import hf_checkpoint
 from grpo_jax.models.qwen import abstract_params
+from grpo_jax.tools import load_tools
 
 LEAVINGS = {
     "resolved_config.yaml",
@@ -229,6 +231,34 @@ def test_columns_reach_the_reward(tmp_path):
     ran = launch.small_run(tmp_path / "run", reward_fn=reward, max_steps=1)
     assert ran.status == 0
     assert ran.jsonl("metrics.jsonl")[0]["seen"] == 8
+
+
+def test_mapped_columns_and_the_tools_of_a_row_reach_rollout_and_rewards(tmp_path):
+    """With the check of purity on, which finds nothing."""
+    renamed = {"prompt": "question", "answer": "expected", "tool_call": "gold", "tools": "allowed"}
+    rows = [row | {"tools": ["add"]} for row in launch.rows(10, 24)]
+    data = [{theirs: row[ours] for ours, theirs in renamed.items()} for row in rows]
+    reward = launch.write(
+        tmp_path / "columns.py",
+        "def reward_func(completions, answer, tool_call, tools, **kwargs):\n"
+        "    for a, call, names in zip(answer, tool_call, tools, strict=True):\n"
+        "        assert (a[:4], call['name'], names) == ('Sum:', 'add', ['add'])\n"
+        "    return [0.0] * len(completions)\n",
+    )
+    with mock.patch.object(train, "run_rollout", wraps=train.run_rollout) as rollout:
+        ran = launch.small_run(
+            tmp_path / "run",
+            dataset_id_or_path=launch.write_rows(tmp_path / "train.jsonl", data),
+            dataset_columns=renamed,
+            reward_fn=reward,
+            system_prompt="Use the tools. " * 10,  # as long as a schema, for shapes that are compiled already
+            max_steps=1,
+            verify_purity=True,
+        )
+    assert ran.status == 0, ran.err
+    assert ran.jsonl("metrics.jsonl")[0]["tools/impure"] == 0
+    schemas = load_tools(module="tools_funcs.math_tools").schemas
+    assert rollout.call_args.kwargs["schemas"] == [schemas[:1]] * 2
 
 
 def test_rule_6_one_compile_per_shape():

@@ -25,6 +25,10 @@ ZERO_OR_MORE: Rule = (">= 0", lambda v: v >= 0)
 ABOVE_ZERO: Rule = ("> 0", lambda v: v > 0)
 SHARE: Rule = ("in (0, 1]", lambda v: 0 < v <= 1)
 DECAY: Rule = ("in [0, 1)", lambda v: 0 <= v < 1)
+COLUMN_NAMES: Rule = (
+    'column names, as {"prompt": "question"}',
+    lambda v: all(name and isinstance(name, str) for pair in v.items() for name in pair),
+)
 
 
 def _opt(default: Any, help: str, rule: Rule | None = None, **meta: Any) -> Any:
@@ -56,7 +60,9 @@ class Config:
     tool_timeout: float = _opt(5.0, "Seconds until a tool call is stopped.", ABOVE_ZERO)
     tool_memory_limit: int = _opt(1024, "Memory of a tool worker in MB.", ONE_OR_MORE)
     tool_cache: bool = _opt(True, "Run equal calls of a step once: tools are pure.")
-    verify_purity: bool = _opt(False, "Run a sample of calls twice and report tools whose results differ.")
+    verify_purity: bool = _opt(
+        False, "Run up to 8 calls of a training step twice and report tools whose results differ."
+    )
     tool_arg_validation: str = _opt(
         "strict", "Whether text may stand for a number in a call (lax) or not.", choices=("strict", "lax")
     )
@@ -71,7 +77,9 @@ class Config:
 
     dataset_id_or_path: str | None = _opt(None, "Training rows: a JSONL file, tfds:name or owner/name.")
     eval_dataset_id_or_path: str | None = _opt(None, "Evaluation rows, of the same kinds.")
-    dataset_columns: dict = _opt({}, 'Rename columns of both, as {"prompt": "question"} (ours: theirs).')
+    dataset_columns: dict = _opt(
+        {}, 'Rename columns of both data sets, as {"prompt": "question"} (ours: theirs).', COLUMN_NAMES
+    )
     system_prompt: str | None = _opt(None, "System message for rows that have none.")
     max_prompt_length: int | None = _opt(
         None, "Tokens of a prompt at most; unset: the data's longest.", ONE_OR_MORE

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from grpo_jax.tools import hints
@@ -32,14 +32,10 @@ def check_arguments(function: Callable, arguments: dict[str, Any], lax: bool = F
         ValueError: arguments are unknown, missing, of a wrong type or outside an enum; names all of them.
     """
     known = hints.parameters(function)
-    fields = {name: hints.Field(p.hint, p.required) for name, p in known.items()}
     problems: list[str] = []
     converted: dict[str, Any] = {}
-    for name, value in _read_keys(arguments, fields, "", problems):
-        if value is None and known[name].nullable_default:
-            converted[name] = None
-        else:
-            converted[name] = _argument(value, known[name], name, lax, problems)
+    for name, value in _read_keys(arguments, known, "", problems):
+        converted[name] = _argument(value, known[name], name, lax, problems)
     if problems:
         shown, more = problems[:_PROBLEMS_SHOWN], len(problems) - _PROBLEMS_SHOWN
         raise ValueError("; ".join(shown) + (f"; and {more} more" if more > 0 else ""))
@@ -48,17 +44,34 @@ def check_arguments(function: Callable, arguments: dict[str, Any], lax: bool = F
 
 def _argument(value: Any, parameter: hints.Parameter, name: str, lax: bool, problems: list[str]) -> Any:
     before = len(problems)
-    converted = _convert(value, parameter.hint, name, lax, problems)
-    allowed = parameter.choices
-    if value is not None and allowed is not None and len(problems) == before and converted not in allowed:
-        problems.append(f"{_at(name)} must be {_one_of(allowed)}, got {show(value)}")
-    if value is None and len(problems) > before and not parameter.required:
+    converted = _field(value, parameter, name, lax, problems)
+    if value is None or parameter.choices is None or len(problems) > before:
+        return converted
+    if not _chosen(value, parameter.choices) and not _chosen(converted, parameter.choices):
+        problems.append(f"{_at(name)} must be {_one_of(parameter.choices)}, got {show(value)}")
+    return converted
+
+
+def _chosen(value: Any, allowed: list) -> bool:
+    """Whether a value, or each item of an array, is among the choices of the documentation."""
+    if isinstance(value, list):
+        return all(_chosen(item, allowed) for item in value)
+    return any(_same(value, one) for one in allowed)
+
+
+def _field(value: Any, field: hints.Field, where: str, lax: bool, problems: list[str]) -> Any:
+    if value is None and field.nullable_default:
+        return None
+    before = len(problems)
+    converted = _convert(value, field.hint, where, lax, problems)
+    if value is None and len(problems) > before and not field.required:
         problems[-1] += " (leave it out for its default)"
     return converted
 
 
 def _convert(value: Any, hint: Any, where: str, lax: bool, problems: list[str]) -> Any:
     """The value as the hint wants it; on a mismatch, says so in `problems`."""
+    hint = hints.meaning(hint)
     kind = hints.container(hint)
     if hints.is_union(hint):
         return _to_member(value, typing.get_args(hint), where, lax, problems)
@@ -124,26 +137,28 @@ def _to_member(value: Any, members: tuple, where: str, lax: bool, problems: list
 
 def _to_value(value: Any, hint: Any, where: str, lax: bool, problems: list[str]) -> Any:
     """A Literal's value, or the Enum member of that value."""
-    is_enum = hints.is_enum(hint)
-    for allowed in hint if is_enum else typing.get_args(hint):
-        plain = allowed.value if is_enum else allowed
-        given = _from_text(value, type(plain)) if lax else value
-        if type(plain) is int and type(given) is float and given.is_integer():
-            given = int(given)
-        if type(given) is type(plain) and given == plain:
-            return allowed
+    for written, meant in hints.allowed_values(hint):
+        if _same(_from_text(value, type(written)) if lax else value, written):
+            return meant
     problems.append(f"{_at(where)} must be {describe(hint)}, got {show(value)}")
     return value
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Equal as JSON: 1 is 1.0, and true is not 1."""
+    if isinstance(value, bool) or isinstance(other, bool):
+        return value is other
+    return value == other
 
 
 def _to_record(value: dict, record: type, where: str, lax: bool, problems: list[str]) -> Any:
     before = len(problems)
     fields = hints.record_fields(record)
     keys = {
-        key: _convert(v, fields[key].hint, f"{where}.{key}", lax, problems)
+        key: _field(v, fields[key], f"{where}.{key}", lax, problems)
         for key, v in _read_keys(value, fields, where, problems)
     }
-    if typing.is_typeddict(record) or len(problems) > before:
+    if hints.is_typeddict(record) or len(problems) > before:
         return keys
     try:
         return record(**keys)
@@ -152,7 +167,9 @@ def _to_record(value: dict, record: type, where: str, lax: bool, problems: list[
         return value
 
 
-def _read_keys(given: dict, fields: dict[str, hints.Field], where: str, problems: list[str]) -> list[tuple]:
+def _read_keys(
+    given: dict, fields: Mapping[str, hints.Field], where: str, problems: list[str]
+) -> list[tuple]:
     """The known keys of an object with their values; reports the unknown and the missing."""
     prefix = f"{where}." if where else ""
     for key in given:
@@ -203,13 +220,12 @@ def _to_object(value: dict, hint: Any, where: str, lax: bool, problems: list[str
 
 def describe(hint: Any) -> str:
     """The hint in the words of a JSON schema: `integer`, `one of "a", "b"`, `array or null`."""
+    hint = hints.meaning(hint)
     kind = hints.container(hint)
     if hints.is_union(hint):
         return " or ".join(describe(m) for m in typing.get_args(hint))
-    if hints.is_enum(hint):
-        return _one_of([member.value for member in hint])
-    if kind is typing.Literal:
-        return _one_of(list(typing.get_args(hint)))
+    if hints.is_enum(hint) or kind is typing.Literal:
+        return _one_of([written for written, _ in hints.allowed_values(hint)])
     if hints.is_record(hint) or kind in hints.OBJECTS:
         return "object"
     if kind in hints.ARRAYS:

@@ -1,7 +1,7 @@
 """Reads what a docstring says about a function and its arguments.
 
-Three styles: Google (`name: text`), Google with types (`name (int): text`), NumPy (`name : int` and an
-indented text under a header with dashes).
+Four styles: Google (`name: text`), Google with types (`name (int): text`), NumPy (`name : int` and an
+indented text under a header with dashes), Sphinx (`:param name: text`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ _GOOGLE_HEADER = re.compile(r"^\s*(Args|Arguments|Parameters|Returns|Raises):\s*
 _DASHES = re.compile(r"^\s*-{3,}\s*$")
 _GOOGLE_ENTRY = re.compile(r"^\s*\*{0,2}(\w+)\s*(?:\(.*?\))?\s*:\s*(.*)$")
 _NUMPY_ENTRY = re.compile(r"^(\w+(?:\s*,\s*\w+)*)\s*(?::.*)?$")
+_SPHINX_ENTRY = re.compile(r"^:(\w+)\s*([^:]*):\s*(.*)$")
 _CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)
 _ARGUMENT_TITLES = ("Args", "Arguments", "Parameters")
+_SPHINX_ARGUMENTS = ("param", "parameter", "arg", "argument", "key", "keyword")
+_SPHINX_RETURNS = ("return", "returns")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +41,11 @@ def read_docstring(doc: str) -> Docstring:
     description, arguments, returns = [], {}, None
     for title, numpy, lines in _sections(doc.strip().split("\n")):
         if title is None:
-            description = lines
+            description, arguments, returns = _sphinx_entries(lines)
         elif title in _ARGUMENT_TITLES:
             arguments |= _numpy_entries(lines) if numpy else _google_entries(lines)
         elif title == "Returns":
-            returns = "\n".join(lines).strip()
+            returns = _numpy_returns(lines) if numpy else "\n".join(lines).strip()
     return Docstring("\n".join(description).strip(), arguments, returns)
 
 
@@ -109,6 +112,27 @@ def _numpy_entries(lines: list[str]) -> dict[str, str]:
             for n in names:
                 entries[n].append(line)
     return {name: _one_line(parts) for name, parts in entries.items() if parts}
+
+
+def _numpy_returns(lines: list[str]) -> str:
+    """The indented text without the type above it; a text that is not indented as it is."""
+    return _one_line([line for line in lines if _indent(line)] or lines)
+
+
+def _sphinx_entries(lines: list[str]) -> tuple[list[str], dict[str, str], str | None]:
+    """Take the fields `:param name: text`, `:returns: text` and what else begins so off the description."""
+    description: list[str] = []
+    entries: list[tuple[str, str, list[str]]] = []  # (kind of field, name, text)
+    for line in lines:
+        if entry := _SPHINX_ENTRY.match(line):
+            entries.append((entry[1], entry[2].rpartition(" ")[2], [entry[3]]))
+        elif entries:
+            entries[-1][2].append(line)
+        else:
+            description.append(line)
+    arguments = {name: _one_line(text) for kind, name, text in entries if kind in _SPHINX_ARGUMENTS}
+    returns = [_one_line(text) for kind, _, text in entries if kind in _SPHINX_RETURNS]
+    return description, arguments, returns[0] if returns else None
 
 
 def _one_line(parts: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import collections.abc
 import dataclasses
 import functools
@@ -20,12 +21,15 @@ ARRAYS: dict[Any, type] = {
     tuple: tuple,
     set: set,
     frozenset: frozenset,
+    collections.deque: collections.deque,
+    collections.abc.Set: set,
+    collections.abc.MutableSet: set,
     collections.abc.Sequence: list,
     collections.abc.MutableSequence: list,
     collections.abc.Iterable: list,
     collections.abc.Collection: list,
 }
-OBJECTS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+OBJECTS = (dict, collections.OrderedDict, collections.abc.Mapping, collections.abc.MutableMapping)
 SCALARS: dict[Any, str] = {
     int: "integer",
     float: "number",
@@ -36,30 +40,31 @@ SCALARS: dict[Any, str] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Parameter:
-    """One argument of a tool.
+class Field:
+    """One key of a TypedDict or dataclass, or one argument of a tool.
 
     Args:
         hint: its type hint, `Annotated` stripped.
-        required: it has no default.
+        required: it has no default and must be given.
         nullable_default: its default is None, so an explicit null means the same.
-        text: its documentation on one line, None when there is none.
-        choices: the values of a closing `(choices: [...])` in its documentation.
     """
 
     hint: Any
     required: bool
-    nullable_default: bool
-    text: str | None
-    choices: list | None
+    nullable_default: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
-class Field:
-    """One key of a TypedDict or dataclass."""
+class Parameter(Field):
+    """One argument of a tool.
 
-    hint: Any
-    required: bool
+    Args:
+        text: its documentation on one line, None when there is none.
+        choices: the values of a closing `(choices: [...])` in its documentation.
+    """
+
+    text: str | None = None
+    choices: list | None = None
 
 
 def location(function: Callable) -> str:
@@ -82,10 +87,7 @@ def parameters(function: Callable) -> dict[str, Parameter]:
 
 @functools.lru_cache(maxsize=4096)  # bounded: tools made per trajectory must not pile up
 def _parameters(function: Callable, skip_first: bool) -> dict[str, Parameter]:
-    try:
-        hints = typing.get_type_hints(function)
-    except Exception as error:
-        raise ValueError(f"{location(function)}: a type hint cannot be read: {error}") from error
+    hints = type_hints(function)
     texts = read_docstring(inspect.getdoc(function) or "").arguments
     signature = list(inspect.signature(function).parameters.values())[int(skip_first) :]
     return {p.name: _parameter(p, hints.get(p.name, Any), texts.get(p.name)) for p in signature}
@@ -95,6 +97,38 @@ def _parameter(parameter: inspect.Parameter, hint: Any, text: str | None) -> Par
     text, choices = split_choices(text) if text else (None, None)
     required = parameter.default is inspect.Parameter.empty
     return Parameter(hint, required, parameter.default is None, text, choices)
+
+
+def type_hints(function: Callable) -> dict[str, Any]:
+    """Argument name → hint, and "return" → hint where that one can be read: no model needs it.
+
+    Raises:
+        ValueError: an argument's hint names something that does not exist, or is no type.
+    """
+    try:
+        return typing.get_type_hints(function)
+    except Exception as error:
+        try:
+            return typing.get_type_hints(_without_return(function))
+        except Exception:
+            raise ValueError(f"{location(function)}: a type hint cannot be read: {error}") from error
+
+
+def _without_return(function: Callable) -> Callable:
+    """A function with the same hints but for the return value's."""
+    function = inspect.unwrap(getattr(function, "__func__", function))
+    bare = types.FunctionType(function.__code__, function.__globals__)
+    bare.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
+    return bare
+
+
+def meaning(hint: Any) -> Any:
+    """The type behind a NewType or a `type` alias; any other hint as it is."""
+    if isinstance(hint, typing.NewType):
+        return meaning(hint.__supertype__)
+    if type(hint).__name__ == "TypeAliasType":  # in typing from Python 3.12 on
+        return meaning(hint.__value__)
+    return hint
 
 
 def is_union(hint: Any) -> bool:
@@ -107,9 +141,37 @@ def is_enum(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Enum)
 
 
+def allowed_values(hint: Any) -> list[tuple[Any, Any]]:
+    """(what a model writes, what the tool is given) for each value of a Literal or an Enum.
+
+    An Enum whose values are not all text, numbers, booleans or null is written by its members' names.
+
+    Raises:
+        ValueError: a Literal holds bytes, which JSON does not know.
+    """
+    members = list(hint) if is_enum(hint) else typing.get_args(hint)
+    pairs = [(_written(member), member) for member in members]
+    for written, _ in pairs:
+        if type(written) not in SCALARS:
+            raise ValueError(f"{written!r} has no JSON form; use text")
+    return pairs
+
+
+def _written(member: Any) -> Any:
+    if not isinstance(member, Enum):
+        return member
+    by_value = all(type(one.value) in SCALARS for one in type(member))
+    return member.value if by_value else member.name
+
+
 def is_record(hint: Any) -> bool:
     """A TypedDict or a dataclass: a JSON object with known keys."""
-    return typing.is_typeddict(hint) or (isinstance(hint, type) and dataclasses.is_dataclass(hint))
+    return is_typeddict(hint) or (isinstance(hint, type) and dataclasses.is_dataclass(hint))
+
+
+def is_typeddict(hint: Any) -> bool:
+    """A TypedDict of `typing` or of `typing_extensions`, which typing.is_typeddict does not know."""
+    return isinstance(hint, type) and issubclass(hint, dict) and hasattr(hint, "__required_keys__")
 
 
 def container(hint: Any) -> Any:
@@ -121,14 +183,17 @@ def container(hint: Any) -> Any:
 def record_fields(record: type) -> dict[str, Field]:
     """Key → hint and whether it must be given, for a TypedDict or a dataclass."""
     hints = typing.get_type_hints(record)
-    if typing.is_typeddict(record):
-        # Under `from __future__ import annotations` the class itself does not see NotRequired.
+    if is_typeddict(record):
+        # Under `from __future__ import annotations` the class itself sees neither Required nor NotRequired.
         extras = typing.get_type_hints(record, include_extras=True)
-        optional = {k for k, h in extras.items() if typing.get_origin(h) is typing.NotRequired}
-        required = set(record.__required_keys__) - optional
+        marks = {key: typing.get_origin(hint) for key, hint in extras.items()}
+        required = {key for key in record.__required_keys__ if marks[key] is not typing.NotRequired}
+        required |= {key for key, mark in marks.items() if mark is typing.Required}
         return {key: Field(hint, key in required) for key, hint in hints.items()}
-    return {f.name: Field(hints[f.name], _has_no_default(f)) for f in dataclasses.fields(record) if f.init}
+    return {f.name: _field(f, hints[f.name]) for f in dataclasses.fields(record) if f.init}
 
 
-def _has_no_default(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _field(field: dataclasses.Field, hint: Any) -> Field:
+    missing = dataclasses.MISSING
+    required = field.default is missing and field.default_factory is missing
+    return Field(hint, required, field.default is None)

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib
-import importlib.util
 import inspect
 import os
-import sys
-import traceback
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from grpo_jax.tools import hints
 from grpo_jax.tools.schema import get_schema
+from grpo_jax.user_code import import_file, import_module, users_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +79,7 @@ def named_functions(functions: Any, source: str) -> dict[str, Callable]:
     named: dict[str, Callable] = {}
     for i, function in enumerate(functions):
         name = getattr(function, "__name__", "")
-        if not callable(function) or isinstance(function, type) or not name.isidentifier():
+        if not (inspect.isroutine(function) or hasattr(function, "__wrapped__")) or not name.isidentifier():
             raise ValueError(f"{source}[{i}] must be a function defined with `def`, got {function!r}")
         if name in named:
             both = f"{hints.location(named[name])} and {hints.location(function)}"
@@ -108,63 +102,18 @@ def _exports(namespace: ModuleType, source: str) -> tuple[dict[str, Callable], C
         )
     if functions is not None:
         return named_functions(functions, f"TOOL_FUNCTIONS in {source}"), None
-    return named_functions(factory(), f"make_tools() in {source}"), factory
+    with users_errors(f"make_tools() in {source}"):
+        functions = factory()
+    return named_functions(functions, f"make_tools() in {source}"), factory
 
 
 def _import(script: str | os.PathLike | None, module: str | None) -> tuple[ModuleType, str]:
     if script is not None:
-        path = Path(script).expanduser().resolve()
-        if not path.is_file():
-            raise ValueError(f"tools_script must be a Python file, and {path} does not exist")
-        return _guarded(functools.partial(_run_file, path), str(path)), str(path)
+        namespace, path = import_file(script, "tools_script")
+        return namespace, str(path)
     if module is None:
         raise ValueError("no tools given; set tools_script to a file or tool_functions_module to a module")
-    if _is_absent(module):
-        raise ValueError(f"tool_functions_module {module!r} is not importable; for a file set tools_script")
-    return _guarded(functools.partial(importlib.import_module, module), module), module
-
-
-def _is_absent(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:
-        return True
-    except Exception:  # a parent package of it fails: the import will say how
-        return False
-
-
-def _run_file(path: Path) -> ModuleType:
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    # A name of its own: two scripts called tools.py, or one called math.py, must not meet in sys.modules.
-    name = f"tools_script_{zlib.crc32(os.fsencode(path)):08x}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"tools_script must be a .py file, got {path}")
-    namespace = importlib.util.module_from_spec(spec)
-    sys.modules[name] = namespace  # where dataclasses and TypedDicts look their hints up
-    spec.loader.exec_module(namespace)
-    return namespace
-
-
-def _guarded(load: Callable[[], ModuleType], source: str) -> ModuleType:
-    try:
-        return load()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # sys.exit at import time is no Exception
-        raise ValueError(f"importing {source} failed: {_users_line(error)}") from error
-
-
-def _users_line(error: BaseException) -> str:
-    """The error with the line that raised it, leaving out the import machinery."""
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, SyntaxError):
-        return f"{text}\n  {error.filename}:{error.lineno}: {(error.text or '').strip()}"
-    frames = traceback.extract_tb(error.__traceback__)
-    machinery = (__file__, importlib.__file__, "<frozen importlib._bootstrap>")
-    frames = [f for f in frames if f.filename not in machinery and "_bootstrap_external" not in f.filename]
-    return text + "".join(f"\n  {f.filename}:{f.lineno}: {f.line}" for f in frames)
+    return import_module(module), module
 
 
 def _is_object_method(function: Callable) -> bool:

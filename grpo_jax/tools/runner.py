@@ -96,18 +96,9 @@ class ToolRunner:
         """
         return self._run(calls, range(len(calls)) if rows is None else rows, self._share)
 
-    def impure_functions(self, calls: Sequence[ToolCall]) -> list[str]:
-        """Names of the functions that answer the same call differently when it is run again.
-
-        Args:
-            calls: a sample; each is run twice, past the cache.
-        """
-        # As a row, both runs meet the same worker, and so what the first one left behind there.
-        pairs = self._run(
-            [c for call in calls for c in (call, call)], [i // 2 for i in range(2 * len(calls))], share=False
-        )
-        firsts, seconds = pairs[::2], pairs[1::2]
-        return sorted({c.name for c, a, b in zip(calls, firsts, seconds, strict=True) if a.text != b.text})
+    def run_again(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
+        """Run calls past the cache, each as a row of its own; what the cache holds stays as it is."""
+        return self._run(calls, range(len(calls)), share=False)
 
     def close(self) -> None:
         """End the workers; further calls raise."""

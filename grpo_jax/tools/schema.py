@@ -48,7 +48,7 @@ def signature_line(function: Callable) -> str:
     """`add(a: int, b: int) -> str`, for the start-up print."""
     try:
         signature = inspect.signature(function, eval_str=True)
-    except NameError:
+    except Exception:  # whatever reading the text of a hint raises
         signature = inspect.signature(function)
     return f"{function.__name__}{signature}"
 
@@ -57,7 +57,8 @@ def read_schema(function: Callable) -> dict[str, Any]:
     """The function's schema, read without transformers.
 
     Raises:
-        ValueError: a type refers to itself, which a schema cannot say, or to a name that does not exist.
+        ValueError: a type refers to itself, which a schema cannot say, or to a name that does not exist, or
+            is none.
     """
     doc = read_docstring(inspect.getdoc(function))
     parameters = hints.parameters(function)
@@ -67,7 +68,7 @@ def read_schema(function: Callable) -> dict[str, Any]:
         raise ValueError(
             f"{hints.location(function)}: a type hint refers to itself; use dict there"
         ) from error
-    except NameError as error:  # inside a TypedDict or dataclass
+    except Exception as error:  # what is no type, or a name inside a TypedDict that does not exist
         raise ValueError(f"{hints.location(function)}: a type hint cannot be read: {error}") from error
     _warn_unknown_types(function, properties)
     schema: dict[str, Any] = {"type": "object", "properties": properties}
@@ -81,11 +82,10 @@ def read_schema(function: Callable) -> dict[str, Any]:
 
 def type_schema(hint: Any) -> dict[str, Any]:
     """The JSON schema of one type hint; `{}`, which allows anything, for a type that JSON does not know."""
+    hint = hints.meaning(hint)
     kind = hints.container(hint)
-    if hints.is_enum(hint):
-        return _values_schema([member.value for member in hint])
-    if kind is typing.Literal:
-        return _values_schema(list(typing.get_args(hint)))
+    if hints.is_enum(hint) or kind is typing.Literal:
+        return _values_schema([written for written, _ in hints.allowed_values(hint)])
     if hints.is_union(hint):
         return _union_schema(typing.get_args(hint))
     if hints.is_record(hint):
@@ -103,6 +103,8 @@ def _check(function: Callable) -> None:
     where = hints.location(function)
     if not inspect.getdoc(function):
         raise ValueError(f"{where}: a tool needs a docstring, which is what the model reads; add one")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ValueError(f"{where}: a tool returns its result, and this one yields; return a list or text")
     for p in inspect.signature(function).parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY):
             raise ValueError(f"{where}: argument '{p}' cannot be given by name; write it as a named argument")
@@ -151,7 +153,7 @@ def _warn_unknown_types(function: Callable, properties: dict[str, dict]) -> None
 
 
 def _returned(function: Callable, text: str | None) -> dict[str, Any] | None:
-    hint = typing.get_type_hints(function).get("return")
+    hint = hints.type_hints(function).get("return")
     schema = {} if hint is None else type_schema(hint)
     if not schema and hint is not Any:
         return None
@@ -159,7 +161,7 @@ def _returned(function: Callable, text: str | None) -> dict[str, Any] | None:
 
 
 def _values_schema(values: list) -> dict[str, Any]:
-    types = list(dict.fromkeys(hints.SCALARS[type(v)] for v in values if type(v) in hints.SCALARS))
+    types = list(dict.fromkeys(hints.SCALARS[type(v)] for v in values))
     return {"type": types[0] if len(types) == 1 else types, "enum": values}
 
 

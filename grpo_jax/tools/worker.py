@@ -30,10 +30,14 @@ def main() -> None:
         answers.write(json.dumps(["error", str(error)]) + "\n")
         return
     answers.write('["ready", ""]\n')
+    worker = os.getpid()
     for line in calls:
         # Should the parent be gone, nobody else ends a hanging tool: SIGALRM's default action does.
         signal.setitimer(signal.ITIMER_REAL, setup["timeout"] + _ORPHAN_GRACE)
-        answers.write(_answer(functions, line, setup) + "\n")
+        answer = _answer(functions, line, setup)
+        if os.getpid() != worker:  # a child that the tool forked: one call must not be answered twice
+            os._exit(0)
+        answers.write(answer + "\n")
         signal.setitimer(signal.ITIMER_REAL, 0)
     os._exit(0)  # threads and exit handlers of tools do not hold the worker back
 
