@@ -193,8 +193,12 @@ def _step(run, params, trunk, cache, live):
     level = Level(cache.pending[:, None], cache.position[:, None], live[:, None])
     (hidden,), (new,) = run(params, (level,), (*trunk, _own(cache)))
 
+    # The slot is `length`. It waits for the last layer, because XLA copies a cache whole, twice a step, when it
+    # cannot tell that the write comes after every read (a barrier is gone by the time it decides).
+    slot = jnp.where(jnp.isfinite(hidden[:, 0, 0]), cache.length, 0)
+
     def write(old, x):
-        return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice(o, n, (0, at, 0)))(old, x, cache.length)
+        return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice(o, n, (0, at, 0)))(old, x, slot)
 
     kv = KV(*(list(map(write, old, x)) for old, x in zip(cache.kv, new, strict=True)))
     advanced = Cache(kv, cache.length + live, cache.pending, cache.position + live)

@@ -239,6 +239,15 @@ def test_finished_rows_do_not_advance(script):
     assert after.pending[0] == 9
 
 
+def test_decode_holds_the_cache_once():
+    """Written after it is read, a cache is updated in place; XLA would else copy it whole in every step."""
+    sampler = helpers.new_sampler()
+    cache = fresh_cache(sampler)
+    args = (*start(sampler), cache, keys(4), jnp.ones(4, bool), jnp.ones(4, jnp.int32))
+    temporary = sampler.decode.lower(*args).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < sum(x.nbytes for x in jax.tree.leaves(cache.kv))
+
+
 def test_appended_tokens_are_as_if_they_had_been_decoded(script):
     """The same tokens through decode and through append leave the same cache."""
     sampler = script.sampler
