@@ -76,7 +76,7 @@ def evaluate(session: Session, sampler: Sampler, params: Params, prompts: Prompt
             filled = rows + [start] * (size - len(rows))  # always the same shape: one compile
             live = [i < len(rows) for i in range(size)]
             done = run_rollout(loop, params, preamble, [prompts.ids[i] for i in filled], filled, live=live)
-            trajectories += done[: len(rows)]
+            trajectories += done.trajectories[: len(rows)]
             bar.advance(len(rows))
     return Evaluation(summarize(prompts.examples, trajectories, gold), trajectories)
 

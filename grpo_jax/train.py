@@ -212,7 +212,7 @@ def _grpo(
             with timer("rollout"), console.progress("Rollout", plan.P * plan.G) as rows:
                 params = sampler.export(state.params)
                 preamble = prefill_preamble(loop, params)
-                trajectories = run_rollout(
+                rollout = run_rollout(
                     loop,
                     params,
                     preamble,
@@ -222,6 +222,7 @@ def _grpo(
                     seed=config.seed,
                     on_turn=_row_counter(rows),
                 )
+                trajectories = rollout.trajectories
             with timer("reward"):
                 outcome = score_rewards(session, examples, trajectories, int(state.step), plan)
                 rewards = combine_rewards(outcome.values, config.reward_weights or [1.0] * len(names))
@@ -245,6 +246,7 @@ def _grpo(
                 "epoch": cursor.epoch + cursor.next_index / len(data.ids),
                 "num_tokens": num_tokens,
                 "tools/cache_hit_rate": session.runner.cache_hit_rate,
+                "rollout/wasted_decode": rollout.wasted_decode,
                 "step_time": time.perf_counter() - began,
             }
             if evaluation.possible and _due(config.eval_steps, step, plan) and step < plan.updates:

@@ -150,7 +150,8 @@ def tool_loop(sampler: Sampler, **settings) -> ToolLoop:
 def rollout(loop: ToolLoop, prompts: Sequence[list[int]], draws=(0, 1), **settings) -> list[Trajectory]:
     """Export, preamble and rollout in one call."""
     params = loop.sampler.export(weights())
-    return run_rollout(loop, params, prefill_preamble(loop, params), prompts, draws, **settings)
+    preamble = prefill_preamble(loop, params)
+    return run_rollout(loop, params, preamble, prompts, draws, **settings).trajectories
 
 
 class Script:
