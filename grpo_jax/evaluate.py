@@ -85,7 +85,7 @@ def evaluate(session: Session, sampler: Sampler, params: Params, prompts: Prompt
                 schemas=[schemas[i] for i in filled],
                 live=live,
             )
-            trajectories += done[: len(rows)]
+            trajectories += done.trajectories[: len(rows)]
             bar.advance(len(rows))
     return Evaluation(summarize(prompts.examples, trajectories, gold), trajectories)
 

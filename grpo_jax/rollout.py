@@ -1,13 +1,15 @@
 """The multi-turn tool loop: decode a turn, parse it, run its calls, feed the responses, again.
 
 All rows of a batch take their turns together; the conversation continues on the
-same key/value cache, so that every token passes through the model once.
+same key/value cache, so that every token passes through the model once. A row
+speaks until its turn ends; then its calls run while others still speak, or it is finished.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from grpo_jax.conversation import Conversation
 from grpo_jax.models.qwen import Level, Params
 from grpo_jax.parsing import Schema
 from grpo_jax.prefix_tree import Tree, response_bucket, trunk_arrays
-from grpo_jax.sampler import Cache, Sampler, Trunk, row_keys
+from grpo_jax.sampler import PARTS, Cache, Sampler, Trunk, row_keys
 from grpo_jax.tools import ToolRunner
 from grpo_jax.types import PARSER_NAME, Message, Outcome, Status, ToolCall, ToolResult, Trajectory
 
@@ -44,9 +46,36 @@ class ToolLoop:
     malformed_feedback: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What `run_rollout` sampled, and the work that took.
+
+    Args:
+        trajectories: B = P·G, a group's rows next to each other, without rewards.
+        row_steps: decode steps times the rows that took part in each.
+    """
+
+    trajectories: list[Trajectory]
+    row_steps: int
+
+    @property
+    def wasted_decode(self) -> float:
+        """Share of the row-steps that sampled nothing: their row had ended its turn."""
+        sampled = sum(t.sampled_tokens for t in self.trajectories)
+        return 1 - sampled / self.row_steps if self.row_steps else 0.0
+
+
 @dataclasses.dataclass
 class _Row:
-    """A trajectory that grows; frozen into a `Trajectory` at the end."""
+    """A trajectory that grows; frozen into a `Trajectory` at the end.
+
+    Args:
+        status: None until it is finished.
+        speaking: its turn is being decoded; else its calls run, or it is finished.
+        turn_start: where its turn begins in `completion_ids`.
+        running: the turn's calls, with their results to come.
+        feedback: what the model is told instead, when its call did not parse.
+    """
 
     prompt_ids: list[int]
     schemas: list[Schema]
@@ -57,6 +86,10 @@ class _Row:
     calls: list[tuple[ToolCall, ToolResult]] = dataclasses.field(default_factory=list)
     status: Status | None = None
     tool_turns: int = 0
+    speaking: bool = True
+    turn_start: int = 0
+    running: list[tuple[ToolCall, Future[ToolResult]]] = dataclasses.field(default_factory=list)
+    feedback: str | None = None
 
     def append(self, ids: Sequence[int], logprobs: Sequence[float] | None) -> None:
         """Sampled tokens with their log-probabilities, or given ones (None)."""
@@ -98,7 +131,7 @@ def run_rollout(
     schemas: Sequence[list[Schema]] | None = None,
     live: Sequence[bool] | None = None,
     on_turn: Callable[[int, int], None] = lambda finished, rows: None,
-) -> list[Trajectory]:
+) -> Rollout:
     """Sample G trajectories for each of P prompts, tools included.
 
     Args:
@@ -113,32 +146,29 @@ def run_rollout(
         schemas: [P] of the tools that each prompt shows, the only ones that it may call; None for all.
         live: [P] False for prompts that only fill up the batch; they come back without tokens.
         on_turn: told (rows finished, rows) after every turn.
-
-    Returns:
-        B = P·G trajectories, a group's rows next to each other, without rewards.
     """
     schemas = [loop.schemas] * len(prompts) if schemas is None else schemas
     rows = [_Row(list(p), s) for p, s in zip(prompts, schemas, strict=True) for _ in range(generations)]
     alive = np.repeat(np.ones(len(prompts), bool) if live is None else np.asarray(live, bool), generations)
     for row, is_alive in zip(rows, alive, strict=True):
-        row.status = None if is_alive else Status.ANSWERED
+        row.status, row.speaking = (None, True) if is_alive else (Status.ANSWERED, False)
     put = _placer(loop.sampler)
     trunk = preamble + _prefill_prompts(loop, params, preamble, prompts)
-    keys = row_keys(seed, np.repeat(draws, generations), np.tile(np.arange(generations), len(prompts)))
+    keys = put(row_keys(seed, np.repeat(draws, generations), np.tile(np.arange(generations), len(prompts))))
     cache = loop.sampler.begin(
         put(np.array([r.prompt_ids[-1] for r in rows], np.int32)),
         put(np.array([len(r.prompt_ids) - 1 for r in rows], np.int32)),
     )
     loop.runner.start_step()
-    while any(r.status is None for r in rows):
-        left = np.array([loop.sampler.budget - len(r.completion_ids) for r in rows], np.int32)
-        running = np.array([r.status is None for r in rows])
-        cache, turn = loop.sampler.decode(params, trunk, cache, put(keys), put(running), put(left))
-        responses = _finish_turn(loop, rows, jax.device_get(turn))
+    row_steps = 0
+    while any(r.speaking for r in rows):
+        cache, steps = _decode_turn(loop, params, trunk, cache, keys, rows)
+        responses = [_respond(loop, row) for row in rows]
         if any(responses):
             cache = _feed(loop.sampler, params, trunk, cache, rows, responses)
+        row_steps += steps
         on_turn(sum(r.status is not None for r in rows), len(rows))
-    return [r.frozen() for r in rows]
+    return Rollout([r.frozen() for r in rows], row_steps)
 
 
 def _placer(sampler: Sampler):
@@ -157,36 +187,53 @@ def _prefill_prompts(loop, params, preamble, prompts) -> Trunk:
     return _prefill(loop.sampler, params, preamble, x["prompts"], x["prompts_positions"], x["prompts_valid"])
 
 
-def _finish_turn(loop: ToolLoop, rows: list[_Row], turn) -> list[list[int]]:
-    """Record a decoded turn; returns each row's response ids, [] where the row is finished."""
-    pending: dict[int, list[ToolCall]] = {}
-    feedback: dict[int, str] = {}
-    for i, row in enumerate(rows):
-        if row.status is not None:
-            continue
-        n = int(turn.count[i])
-        ids = turn.tokens[i, :n].tolist()
-        row.append(ids, turn.logprobs[i, :n].tolist())
-        if not turn.stopped[i]:
-            row.status = Status.OVERLONG
-            row.messages.append({"role": "assistant", "content": loop.conversation.decode(ids)})
-            continue
-        parsed = loop.conversation.parse(ids, row.schemas)
-        row.messages.append(loop.conversation.assistant_message(parsed))
-        spent = loop.max_iterations is not None and row.tool_turns >= loop.max_iterations
-        if parsed.error and loop.malformed_feedback and not spent:
-            feedback[i] = f"Error: the tool call does not parse: {parsed.error}"
-        elif parsed.error:
-            row.status = Status.MALFORMED_CALL
-        elif not parsed.calls:
-            row.status = answered(row.calls)
-        elif spent:
-            row.status = Status.TOOL_LIMIT
-        else:
-            pending[i] = list(parsed.calls)
-    results = _run_calls(loop, rows, pending)
-    results |= {i: [(PARSER_NAME, text)] for i, text in feedback.items()}
-    return [_respond(loop, row, results.get(i)) for i, row in enumerate(rows)]
+def _decode_turn(
+    loop: ToolLoop, params: Params, trunk: Trunk, cache: Cache, keys: jax.Array, rows: list[_Row]
+) -> tuple[Cache, int]:
+    """Let every row that speaks come to the end of its turn; returns the cache and the row-steps.
+
+    Decode comes back when half of all rows, and again when an eighth, still speak: the
+    calls of those that have ended run while it goes on with the others.
+    """
+    put, row_steps = _placer(loop.sampler), 0
+    ends = [len(rows) // part for part in PARTS] + [0]
+    while speaking := [i for i, row in enumerate(rows) if row.speaking]:
+        live = np.array([row.speaking for row in rows])
+        left = np.array([loop.sampler.budget - len(row.completion_ids) for row in rows], np.int32)
+        stop_at = np.int32(next(n for n in ends if n < len(speaking)))
+        cache, turn = loop.sampler.decode(params, trunk, cache, keys, put(live), put(left), stop_at)
+        turn = jax.device_get(turn)
+        row_steps += int(turn.row_steps)
+        for i in speaking:
+            n = turn.count[i]
+            rows[i].append(turn.tokens[i, :n].tolist(), turn.logprobs[i, :n].tolist())
+            if turn.stopped[i] or n == left[i]:
+                _end_turn(loop, rows[i], i, turn.stopped[i])
+    return cache, row_steps
+
+
+def _end_turn(loop: ToolLoop, row: _Row, i: int, stopped: bool) -> None:
+    """Read row i's turn: its calls start to run, or it will be told why they do not parse, or it is finished."""
+    row.speaking = False
+    ids = row.completion_ids[row.turn_start :]
+    if not stopped:
+        row.status = Status.OVERLONG
+        row.messages.append({"role": "assistant", "content": loop.conversation.decode(ids)})
+        return
+    parsed = loop.conversation.parse(ids, row.schemas)
+    row.messages.append(loop.conversation.assistant_message(parsed))
+    spent = loop.max_iterations is not None and row.tool_turns >= loop.max_iterations
+    if parsed.error and loop.malformed_feedback and not spent:
+        row.feedback = f"Error: the tool call does not parse: {parsed.error}"
+    elif parsed.error:
+        row.status = Status.MALFORMED_CALL
+    elif not parsed.calls:
+        row.status = answered(row.calls)
+    elif spent:
+        row.status = Status.TOOL_LIMIT
+    else:
+        results = loop.runner.submit(parsed.calls, [i] * len(parsed.calls))
+        row.running = list(zip(parsed.calls, results, strict=True))
 
 
 def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
@@ -197,21 +244,26 @@ def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
     return Status.ANSWERED if last is Outcome.OK else Status.TOOL_ERROR
 
 
-def _run_calls(loop: ToolLoop, rows: list[_Row], pending: dict[int, list[ToolCall]]):
-    """Run the calls of every row together; returns (tool name, text) per row."""
-    flat = [(i, call) for i, calls in pending.items() for call in calls]
-    done = loop.runner.run([call for _, call in flat], [i for i, _ in flat])
-    results: dict[int, list[tuple[str, str]]] = {}
-    for (i, call), result in zip(flat, done, strict=True):
-        rows[i].calls.append((call, result))
-        results.setdefault(i, []).append((call.name, result.text))
-    return results
+def _results(row: _Row) -> list[tuple[str, str]]:
+    """Wait for what answers a row's turn: (tool name, text) of each call."""
+    if row.feedback is not None:
+        feedback, row.feedback = row.feedback, None
+        return [(PARSER_NAME, feedback)]
+    done = [(call, result.result()) for call, result in row.running]
+    row.calls += done
+    row.running = []
+    return [(call.name, result.text) for call, result in done]
 
 
-def _respond(loop: ToolLoop, row: _Row, results: list[tuple[str, str]] | None) -> list[int]:
-    """Append a row's tool responses as the template writes them, if they fit its budget."""
-    if results is None:
+def _respond(loop: ToolLoop, row: _Row) -> list[int]:
+    """Append a row's tool responses as the template writes them, if they fit its budget.
+
+    Returns:
+        Their ids, [] where the row is finished.
+    """
+    if row.status is not None:
         return []
+    results = _results(row)
     row.tool_turns += 1
     row.messages += [{"role": "tool", "name": name, "content": text} for name, text in results]
     ids = loop.conversation.response_ids(results)
@@ -219,6 +271,7 @@ def _respond(loop: ToolLoop, row: _Row, results: list[tuple[str, str]] | None) -
         row.status = Status.OVERLONG_TOOL_RESPONSE
         return []
     row.append(ids, None)
+    row.speaking, row.turn_start = True, len(row.completion_ids)
     return ids
 
 

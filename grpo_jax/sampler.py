@@ -1,8 +1,9 @@
 """Sampling on the device: prefill, decode to the end of a turn, feed tool responses.
 
 The trunk (preamble and prompts) is prefilled once; each row owns a cache that
-holds everything but one pending token. `decode` is one `lax.while_loop` per
-turn: no Python per token, one host read per turn.
+holds everything but one pending token. `decode` loops on the device: no Python
+per token, one host read per call. Once few rows of a call go on, it may go on with
+those alone (see `compaction_pays`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ from grpo_jax.models.qwen import KV, Level, ModelConfig, Params, extend, head_we
 from grpo_jax.sharding import Layout
 
 Trunk = tuple[tuple[KV, Bool[Array, "n S"]], ...]
+
+# Decode goes on with half of its rows, then with an eighth, once no more of them go on: each is a program more.
+# With one row in eight eight times as long, and lengths spread by 20 %, finished rows are then 12 % of the work
+# on 128 rows and not 80 % (simulated); a quarter between the two saves no point more, a sixteenth after them three.
+PARTS = (1, 2, 8)
+# tokens of budget: two more programs take 7 s of CPU time to compile for the quickstart's model, and as much again
+# for the greedy sampler; the whole rollouts of its 110 steps, half as long, take 45 s
+COMPACT_FROM = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +72,14 @@ class Turn(NamedTuple):
         logprobs: [B, budget] float32 nats under the full distribution at the temperature.
         count: [B] int32 tokens sampled, the stop token included.
         stopped: [B] bool, the row ended with a stop token.
+        row_steps: int32 scalar, the work done: steps times rows that took part, finished ones too.
     """
 
     tokens: Int[Array, "B budget"]
     logprobs: Float[Array, "B budget"]
     count: Int[Array, " B"]
     stopped: Bool[Array, " B"]
+    row_steps: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +90,8 @@ class Sampler:
         export: (stacked params) -> rollout params: the run's dtype, one dict per layer.
         prefill: (params, trunk so far, level) -> KV of the level.
         begin: (pending [B], position [B]) -> an empty Cache.
-        decode: (params, trunk, cache, keys [B, 2], live [B], remaining [B]) -> (cache, Turn).
+        decode: (params, trunk, cache, keys [B, 2], live [B], remaining [B], stop_at = 0) ->
+            (cache, Turn). Samples until at most `stop_at` rows go on.
         append: (params, trunk, cache, tokens [B, T], count [B], pending [B]) -> cache.
         budget: tokens after the prompt that a row may reach.
         layout: the rollout column.
@@ -102,14 +114,54 @@ def make_sampler(
     sampling: Sampling,
     stop_ids: tuple[int, ...],
     budget: int,
+    compact: bool | None = None,
 ) -> Sampler:
-    """Build the jitted functions of a rollout for one model, mesh and way of sampling."""
-    run, shared = _shared_functions(cfg, layout, jnp.dtype(dtype), budget)
+    """Build the jitted functions of a rollout for one model, mesh and way of sampling.
 
-    def decode(params, trunk, cache, keys, live, remaining):
-        return _decode(run, params, trunk, cache, keys, live, remaining, sampling, stop_ids, budget, layout)
+    Args:
+        cfg: the model's sizes.
+        layout: the rollout column.
+        dtype: of weights and caches.
+        sampling: how a token is drawn.
+        stop_ids: tokens that end a row's turn.
+        budget: tokens after the prompt that a row may reach.
+        compact: leave finished rows out of decode; None: where `compaction_pays`.
+    """
+    run, shared = _shared_functions(cfg, layout, jnp.dtype(dtype), budget)
+    compact = compaction_pays(budget) if compact is None else compact
+
+    def decode(params, trunk, cache, keys, live, remaining, stop_at=0):
+        step = functools.partial(_sample_step, run, params, sampling, stop_ids, layout)
+        B = live.shape[0]
+        sizes = part_sizes(B, budget + 1, trunk, layout) if compact else (B,)
+        return _decode(step, sizes, layout, trunk, cache, keys, live, remaining, stop_at, budget)
 
     return Sampler(**shared, decode=jax.jit(decode, donate_argnames="cache"), budget=budget, layout=layout)
+
+
+def compaction_pays(budget: int) -> bool:
+    """Whether decode should leave finished rows out: on a CPU, where its cost follows the rows.
+
+    An accelerator's decode follows the bytes read. For Qwen3-1.7B in bf16 (3.44 GB of weights and
+    115 kB a token; a preamble of 5,888 tokens, prompts of 128 in groups of 8, 513 slots a row, of
+    which all are read) weights are 43 % of a step's 8.0 GB at 64 rows and 18 % of 19.6 GB at 256.
+    By these bytes it would pay at 256 rows. It is off there all the same: no accelerator has
+    measured it, and it holds up to half of the rows' slots and prompts a second time.
+    """
+    return jax.default_backend() == "cpu" and budget >= COMPACT_FROM
+
+
+def part_sizes(B: int, slots: int, trunk: Trunk, layout: Layout) -> tuple[int, ...]:
+    """Row counts that decode may shrink to, falling from B; each fills the devices along data.
+
+    Rows taken out have their prompt's keys and values copied beside their own; a size whose
+    copies would outgrow what the B rows hold (long prompts, nothing shared) is left out.
+    """
+    data = layout.mesh.shape["data"]
+    sizes = {-(-B // (part * data)) * data for part in PARTS}
+    own = [valid.shape for _, valid in trunk if valid.shape[0] > 1] + [(B, slots)]
+    held, copied = sum(n * S for n, S in own), sum(S for _, S in own)
+    return (B, *sorted((n for n in sizes if n < B and n * copied <= held), reverse=True))
 
 
 @functools.cache
@@ -156,45 +208,84 @@ def row_keys(
     return jax.vmap(one)(draws, generations)
 
 
-def _decode(run, params, trunk, cache, keys, live, remaining, sampling, stop_ids, budget, layout):
+class _State(NamedTuple):
+    """What decode changes: by row, but for scalars."""
+
+    cache: Cache
+    live: Bool[Array, " B"]
+    turn: Turn
+    t: Int[Array, ""]
+
+
+def _decode(step, sizes, layout, trunk, cache, keys, live, remaining, stop_at, budget):
+    """Sample on all rows until those that go on fit the next size, then on so many, and so on."""
     B = live.shape[0]
-    head = head_weights(params)
-    stops = jnp.asarray(stop_ids, jnp.int32)
+    zeros = jnp.zeros((B, budget), jnp.int32)
+    turn = Turn(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, jnp.int32(0))
+    state = _State(cache, live & (remaining > 0), turn, jnp.int32(0))
 
-    def body(carry):
-        cache, live, turn, t = carry
-        hidden, cache = _step(run, params, trunk, cache, live)
-        logits = jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
-        logits = layout.constrain(logits, "decode_logits")
-        token, logprob = sample(logits, keys, cache.position, sampling)
-        stopped = live & (token[:, None] == stops).any(1)
-        turn = Turn(
-            turn.tokens.at[:, t].set(jnp.where(live, token, 0)),
-            turn.logprobs.at[:, t].set(jnp.where(live, logprob, 0)),
-            turn.count + live,
-            turn.stopped | stopped,
-        )
-        cache = cache._replace(pending=jnp.where(live, token, cache.pending))
-        return cache, live & ~stopped & (turn.count < remaining), turn, t + 1
+    def on_few_rows(size, until, state):
+        rows = jnp.argsort(~state.live, stable=True)[:size]  # all that go on, filled up with finished ones
+        of_rows = [_take(s, rows * s[1].shape[0] // B, layout) for s in trunk]
+        go_on = functools.partial(step, tuple(of_rows), keys[rows], remaining[rows])
+        return _put(state, rows, _while_above(until, go_on, _take(state, rows, layout)), layout)
 
+    first, *ends = (jnp.maximum(fewer, stop_at) for fewer in (*sizes[1:], 0))
+    state = _while_above(first, functools.partial(step, trunk, keys, remaining), state)
+    for size, until in zip(sizes[1:], ends, strict=True):
+        few_rows = functools.partial(on_few_rows, size, until)
+        state = jax.lax.cond(state.live.sum() > until, few_rows, lambda same: same, state)
+    return state.cache, state.turn
+
+
+def _while_above(until, body, state: _State) -> _State:
+    """Repeat `body` while more than `until` rows go on."""
+    return jax.lax.while_loop(lambda s: s.live.sum() > until, body, state)
+
+
+def _take(tree, rows, layout):
+    """Some rows of every array; scalars, and what all rows share, as they are."""
+    return jax.tree.map(lambda x: _placed(x[rows], layout) if x.ndim and x.shape[0] > 1 else x, tree)
+
+
+def _put(tree, rows, taken, layout):
+    """The inverse of `_take` for arrays by row."""
+    return jax.tree.map(lambda x, new: _placed(x.at[rows].set(new), layout) if x.ndim else new, tree, taken)
+
+
+def _placed(x, layout):
+    return layout.constrain(x, "rows_kv") if x.ndim == 4 else x
+
+
+def _sample_step(run, params, sampling, stop_ids, layout, trunk, keys, remaining, state: _State) -> _State:
+    """Feed each row's pending token and sample the next; rows that have ended stay as they are."""
+    _, live, turn, t = state
+    hidden, cache = _step(run, params, trunk, state.cache, live)
+    logits = jnp.einsum("bd,vd->bv", hidden, head_weights(params), preferred_element_type=jnp.float32)
+    logits = layout.constrain(logits, "decode_logits")
+    token, logprob = sample(logits, keys, cache.position, sampling)
+    stopped = live & (token[:, None] == jnp.asarray(stop_ids, jnp.int32)).any(1)
     turn = Turn(
-        jnp.zeros((B, budget), jnp.int32),
-        jnp.zeros((B, budget), jnp.float32),
-        jnp.zeros(B, jnp.int32),
-        jnp.zeros(B, bool),
+        turn.tokens.at[:, t].set(jnp.where(live, token, 0)),
+        turn.logprobs.at[:, t].set(jnp.where(live, logprob, 0)),
+        turn.count + live,
+        turn.stopped | stopped,
+        turn.row_steps + live.shape[0],
     )
-    live = live & (remaining > 0)
-    cache, _, turn, _ = jax.lax.while_loop(lambda c: c[1].any(), body, (cache, live, turn, 0))
-    return cache, turn
+    cache = cache._replace(pending=jnp.where(live, token, cache.pending))
+    return _State(cache, live & ~stopped & (turn.count < remaining), turn, t + 1)
 
 
 def _step(run, params, trunk, cache, live):
     """Feed the pending tokens of live rows; afterwards `position` is that of the token to come."""
     level = Level(cache.pending[:, None], cache.position[:, None], live[:, None])
     (hidden,), (new,) = run(params, (level,), (*trunk, _own(cache)))
+    # The slot is `length`. It waits for the last layer, because XLA copies a cache whole, twice a step, when it
+    # cannot tell that the write comes after every read (a barrier is gone by the time it decides).
+    slot = jnp.where(jnp.isfinite(hidden[:, 0, 0]), cache.length, 0)
 
     def write(old, x):
-        return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice(o, n, (0, at, 0)))(old, x, cache.length)
+        return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice(o, n, (0, at, 0)))(old, x, slot)
 
     kv = KV(*(list(map(write, old, x)) for old, x in zip(cache.kv, new, strict=True)))
     advanced = Cache(kv, cache.length + live, cache.pending, cache.position + live)

@@ -229,7 +229,7 @@ def _grpo(
             with timer("rollout"), console.progress("Rollout", plan.P * plan.G) as rows:
                 params = sampler.export(state.params)
                 preamble = prefill_preamble(loop, params)
-                trajectories = run_rollout(
+                rollout = run_rollout(
                     loop,
                     params,
                     preamble,
@@ -240,6 +240,7 @@ def _grpo(
                     schemas=[session.schemas_of(data.examples[i]) for i in chosen],
                     on_turn=_row_counter(rows),
                 )
+                trajectories = rollout.trajectories
             if session.purity is not None:  # beside what follows, which needs no tools
                 session.purity.start(call for t in trajectories for call in t.calls)
             with timer("reward"):
@@ -265,6 +266,7 @@ def _grpo(
                 "epoch": cursor.epoch + cursor.next_index / len(data.ids),
                 "num_tokens": num_tokens,
                 "tools/cache_hit_rate": session.runner.cache_hit_rate,
+                "rollout/wasted_decode": rollout.wasted_decode,
             }
             if session.purity is not None:
                 record["tools/impure"] = session.purity.finish()

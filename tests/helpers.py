@@ -127,7 +127,7 @@ def tree() -> Tree:
     return make_tree(prompts(), BUDGET)
 
 
-def new_sampler(dtype=FLOAT32, **sampling) -> Sampler:
+def new_sampler(dtype=FLOAT32, compact=False, **sampling) -> Sampler:
     """A sampler of the tiny model."""
     return make_sampler(
         config(),
@@ -136,6 +136,7 @@ def new_sampler(dtype=FLOAT32, **sampling) -> Sampler:
         sampling=Sampling(**sampling),
         stop_ids=conversation().stop_ids,
         budget=BUDGET,
+        compact=compact,
     )
 
 
@@ -149,7 +150,8 @@ def tool_loop(sampler: Sampler, **settings) -> ToolLoop:
 def rollout(loop: ToolLoop, prompts: Sequence[list[int]], draws=(0, 1), **settings) -> list[Trajectory]:
     """Export, preamble and rollout in one call."""
     params = loop.sampler.export(weights())
-    return run_rollout(loop, params, prefill_preamble(loop, params), prompts, draws, **settings)
+    preamble = prefill_preamble(loop, params)
+    return run_rollout(loop, params, preamble, prompts, draws, **settings).trajectories
 
 
 class Script:
@@ -157,6 +159,7 @@ class Script:
 
     The sampler's own loop runs, with its cache, stops and log-probabilities; only the
     drawn token is replaced. A row whose script has ended samples the end-of-turn token.
+    A row is known by its key: decode may put few rows into other places.
     """
 
     def __init__(self, **settings):
@@ -164,9 +167,11 @@ class Script:
         sampler_module._shared_functions.cache_clear()  # functions of its own: what is patched is traced
         made = new_sampler(**settings)
         sampler_module._shared_functions.cache_clear()
-        jitted = ("prefill", "decode", "append")
         self.sampler = dataclasses.replace(
-            made, **{name: self._patched(getattr(made, name)) for name in jitted}
+            made,
+            prefill=self._patched(made.prefill),
+            decode=self._knowing_rows(self._patched(made.decode)),
+            append=self._patched(made.append),
         )
 
     def load(self, rows: Sequence[Sequence[int]]) -> None:
@@ -186,17 +191,25 @@ class Script:
 
         return call
 
+    def _knowing_rows(self, decode):
+        def call(params, trunk, cache, keys, *rest):
+            self._row_of = {key.tobytes(): row for row, key in enumerate(np.asarray(keys))}
+            return decode(params, trunk, cache, keys, *rest)
+
+        return call
+
     def _sample(self, logits, keys, positions, sampling, sample=sampler_module.sample):
         token, logprob = sample(logits, keys, positions, sampling)
         shape = jax.ShapeDtypeStruct(positions.shape, jnp.int32)
-        forced = jax.pure_callback(self._next, shape, positions)
+        forced = jax.pure_callback(self._next, shape, keys, positions)
         table = jax.nn.log_softmax(logits / sampling.temperature)
         of_forced = jnp.take_along_axis(table, forced[:, None], 1)[:, 0]
         return jnp.where(forced == FREE, token, forced), jnp.where(forced == FREE, logprob, of_forced)
 
-    def _next(self, positions) -> np.ndarray:
+    def _next(self, keys, positions) -> np.ndarray:
         """A row that does not run asks again at its last position and gets the same token."""
-        keys = list(enumerate(np.asarray(positions).tolist()))
+        rows = [self._row_of[key.tobytes()] for key in np.asarray(keys)]
+        keys = list(zip(rows, np.asarray(positions).tolist(), strict=True))
         for row, position in keys:
             if (row, position) not in self._given:
                 left = self._rows[row] if row < len(self._rows) else []

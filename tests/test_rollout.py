@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import threading
 from collections import Counter
 
 import helpers
@@ -14,6 +15,7 @@ from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.prefix_tree import step_batch
 from grpo_jax.rollout import prefill_preamble, run_rollout
+from grpo_jax.tools import Toolbox, ToolRunner
 from grpo_jax.train_step import GrpoObjective, ModelStep, init_state, make_score, make_update, place_batch
 from grpo_jax.types import Outcome, Status
 
@@ -161,7 +163,8 @@ def test_rule_6_one_compile_per_shape(script):
         script.load(rows)
         params = loop.sampler.export(state.params)
         preamble = prefill_preamble(loop, params)
-        trajectories = run_rollout(loop, params, preamble, PROMPTS[:2], [draw, draw + 1], generations=2)
+        rollout = run_rollout(loop, params, preamble, PROMPTS[:2], [draw, draw + 1], generations=2)
+        trajectories = rollout.trajectories
         batch = step_batch(loop.tree, trajectories, 2, [1.0, -1.0, 0.5, -0.5])
         state, metrics = update(state, place_batch(step.layout, batch))
         return state, jax.device_get(metrics), batch
@@ -243,6 +246,69 @@ def test_every_token_passes_through_extend_once(script):
     assert len(own) == sum(len(row.completion_ids) for row in trajectories)
 
 
+def skewed_rows():
+    """Sixteen rows of two or three turns; two are eight times as long, and every length differs by a few."""
+    call = call_ids("add", a=3, b=4)
+    short = [[*[FREE] * (i % 3), *call, *([*call, FREE] if i % 5 == 0 else [FREE]), END] for i in range(14)]
+    long = [[*[0] * (175 + i), *call, *[0] * 20, FREE, END] for i in range(4)]
+    return [*short[:7], long[0], *short[7:], long[3]]
+
+
+def roll_out_skewed(script):
+    script.load(skewed_rows())
+    loop = helpers.tool_loop(script.sampler)
+    params = loop.sampler.export(helpers.weights())
+    return run_rollout(loop, params, prefill_preamble(loop, params), PROMPTS[:2], (0, 1), generations=8)
+
+
+def test_finished_rows_cost_little_and_change_nothing():
+    """One row in eight is eight times as long: the same tokens with and without compaction, each fed once."""
+    script = helpers.Script(compact=True)
+    compact = roll_out_skewed(script)
+    jax.effects_barrier()
+    fed = Counter((position, token) for _, position, token in script.own.elements())
+    with compilations() as names:
+        roll_out_skewed(script)
+    assert names == []
+    whole = roll_out_skewed(helpers.Script())
+    assert compact.wasted_decode < 0.2
+    assert whole.wasted_decode > 0.6
+    assert {len(t.calls) for t in compact.trajectories} == {1, 2}
+    expected = Counter()
+    for a, b in zip(compact.trajectories, whole.trajectories, strict=True):
+        assert (a.completion_ids, a.messages, a.status) == (b.completion_ids, b.messages, b.status)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        ids, start = [*a.prompt_ids, *a.completion_ids], len(a.prompt_ids) - 1
+        expected.update(enumerate(ids[start:-1], start))
+    assert fed == expected
+
+
+def test_tools_run_while_other_rows_decode(script):
+    """The tool of row 0 ends only once decode goes on with rows 2 and 3: were it waited for, it would time out."""
+    events, decode_goes_on = [], threading.Event()
+
+    def nap(seconds: float) -> str:
+        return "decode went on" if decode_goes_on.wait(seconds) else "decode waited"
+
+    def decode(*args):
+        events.append("decode")
+        if "submit" in events:
+            decode_goes_on.set()
+        return script.sampler.decode(*args)
+
+    script.load([call_ids("nap", seconds=5.0), [], [0] * 60, [0] * 50])
+    runner = ToolRunner(Toolbox({"nap": nap}, SCHEMAS, "a test"), "inline", timeout=10)
+    sampler = dataclasses.replace(script.sampler, decode=decode)
+    loop = dataclasses.replace(helpers.tool_loop(sampler), runner=runner)
+    with runner:
+        submit = runner.submit
+        runner.submit = lambda *args: events.append("submit") or submit(*args)
+        row = helpers.rollout(loop, PROMPTS[:2], generations=2)[0]
+    assert texts(row, "tool") == ["decode went on"]
+    # two rows end, the others go on and end, and the answer to row 0 makes its next turn
+    assert events == ["decode", "submit", "decode", "decode"]
+
+
 def test_several_calls_of_a_turn_run_in_order(script):
     calls = [("add", {"a": 1, "b": 2}), ("echo", {"text": "two"}), ("multiply", {"a": 3, "b": 4})]
     turn = [i for name, arguments in calls for i in [*call_ids(name, **arguments)[:-1], *spelled("\n")]]
@@ -260,12 +326,12 @@ def test_several_calls_of_a_turn_run_in_order(script):
 def test_the_runner_is_told_whose_call_it_is(script):
     """Tools with state answer each row from that row's own objects."""
     loop, told = helpers.tool_loop(script.sampler), []
-    runner_run = loop.runner.run
-    loop.runner.run = lambda calls, rows: told.append((len(calls), list(rows))) or runner_run(calls, rows)
+    submit = loop.runner.submit
+    loop.runner.submit = lambda calls, rows: told.append((len(calls), rows)) or submit(calls, rows)
     two_calls = [*call_ids("echo", text="a")[:-1], *call_ids("echo", text="b")]
     script.load([two_calls, [], call_ids("echo", text="c")])
     helpers.rollout(loop, PROMPTS[:2], generations=2)
-    assert told[0] == (3, [0, 0, 2])
+    assert told[:2] == [(2, [0, 0]), (1, [2])]
 
 
 def test_a_row_may_call_only_the_tools_that_its_prompt_shows(script):

@@ -9,10 +9,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
 
 from grpo_jax.models.qwen import Level, extend, head_weights
 from grpo_jax.prefix_tree import pad_rows
-from grpo_jax.sampler import Sampling, _inverse_cdf, _kept, row_keys, sample
+from grpo_jax.sampler import (
+    Sampling,
+    _inverse_cdf,
+    _kept,
+    compaction_pays,
+    part_sizes,
+    row_keys,
+    sample,
+)
+from grpo_jax.sharding import Layout
 
 END = helpers.conversation().stop_ids[0]
 DRAWS = 20_000
@@ -237,6 +247,59 @@ def test_finished_rows_do_not_advance(script):
             assert (old[row, :, :n] == new[row, :, :n]).all()
     assert after.length[0] == before.length[0] + turn.count[0] + 3
     assert after.pending[0] == 9
+
+
+def test_decode_comes_back_once_few_rows_go_on(script):
+    """Row 1 ends first, then row 3; at most two go on then. What remains is decoded by the next call."""
+    script.load([[7] * 9, [7, END], [8] * 8, [7, 7, END]])
+    cache, turn = script.sampler.decode(
+        *start(script.sampler), fresh_cache(script.sampler), keys(4), jnp.ones(4, bool), jnp.full(4, 9), 2
+    )
+    assert turn.count.tolist() == [3, 2, 3, 3] and turn.stopped.tolist() == [False, True, False, True]
+    assert turn.row_steps == 12
+    cache, turn = decode(script.sampler, cache, [True, False, True, False], [6, 0, 6, 0])
+    assert turn.count.tolist() == [6, 0, 6, 0] and turn.stopped.tolist() == [False, False, True, False]
+    assert turn.tokens[2, :6].tolist() == [8] * 5 + [END]
+    assert cache.length.tolist() == [9, 2, 9, 3]
+
+
+def layout_of(data):
+    return Layout(AbstractMesh((data, 1, 1), ("data", "fsdp", "tensor")), rollout=True)
+
+
+def trunk_of(*shapes):
+    return tuple((None, jax.ShapeDtypeStruct(shape, bool)) for shape in shapes)
+
+
+@pytest.mark.parametrize(
+    ("B", "data", "trunk", "sizes"),
+    [
+        (32, 1, [(1, 5888), (4, 128)], (32, 16, 4)),
+        (32, 8, [(1, 5888), (4, 128)], (32, 16, 8)),
+        (8, 8, [(1, 5888), (1, 128)], (8,)),
+        (4, 1, [], (4, 2, 1)),
+        (1, 1, [], (1,)),
+        # 16 rows would hold 16 · (5888 + 513) slots, all 32 hold 4 · 5888 + 32 · 513
+        (32, 1, [(4, 5888)], (32, 4)),
+    ],
+)
+def test_decode_shrinks_to_half_and_an_eighth(B, data, trunk, sizes):
+    assert part_sizes(B, 513, trunk_of(*trunk), layout_of(data)) == sizes
+
+
+def test_compaction_pays_on_a_cpu_with_a_long_budget(monkeypatch):
+    assert compaction_pays(512) and not compaction_pays(63)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not compaction_pays(512)
+
+
+def test_decode_holds_the_cache_once():
+    """Written after it is read, a cache is updated in place; XLA would else copy it whole in every step."""
+    sampler = helpers.new_sampler()
+    cache = fresh_cache(sampler)
+    args = (*start(sampler), cache, keys(4), jnp.ones(4, bool), jnp.ones(4, jnp.int32))
+    temporary = sampler.decode.lower(*args).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < sum(x.nbytes for x in jax.tree.leaves(cache.kv))
 
 
 def test_appended_tokens_are_as_if_they_had_been_decoded(script):

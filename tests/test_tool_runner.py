@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -289,6 +290,35 @@ def test_equal_calls_of_a_step_run_once(runner, log):
     runner.run(calls[:1])
     assert sorted(log.read_text().split()) == ["a", "a", "b"]
     assert runner.cache_hit_rate == 0.0
+
+
+def test_submitted_calls_run_while_others_are_submitted():
+    """The first call ends only after the second batch was submitted; an equal call in it waits for the first."""
+    go_on, ran = threading.Event(), []
+
+    def wait(n: int) -> str:
+        ran.append(n)
+        return f"{n} {go_on.wait(5)}"
+
+    toolbox = Toolbox(functions={"wait": wait}, schemas=[], source="a test")
+    with ToolRunner(toolbox, executor="inline", workers=2, timeout=10) as runner:
+        first = runner.submit([call("wait", n=1)])
+        second = runner.submit([call("wait", n=1), call("wait", n=2)])
+        assert not any(future.done() for future in [*first, *second])
+        go_on.set()
+        assert [future.result().text for future in [*first, *second]] == ["1 True", "1 True", "2 True"]
+        assert sorted(ran) == [1, 2]
+        assert runner.cache_hit_rate == pytest.approx(1 / 3)
+
+
+def test_closing_ends_the_calls_under_way(toolbox):
+    runner = ToolRunner(toolbox, workers=1, timeout=30)
+    runner.run([call("where")])  # the worker is up
+    futures = runner.submit([call("hang", n=1), call("square", n=3)])
+    runner.close()
+    for future in futures:
+        with pytest.raises(RuntimeError, match="closed"):
+            future.result()
 
 
 def test_one_true_and_1_0_are_different_calls(runner):

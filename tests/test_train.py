@@ -120,6 +120,7 @@ def test_metrics_hold_one_line_an_update_under_trls_names():
     for line in lines:
         assert line.keys() >= METRICS
         assert all(isinstance(value, int | float) for value in line.values())
+        assert 0 < line["rollout/wasted_decode"] < 1
     assert lines[0]["learning_rate"] == pytest.approx(3e-4)  # linear decay over two updates
     assert lines[1]["learning_rate"] == pytest.approx(1.5e-4)
     assert lines[1]["epoch"] == pytest.approx(4 / 6000)

@@ -100,13 +100,15 @@ def run_on(mesh):
         sampling=Sampling(),
         stop_ids=tuple(range(0, cfg.V, 8)),  # turns of about eight tokens
         budget=BUDGET,
+        compact=True,  # of eight rows; on (8, 1, 1) each fills a device and none is left out
     )
     loop = helpers.tool_loop(sampler, max_iterations=2)
     tree = make_tree(prompts, BUDGET, devices=8)
     loop = dataclasses.replace(loop, tree=tree, conversation=calling(helpers.conversation()))
     params = sampler.export(state.params)
     preamble = helpers.prefill_preamble(loop, params)
-    rows = helpers.run_rollout(loop, params, preamble, prompts, range(4), generations=GENERATIONS)
+    rollout = helpers.run_rollout(loop, params, preamble, prompts, range(4), generations=GENERATIONS)
+    rows = rollout.trajectories
     batch = place_batch(training, step_batch(tree, rows, GENERATIONS, [1.0, -1.0, 0.5, -0.5] * 2))
     step = ModelStep(cfg, training, helpers.FLOAT32)
     scores = make_score(step)(state.params, batch)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from grpo_jax.tools.calls import function_table
 from grpo_jax.tools.lanes import InlineLane, ProcessLane
@@ -65,8 +65,11 @@ class ToolRunner:
             }
             self._lanes = [ProcessLane(setup, timeout) for _ in range(workers)]
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tools")
+        self._free: queue.LifoQueue = queue.LifoQueue()  # the lane used last comes first: its worker is up
+        for lane in reversed(self._lanes):
+            self._free.put(lane)
         self._share = cache and not toolbox.stateful
-        self._results: dict[str, ToolResult] = {}
+        self._results: dict[str, Future[ToolResult]] = {}
         self._asked = self._ran = 0
         self._closed = False
 
@@ -94,11 +97,21 @@ class ToolRunner:
         Raises:
             RuntimeError: the runner is closed, or a worker cannot load the tools.
         """
-        return self._run(calls, range(len(calls)) if rows is None else rows, self._share)
+        return [result.result() for result in self.submit(calls, rows)]
+
+    def submit(
+        self, calls: Sequence[ToolCall], rows: Sequence[Hashable] | None = None
+    ) -> list[Future[ToolResult]]:
+        """Start calls as `run` does and return at once; `result()` of a future waits, and raises as `run`.
+
+        A row's earlier calls must have ended, or those of the two batches may run out of order.
+        """
+        return self._submit(calls, range(len(calls)) if rows is None else rows, self._share)
 
     def run_again(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """Run calls past the cache, each as a row of its own; what the cache holds stays as it is."""
-        return self._run(calls, range(len(calls)), share=False)
+        futures = self._submit(calls, range(len(calls)), share=False)
+        return [future.result() for future in futures]
 
     def close(self) -> None:
         """End the workers; further calls raise."""
@@ -123,42 +136,43 @@ class ToolRunner:
             self._row_functions[row] = function_table(self._toolbox.factory())
         return self._row_functions[row]
 
-    def _run(self, calls: Sequence[ToolCall], rows: Sequence[Hashable], share: bool) -> list[ToolResult]:
+    def _submit(
+        self, calls: Sequence[ToolCall], rows: Sequence[Hashable], share: bool
+    ) -> list[Future[ToolResult]]:
+        self._check_open()
         results = self._results if share else {}
-        keys = []
-        units: dict[Hashable, list[tuple[str, str, str]]] = {}
-        planned = set(results)
+        futures = []
+        units: dict[Hashable, list[tuple[Future[ToolResult], str, str]]] = {}
         for i, (call, row) in enumerate(zip(calls, rows, strict=True)):
             line = _encode(call)
-            keys.append(line if share else f"{i} {line}")  # equal keys are run once
-            if keys[i] not in planned:
-                planned.add(keys[i])
-                units.setdefault(row, []).append((keys[i], call.name, line))
+            key = line if share else f"{i} {line}"  # equal keys are run once
+            if key not in results:
+                results[key] = Future()
+                units.setdefault(row, []).append((results[key], call.name, line))
+            futures.append(results[key])
         if share:
             self._asked += len(calls)
             self._ran += sum(map(len, units.values()))
-        self._drain(deque(units.items()), results)
-        self._check_open()
-        return [results[key] for key in keys]
+        for row, requests in units.items():
+            self._pool.submit(self._serve, row, requests)
+        return futures
 
-    def _drain(self, units: deque, results: dict[str, ToolResult]) -> None:
-        """Empty the queue of rows with as many lanes as there are rows, at most all."""
-
-        def work(lane):
-            while True:
-                try:
-                    row, requests = units.popleft()
-                except IndexError:
-                    return
-                for key, name, line in requests:
-                    if self._closed:
-                        return
-                    start = time.perf_counter()
-                    text, outcome = lane.call(name, line, row)
-                    results[key] = ToolResult(text, Outcome(outcome), time.perf_counter() - start)
-
-        self._check_open()
-        list(self._pool.map(work, self._lanes[: len(units)]))
+    def _serve(self, row: Hashable, requests: list[tuple[Future[ToolResult], str, str]]) -> None:
+        """Run one row's calls on a lane; there are as many lanes as threads."""
+        lane = self._free.get()
+        try:
+            for future, name, line in requests:
+                self._check_open()
+                start = time.perf_counter()
+                text, outcome = lane.call(name, line, row)
+                self._check_open()  # what `close` killed is no crash of the tool
+                future.set_result(ToolResult(text, Outcome(outcome), time.perf_counter() - start))
+        except BaseException as error:  # whoever waits for these calls raises it
+            for future, _, _ in requests:
+                if not future.done():
+                    future.set_exception(error)
+        finally:
+            self._free.put(lane)
 
     def _check_open(self) -> None:
         if self._closed:
