@@ -64,6 +64,7 @@ class Corner(Enum):
 
 
 UserId = NewType("UserId", int)
+Counts = typing_extensions.TypeAliasType("Counts", dict[str, int])  # Python 3.12's `type Counts = …`
 
 
 def takes(hint, default=...):
@@ -161,6 +162,7 @@ def test_enums_that_json_cannot_write_are_shown_by_name_and_literals_of_members_
     [
         (UserId, {"type": "integer"}, 3.0, 3),
         (list[UserId], {"type": "array", "items": {"type": "integer"}}, [3.0], [3]),
+        (Counts, {"type": "object", "additionalProperties": {"type": "integer"}}, {"a": 1.0}, {"a": 1}),
         (AbstractSet[int], {"type": "array", "items": {"type": "integer"}}, [1, 1], {1}),
         (
             collections.deque[int],
