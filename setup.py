@@ -44,5 +44,6 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "test": TEST,
         "torch": ["torch>=2.8"],
+        "bench": ["torch>=2.8", "trl==1.16.0", "datasets>=4", "matplotlib>=3.8"],
     },
 )

@@ -1,242 +1,271 @@
-"""Times rollout, reward and update of one GRPO step apart.
+"""Times the parts of one GRPO step, and says how close they come to the machine's limit and to TRL.
 
     python benchmarks/step.py --shape tiny
-    python benchmarks/step.py --shape recipe --prompts 1 --generations 8
+    python benchmarks/step.py --shape recipe --prompts 1 --generations 8 --compare trl
+    python benchmarks/step.py --model qwen3-1.7b --rows 64
 
-`tiny` is the quickstart's model and prompts; `recipe` is the original recipe's job: about
-5,800 shared preamble tokens (8 financial tools), 160 completion tokens, a 4-layer model of
-width 128 with the published vocabulary of 151,936 rows. Weights and tokens are random (the
-work does not depend on them); every row samples the same number of tokens, end-of-turn
-suppressed. The reward is one real tool call per row and the built-in `accuracy`.
+`tiny` is the quickstart's model and prompts; `recipe` is the original recipe's job: about 5,800 shared
+preamble tokens (8 financial tools), 160 completion tokens, a 4-layer model of width 128 with the published
+vocabulary of 151,936 rows. `--model` puts a model of a published size into its place. Weights and tokens
+are random; every row samples the same number of tokens, end-of-turn suppressed. The reward is one real tool
+call per row and the built-in `accuracy`. Computes in fp32 on a CPU and in bf16 (fp32 master weights) on an
+accelerator.
+
+The machine's limit is a matrix product and a memory copy, measured between the timed parts;
+docs/performance.md has the formulas.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import resource
 import statistics
+import sys
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import compare_trl
 import jax
 import jax.numpy as jnp
-import numpy as np
+from job import Job, Shape, add_shape_options, compute_dtype, decode, make_batch, make_job, prefill, shape_of
+from limits import Machine, least_decode, least_prefill, least_update, prefill_flop, update_flop
 
-from grpo_jax.models.qwen import Level, ModelConfig, init_params
-from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.prefix_tree import Tree, make_tree, step_batch, trunk_arrays
 from grpo_jax.rewards import call_rewards, load_rewards
-from grpo_jax.sampler import Sampling, make_sampler, row_keys
-from grpo_jax.sharding import Layout, make_mesh
 from grpo_jax.tools import ToolRunner, load_tools
-from grpo_jax.train_step import GrpoObjective, ModelStep, init_state, make_update, place_batch
-from grpo_jax.types import Status, ToolCall, Trajectory
+from grpo_jax.types import ToolCall
+
+PROBE_RUNS = 3  # of each probe after every timed round
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """Lengths in tokens, vocabulary rows, and the default batch."""
+class Timings:
+    """What was measured.
 
-    preamble: int
-    prompt: int
-    completion: int
-    vocabulary: int
-    prompts: int
-    generations: int
-    remat: bool
-
-
-SHAPES = {
-    "tiny": Shape(291, 20, 44, 700, 8, 8, False),
-    "recipe": Shape(5800, 100, 160, 151_936, 1, 8, True),
-}
-
-
-def model_config(shape: Shape) -> ModelConfig:
-    """The 4-layer model of width 128 with the shape's vocabulary."""
-    return ModelConfig("qwen3", shape.vocabulary, 128, 384, 4, 4, 2, 32, 1e4, 1e-6, True)
-
-
-def timed(function, repeats: int) -> tuple[float, float, object]:
-    """(first call with its compilation, median of the others, last result), in seconds."""
-    times = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        result = jax.block_until_ready(function())
-        times.append(time.perf_counter() - began)
-    return times[0], statistics.median(times[1:]), result
-
-
-def random_prompts(shape: Shape, prompts: int) -> list[list[int]]:
-    """Prompts that share a preamble and differ from their first own token on."""
-    rng = np.random.default_rng(0)
-    preamble = rng.integers(0, 600, shape.preamble).tolist()
-    return [[*preamble, 600 + i % 100, *rng.integers(0, 600, shape.prompt).tolist()] for i in range(prompts)]
-
-
-def rollout_function(shape: Shape, sampler, state, tree: Tree, prompts, generations):
-    """One rollout without tool turns: export, both prefills, and exactly `completion` decode steps."""
-    B = len(prompts) * generations
-    arrays = jax.tree.map(jnp.asarray, trunk_arrays(tree, prompts))
-    positions = jnp.arange(tree.T0, dtype=jnp.int32)[None]
-    preamble = Level(arrays["preamble"], positions, arrays["preamble_valid"], shared=True)
-    own = Level(arrays["prompts"], arrays["prompts_positions"], arrays["prompts_valid"], shared=True)
-    rows = [p for p in prompts for _ in range(generations)]
-    pending = jnp.array([p[-1] for p in rows], jnp.int32)
-    position = jnp.array([len(p) - 1 for p in rows], jnp.int32)
-    keys = row_keys(0, jnp.arange(B), jnp.arange(B))
-
-    def rollout():
-        params = sampler.export(state[0].params)
-        trunk = ((sampler.prefill(params, (), preamble), preamble.valid),)
-        trunk += ((sampler.prefill(params, trunk, own), own.valid),)
-        cache = sampler.begin(pending, position)
-        budget = jnp.full(B, shape.completion, jnp.int32)
-        return sampler.decode(params, trunk, cache, keys, jnp.ones(B, bool), budget)[1]
-
-    return rollout
-
-
-def reward_function(rows: int):
-    """One distinct tool call per row in worker processes, and the built-in reward."""
-    runner = ToolRunner(load_tools(module="tools_funcs.math_tools"), cache=False)
-    rewards = load_rewards(None, None)
-
-    def reward():
-        calls = [ToolCall("add", {"a": i, "b": 27}) for i in range(rows)]
-        results = runner.run(calls, range(rows))
-        messages = [[{"role": "tool", "name": "add", "content": r.text}] for r in results]
-        values = call_rewards(
-            rewards,
-            completions=messages,
-            answer=["Sum: 42"] * rows,
-            prompts=[[]] * rows,
-            completion_ids=[[]] * rows,
-            trainer_state={},
-            columns={},
-        ).values
-        return values
-
-    return runner, reward
-
-
-def update_gflop(cfg: ModelConfig, shape: Shape, P: int, G: int) -> dict[str, float]:
-    """Arithmetic of one update by level, in GFLOP, padding not counted.
-
-    Per token and layer: 2 FLOP a weight forward, twice that backward; attention 4·N·H a key forward and
-    10·N·H backward, a causal token seeing half its own level; `remat` runs the forward twice. Head: 2·D·V a
-    token, forward, again and twice backward.
+    Args:
+        first: seconds of each part's first call, compilation included.
+        seconds: median seconds of each part's other calls.
+        machine: the best that the probes reached.
+        peak: bytes in use at most, before the probes.
+        temporary: bytes of the update beside its arguments and results, by XLA's memory_analysis.
+        metrics: of the last update.
     """
-    weights = 2 * cfg.D * cfg.H * (cfg.N + cfg.K) + 3 * cfg.D * cfg.F
-    forward = 2 if shape.remat else 1
 
-    def level(tokens: int, keys: float) -> float:
-        attention = (4 * forward + 10) * cfg.N * cfg.H * keys
-        return tokens * cfg.L * ((forward + 2) * 2 * weights + attention) / 1e9
+    first: dict[str, float]
+    seconds: dict[str, float]
+    machine: Machine
+    peak: int
+    temporary: int
+    metrics: dict[str, float]
 
-    T0, T1, T2 = shape.preamble, shape.prompt, shape.completion
-    rows = P * G * T2
-    return {
-        "preamble": level(T0, T0 / 2),
-        "prompts": level(P * T1, T0 + T1 / 2),
-        "completions": level(rows, T0 + T1 + T2 / 2) + rows * 4 * 2 * cfg.D * cfg.V / 1e9,
-    }
+    @property
+    def step(self) -> float:
+        """Seconds of all parts together."""
+        return sum(self.seconds.values())
 
 
-def main() -> None:
-    """Print the times, tokens per second and peak memory."""
+class RunningStep:
+    """The parts of a job's step as functions without arguments, to be called in their order again and again."""
+
+    def __init__(self, job: Job):
+        self.job, self.state = job, job.new_state()
+        self.compiled = self.batch = None
+
+    def export(self):
+        """Rollout weights of the current state."""
+        self.params = self.job.sampler.export(self.state.params)
+        return self.params
+
+    def prefill(self):
+        """Keys and values of preamble and prompts."""
+        self.trunk = prefill(self.job, self.params)
+        return self.trunk
+
+    def decode(self):
+        """Every row's completion."""
+        self.turns = decode(self.job, self.params, self.trunk)
+        return self.turns
+
+    def update(self):
+        """One update on the first completions."""
+        if self.compiled is None:
+            self.batch = make_batch(self.job, self.turns)
+            self.compiled = self.job.update.lower(self.state, self.batch).compile()
+        self.state, metrics = self.compiled(self.state, self.batch)
+        return metrics
+
+
+@contextlib.contextmanager
+def reward_function(rows: int) -> Iterator[Callable[[], Any]]:
+    """One distinct tool call per row in worker processes, and the built-in reward."""
+    rewards = load_rewards(None, None)
+    with ToolRunner(load_tools(module="tools_funcs.math_tools"), cache=False) as runner:
+
+        def reward():
+            calls = [ToolCall("add", {"a": i, "b": 27}) for i in range(rows)]
+            results = runner.run(calls, range(rows))
+            return call_rewards(
+                rewards,
+                completions=[[{"role": "tool", "name": "add", "content": r.text}] for r in results],
+                answer=["Sum: 42"] * rows,
+                prompts=[[]] * rows,
+                completion_ids=[[]] * rows,
+                trainer_state={},
+                columns={},
+            ).values
+
+        yield reward
+
+
+def measure(job: Job, repeats: int) -> Timings:
+    """Run the step 1 + `repeats` times, the probes after each but the first."""
+    running = RunningStep(job)
+    with reward_function(job.shape.lengths.B) as reward:
+        parts = {
+            "export": running.export,
+            "prefill": running.prefill,
+            "decode": running.decode,
+            "reward": reward,
+            "update": running.update,
+        }
+        first = {name: timed(part)[0] for name, part in parts.items()}
+        peak = peak_memory()
+        product, copy = probes()
+        seconds: dict[str, list[float]] = {name: [] for name in parts}
+        reached: list[Machine] = []
+        for _ in range(repeats):
+            for name, part in parts.items():
+                seconds[name].append(timed(part)[0])
+            reached += [Machine(product(), copy()) for _ in range(PROBE_RUNS)]
+    return Timings(
+        first,
+        {name: statistics.median(times) for name, times in seconds.items()},
+        Machine(*map(max, zip(*reached, strict=True))),
+        peak,
+        running.compiled.memory_analysis().temp_size_in_bytes,
+        {name: float(value) for name, value in running.update().items()},
+    )
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result) of one call, waited for."""
+    began = time.perf_counter()
+    result = jax.block_until_ready(function())
+    return time.perf_counter() - began, result
+
+
+def peak_memory() -> int:
+    """Bytes of the device where it counts them, else of the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def probes() -> tuple[Callable[[], float], Callable[[], float]]:
+    """Two functions, compiled: FLOP/s of a matrix product, and bytes/s, read and written, of a copy.
+
+    fp32 2048³ and 256 MB on a CPU, bf16 8192³ and 2 GB on an accelerator. The copy is written onto what was
+    read: a CPU would spend most of its time on fresh pages otherwise.
+    """
+    n, size = (2048, 256 << 20) if jax.default_backend() == "cpu" else (8192, 2 << 30)
+    matrix = jnp.ones((n, n), compute_dtype())
+    multiply = jax.jit(jnp.matmul)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    held = [jnp.zeros(size // 4, jnp.float32)]
+
+    def product() -> float:
+        return 2 * n**3 / timed(lambda: multiply(matrix, matrix))[0]
+
+    def copy() -> float:
+        seconds, result = timed(lambda: add(held.pop()))
+        held.append(result)
+        return 2 * size / seconds
+
+    product(), copy()
+    return product, copy
+
+
+def print_times(timings: Timings, sampled: int) -> None:
+    """Seconds and sampled tokens per second, by part."""
+    for name, seconds in timings.seconds.items():
+        rate = f"{sampled / seconds:10.0f} sampled tokens/s" if name in ("decode", "update") else ""
+        print(f"{name:8s} {seconds:9.4f} s  (first call {timings.first[name]:6.1f} s) {rate}")
+    print(f"{'step':8s} {timings.step:9.4f} s  {'':24s} {sampled / timings.step:10.0f} sampled tokens/s")
+
+
+def print_limits(timings: Timings, shape: Shape) -> None:
+    """The least time that prefill, decode and update could take on this machine, and the share reached."""
+    cfg, x, machine = shape.cfg, shape.lengths, timings.machine
+    decode_s, binds = least_decode(cfg, x, machine, compute_dtype().itemsize)
+    print(
+        f"machine: {machine.flops / 1e9:.0f} GFLOP/s in a {compute_dtype().name} matrix product, "
+        f"{machine.bytes / 1e9:.1f} GB/s in a copy"
+    )
+    levels = prefill_flop(cfg, x), update_flop(cfg, x, shape.remat)
+    prefill_work, update_work = (_gflop(level) for level in levels)
+    for name, least, work in (
+        ("prefill", least_prefill(cfg, x, machine), prefill_work),
+        ("decode", decode_s, f"bound by {binds}"),
+        ("update", least_update(cfg, x, shape.remat, machine), update_work),
+    ):
+        seconds = timings.seconds[name]
+        print(f"{name:8s} at least {least:.4f} s: {100 * least / seconds:5.1f} % reached; {work}")
+
+
+def _gflop(levels: dict[str, float]) -> str:
+    parts = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in levels.items())
+    return f"{sum(levels.values()) / 1e9:.4g} GFLOP ({parts})"
+
+
+def print_memory(timings: Timings) -> None:
+    """Peak and temporary memory, and the largest difference of sampler and trainer."""
+    gap = timings.metrics["sampling/sampling_logp_difference/max"]
+    where = "process" if jax.default_backend() == "cpu" else "device"
+    print(
+        f"memory: peak of the {where} {timings.peak / 2**30:.2f} GiB; "
+        f"temporary of the update {timings.temporary / 2**30:.2f} GiB (XLA's memory_analysis)"
+    )
+    print(f"largest |sampler - trainer| log-probability: {gap:.1e}")
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Shape]:
+    """The options, and the shape that they make."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--prompts", type=int)
-    parser.add_argument("--generations", type=int)
+    add_shape_options(parser)
     parser.add_argument("--repeats", type=int, default=3, help="timed runs after the first (default 3)")
-    args = parser.parse_args()
-    shape = SHAPES[args.shape]
-    P, G = args.prompts or shape.prompts, args.generations or shape.generations
-    cfg, mesh = model_config(shape), make_mesh()
-    prompts = random_prompts(shape, P)
-    tree = make_tree(
-        random_prompts(shape, max(P, 2)), shape.completion
-    )  # one prompt alone would be all preamble
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.float32 if on_cpu else jnp.bfloat16
-    optimizer = make_optimizer(
-        schedule=make_schedule("constant", 0.0, 0, 1),
-        b1=0.9,
-        b2=0.999,
-        eps=1e-8,
-        weight_decay=0,
-        max_grad_norm=1,
+    parser.add_argument(
+        "--compare",
+        choices=["trl"],
+        help='time TRL on the same weights and prompts too; needs pip install -e ".[bench]"',
     )
-    state = [init_state(init_params(cfg), optimizer, Layout(mesh))]
-    sampler = make_sampler(
-        cfg,
-        Layout(mesh, rollout=True),
-        dtype=dtype,
-        sampling=Sampling(),
-        stop_ids=(),
-        budget=shape.completion,
-    )
+    compare_trl.add_options(parser)
+    args = parser.parse_args(argv)
+    if args.compare and jax.default_backend() != "cpu":
+        parser.error("--compare trl compares on the CPU: set JAX_PLATFORMS=cpu")
+    return args, shape_of(parser, args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print times, limits and memory, and the ratio to TRL when asked."""
+    args, shape = parse(argv)
+    sys.stdout.reconfigure(line_buffering=True)  # TRL takes minutes; a log should show what is there
+    x = shape.lengths
     print(
-        f"{args.shape}: {P} × {G} rows, preamble {shape.preamble}, prompt {shape.prompt + 1}, completion "
-        f"{shape.completion} tokens, vocabulary {shape.vocabulary}; {jnp.dtype(dtype).name}, "
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+        f"{args.model or args.shape}: {x.P} × {x.G} rows, preamble {x.T0}, prompt {x.T1 + 1}, completion {x.T2} "
+        f"tokens, {shape.cfg.L} layers of width {shape.cfg.D}, vocabulary {shape.cfg.V}; "
+        f"{compute_dtype().name}, {jax.devices()[0].device_kind}, jax {jax.__version__}"
     )
-    rollout = rollout_function(shape, sampler, state, tree, prompts, G)
-    first_rollout, rollout_s, turn = timed(rollout, args.repeats)
-
-    runner, reward = reward_function(P * G)
-    with runner:
-        first_reward, reward_s, _ = timed(reward, args.repeats)
-
-    tokens, logprobs = np.asarray(turn.tokens), np.asarray(turn.logprobs)
-    trajectories = [
-        Trajectory(
-            prompts[i // G],
-            tokens[i].tolist(),
-            [True] * shape.completion,
-            logprobs[i].tolist(),
-            [],
-            [],
-            Status.ANSWERED,
-        )
-        for i in range(P * G)
-    ]
-    advantages = np.random.default_rng(1).normal(size=P * G)
-    step = ModelStep(cfg, Layout(mesh), dtype, shape.remat)
-    update = make_update(step, optimizer, GrpoObjective(), state[0])
-    batch = place_batch(step.layout, step_batch(tree, trajectories, G, advantages))
-
-    def run_update():
-        state[0], metrics = update(state[0], batch)
-        return metrics
-
-    first_update, update_s, metrics = timed(run_update, args.repeats)
-    sampled = P * G * shape.completion
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    for name, first, seconds in (
-        ("rollout", first_rollout, rollout_s),
-        ("reward", first_reward, reward_s),
-        ("update", first_update, update_s),
-    ):
-        print(
-            f"{name:8s} {seconds:8.3f} s   {sampled / seconds:10.0f} sampled tokens/s   (first call {first:.1f} s)"
-        )
-    total = rollout_s + reward_s + update_s
-    print(f"{'step':8s} {total:8.3f} s   {sampled / total:10.0f} sampled tokens/s")
-    gflop = update_gflop(cfg, shape, P, G)
-    print(
-        f"update: {sum(gflop.values()):.0f} GFLOP ("
-        + ", ".join(f"{name} {value:.0f}" for name, value in gflop.items())
-        + f"), {sum(gflop.values()) / update_s:.0f} GFLOP/s"
-    )
-    gap = float(metrics["sampling/sampling_logp_difference/max"])
-    print(
-        f"largest |sampler - trainer| log-probability: {gap:.1e}; peak memory of the process {peak:.2f} GiB"
-    )
+    timings = measure(make_job(shape), args.repeats)
+    print_times(timings, x.B * x.T2)
+    print_limits(timings, shape)
+    print_memory(timings)
+    if args.compare:
+        options = compare_trl.options_of(args, shape)
+        compare_trl.compare(shape, options, timings.step, timings.peak, timings.metrics["entropy"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""The synthetic job that the benchmarks time: sizes, random prompts and the jitted parts of one step.
+
+Weights and tokens are random (the work does not depend on them); every row samples the same number of
+tokens, end-of-turn suppressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from limits import Lengths
+
+from grpo_jax.models.qwen import Level, ModelConfig, Params, init_params
+from grpo_jax.optimizer import make_optimizer, make_schedule
+from grpo_jax.prefix_tree import Tree, make_tree, response_bucket, step_batch, trunk_arrays
+from grpo_jax.sampler import Sampler, Sampling, Turn, make_sampler, row_keys
+from grpo_jax.sharding import Layout, make_mesh
+from grpo_jax.train_step import GrpoObjective, ModelStep, init_state, make_update, place_batch
+from grpo_jax.types import Status, StepBatch, TrainState, Trajectory
+
+VOCABULARY = 151_936  # rows of the published embedding tables
+
+
+def narrow(V: int, L: int = 4) -> ModelConfig:
+    """The quickstart's model: L layers of width 128."""
+    return ModelConfig("qwen3", V, 128, 384, L, 4, 2, 32, 1e4, 1e-6, True)
+
+
+MODELS = {  # the published sizes
+    "qwen2.5-0.5b": ModelConfig("qwen2", VOCABULARY, 896, 4864, 24, 14, 2, 64, 1e6, 1e-6, True),
+    "qwen3-0.6b": ModelConfig("qwen3", VOCABULARY, 1024, 3072, 28, 16, 8, 128, 1e6, 1e-6, True),
+    "qwen3-1.7b": ModelConfig("qwen3", VOCABULARY, 2048, 6144, 28, 16, 8, 128, 1e6, 1e-6, True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model, the lengths of a step, and whether its layers are recomputed in the backward pass."""
+
+    cfg: ModelConfig
+    lengths: Lengths
+    remat: bool
+
+
+SHAPES = {
+    "tiny": Shape(narrow(700), Lengths(P=8, G=8, T0=291, T1=20, T2=44), remat=False),
+    "recipe": Shape(narrow(VOCABULARY), Lengths(P=1, G=8, T0=5800, T1=100, T2=160), remat=True),
+}
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `shape_of` reads."""
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="recipe", help="lengths and model (default recipe)"
+    )
+    parser.add_argument("--model", choices=MODELS, help="a model of this published size instead")
+    parser.add_argument("--prompts", type=int, help="P")
+    parser.add_argument("--generations", type=int, help="G")
+    parser.add_argument("--rows", type=int, help="P·G, instead of --prompts")
+    for name, what in (("preamble", "T0"), ("prompt", "T1"), ("completion", "T2")):
+        parser.add_argument(f"--{name}", type=int, help=f"{what} in tokens, instead of the shape's")
+    parser.add_argument("--layers", type=int, help="L, instead of the model's")
+
+
+def shape_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Shape:
+    """The named shape with what the options change."""
+    shape = SHAPES[args.shape]
+    cfg = MODELS[args.model] if args.model else shape.cfg
+    changes = {"G": args.generations, "T0": args.preamble, "T1": args.prompt, "T2": args.completion}
+    given = {name: value for name, value in changes.items() if value is not None}
+    lengths = dataclasses.replace(shape.lengths, **given)
+    prompts = args.prompts or lengths.P
+    if args.rows:
+        if args.rows % lengths.G:
+            parser.error(f"--rows must divide by the {lengths.G} generations of a prompt, got {args.rows}")
+        prompts = args.rows // lengths.G
+    return Shape(
+        dataclasses.replace(cfg, L=args.layers or cfg.L),
+        dataclasses.replace(lengths, P=prompts),
+        shape.remat or args.model is not None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolTurns:
+    """Scripted tool turns: `count` of them, each answered with `response` tokens."""
+
+    count: int = 0
+    response: int = 0
+
+
+NO_TURNS = ToolTurns()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The parts of a step and what they run on.
+
+    Args:
+        shape: model and lengths.
+        turns: scripted tool turns within the T2 tokens of a completion.
+        prompts: P lists of token ids.
+        tree: of the prompts.
+        sampler: the jitted functions of the rollout.
+        update: the jitted update.
+        new_state: makes the state before the first update.
+        step: how the model runs in training.
+    """
+
+    shape: Shape
+    turns: ToolTurns
+    prompts: list[list[int]]
+    tree: Tree
+    sampler: Sampler
+    update: Callable
+    new_state: Callable[[], TrainState]
+    step: ModelStep
+
+    @property
+    def sampled_per_turn(self) -> int:
+        """Tokens sampled between two tool responses."""
+        T2, count, response = self.shape.lengths.T2, self.turns.count, self.turns.response
+        return (T2 - count * response) // (count + 1)
+
+
+def compute_dtype() -> jnp.dtype:
+    """fp32 on a CPU, bf16 on an accelerator."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def random_prompts(lengths: Lengths) -> list[list[int]]:
+    """Prompts that share a preamble and differ from their first own token on."""
+    rng = np.random.default_rng(0)
+    preamble = rng.integers(0, 600, lengths.T0).tolist()
+    return [[*preamble, 600 + i % 100, *rng.integers(0, 600, lengths.T1).tolist()] for i in range(lengths.P)]
+
+
+def random_weights(cfg: ModelConfig) -> Params:
+    """The weights that every benchmark starts from."""
+    return init_params(cfg)
+
+
+def make_job(shape: Shape, turns: ToolTurns = NO_TURNS, dtype: jnp.dtype | None = None) -> Job:
+    """Build the jitted functions for a shape; nothing is compiled yet.
+
+    Args:
+        shape: model and lengths.
+        turns: scripted tool turns.
+        dtype: of activations and rollout weights; None means `compute_dtype`.
+
+    Raises:
+        ValueError: the completions do not split into the turns evenly.
+    """
+    x = shape.lengths
+    if (x.T2 - turns.count * turns.response) % (turns.count + 1):
+        raise ValueError(
+            f"T2 - {turns.count} responses of {turns.response} tokens must divide by {turns.count + 1} model "
+            f"turns, got T2 = {x.T2}"
+        )
+    # one prompt alone would be all preamble
+    tree = make_tree(random_prompts(dataclasses.replace(x, P=max(x.P, 2))), x.T2)
+    mesh, dtype = make_mesh(), jnp.dtype(dtype or compute_dtype())
+    optimizer = make_optimizer(
+        schedule=make_schedule("constant", 0.0, 0, 1),
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0,
+        max_grad_norm=1,
+    )
+    sampler = make_sampler(
+        shape.cfg, Layout(mesh, rollout=True), dtype=dtype, sampling=Sampling(), stop_ids=(), budget=x.T2
+    )
+    step = ModelStep(shape.cfg, Layout(mesh), dtype, shape.remat)
+
+    def new_state() -> TrainState:
+        return init_state(random_weights(shape.cfg), optimizer, step.layout)
+
+    update = make_update(step, optimizer, GrpoObjective(), jax.eval_shape(new_state))
+    return Job(shape, turns, random_prompts(x), tree, sampler, update, new_state, step)
+
+
+def prefill(job: Job, params: Params) -> Any:
+    """The trunk: keys and values of the preamble, then of the prompts."""
+    arrays = jax.tree.map(jnp.asarray, trunk_arrays(job.tree, job.prompts))
+    positions = jnp.arange(job.tree.T0, dtype=jnp.int32)[None]
+    preamble = Level(arrays["preamble"], positions, arrays["preamble_valid"], shared=True)
+    own = Level(arrays["prompts"], arrays["prompts_positions"], arrays["prompts_valid"], shared=True)
+    trunk = ((job.sampler.prefill(params, (), preamble), preamble.valid),)
+    return (*trunk, (job.sampler.prefill(params, trunk, own), own.valid))
+
+
+def decode(job: Job, params: Params, trunk: Any) -> list[Turn]:
+    """All model turns of all rows, a scripted response fed after each but the last."""
+    B, sampler = job.shape.lengths.B, job.sampler
+    rows = [p for p in job.prompts for _ in range(job.shape.lengths.G)]
+    cache = sampler.begin(
+        jnp.array([p[-1] for p in rows], jnp.int32), jnp.array([len(p) - 1 for p in rows], jnp.int32)
+    )
+    keys = row_keys(0, jnp.arange(B), jnp.arange(B))
+    live, budget = jnp.ones(B, bool), jnp.full(B, job.sampled_per_turn, jnp.int32)
+    turns = []
+    for i in range(job.turns.count + 1):
+        cache, turn = sampler.decode(params, trunk, cache, keys, live, budget)
+        turns.append(turn)
+        if i < job.turns.count:
+            cache = sampler.append(params, trunk, cache, *_response(job, cache.pending))
+    return turns
+
+
+def _response(job: Job, pending: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(tokens, count, new pending token) of a response whose tokens are all 1."""
+    n, B = job.turns.response, job.shape.lengths.B
+    tokens = jnp.ones((B, response_bucket(n)), jnp.int32).at[:, 0].set(pending)
+    return tokens, jnp.full(B, n, jnp.int32), jnp.ones(B, jnp.int32)
+
+
+def make_batch(job: Job, turns: list[Turn]) -> StepBatch:
+    """The update's batch of what was decoded, with random advantages, on the devices."""
+    n, response = job.sampled_per_turn, job.turns.response
+    ids: list[list[int]] = [[] for _ in range(job.shape.lengths.B)]
+    logprobs: list[list[float]] = [[] for _ in ids]
+    for i, turn in enumerate(jax.device_get(turns)):
+        given = response if i < job.turns.count else 0
+        for row in range(len(ids)):
+            ids[row] += turn.tokens[row, :n].tolist() + [1] * given
+            logprobs[row] += turn.logprobs[row, :n].tolist() + [0.0] * given
+    return place_batch(job.step.layout, _step_batch(job, ids, logprobs))
+
+
+def abstract_batch(job: Job) -> StepBatch:
+    """Shapes and dtypes of the update's batch."""
+    x = job.shape.lengths
+    batch = _step_batch(job, [[1] * x.T2] * x.B, [[0.0] * x.T2] * x.B)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
+
+
+def _step_batch(job: Job, ids: list[list[int]], logprobs: list[list[float]]) -> StepBatch:
+    G, turns = job.shape.lengths.G, job.turns.count
+    given = [True] * job.sampled_per_turn + [False] * job.turns.response
+    mask = given * turns + [True] * job.sampled_per_turn
+    trajectories = [
+        Trajectory(job.prompts[row // G], ids[row], mask, logprobs[row], [], [], Status.ANSWERED)
+        for row in range(len(ids))
+    ]
+    advantages = np.random.default_rng(1).normal(size=len(ids))
+    return step_batch(job.tree, trajectories, G, advantages)

@@ -1,0 +1,142 @@
+"""What a step costs, as XLA counts it in the compiled programs: the preamble is paid once.
+
+FLOP and bytes, never seconds. The bounds are the formulas of benchmarks/limits.py with what XLA adds; a
+batch that pays the preamble per row is compiled as well, and breaks them.
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from grpo_jax.attention import attend
+from grpo_jax.models import qwen
+from grpo_jax.models.qwen import ModelConfig
+from grpo_jax.prefix_tree import Tree, bucket
+from grpo_jax.train_step import GrpoObjective, batch_loss
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import job
+import limits
+from limits import Lengths
+
+pytestmark = pytest.mark.slow
+
+CFG = ModelConfig("qwen3", 1024, 128, 384, 2, 4, 2, 32, 1e4, 1e-6, True)
+FOUR = Lengths(P=2, G=4, T0=512, T1=64, T2=63)  # each length fills its bucket
+EIGHT = dataclasses.replace(FOUR, G=8)
+SLACK = 1.06  # softmax, norms, drawing a token
+MEMORY_SLACK = 1.25  # XLA's buffers do not fit one another exactly
+
+
+@functools.cache
+def make_job(lengths: Lengths, shared: bool = True) -> job.Job:
+    """The step; not `shared`: every row carries its whole prompt, as in a flat batch."""
+    if shared:
+        return job.make_job(job.Shape(CFG, lengths, remat=True))
+    apart = make_job(dataclasses.replace(lengths, P=lengths.B, G=1))
+    tree = Tree((), 0, bucket(len(apart.prompts[0]) - 1), lengths.T2)
+    return dataclasses.replace(apart, tree=tree)
+
+
+def unstacked(params):
+    """Layers as a list are unrolled; XLA counts the body of a loop once."""
+    layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(CFG.L)]
+    return dict(params, layers=layers)
+
+
+@functools.cache
+def gradient_flop(lengths: Lengths, shared: bool = True) -> float:
+    """XLA's FLOP of loss and gradient, no loops left."""
+    of = make_job(lengths, shared)
+
+    def loss(params, batch):
+        return batch_loss(of.step, GrpoObjective(), params, batch)[0]
+
+    params = jax.eval_shape(lambda: unstacked(job.random_weights(CFG)))
+    whole = functools.partial(attend, score_bytes=1 << 40)
+    with mock.patch.object(qwen, "attend", whole):
+        compiled = jax.jit(jax.grad(loss)).lower(params, job.abstract_batch(of)).compile()
+    return compiled.cost_analysis()["flops"]
+
+
+@functools.cache
+def update_temporary(lengths: Lengths, shared: bool = True) -> int:
+    """XLA's temporary bytes of the update as it is run."""
+    of = make_job(lengths, shared)
+    state = jax.eval_shape(of.new_state)
+    compiled = of.update.lower(state, job.abstract_batch(of)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def flop_bound(x: Lengths) -> float:
+    """The formula, with the causal level's masked half, which XLA computes."""
+    per_key = 18 * CFG.N * CFG.H / 2
+    shared = (CFG.L - 1) * per_key * (x.T0**2 + x.P * x.T1**2)
+    masked = shared + CFG.L * per_key * x.B * (x.T2 + 1) ** 2
+    return SLACK * (sum(limits.update_flop(CFG, x, remat=True).values()) + masked)
+
+
+def memory_bound(x: Lengths) -> float:
+    logits = 4 * x.B * (x.T2 + 1) * CFG.V
+    return MEMORY_SLACK * limits.update_bytes(CFG, x, 4, 4 << 20, logits)
+
+
+@pytest.mark.parametrize("lengths", [FOUR, EIGHT])
+def test_an_update_costs_what_the_formula_says(lengths):
+    assert gradient_flop(lengths) < flop_bound(lengths)
+    assert update_temporary(lengths) < memory_bound(lengths)
+
+
+def test_twice_the_completions_add_only_their_own_share():
+    levels = limits.update_flop(CFG, FOUR, remat=True)
+    own = levels["completions"] + levels["head"]
+    added = gradient_flop(EIGHT) - gradient_flop(FOUR)
+    assert added < SLACK * own
+    bytes_of_a_token = 4 * CFG.L * CFG.D + 8 * (4 * CFG.D + 4 * CFG.N * CFG.H + 3 * CFG.F) + 12 * CFG.V
+    grown = update_temporary(EIGHT) - update_temporary(FOUR)
+    assert grown < FOUR.B * (FOUR.T2 + 1) * bytes_of_a_token
+
+
+def test_a_preamble_for_every_row_breaks_the_bounds():
+    assert gradient_flop(EIGHT, shared=False) > 2 * flop_bound(EIGHT)
+    assert update_temporary(EIGHT, shared=False) > memory_bound(EIGHT)
+
+
+# --- rollout -----------------------------------------------------------------------------------------
+
+
+def rollout_weights(x: Lengths):
+    return jax.eval_shape(lambda: make_job(x).sampler.export(job.random_weights(CFG)))
+
+
+def decode_cost(x: Lengths) -> tuple[float, int]:
+    """(FLOP of one step at a full cache, temporary bytes)."""
+    of, params, rows = make_job(x), rollout_weights(x), jax.ShapeDtypeStruct((x.B,), jnp.int32)
+    trunk = jax.eval_shape(lambda params: job.prefill(of, params), params)
+    cache = jax.eval_shape(of.sampler.begin, rows, rows)
+    keys, live = jax.ShapeDtypeStruct((x.B, 2), jnp.uint32), jax.ShapeDtypeStruct((x.B,), bool)
+    compiled = of.sampler.decode.lower(params, trunk, cache, keys, live, rows).compile()
+    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_prefill_costs_what_the_formula_says_however_many_completions():
+    masked = (CFG.L - 1) * 4 * CFG.N * CFG.H / 2 * (FOUR.T0**2 + FOUR.P * FOUR.T1**2)
+    bound = SLACK * (sum(limits.prefill_flop(CFG, FOUR).values()) + masked)
+    for x in (FOUR, EIGHT):
+        prefill = jax.jit(lambda params, x=x: job.prefill(make_job(x), params))
+        assert prefill.lower(rollout_weights(x)).compile().cost_analysis()["flops"] < bound
+
+
+def test_decoding_neither_repeats_the_preamble_nor_copies_it():
+    """XLA counts the loop's body once: one token of every row."""
+    flop, temporary = decode_cost(EIGHT)
+    assert flop < SLACK * limits.decode_step(CFG, EIGHT, EIGHT.T2, itemsize=4)[0]
+    copied = EIGHT.B * 2 * CFG.K * EIGHT.T0 * CFG.H * 4  # keys and values of one layer, for every row
+    assert temporary < copied / 2
+    assert temporary < 2 * decode_cost(FOUR)[1]
