@@ -194,7 +194,8 @@ def test_a_rows_dropout_does_not_depend_on_padding_or_on_other_rows():
 @functools.cache
 def updater(micro_batches=1):
     optimizer = grpo.make_optimizer(schedule=lambda count: grpo.RATE, **grpo.ADAMW)
-    step, on = model_step(micro_batches), frozen(DROPPING)
+    # recomputed layers drop what they dropped before
+    step, on = dataclasses.replace(model_step(micro_batches), remat=micro_batches > 1), frozen(DROPPING)
     state = init_state(adapters(DROPPING), optimizer, step.layout)
     return make_update(step, optimizer, grpo.OBJECTIVE, state, on), state
 
@@ -208,11 +209,12 @@ def update(micro_batches=1, step=0):
 
 def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule():
     """dA = s·dW·Bᵀ and dB = s·Aᵀ·dW, with dW from full fine-tuning at the merged weights."""
+    step = dataclasses.replace(model_step(), remat=False)
 
     @jax.jit
     @jax.value_and_grad
     def adapted(trained, batch):
-        return batch_loss(model_step(), grpo.OBJECTIVE, join(trained, frozen()), batch)[0]
+        return batch_loss(step, grpo.OBJECTIVE, join(trained, frozen()), batch)[0]
 
     loss, grads = adapted(adapters(), base())
     want_loss, _, at_merged = grpo.gradient(base(), params=merged())

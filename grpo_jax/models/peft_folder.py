@@ -28,7 +28,7 @@ def save_adapter(folder: Path, adapters: Params, config: LoraConfig, base: str) 
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     (part / "adapter_config.json").write_text(json.dumps(_peft_config(config, base), indent=2) + "\n")
-    save_file(_tensors(adapters, config), part / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(peft_tensors(adapters, config), part / "adapter_model.safetensors", metadata={"format": "pt"})
     put_in_place(part, folder)
 
 
@@ -51,7 +51,7 @@ def _peft_config(config: LoraConfig, base: str) -> dict[str, Any]:
     }
 
 
-def _tensors(adapters: Params, config: LoraConfig) -> dict[str, np.ndarray]:
+def peft_tensors(adapters: Params, config: LoraConfig) -> dict[str, np.ndarray]:
     """PEFT's names and layouts: A [R, inputs], B [outputs, R], heads and head size in one dimension."""
     out = {}
     for module in config.modules:
