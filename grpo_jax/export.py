@@ -10,23 +10,25 @@ import jax
 
 from grpo_jax.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.models import hf_checkpoint
-from grpo_jax.models.qwen import abstract_params
+from grpo_jax.models.peft_folder import save_adapter
+from grpo_jax.weights import restore_adapters, restore_weights
 
 
-def export(run: Path, step: str, folder: Path | None, max_shard_size: str) -> Path:
-    """Write one checkpoint's weights with its source's config and tokenizer.
+def export(run: Path, step: str, folder: Path | None, max_shard_size: str, adapter: bool = False) -> Path:
+    """Write one checkpoint's weights with its source's config and tokenizer; adapters are merged.
 
     Args:
         run: a training run's output_dir.
         step: a step number, or "latest".
-        folder: where to; None for `RUN/export/step_N`.
+        folder: where to; None for `RUN/export/step_N`, or `step_N_adapter`.
         max_shard_size: of one weight file.
+        adapter: write the adapters alone, as a PEFT folder.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: no such checkpoint; names those that are there.
+        ValueError: no such checkpoint (names those that are there), or no adapters in it.
     """
     with Checkpoints(run / "checkpoints") as checkpoints:
         number = checkpoints.latest() if step == "latest" else int(step)
@@ -34,16 +36,22 @@ def export(run: Path, step: str, folder: Path | None, max_shard_size: str) -> Pa
             raise ValueError(
                 f"{checkpoints.directory} holds no checkpoints; name a run's folder with --output_dir"
             )
-        source = Path(checkpoints.meta(number)["source"])
-        model = hf_checkpoint.read_config(source)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_params(model)
-        )
-        params = checkpoints.restore_params(number, target)
-    folder = folder or run / "export" / f"step_{number}"
-    hf_checkpoint.save_model(folder, params, model, source, max_shard_size)
+        meta = checkpoints.meta(number)
+        folder = folder or run / "export" / f"step_{number}{'_adapter' if adapter else ''}"
+        if adapter:
+            weights, config = restore_adapters(checkpoints, number, _on_one_device)
+            save_adapter(folder, weights, config, meta["base"]["name"])
+        else:
+            source = Path(meta["source"])
+            params = restore_weights(checkpoints, number, _on_one_device)
+            hf_checkpoint.save_model(
+                folder, params, hf_checkpoint.read_config(source), source, max_shard_size
+            )
     return folder
+
+
+def _on_one_device(tree):
+    return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), tree)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,8 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m grpo_jax.export", description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="step number, latest, or a step's folder")
     parser.add_argument("--output_dir", help="the run's folder (not needed with a step's folder)")
-    parser.add_argument("--to", type=Path, help="folder to write; default RUN/export/step_N")
+    parser.add_argument("--to", type=Path, help="folder to write; default RUN/export/step_N (_adapter)")
     parser.add_argument("--max_shard_size", default="5GB", help="of one weight file (default 5GB)")
+    parser.add_argument("--adapter", action="store_true", help="write the LoRA adapters alone, for PEFT")
     args = parser.parse_args(argv)
     try:
         run, step = args.output_dir, args.checkpoint
@@ -63,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"--checkpoint must be a step number or latest together with --output_dir RUN, or a step's "
                 f"folder (RUN/checkpoints/STEP), got {step!r}"
             )
-        print(f"Written: {export(Path(run), step, args.to, args.max_shard_size)}")
+        print(f"Written: {export(Path(run), step, args.to, args.max_shard_size, args.adapter)}")
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from grpo_jax.models.lora import merge_layer
 from grpo_jax.models.qwen import KV, Level, ModelConfig, Params, extend, head_weights
 from grpo_jax.sharding import Layout
 
@@ -87,7 +88,8 @@ class Sampler:
     """The jitted functions of a rollout and the sizes they were made for.
 
     Args:
-        export: (stacked params) -> rollout params: the run's dtype, one dict per layer.
+        export: (stacked params) -> rollout params: the run's dtype, one dict per layer,
+            adapters merged.
         prefill: (params, trunk so far, level) -> KV of the level.
         begin: (pending [B], position [B]) -> an empty Cache.
         decode: (params, trunk, cache, keys [B, 2], live [B], remaining [B], stop_at = 0) ->
@@ -183,8 +185,10 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
         return _append(run, params, trunk, cache, tokens, count, pending)
 
     def export(params):
-        layers = [jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(cfg.L)]
-        exported = jax.tree.map(lambda w: w.astype(dtype), dict(params, layers=layers))
+        params = dict(params)
+        stacked = params["layers"], params.pop("lora", None)
+        layers = [merge_layer(*jax.tree.map(lambda w, i=i: w[i], stacked)) for i in range(cfg.L)]
+        exported = jax.tree.map(lambda w: w.astype(dtype), params | {"layers": layers})
         return jax.lax.with_sharding_constraint(exported, layout.params(exported))
 
     return run, {

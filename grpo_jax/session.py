@@ -26,6 +26,8 @@ from grpo_jax.conversation import Conversation, load_conversation
 from grpo_jax.data import gold_calls, load_examples, row_tools
 from grpo_jax.metrics import PhaseTimer
 from grpo_jax.models import hf_checkpoint
+from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join, merge
+from grpo_jax.models.peft_folder import save_adapter
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
 from grpo_jax.models.tiny import make_tiny_checkpoint
 from grpo_jax.optimizer import make_optimizer
@@ -38,6 +40,7 @@ from grpo_jax.sharding import Layout, make_mesh
 from grpo_jax.tools import Toolbox, ToolRunner, load_tools, signature_line
 from grpo_jax.tools.purity import PurityCheck
 from grpo_jax.types import Example
+from grpo_jax.weights import restore_weights
 
 log = logging.getLogger(__name__)
 SCRATCH = "scratch"
@@ -56,6 +59,7 @@ class Session:
         runner: runs tool calls.
         folder: HF folder of the model that the job starts from.
         checkpoint: a step's folder whose weights take the place of the folder's; or None.
+        model_name: what others call the model: its hub id, or its folder.
         model: its sizes.
         conversation: its tokenizer and template.
         mesh: the devices.
@@ -71,6 +75,7 @@ class Session:
     runner: ToolRunner
     folder: Path
     checkpoint: Path | None
+    model_name: str
     model: ModelConfig
     conversation: Conversation
     mesh: Mesh
@@ -129,15 +134,52 @@ class Session:
 
     def load_params(self, folder: Path | None = None, dtype=jnp.float32) -> Params:
         """Weights straight into their shards: of an HF folder, or (None) those the job starts from."""
-        shapes = abstract_params(self.model)
-        shardings = self.training.params(shapes)
         if folder is None and self.checkpoint is not None:
-            target = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-            )
             with Checkpoints(self.checkpoint.parent) as checkpoints:
-                return checkpoints.restore_params(int(self.checkpoint.name), target)
+                return restore_weights(checkpoints, int(self.checkpoint.name), self.training.params)
+        shardings = self.training.params(abstract_params(self.model))
         return hf_checkpoint.load_params(folder or self.folder, self.model, shardings, dtype)
+
+    def load_trained(self) -> tuple[Params, Frozen | None]:
+        """What updates change and what they only read: all weights and None, or fresh adapters and their base.
+
+        Raises:
+            ValueError: adapters on a checkpoint, which nothing but this program could name as their base.
+        """
+        config = self.config
+        if not config.use_peft:
+            return self.load_params(), None
+        if self.checkpoint is not None:
+            raise ValueError(
+                f"use_peft starts from a model folder or hub id, got the checkpoint {self.checkpoint}; make it "
+                f"a folder with python -m grpo_jax.export --checkpoint {self.checkpoint}"
+            )
+        targets = config.lora_target_modules
+        lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
+        base = self.load_params(dtype=self.dtype)
+        adapters = init_adapters(base["layers"], lora, config.seed)
+        trained, rest = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (adapters, base))
+        self.console.line(
+            f"LoRA of rank {lora.rank} on {', '.join(lora.modules)}: {trained:,} weights are trained, "
+            f"{rest:,} are frozen"
+        )
+        return adapters, Frozen(base, jnp.uint32(config.seed), lora)
+
+    def save_model(
+        self, trained: Params, frozen: Frozen | None, folder: Path, adapter: Path | None = None
+    ) -> None:
+        """Write the trained model as an HF folder, adapters merged, and these alone as a PEFT folder.
+
+        Args:
+            trained: what updates changed.
+            frozen: what they read, from `load_trained`.
+            folder: of the model.
+            adapter: PEFT folder; left out where there are no adapters.
+        """
+        params = jax.device_get(merge(join(trained, frozen)))
+        hf_checkpoint.save_model(folder, params, self.model, self.folder)
+        if frozen is not None and adapter is not None:
+            save_adapter(adapter, jax.device_get(trained), frozen.config, self.model_name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +219,8 @@ def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session
     setup_jax(config, console)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     folder, checkpoint = _model_folder(config, toolbox, console)
+    name = config.required("model_name_or_path")
+    model_name = str(folder.absolute()) if name == SCRATCH or Path(name).is_dir() else name
     model = hf_checkpoint.read_config(folder)
     conversation = load_conversation(
         config.tokenizer_name_or_path or str(folder), chat_template_kwargs=config.chat_template_kwargs
@@ -209,6 +253,7 @@ def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session
         runner,
         folder,
         checkpoint,
+        model_name,
         model,
         conversation,
         mesh,

@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from grpo_jax.command import run_command
 from grpo_jax.compiling import watch_compiles
 from grpo_jax.config import ResolvedConfig, write_resolved
@@ -22,7 +20,7 @@ from grpo_jax.conversation import Conversation
 from grpo_jax.data import Cursor, gold_calls, next_batch
 from grpo_jax.evaluate import evaluate, greedy_sampler
 from grpo_jax.metrics import PhaseTimer, write_json_atomic
-from grpo_jax.models import hf_checkpoint
+from grpo_jax.models.lora import join
 from grpo_jax.optimizer import make_schedule
 from grpo_jax.parsing import call_message
 from grpo_jax.prefix_tree import make_tree, step_batch
@@ -35,14 +33,20 @@ from grpo_jax.types import Example, Message, ToolCall, ToolResult, Trajectory
 WARMUP = 10  # updates; AdamW's second moment is not to be trusted before
 
 
-def fine_tune(session: Session, data: Prompts, sampler: Sampler, folder: Path) -> dict:
+def fine_tune(
+    session: Session, data: Prompts, sampler: Sampler, folder: Path, adapter: Path | None = None
+) -> dict:
     """Fine-tune on gold calls until the validation rule holds, and write an HF folder.
+
+    With `use_peft` adapters are trained here too, and merged into the folder that is written:
+    what starts from it, as GRPO, has adapters of its own.
 
     Args:
         session: the job's parts.
         data: the training rows; the last `sft_validation_size` of them are held out.
         sampler: greedy, for the validation.
         folder: where the model is written.
+        adapter: where a PEFT folder is written, if adapters were trained.
 
     Returns:
         {"steps", "validation"}: updates done and the last validation's figures.
@@ -58,9 +62,10 @@ def fine_tune(session: Session, data: Prompts, sampler: Sampler, folder: Path) -
     _check_budget(train.examples, gold, config.max_grpo_completion_length)
     schedule = make_schedule("constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps)
     optimizer = session.optimizer(schedule)
-    state = init_state(session.load_params(), optimizer, session.training)
+    trained, frozen = session.load_trained()
+    state = init_state(trained, optimizer, session.training)
     step = ModelStep(session.model, session.training, session.dtype, remat=config.gradient_checkpointing)
-    update = make_update(step, optimizer, sft_objective, state)
+    update = make_update(step, optimizer, sft_objective, state, frozen)
     cursor, report = Cursor(), {}
     with session.console.progress("Cold start", config.sft_max_steps) as bar:
         for done in range(1, config.sft_max_steps + 1):
@@ -69,7 +74,7 @@ def fine_tune(session: Session, data: Prompts, sampler: Sampler, folder: Path) -
             batch = place_batch(step.layout, step_batch(train.tree, rows, 1, [0.0] * len(rows)))
             state, metrics = update(state, batch)
             if done % config.sft_eval_steps == 0 or done == config.sft_max_steps:
-                params = sampler.export(state.params)
+                params = sampler.export(join(state.params, frozen))
                 report = evaluate(session, sampler, params, held_out, "Validation").summary
                 session.console.line(
                     f"cold start {done}: loss {float(metrics['loss']):.3f}, "
@@ -78,7 +83,7 @@ def fine_tune(session: Session, data: Prompts, sampler: Sampler, folder: Path) -
                 if report["exact_answer_match"] >= config.sft_stop_match:
                     break
             bar.advance(1)
-    hf_checkpoint.save_model(folder, jax.device_get(state.params), session.model, session.folder)
+    session.save_model(state.params, frozen, folder, adapter)
     return {"steps": done, "validation": report}
 
 
@@ -169,7 +174,7 @@ def _split(session: Session, data: Prompts) -> tuple[Prompts, Prompts]:
 
 
 def run(resolved: ResolvedConfig, console: Console) -> None:
-    """Fine-tune, and leave `model/` and `sft.json` in output_dir."""
+    """Fine-tune, and leave `model/` and `sft.json` in output_dir; with `use_peft` also `adapter/`."""
     config = resolved.config
     timer = PhaseTimer()
     with watch_compiles(console, timer):
@@ -179,7 +184,7 @@ def run(resolved: ResolvedConfig, console: Console) -> None:
             out = Path(config.output_dir)
             write_resolved(config, out / "resolved_config.yaml")
             with timer("cold_start"):
-                report = fine_tune(session, data, greedy_sampler(session), out / "model")
+                report = fine_tune(session, data, greedy_sampler(session), out / "model", out / "adapter")
     write_json_atomic(out / "sft.json", report | {"timings": timer.seconds})
     console.line(f"Fine-tuned for {report['steps']} updates; the model is in {out / 'model'}")
 

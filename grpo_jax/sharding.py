@@ -36,6 +36,10 @@ WEIGHTS = {
     "down": (("tensor", "fsdp"), (STAY, None)),  # [F, D]
     "scale": ((None,), (None,)),
 }
+# Adapters lie as their weight does: A [inputs, R], B [R, outputs], the rank whole.
+_INPUTS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # dimensions
+WEIGHTS |= {f"{w}_lora_a": tuple((*spec[:n], None) for spec in WEIGHTS[w]) for w, n in _INPUTS.items()}
+WEIGHTS |= {f"{w}_lora_b": tuple((None, *spec[n:]) for spec in WEIGHTS[w]) for w, n in _INPUTS.items()}
 
 # kind of activation: (training, rollout). "shared" levels (preamble, prompts) have too few
 # rows to shard, so their tokens are sharded; their keys and values are needed by every row.

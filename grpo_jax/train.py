@@ -33,7 +33,8 @@ from grpo_jax.console import Console
 from grpo_jax.data import Cursor, next_batch
 from grpo_jax.evaluate import compare, evaluate, greedy_sampler
 from grpo_jax.metrics import MetricsWriter, PhaseTimer, RolloutLog, trajectory_metrics, write_json_atomic
-from grpo_jax.models import hf_checkpoint
+from grpo_jax.models.lora import Frozen, join
+from grpo_jax.models.qwen import Params
 from grpo_jax.optimizer import make_schedule
 from grpo_jax.prefix_tree import step_batch
 from grpo_jax.rewards import RewardOutcome, call_rewards
@@ -52,6 +53,7 @@ from grpo_jax.train_step import (
     state_shardings,
 )
 from grpo_jax.types import Example, StepBatch, TrainState, Trajectory
+from grpo_jax.weights import adapters_meta, check_resumable
 
 # What a run leaves in output_dir, and all that --overwrite_output_dir removes.
 LEAVINGS = (
@@ -60,6 +62,7 @@ LEAVINGS = (
     "rollouts",
     "checkpoints",
     "model",
+    "adapter",
     "summary.json",
     "base_model",
     "cold_start",
@@ -122,6 +125,7 @@ class Learner:
         update: the jitted update.
         score: jitted log-probabilities of a frozen or earlier policy.
         reference: parameters of the frozen reference; None when beta is 0.
+        frozen: the base under trained adapters; None when all weights are trained.
     """
 
     step: ModelStep
@@ -129,6 +133,11 @@ class Learner:
     update: Callable
     score: Callable
     reference: Any
+    frozen: Frozen | None
+
+    def params(self, state: TrainState) -> Params:
+        """The whole model's parameters."""
+        return join(state.params, self.frozen)
 
 
 def run(resolved: ResolvedConfig, console: Console) -> int:
@@ -185,7 +194,7 @@ def _train(session: Session, resolved: ResolvedConfig, data: Prompts, summary: d
         with StopSignal() as stop:
             learner, state, meta = _start(session, plan, data, checkpoints, found)
             if "before" not in summary and evaluation.possible:
-                summary["before"] = evaluation(sampler.export(state.params), "Evaluation before")
+                summary["before"] = evaluation(sampler.export(learner.params(state)), "Evaluation before")
                 _write_summary(session, summary)
             state, stopped = _grpo(
                 session, plan, data, sampler, learner, state, meta, checkpoints, stop, evaluation
@@ -194,7 +203,7 @@ def _train(session: Session, resolved: ResolvedConfig, data: Prompts, summary: d
         _write_summary(session, summary)
         console.line(f"Stopped after update {int(state.step)}, which is saved. The same command continues.")
         return INTERRUPTED
-    _finish(session, sampler, state, evaluation, summary)
+    _finish(session, sampler, learner, state, evaluation, summary)
     return 0
 
 
@@ -227,7 +236,7 @@ def _grpo(
             examples = [data.examples[i] for i in chosen for _ in range(plan.G)]
 
             with timer("rollout"), console.progress("Rollout", plan.P * plan.G) as rows:
-                params = sampler.export(state.params)
+                params = sampler.export(learner.params(state))
                 preamble = prefill_preamble(loop, params)
                 rollout = run_rollout(
                     loop,
@@ -272,7 +281,7 @@ def _grpo(
                 record["tools/impure"] = session.purity.finish()
             record["step_time"] = time.perf_counter() - began
             if evaluation.possible and _due(config.eval_steps, step, plan) and step < plan.updates:
-                figures = evaluation(sampler.export(state.params), f"Evaluation at {step}")
+                figures = evaluation(sampler.export(learner.params(state)), f"Evaluation at {step}")
                 record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
             writer.write(step, record)
             rollouts.write(step, examples, trajectories, advantages, names, outcome.extras)
@@ -320,7 +329,7 @@ def _update(
     if learner.reference is not None:
         batch = dataclasses.replace(batch, ref_logprobs=learner.score(learner.reference, batch))
     if plan.updates_per_batch > 1:
-        batch = dataclasses.replace(batch, old_logprobs=learner.score(state.params, batch))
+        batch = dataclasses.replace(batch, old_logprobs=learner.score(learner.params(state), batch))
     for _ in range(plan.updates_per_batch):
         state, metrics = learner.update(state, batch)
     return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -335,7 +344,8 @@ def _start(
         config.lr_scheduler_type, config.learning_rate, config.warmup_updates(plan.updates), plan.updates
     )
     optimizer = session.optimizer(schedule)
-    state = init_state(session.load_params(), optimizer, session.training)
+    trained, frozen = session.load_trained()
+    state = init_state(trained, optimizer, session.training)
     step = ModelStep(
         model, session.training, session.dtype, config.gradient_checkpointing, config.temperature
     )
@@ -352,12 +362,15 @@ def _start(
         config.importance_sampling_level,
         config.max_grpo_completion_length,
     )
-    reference = session.load_params(dtype=session.dtype) if config.beta else None
-    learner = Learner(
-        step, schedule, make_update(step, optimizer, objective, state), make_score(step), reference
-    )
+    reference = None
+    if config.beta:
+        reference = frozen.base if frozen else session.load_params(dtype=session.dtype)
+    update = make_update(step, optimizer, objective, state, frozen)
+    learner = Learner(step, schedule, update, make_score(step), reference, frozen)
     meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(session.folder.absolute())}
     meta |= _machine()
+    if frozen is not None:
+        meta |= adapters_meta(frozen.config, session.model_name, session.dtype)
     if found is None:
         return learner, state, meta
     directory, number = found
@@ -371,6 +384,7 @@ def _start(
         if directory != checkpoints.directory
         else contextlib.nullcontext(checkpoints) as source
     ):
+        check_resumable(source, number, meta)
         state, saved = source.restore(number, shapes)
     for name, value in _machine().items():
         if saved.get(name) != value:
@@ -422,7 +436,7 @@ def _cold_start(session: Session, data: Prompts, greedy: Sampler, summary: dict[
         )
         summary["cold_start"] = report
         _write_summary(session, summary)
-    return dataclasses.replace(session, folder=folder, checkpoint=None)
+    return dataclasses.replace(session, folder=folder, checkpoint=None, model_name=str(folder.absolute()))
 
 
 class _Evaluation:
@@ -450,16 +464,20 @@ class _Evaluation:
 
 
 def _finish(
-    session: Session, sampler: Sampler, state: TrainState, evaluation: _Evaluation, summary: dict[str, Any]
+    session: Session,
+    sampler: Sampler,
+    learner: Learner,
+    state: TrainState,
+    evaluation: _Evaluation,
+    summary: dict[str, Any],
 ) -> None:
     """Export, evaluate again, and write the summary."""
     out = Path(session.config.output_dir)
     with session.timer("save"):
-        hf_checkpoint.save_model(out / "model", jax.device_get(state.params), session.model, session.folder)
-    summary["after"] = (
-        evaluation(sampler.export(state.params), "Evaluation after") if evaluation.possible else None
-    )
+        session.save_model(state.params, learner.frozen, out / "model", out / "adapter")
+    summary["after"] = None
     if evaluation.possible:
+        summary["after"] = evaluation(sampler.export(learner.params(state)), "Evaluation after")
         compare(session.console, {"before": summary["before"], "after": summary["after"]})
     _write_summary(session, summary)
     session.console.line(f"Finished: {int(state.step)} updates; the model is in {out / 'model'}")

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from grpo_jax import losses
 from grpo_jax.logprobs import first_positions, token_logprobs
+from grpo_jax.models.lora import Frozen, dropout_keys, fold_in, join
 from grpo_jax.models.qwen import KV, Level, ModelConfig, Params, extend, head_weights
 from grpo_jax.prefix_tree import Tree
 from grpo_jax.sharding import Layout
@@ -144,7 +145,11 @@ def _mean(values, mask, totals):
 
 
 def make_update(
-    step: ModelStep, optimizer: optax.GradientTransformation, objective: Objective, state: TrainState
+    step: ModelStep,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    state: TrainState,
+    frozen: Frozen | None = None,
 ) -> Callable[[TrainState, StepBatch], tuple[TrainState, Metrics]]:
     """The jitted, sharded update: (state, batch) -> (state, metrics). The state is donated.
 
@@ -156,10 +161,13 @@ def make_update(
         optimizer: from `optimizer.make_optimizer`.
         objective: `GrpoObjective(...)` or `sft_objective`.
         state: the state (or its shapes), for the shardings.
+        frozen: what the trained adapters sit on; None when all weights are trained.
     """
 
-    def update(state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
-        loss_fn = lambda params: batch_loss(step, objective, params, batch)  # noqa: E731
+    def update(state: TrainState, batch: StepBatch, frozen: Frozen | None = None):
+        keys = dropout_keys(frozen, state.step, batch.completions.shape[0])
+        batch = dataclasses.replace(batch, dropout_keys=keys)
+        loss_fn = lambda trained: batch_loss(step, objective, join(trained, frozen), batch)  # noqa: E731
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -168,10 +176,11 @@ def make_update(
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     shardings = state_shardings(step.layout, state)
-    replicated = step.layout.replicated
-    return jax.jit(
-        update, in_shardings=(shardings, None), out_shardings=(shardings, replicated), donate_argnums=0
-    )
+    out = (shardings, step.layout.replicated)
+    if frozen is None:
+        return jax.jit(update, in_shardings=(shardings, None), out_shardings=out, donate_argnums=0)
+    jitted = jax.jit(update, in_shardings=(shardings, None, None), out_shardings=out, donate_argnums=0)
+    return lambda state, batch: jitted(state, batch, frozen)  # an argument: a constant would be copied
 
 
 def state_shardings(layout: Layout, state: TrainState) -> TrainState:
@@ -211,7 +220,7 @@ def _over_micro_batches(step, params, batch, function, stack):
     totals = Totals(batch.sampled_mask.sum(), B)
     trunk = trunk_levels(batch)
     if step.micro_batches == 1:
-        hidden, _ = step.extend(params, (*trunk, _completion_level(batch)))
+        hidden, _ = step.extend(params, (*trunk, completion_level(batch)))
         return function(_learn(step, params, hidden[-1], batch), totals)
     split = _Split.of(P, B // P, step.micro_batches)
     kvs = step.extend(params, trunk, keep_kv=True)[1] if trunk else ()
@@ -226,7 +235,7 @@ def _over_micro_batches(step, params, batch, function, stack):
             )
             for kv, lv in zip(kvs, trunk, strict=True)
         )
-        hidden, _ = step.extend(params, (_completion_level(part),), segments)
+        hidden, _ = step.extend(params, (completion_level(part),), segments)
         return function(_learn(step, params, hidden[-1], part), totals)
 
     parts = _per_row(batch, split.apart)
@@ -312,6 +321,7 @@ ROW_FIELDS = (
     "old_logprobs",
     "ref_logprobs",
     "advantages",
+    "dropout_keys",
 )
 
 
@@ -327,15 +337,24 @@ def trunk_levels(batch: StepBatch) -> tuple[Level, ...]:
     """Preamble and prompts; a level without tokens is left out."""
     T0 = batch.preamble.shape[1]
     positions = jnp.arange(T0, dtype=jnp.int32)[None]
+    preamble, prompts = (_level_keys(batch, i, len(x)) for i, x in enumerate((batch.preamble, batch.prompts)))
     levels = (
-        Level(batch.preamble, positions, batch.preamble_valid, shared=True),
-        Level(batch.prompts, batch.prompts_positions, batch.prompts_valid, shared=True),
+        Level(batch.preamble, positions, batch.preamble_valid, True, preamble),
+        Level(batch.prompts, batch.prompts_positions, batch.prompts_valid, True, prompts),
     )
     return tuple(level for level in levels if level.tokens.shape[1])
 
 
-def _completion_level(batch: StepBatch) -> Level:
-    return Level(batch.completions, batch.completions_positions, batch.completions_valid)
+def completion_level(batch: StepBatch) -> Level:
+    """The completions, or a micro-batch of them."""
+    keys = _level_keys(batch, 2, len(batch.completions))
+    return Level(batch.completions, batch.completions_positions, batch.completions_valid, dropout_keys=keys)
+
+
+def _level_keys(batch: StepBatch, level: int, rows: int):
+    """Dropout keys of a level's rows: each takes that of the first completion below it."""
+    keys = batch.dropout_keys
+    return None if keys is None else fold_in(keys[:: len(keys) // rows], level)
 
 
 def _learn(step: ModelStep, params: Params, hidden, batch: StepBatch) -> Learned:

@@ -79,7 +79,7 @@ WARNINGS = {
     "shapes come from fixed buckets; micro_batches splits a batch that does not fit": (
         "pad_to_multiple_of auto_find_batch_size"
     ),
-    "the models have no dropout": "disable_dropout",
+    "the models have no dropout; lora_dropout 0 turns the adapters' off": "disable_dropout",
     "every column of the data set reaches the reward functions": "remove_unused_columns label_names",
     "rows are read in the main process; an epoch's incomplete last batch is dropped": (
         "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
@@ -111,9 +111,6 @@ WARNINGS = {
     ),
     "model/ stays on this machine; upload it with `hf upload`": (
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
-    ),
-    "all weights are trained; there are no adapters": (
-        "lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora"
     ),
     "weights are not quantised": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
     "a debugging aid of torch's DDP": "ignore_bias_buffers",
@@ -169,7 +166,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
         "the optimiser is AdamW with float32 moments",
     ),
     "optim_args": ((None, ""), "use adam_beta1, adam_beta2, adam_epsilon and weight_decay"),
-    "optim_target_modules": ((None,), "all weights are trained"),
+    "optim_target_modules": ((None,), "all weights are trained, or with use_peft those of the adapters"),
     "lr_scheduler_kwargs": ((None, {}), "schedules take learning_rate and warmup_steps only"),
     "label_smoothing_factor": ((0,), "GRPO has no labels to smooth"),
     "neftune_noise_alpha": ((None,), "no noise is added to embeddings"),
@@ -181,6 +178,11 @@ ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
     "group_by_length": ((False,), "rows are shuffled from seed"),
     "load_in_8bit": ((False,), "weights are not quantised; use dtype bfloat16"),
     "load_in_4bit": ((False,), "weights are not quantised; use dtype bfloat16"),
+    "lora_target_parameters": ((None, []), "adapters sit on modules; use lora_target_modules"),
+    "lora_modules_to_save": ((None, []), "with use_peft adapters alone are trained"),
+    "lora_task_type": (("CAUSAL_LM",), "only causal language models are supported"),
+    "use_rslora": ((False,), "the adapters are scaled by lora_alpha / lora_r; set lora_alpha accordingly"),
+    "use_dora": ((False,), "adapters add to a weight and do not rescale it; use plain LoRA"),
     "dataset_config": ((None,), "use dataset_id_or_path tfds:name/config"),
     "dataset_train_split": (("train",), "use dataset_id_or_path tfds:name:split"),
     "datasets": ((None, []), _DATA),

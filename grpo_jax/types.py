@@ -170,6 +170,7 @@ class StepBatch:
         ref_logprobs: [B, T2] float32 nats of the frozen reference; None when beta = 0.
         advantages: [B] float32.
         loss_positions: J, a bucket that no row's count of sampled tokens exceeds.
+        dropout_keys: [B, 2] uint32 a key per row for the adapters' dropout; None drops nothing.
     """
 
     preamble: jax.Array
@@ -186,6 +187,7 @@ class StepBatch:
     ref_logprobs: jax.Array | None
     advantages: jax.Array
     loss_positions: int
+    dropout_keys: jax.Array | None = None
 
 
 @pytree_dataclass()
@@ -194,7 +196,8 @@ class TrainState:
 
     Args:
         step: int32 scalar, updates done (skipped ones included).
-        params: pytree of float32 master weights, layers stacked [L, …].
+        params: what is trained: pytree of float32 master weights, layers stacked [L, …], or
+            of the adapters beside frozen ones.
         opt_state: optax state.
     """
 

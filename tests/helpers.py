@@ -18,6 +18,7 @@ import numpy as np
 
 from grpo_jax import sampler as sampler_module
 from grpo_jax.conversation import Conversation, load_conversation
+from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
 from grpo_jax.models.tiny import make_tiny_checkpoint
 from grpo_jax.prefix_tree import Tree, make_tree
@@ -100,6 +101,16 @@ def random_weights(cfg: ModelConfig, seed: int) -> Params:
         return jnp.asarray(rng.normal(mean, std, leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg))
+
+
+def random_adapters(layers: Params, lora: LoraConfig, seed: int = 0) -> Params:
+    """Stacked float32 adapters, B not zero, whose product is about as large as the weights."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        return jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32)
+
+    return jax.tree.map(draw, jax.eval_shape(lambda: init_adapters(layers, lora, seed=0)))
 
 
 @functools.cache

@@ -125,6 +125,7 @@ def test_flags_read_every_kind_of_value(argv, name, value):
         ("delta: null", "delta", None),
         ("eval_dataset_id_or_path: none", "eval_dataset_id_or_path", None),
         ("report_to: [tensorboard]", "report_to", "tensorboard"),
+        ("lora_target_modules: all-linear", "lora_target_modules", ["all-linear"]),
         ("", "seed", 42),
     ],
 )
@@ -173,7 +174,16 @@ def test_within_one_source_both_stay_and_the_file_wins_later(tmp_path):
         ),
         ("- seed", "c.yaml:1: a config file must hold `option: value` lines"),
         ("seed: 1\nbeta: [", "c.yaml:3: not YAML: expected the node content, but found '<stream end>'"),
-        ("report_to: tensorbord", "c.yaml:1: report_to must be one of none, tensorboard, got 'tensorbord'"),
+        (
+            "report_to: tensorbord",
+            "c.yaml:1: report_to must be one of none, tensorboard, got 'tensorbord'; nearest: tensorboard",
+        ),
+        (
+            "use_peft: true\nlora_target_modules: [q_proj, k_prj]",
+            "c.yaml:2: lora_target_modules must be one of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
+            "down_proj, all-linear, got 'k_prj'; nearest: k_proj",
+        ),
+        ("lora_r: 0", "c.yaml:1: lora_r must be >= 1, got 0"),
         (
             "beta: 0\nload_in_4bit: true",
             "c.yaml:2: load_in_4bit True is not supported: weights are not quantised; use dtype bfloat16",
@@ -287,6 +297,17 @@ def test_warmup_counts_updates_or_is_a_share_rounded_up():
 def test_warmup_of_a_constant_schedule_is_named(tmp_path, caplog):
     parse(text="lr_scheduler_type: constant\nwarmup_ratio: 0.1\n", tmp_path=tmp_path)
     assert "c.yaml:2: lr_scheduler_type constant has no warm-up" in caplog.text
+
+
+def test_adapters_options_without_use_peft_are_named(tmp_path, caplog):
+    parse("--lora_r", "8", text="lora_alpha: 32\nlora_dropout: 0\n", tmp_path=tmp_path)
+    assert [r.getMessage().replace(f"{tmp_path}/", "") for r in caplog.records] == [
+        "--lora_r: lora_r has no effect without use_peft",
+        "c.yaml:2: lora_dropout has no effect without use_peft",
+    ]
+    caplog.clear()
+    parse("--lora_r", "8", "--use_peft")
+    assert caplog.text == ""
 
 
 def test_required_option_that_is_not_set_is_named():

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from parity import CASES, QWEN2, QWEN3
 
 from grpo_jax.logprobs import token_logprobs
+from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import Level, ModelConfig, abstract_params, extend, head_weights
 from grpo_jax.sharding import ACTIVATIONS, WEIGHTS, Layout, make_mesh
 
@@ -34,8 +35,16 @@ def flat(tree):
     return {"/".join(k.key for k in path): getattr(x, "spec", x) for path, x in pairs}
 
 
+@functools.cache
+def shapes(cfg):
+    """A model's weights, with adapters of rank 8 on every module of its layers."""
+    params, lora = abstract_params(cfg), LoraConfig.of(8, 16, 0.0, ["all-linear"])
+    adapters = jax.eval_shape(lambda: init_adapters(params["layers"], lora, seed=0))
+    return params | {"layers": params["layers"] | {"lora": adapters}}
+
+
 def specs(cfg, *sizes, rollout=False):
-    return flat(layout(*sizes, rollout).params(abstract_params(cfg)))
+    return flat(layout(*sizes, rollout).params(shapes(cfg)))
 
 
 def every_model():
@@ -48,13 +57,13 @@ def axes_of(spec):
 
 
 def test_every_weight_of_both_architectures_is_in_the_table_and_none_else():
-    names = {path.split("/")[-1] for cfg in every_model() for path in flat(abstract_params(cfg))}
+    names = {path.split("/")[-1] for cfg in every_model() for path in flat(shapes(cfg))}
     assert names == WEIGHTS.keys()
 
 
 def test_a_weights_specs_name_each_of_its_dimensions():
     for cfg in every_model():
-        for path, leaf in flat(abstract_params(cfg)).items():
+        for path, leaf in flat(shapes(cfg)).items():
             rank = len(leaf.shape) - path.startswith("layers/")
             assert [len(spec) for spec in WEIGHTS[path.split("/")[-1]]] == [rank, rank], path
 
@@ -106,7 +115,7 @@ def test_axes_divide_what_they_shard(sizes, rollout):
     size_of = dict(zip(AXES, sizes, strict=True))
     for cfg in (*every_model(), QWEN25_HALF_B):
         got = specs(cfg, *sizes, rollout=rollout)
-        for path, leaf in flat(abstract_params(cfg)).items():
+        for path, leaf in flat(shapes(cfg)).items():
             for n, axis in zip(leaf.shape, got[path], strict=True):
                 for a in axes_of((axis,)):
                     n, rest = divmod(n, size_of[a])
@@ -122,6 +131,13 @@ def test_weights_where_everything_divides():
     assert got["layers/attention/o"] == PartitionSpec(None, "tensor", None, "fsdp")
     assert got["layers/mlp/down"] == PartitionSpec(None, "tensor", "fsdp")
     assert got["layers/attention/q_norm/scale"] == PartitionSpec(None, None)
+    # adapters: the input's dimensions, then the rank; the rank, then the output's
+    assert got["layers/lora/q_lora_a"] == PartitionSpec(None, "fsdp", None)
+    assert got["layers/lora/q_lora_b"] == PartitionSpec(None, None, "tensor", None)
+    assert got["layers/lora/o_lora_a"] == PartitionSpec(None, "tensor", None, None)
+    assert got["layers/lora/o_lora_b"] == PartitionSpec(None, None, "fsdp")
+    assert got["layers/lora/down_lora_a"] == PartitionSpec(None, "tensor", None)
+    assert got["layers/lora/down_lora_b"] == PartitionSpec(None, None, "fsdp")
 
 
 def test_dimensions_that_do_not_divide_are_replicated():

@@ -58,6 +58,14 @@ def test_the_update_is_the_same(measured):
 
 
 @pytest.mark.slow
+def test_the_update_of_adapters_is_the_same(measured):
+    """With dropout; fsdp and tensor shard adapters as they do their weights."""
+    assert measured["adapters_moved"] > 1e-3
+    assert measured["adapters_loss"] < 1e-5
+    assert measured["adapters"] < 1e-5 and measured["adapters_moments"] < 1e-6
+
+
+@pytest.mark.slow
 def test_weights_lie_in_shards(child):
     """A device holds a part of the gate's [D, F]: D over fsdp and F over tensor."""
     assert [child[0][mesh]["gate_share"] for mesh in ("8x1x1", "1x4x2")] == [1, 1 / 8]
@@ -115,10 +123,29 @@ def run_on(mesh):
     state, metrics = make_update(step, optimizer, GrpoObjective(), state)(state, batch)
     gate = state.params["layers"]["mlp"]["gate"]
     share = gate.addressable_shards[0].data.size / gate.size
-    return jax.device_get({"scores": scores, "state": state, "metrics": metrics}) | {
+    adapted = adapters_update(step, optimizer, batch)
+    return jax.device_get({"scores": scores, "state": state, "metrics": metrics, "adapted": adapted}) | {
         "rows": rows,
         "gate_share": share,
     }
+
+
+def adapters_update(step, optimizer, batch):
+    """One update of adapters with dropout: (state, loss, adapters before)."""
+    import helpers
+    import jax
+    import jax.numpy as jnp
+
+    from grpo_jax.models.lora import Frozen, LoraConfig
+    from grpo_jax.train_step import GrpoObjective, init_state, make_update
+
+    lora = LoraConfig.of(4, 4, 0.1, ["all-linear"])
+    base = jax.device_put(helpers.weights(), step.layout.params(helpers.weights()))
+    adapters = helpers.random_adapters(base["layers"], lora)
+    state = init_state(jax.tree.map(jnp.copy, adapters), optimizer, step.layout)
+    frozen = Frozen(base, jnp.uint32(0), lora)
+    state, metrics = make_update(step, optimizer, GrpoObjective(), state, frozen)(state, batch)
+    return state, metrics["loss"], adapters
 
 
 def calling(conversation):
@@ -153,6 +180,10 @@ def compare(one, many):
         "moments": gap(one["state"].opt_state, many["state"].opt_state),
         "scores": gap(one["scores"], many["scores"]),
         "gate_share": many["gate_share"],
+        "adapters_moved": gap(one["adapted"][2], one["adapted"][0].params),
+        "adapters_loss": gap(one["adapted"][1], many["adapted"][1]),
+        "adapters": gap(one["adapted"][0].params, many["adapted"][0].params),
+        "adapters_moments": gap(one["adapted"][0].opt_state, many["adapted"][0].opt_state),
     }
 
 

@@ -41,7 +41,7 @@ def gradients(model, ids: np.ndarray) -> dict[str, np.ndarray]:
     ids = torch.tensor(ids, dtype=torch.long)
     model.zero_grad()
     torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).backward()
-    return {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+    return {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def flat_logprobs(model) -> np.ndarray:

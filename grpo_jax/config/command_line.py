@@ -66,6 +66,7 @@ def parse_config(
     config = Config(**{name: value for name, (value, _) in values.items()})
     origin = {name: values[name][1] if name in values else "default" for name in OPTIONS}
     _warn_of_no_warmup(config, origin)
+    _warn_of_no_adapters(config, origin)
     return ResolvedConfig(config, origin, path)
 
 
@@ -156,6 +157,12 @@ def _warn_of_no_warmup(config: Config, origin: dict[str, str]) -> None:
             origin["warmup_steps"],
             config.warmup_steps,
         )
+
+
+def _warn_of_no_adapters(config: Config, origin: dict[str, str]) -> None:
+    for name in (name for name in OPTIONS if name.startswith("lora_") and not config.use_peft):
+        if getattr(config, name) != OPTIONS[name].default:
+            logger.warning("%s: %s has no effect without use_peft", origin[name], name)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ TRL: `dtype` (auto), `loss_type` (no cispo, sapo, luspo, vespo) and `log_level`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
 import math
@@ -24,6 +25,7 @@ ONE_OR_MORE: Rule = (">= 1", lambda v: v >= 1)
 ZERO_OR_MORE: Rule = (">= 0", lambda v: v >= 0)
 ABOVE_ZERO: Rule = ("> 0", lambda v: v > 0)
 SHARE: Rule = ("in (0, 1]", lambda v: 0 < v <= 1)
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DECAY: Rule = ("in [0, 1)", lambda v: 0 <= v < 1)
 COLUMN_NAMES: Rule = (
     'column names, as {"prompt": "question"}',
@@ -106,7 +108,9 @@ class Config:
     lora_alpha: float = _opt(32.0, "The adapters' product is scaled by lora_alpha / lora_r.", ABOVE_ZERO)
     lora_dropout: float = _opt(0.05, "Dropout on the adapters' input in updates.", DECAY)
     lora_target_modules: list[str] | None = _opt(
-        None, "Modules with adapters, as q_proj, or all-linear; unset: q_proj v_proj, PEFT's own."
+        None,
+        "Modules with adapters, or all-linear for all of them; unset: q_proj v_proj, PEFT's own.",
+        choices=(*LORA_MODULES, "all-linear"),
     )
 
     num_train_epochs: float = _opt(3.0, "Passes over the training rows.", ABOVE_ZERO)
@@ -325,8 +329,11 @@ def check_option(name: str, value: Any) -> Any:
         value = _read_list(item, value) if kind is list else _READ[kind](value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be {type_name(name)}, got {value!r}") from None
-    if "choices" in meta and value not in meta["choices"]:
-        raise ValueError(f"{name} must be one of {', '.join(meta['choices'])}, got {value!r}")
+    for one in value if kind is list else [value]:
+        if "choices" in meta and one not in meta["choices"]:
+            close = difflib.get_close_matches(str(one), meta["choices"], n=1)
+            nearest = f"; nearest: {close[0]}" if close else ""
+            raise ValueError(f"{name} must be one of {', '.join(meta['choices'])}, got {one!r}{nearest}")
     if meta["rule"] and not meta["rule"][1](value):
         raise ValueError(f"{name} must be {meta['rule'][0]}, got {value!r}")
     return value

@@ -233,6 +233,11 @@ def save_model(
         for i, name in enumerate(entry.names()):
             tensors[name] = np.ascontiguousarray(entry.write(value[i] if entry.stacked else value))
     _write_shards(part, tensors, max_shard_size)
+    put_in_place(part, folder)
+
+
+def put_in_place(part: Path, folder: Path) -> None:
+    """Rename a finished temporary folder beside `folder`, which is replaced when it exists."""
     aside = folder.with_name(folder.name + ".old")  # at no moment is there neither the old nor the new
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grpo_jax.attention import Segment, attend
+from grpo_jax.models import lora
 from grpo_jax.types import pytree_dataclass
 
 Params = dict[str, Any]
@@ -99,12 +100,14 @@ class Level:
         positions: [n, T] int32 logical positions.
         valid: [n, T] bool; invalid tokens are never attended to.
         shared: True for levels that many rows share (they shard over tokens, not rows).
+        dropout_keys: [n, 2] a key per row for the adapters' dropout; None drops nothing.
     """
 
     tokens: Int[Array, "n T"]
     positions: Int[Array, "n T"]
     valid: Bool[Array, "n T"]
     shared: bool = False
+    dropout_keys: UInt32[Array, "n 2"] | None = None
 
 
 class KV(NamedTuple):
@@ -158,11 +161,11 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(cfg.H, cfg.norm_eps)
         self.cfg = cfg
 
-    def project(self, x_BTD, cos_sin):
+    def project(self, x_BTD, cos_sin, adapt):
         """Rotated queries [B, T, N, H], and keys and values [B, K, T, H]."""
-        q = jnp.einsum("btd,dnh->btnh", x_BTD, self.q[...])
-        k = jnp.einsum("btd,dkh->btkh", x_BTD, self.k[...])
-        v = jnp.einsum("btd,dkh->btkh", x_BTD, self.v[...])
+        q = adapt(jnp.einsum("btd,dnh->btnh", x_BTD, self.q[...]), "q", x_BTD)
+        k = adapt(jnp.einsum("btd,dkh->btkh", x_BTD, self.k[...]), "k", x_BTD)
+        v = adapt(jnp.einsum("btd,dkh->btkh", x_BTD, self.v[...]), "v", x_BTD)
         if self.cfg.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if self.cfg.qk_norm:
@@ -170,9 +173,9 @@ class Attention(nnx.Module):
         q, k = rotate(q, cos_sin), rotate(k, cos_sin)
         return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
 
-    def output(self, o_BTNH):
+    def output(self, o_BTNH, adapt):
         """Heads merged back to the model width."""
-        return jnp.einsum("btnh,nhd->btd", o_BTNH, self.o[...])
+        return adapt(jnp.einsum("btnh,nhd->btd", o_BTNH, self.o[...]), "o", o_BTNH)
 
 
 class MLP(nnx.Module):
@@ -185,9 +188,10 @@ class MLP(nnx.Module):
         self.gate, self.up = kernel(cfg.D, cfg.F), kernel(cfg.D, cfg.F)
         self.down = kernel(cfg.F, cfg.D)
 
-    def __call__(self, x, constrain, rows):
-        y = gated(x @ self.gate[...], x @ self.up[...])
-        return constrain(y, f"{rows}_mlp") @ self.down[...]
+    def __call__(self, x, constrain, rows, adapt):
+        y = gated(adapt(x @ self.gate[...], "gate", x), adapt(x @ self.up[...], "up", x))
+        y = constrain(y, f"{rows}_mlp")
+        return adapt(y @ self.down[...], "down", y)
 
 
 class DecoderLayer(nnx.Module):
@@ -199,13 +203,13 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(cfg.D, cfg.norm_eps)
         self.mlp = MLP(cfg, rngs)
 
-    def __call__(self, x, valid, cos_sin, segments, constrain, rows):
-        q, k, v = self.attention.project(self.attention_norm(x), cos_sin)
+    def __call__(self, x, valid, cos_sin, segments, constrain, rows, adapt):
+        q, k, v = self.attention.project(self.attention_norm(x), cos_sin, adapt)
         q = constrain(q, f"{rows}_heads")
         own = Segment(constrain(k, f"{rows}_kv"), constrain(v, f"{rows}_kv"), valid)
         o = constrain(attend(q, segments, own), f"{rows}_heads")
-        x = constrain(x + self.attention.output(o), f"{rows}_x")
-        x = constrain(x + self.mlp(self.mlp_norm(x), constrain, rows), f"{rows}_x")
+        x = constrain(x + self.attention.output(o, adapt), f"{rows}_x")
+        x = constrain(x + self.mlp(self.mlp_norm(x), constrain, rows, adapt), f"{rows}_x")
         return x, own
 
 
@@ -305,7 +309,8 @@ def extend(
     layer's keys and values of the upper levels need not outlive it.
 
     Args:
-        params: stacked layers run under `lax.scan`; a list of layers is unrolled.
+        params: stacked layers run under `lax.scan`; a list of layers is unrolled. With
+            adapters under "lora" (see `lora.join`) the layers are stacked.
         levels: from the most shared to the least; rows of each divide the rows of the next.
         segments: (keys and values of every layer, valid [n, S]) of earlier calls.
         cfg: the model's sizes.
@@ -321,25 +326,29 @@ def extend(
     tables = [rope_tables(cfg, level.positions) for level in levels]
     names = ["shared" if level.shared else "rows" for level in levels]
     valids = [valid for _, valid in segments]
+    layers = params["layers"] | {"lora": params["lora"]} if "lora" in params else params["layers"]
 
-    def run_layer(xs, weights, kvs):
-        weights = jax.tree.map(lambda w: w.astype(dtype), weights)
-        layer = _bind_layer(cfg, constrain(weights, "layer_weights"))
+    def run_layer(xs, weights, kvs, keys):
+        weights = constrain(jax.tree.map(lambda w: w.astype(dtype), weights), "layer_weights")
+        adapters = weights.pop("lora", None)
+        layer = _bind_layer(cfg, weights)
         above = tuple(Segment(*kv, valid) for kv, valid in zip(kvs, valids, strict=True))
         out = []
-        for x, level, table, name in zip(xs, levels, tables, names, strict=True):
-            x, own = layer(x, level.valid, table, above, constrain, name)
+        for x, level, table, name, key in zip(xs, levels, tables, names, keys, strict=True):
+            adapt = functools.partial(lora.adapt, adapters, key)
+            x, own = layer(x, level.valid, table, above, constrain, name, adapt)
             out.append(x)
             above = (*above, own)
         new = tuple(KV(s.k, s.v) for s in above[len(kvs) :]) if keep_kv else ()
         return tuple(out), new
 
     if remat:
-        run_layer = jax.checkpoint(run_layer, prevent_cse=not isinstance(params["layers"], dict))
+        run_layer = jax.checkpoint(run_layer, prevent_cse=not isinstance(layers, dict))
     xs = _embed(constrain(params["embedding"], "embedding"), levels, dtype)
     xs = tuple(constrain(x, f"{name}_x") for x, name in zip(xs, names, strict=True))
     kvs = tuple(kv for kv, _ in segments)
-    xs, new = (_scan if isinstance(params["layers"], dict) else _unroll)(run_layer, xs, params["layers"], kvs)
+    keys = tuple(_layer_keys(level.dropout_keys, cfg.L) for level in levels)
+    xs, new = (_scan if isinstance(layers, dict) else _unroll)(run_layer, xs, layers, kvs, keys)
     scale = params["norm"]["scale"].astype(dtype)
     return tuple(rms_norm(x, scale, cfg.norm_eps) for x in xs), new
 
@@ -352,15 +361,21 @@ def _embed(table, levels, dtype):
     return tuple(x.reshape(*lv.tokens.shape, -1) for x, lv in zip(parts, levels, strict=True))
 
 
-def _scan(run_layer, xs, layers, kvs):
-    return jax.lax.scan(lambda xs, per_layer: run_layer(xs, *per_layer), xs, (layers, kvs))
+def _scan(run_layer, xs, layers, kvs, keys):
+    return jax.lax.scan(lambda xs, per_layer: run_layer(xs, *per_layer), xs, (layers, kvs, keys))
 
 
-def _unroll(run_layer, xs, layers, kvs):
+def _layer_keys(keys, L):
+    """A level's keys in every layer, [L, n, 2]."""
+    return None if keys is None else jax.vmap(lora.fold_in, (None, 0))(keys, jnp.arange(L))
+
+
+def _unroll(run_layer, xs, layers, kvs, keys):
     """Layers one by one; returned KVs hold lists (slicing a stack inside decode is 1.5–4x slower)."""
     per_layer = []
     for i, weights in enumerate(layers):
-        xs, new = run_layer(xs, weights, tuple(KV(kv.k[i], kv.v[i]) for kv in kvs))
+        own_keys = jax.tree.map(lambda key, i=i: key[i], keys)
+        xs, new = run_layer(xs, weights, tuple(KV(kv.k[i], kv.v[i]) for kv in kvs), own_keys)
         per_layer.append(new)
     return xs, tuple(
         KV([kv.k for kv in level], [kv.v for kv in level]) for level in zip(*per_layer, strict=True)
