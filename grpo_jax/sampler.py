@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from grpo_jax.models.qwen import KV, Level, ModelConfig, Params, extend, head_weights
+from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
 from grpo_jax.sharding import Layout
 
 Trunk = tuple[tuple[KV, Bool[Array, "n S"]], ...]
@@ -109,7 +109,8 @@ def make_sampler(
     def decode(params, trunk, cache, keys, live, remaining):
         return _decode(run, params, trunk, cache, keys, live, remaining, sampling, stop_ids, budget, layout)
 
-    return Sampler(**shared, decode=jax.jit(decode, donate_argnames="cache"), budget=budget, layout=layout)
+    decode = jax.jit(decode, donate_argnames="cache", compiler_options=ALL_ROUNDINGS)
+    return Sampler(**shared, decode=decode, budget=budget, layout=layout)
 
 
 @functools.cache
@@ -137,9 +138,9 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
 
     return run, {
         "export": jax.jit(export),
-        "prefill": jax.jit(prefill),
+        "prefill": jax.jit(prefill, compiler_options=ALL_ROUNDINGS),
         "begin": jax.jit(begin),
-        "append": jax.jit(append, donate_argnames="cache"),
+        "append": jax.jit(append, donate_argnames="cache", compiler_options=ALL_ROUNDINGS),
     }
 
 

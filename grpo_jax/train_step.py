@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from grpo_jax import losses
 from grpo_jax.logprobs import first_positions, token_logprobs
-from grpo_jax.models.qwen import KV, Level, ModelConfig, Params, extend, head_weights
+from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
 from grpo_jax.prefix_tree import Tree
 from grpo_jax.sharding import Layout
 from grpo_jax.types import StepBatch, TrainState
@@ -172,7 +172,11 @@ def make_update(
     shardings = state_shardings(step.layout, state)
     replicated = step.layout.replicated
     return jax.jit(
-        update, in_shardings=(shardings, None), out_shardings=(shardings, replicated), donate_argnums=0
+        update,
+        in_shardings=(shardings, None),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+        compiler_options=ALL_ROUNDINGS,
     )
 
 
@@ -194,7 +198,7 @@ def make_score(step: ModelStep) -> Callable[[Params, StepBatch], Float[Array, "B
         rows = jnp.arange(index.shape[0])[:, None]
         return jnp.zeros(batch.completions.shape).at[rows, index].add(jnp.where(mask, logprobs, 0))
 
-    return jax.jit(score)
+    return jax.jit(score, compiler_options=ALL_ROUNDINGS)
 
 
 def batch_loss(step: ModelStep, objective: Objective, params: Params, batch: StepBatch):
