@@ -1,7 +1,11 @@
 """Checkpoints in the published layout: in and out bit for bit, and errors that name the tensor."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +18,7 @@ from grpo_jax.models import hf_checkpoint
 from grpo_jax.models.hf_checkpoint import read_config, save_model
 from grpo_jax.models.qwen import check_params
 
+ROOT = Path(__file__).parents[1]
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 OTHER_FILES = {
     "generation_config.json": '{"temperature":0.7}',
@@ -120,6 +125,16 @@ def test_half_precision_on_disk_becomes_float32(dtype, tmp_path):
     _, want = load(write_checkpoint(tmp_path / "widened", QWEN2, widened))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     jax.tree.map(np.testing.assert_array_equal, params, want)
+
+
+@pytest.mark.slow
+def test_loading_half_a_billion_weights_takes_less_than_a_tensor_more_than_they_do():
+    """At Qwen2.5-0.5B's shapes; leaves stacked on the host took 6.7 times the embedding."""
+    command = [sys.executable, ROOT / "benchmarks/load.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert "Loaded 494,032,768 parameters" in out
+    assert 0 < float(re.search(r"^ratio (.*)$", out, re.MULTILINE)[1]) < 1.2, out
 
 
 def test_bf16_weights_are_saved_as_bf16(tmp_path):
