@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from grpo_jax.checkpoint import Checkpoints, is_step_folder
+from grpo_jax.config.options import check_option
 from grpo_jax.models import hf_checkpoint
 from grpo_jax.models.qwen import abstract_params
 
@@ -34,11 +35,12 @@ def export(run: Path, step: str, folder: Path | None, max_shard_size: str) -> Pa
             raise ValueError(
                 f"{checkpoints.directory} holds no checkpoints; name a run's folder with --output_dir"
             )
-        source = Path(checkpoints.meta(number)["source"])
+        meta = checkpoints.meta(number)
+        source, dtype = Path(meta["source"]), meta.get("param_dtype", "float32")
         model = hf_checkpoint.read_config(source)
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract_params(model)
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding), abstract_params(model)
         )
         params = checkpoints.restore_params(number, target)
     folder = folder or run / "export" / f"step_{number}"
@@ -55,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max_shard_size", default="5GB", help="of one weight file (default 5GB)")
     args = parser.parse_args(argv)
     try:
+        check_option("max_shard_size", args.max_shard_size)
         run, step = args.output_dir, args.checkpoint
         if is_step_folder(step):
             run, step = Path(step).absolute().parent.parent, Path(step).name

@@ -10,6 +10,7 @@ import glob
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ class Session:
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
+            moments_dtype=jnp.dtype(config.optim_dtype),
         )
 
     def tool_loop(self, sampler: Sampler, tree: Tree) -> ToolLoop:
@@ -118,17 +120,33 @@ class Session:
             self.config.malformed_call_feedback,
         )
 
-    def load_params(self, folder: Path | None = None, dtype=jnp.float32) -> Params:
-        """Weights straight into their shards: of an HF folder, or (None) those the job starts from."""
+    def load_params(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
+        """The weights that the job starts from, straight into their shards.
+
+        Args:
+            dtype: of the result; None for that of the trained weights, `param_dtype`.
+        """
+        dtype, began = jnp.dtype(dtype or self.config.param_dtype), time.perf_counter()
         shapes = abstract_params(self.model)
         shardings = self.training.params(shapes)
-        if folder is None and self.checkpoint is not None:
+        if self.checkpoint is None:
+            params = hf_checkpoint.load_params(self.folder, self.model, shardings, dtype)
+        else:
             target = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, shardings
             )
             with Checkpoints(self.checkpoint.parent) as checkpoints:
-                return checkpoints.restore_params(int(self.checkpoint.name), target)
-        return hf_checkpoint.load_params(folder or self.folder, self.model, shardings, dtype)
+                params = checkpoints.restore_params(int(self.checkpoint.name), target)
+        size = sum(x.size for x in jax.tree.leaves(jax.block_until_ready(params)))
+        seconds = time.perf_counter() - began
+        self.console.line(f"Loaded {size:,} parameters as {dtype} in {seconds:.1f} s")
+        return params
+
+
+    def save_model(self, folder: Path, params: Params) -> None:
+        """Write trained weights as an HF folder, with the source's config and tokenizer."""
+        size = self.config.max_shard_size
+        hf_checkpoint.save_model(folder, jax.device_get(params), self.model, self.folder, size)
 
 
 @dataclasses.dataclass(frozen=True)

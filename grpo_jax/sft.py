@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from grpo_jax.command import run_command
 from grpo_jax.compiling import watch_compiles
 from grpo_jax.config import ResolvedConfig, write_resolved
@@ -21,7 +19,6 @@ from grpo_jax.console import Console
 from grpo_jax.data import Cursor, gold_calls, next_batch
 from grpo_jax.evaluate import evaluate, greedy_sampler
 from grpo_jax.metrics import PhaseTimer, write_json_atomic
-from grpo_jax.models import hf_checkpoint
 from grpo_jax.optimizer import make_schedule
 from grpo_jax.prefix_tree import make_tree, step_batch
 from grpo_jax.sampler import Sampler
@@ -74,7 +71,7 @@ def fine_tune(session: Session, data: Prompts, sampler: Sampler, folder: Path) -
                 if report["exact_answer_match"] >= config.sft_stop_match:
                     break
             bar.advance(1)
-    hf_checkpoint.save_model(folder, jax.device_get(state.params), session.model, session.folder)
+    session.save_model(folder, state.params)
     return {"steps": done, "validation": report}
 
 

@@ -31,7 +31,6 @@ from grpo_jax.console import Console
 from grpo_jax.data import Cursor, next_batch
 from grpo_jax.evaluate import compare, evaluate, greedy_sampler
 from grpo_jax.metrics import MetricsWriter, PhaseTimer, RolloutLog, trajectory_metrics, write_json_atomic
-from grpo_jax.models import hf_checkpoint
 from grpo_jax.optimizer import make_schedule
 from grpo_jax.prefix_tree import step_batch
 from grpo_jax.rewards import RewardOutcome, call_rewards
@@ -333,6 +332,7 @@ def _start(
         step, schedule, make_update(step, optimizer, objective, state), make_score(step), reference
     )
     meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(session.folder.absolute())}
+    meta["param_dtype"] = config.param_dtype
     meta |= _machine()
     if found is None:
         return learner, state, meta
@@ -356,7 +356,7 @@ def _start(
             )
     session.timer.restore(saved.get("timings", {}))
     session.console.line(f"Continuing from the checkpoint of update {number} in {directory}")
-    return learner, state, {**saved, **_machine()}
+    return learner, state, {**saved, **_machine(), "param_dtype": config.param_dtype}
 
 
 def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints) -> tuple[Path, int] | None:
@@ -431,7 +431,7 @@ def _finish(
     """Export, evaluate again, and write the summary."""
     out = Path(session.config.output_dir)
     with session.timer("save"):
-        hf_checkpoint.save_model(out / "model", jax.device_get(state.params), session.model, session.folder)
+        session.save_model(out / "model", state.params)
     summary["after"] = (
         evaluation(sampler.export(state.params), "Evaluation after") if evaluation.possible else None
     )

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from grpo_jax import losses
 from grpo_jax.logprobs import first_positions, token_logprobs
 from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
+from grpo_jax.optimizer import in_float32, round_like
 from grpo_jax.prefix_tree import Tree
 from grpo_jax.sharding import Layout
 from grpo_jax.types import StepBatch, TrainState
@@ -161,10 +162,13 @@ def make_update(
     def update(state: TrainState, batch: StepBatch) -> tuple[TrainState, Metrics]:
         loss_fn = lambda params: batch_loss(step, objective, params, batch)  # noqa: E731
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads = in_float32(grads)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = TrainState(state.step, optax.apply_updates(state.params, updates), opt_state)
+        weights = in_float32(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, weights)
+        weights = round_like(optax.apply_updates(weights, updates), state.params, state.step, 0)
+        new = TrainState(state.step, weights, opt_state)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics |= {"loss": loss, "grad_norm": norm, "skipped": ~finite}
         return dataclasses.replace(new, step=state.step + 1), metrics

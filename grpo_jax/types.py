@@ -194,7 +194,7 @@ class TrainState:
 
     Args:
         step: int32 scalar, updates done (skipped ones included).
-        params: pytree of float32 master weights, layers stacked [L, …].
+        params: pytree of master weights in `param_dtype`, layers stacked [L, …].
         opt_state: optax state.
     """
 

@@ -240,6 +240,9 @@ def save_model(
     """Write an HF folder: safetensors, and the source's config and tokenizer files byte for byte.
 
     Written to a temporary folder beside it and renamed, so that a folder of that name is whole.
+    Tensors have the source's types where these hold the weights exactly, as those of an untrained
+    run: its tensors are the source's bit for bit. Else they have the type of `params`, and the type
+    that config.json names is changed to it.
 
     Args:
         folder: replaced when it exists.
@@ -261,13 +264,37 @@ def save_model(
         value = np.asarray(value)
         for i, name in enumerate(entry.names()):
             tensors[name] = np.ascontiguousarray(entry.write(value[i] if entry.stacked else value))
-    _write_shards(part, tensors, max_shard_size)
+    exact = _in_types_of(source, tensors)
+    if exact is None:
+        _name_type(part / "config.json", jax.tree.leaves(params)[0].dtype.name)
+    _write_shards(part, exact or tensors, max_shard_size)
     aside = folder.with_name(folder.name + ".old")  # at no moment is there neither the old nor the new
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():
         folder.rename(aside)
     part.rename(folder)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _in_types_of(source: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """The tensors in the types that they have in a folder; None if that is not known or loses a bit."""
+    try:
+        types = {name: np.dtype(stored.dtype) for name, stored in stored_tensors(source)}
+    except (FileNotFoundError, ValueError):  # it was moved or damaged since; the weights here are whole
+        return None
+    exact = {}
+    for name, x in tensors.items():
+        exact[name] = x.astype(types[name])
+        if types[name].itemsize > x.itemsize or not np.array_equal(exact[name].astype(x.dtype), x):
+            return None
+    return exact
+
+
+def _name_type(path: Path, name: str) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    named = {key: name for key in ("dtype", "torch_dtype") if key in config}
+    if named:
+        path.write_text(json.dumps(config | named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_shards(folder: Path, tensors: dict[str, np.ndarray], max_shard_size: str) -> None:
