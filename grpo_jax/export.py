@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from grpo_jax.checkpoint import Checkpoints, is_step_folder
+from grpo_jax.config.options import check_option
 from grpo_jax.models import hf_checkpoint
 from grpo_jax.models.peft_folder import save_adapter
 from grpo_jax.weights import restore_adapters, restore_weights
@@ -43,7 +44,7 @@ def export(run: Path, step: str, folder: Path | None, max_shard_size: str, adapt
             save_adapter(folder, weights, config, meta["base"]["name"])
         else:
             source = Path(meta["source"])
-            params = restore_weights(checkpoints, number, _on_one_device)
+            params = restore_weights(checkpoints, number, _on_one_device, meta.get("param_dtype", "float32"))
             hf_checkpoint.save_model(
                 folder, params, hf_checkpoint.read_config(source), source, max_shard_size
             )
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--adapter", action="store_true", help="write the LoRA adapters alone, for PEFT")
     args = parser.parse_args(argv)
     try:
+        check_option("max_shard_size", args.max_shard_size)
         run, step = args.output_dir, args.checkpoint
         if is_step_folder(step):
             run, step = Path(step).absolute().parent.parent, Path(step).name

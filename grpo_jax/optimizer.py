@@ -1,7 +1,8 @@
-"""Learning-rate schedules with the values of transformers' get_scheduler, and AdamW."""
+"""Learning-rate schedules with the values of transformers' get_scheduler, AdamW, and storage in bfloat16."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,8 +57,11 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     max_grad_norm: float | None,
+    moments_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
-    """AdamW over float32 parameters, after clipping the gradient by its global norm.
+    """AdamW in float32, after clipping the gradient by its global norm.
+
+    Gradients and parameters are given to it in float32, whatever the parameters are kept in.
 
     Args:
         schedule: number of updates done → learning rate.
@@ -66,6 +70,7 @@ def make_optimizer(
         eps: added to the root of the latter.
         weight_decay: decoupled decay, times the learning rate; see `decay_mask`.
         max_grad_norm: largest norm of the whole gradient; 0 or None for no clipping.
+        moments_dtype: what both moments are kept in between updates; see `round_like`.
 
     Raises:
         ValueError: when max_grad_norm is negative.
@@ -75,8 +80,10 @@ def make_optimizer(
     if max_grad_norm and max_grad_norm < 0:
         raise ValueError(f"max_grad_norm must be >= 0 (0 for no clipping), got {max_grad_norm}")
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
-    adamw = optax.adamw(
-        schedule, b1=b1, b2=b2, eps=eps, mu_dtype=jnp.float32, weight_decay=weight_decay, mask=decay_mask
+    adamw = optax.chain(
+        scale_by_adam(b1, b2, eps, moments_dtype),
+        optax.add_decayed_weights(weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
     )
     return optax.chain(clip, layer_by_layer(adamw))
 
@@ -127,6 +134,61 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
 def _split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The stacked layers, and everything else."""
     return params.get("layers", {}), {name: x for name, x in params.items() if name != "layers"}
+
+
+def scale_by_adam(b1: float, b2: float, eps: float, moments_dtype) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` that computes in float32 and keeps both moments in another type.
+
+    Args:
+        b1, b2, eps: as `make_optimizer`.
+        moments_dtype: float32, for optax's own, or bfloat16.
+    """
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def init(params):
+        return adam.init(jax.tree.map(lambda p: p.astype(moments_dtype), params))
+
+    def update(gradients, state, params=None):
+        wide = state._replace(mu=in_float32(state.mu), nu=in_float32(state.nu))
+        updates, new = adam.update(gradients, wide, params)
+        mu = round_like(new.mu, state.mu, new.count, 1)
+        return updates, new._replace(mu=mu, nu=round_like(new.nu, state.nu, new.count, 2))
+
+    return optax.GradientTransformation(init, update)
+
+
+def in_float32(tree: Any) -> Any:
+    """A tree of arrays in float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def round_like(values: Any, like: Any, *draw: int | jax.Array) -> Any:
+    """Float32 values in the types of another tree; to bfloat16 by stochastic rounding, right on average.
+
+    Nearest rounding would lose what accumulates in small steps. A weight has 8 bits: steps of less than a
+    512th of it, all of them at the usual learning rates, would change nothing; nor would a second moment
+    with b2 = 0.999 ever shrink.
+
+    Args:
+        values: tree of float32 arrays.
+        like: the same tree with the types that are wanted, float32 or bfloat16.
+        draw: integers that make the random draw: what is rounded, in which update.
+
+    Source: Zamirai et al. 2020, "Revisiting BFloat16 Training", arXiv:2010.06192.
+    """
+
+    def one(i: int, value: jax.Array, dtype) -> jax.Array:
+        if dtype == jnp.float32:
+            return value
+        key = functools.reduce(jax.random.fold_in, (*draw, i), jax.random.key(0, impl="threefry2x32"))
+        # bfloat16 is the upper half of a float32's bits; the lower half is the chance of one more
+        bits = jax.lax.bitcast_convert_type(value, jnp.uint32) + jax.random.bits(key, value.shape, jnp.uint16)
+        upper = jax.lax.shift_right_logical(bits, jnp.uint32(16)).astype(jnp.uint16)
+        return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+
+    leaves, structure = jax.tree.flatten(values)
+    types = [x.dtype for x in jax.tree.leaves(like)]
+    return structure.unflatten([one(i, *pair) for i, pair in enumerate(zip(leaves, types, strict=True))])
 
 
 def decay_mask(params: Any) -> Any:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grpo_jax.models.lora import merge_layer
-from grpo_jax.models.qwen import KV, Level, ModelConfig, Params, extend, head_weights
+from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
 from grpo_jax.sharding import Layout
 
 Trunk = tuple[tuple[KV, Bool[Array, "n S"]], ...]
@@ -138,7 +138,8 @@ def make_sampler(
         sizes = part_sizes(B, budget + 1, trunk, layout) if compact else (B,)
         return _decode(step, sizes, layout, trunk, cache, keys, live, remaining, stop_at, budget)
 
-    return Sampler(**shared, decode=jax.jit(decode, donate_argnames="cache"), budget=budget, layout=layout)
+    decode = jax.jit(decode, donate_argnames="cache", compiler_options=ALL_ROUNDINGS)
+    return Sampler(**shared, decode=decode, budget=budget, layout=layout)
 
 
 def compaction_pays(budget: int) -> bool:
@@ -193,9 +194,9 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
 
     return run, {
         "export": jax.jit(export),
-        "prefill": jax.jit(prefill),
+        "prefill": jax.jit(prefill, compiler_options=ALL_ROUNDINGS),
         "begin": jax.jit(begin),
-        "append": jax.jit(append, donate_argnames="cache"),
+        "append": jax.jit(append, donate_argnames="cache", compiler_options=ALL_ROUNDINGS),
     }
 
 

@@ -10,6 +10,7 @@ import glob
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ class Session:
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
+            moments_dtype=jnp.dtype(config.optim_dtype),
         )
 
     def schemas_of(self, example: Example) -> list[Schema]:
@@ -132,13 +134,23 @@ class Session:
             self.config.malformed_call_feedback,
         )
 
-    def load_params(self, folder: Path | None = None, dtype=jnp.float32) -> Params:
-        """Weights straight into their shards: of an HF folder, or (None) those the job starts from."""
-        if folder is None and self.checkpoint is not None:
+    def load_params(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
+        """The weights that the job starts from, straight into their shards.
+
+        Args:
+            dtype: of the result; None for that of the trained weights, `param_dtype`.
+        """
+        dtype, began = jnp.dtype(dtype or self.config.param_dtype), time.perf_counter()
+        if self.checkpoint is None:
+            shardings = self.training.params(abstract_params(self.model))
+            params = hf_checkpoint.load_params(self.folder, self.model, shardings, dtype)
+        else:
             with Checkpoints(self.checkpoint.parent) as checkpoints:
-                return restore_weights(checkpoints, int(self.checkpoint.name), self.training.params)
-        shardings = self.training.params(abstract_params(self.model))
-        return hf_checkpoint.load_params(folder or self.folder, self.model, shardings, dtype)
+                params = restore_weights(checkpoints, int(self.checkpoint.name), self.training.params, dtype)
+        size = sum(x.size for x in jax.tree.leaves(jax.block_until_ready(params)))
+        seconds = time.perf_counter() - began
+        self.console.line(f"Loaded {size:,} parameters as {dtype} in {seconds:.1f} s")
+        return params
 
     def load_trained(self) -> tuple[Params, Frozen | None]:
         """What updates change and what they only read: all weights and None, or fresh adapters and their base.
@@ -177,7 +189,7 @@ class Session:
             adapter: PEFT folder; left out where there are no adapters.
         """
         params = jax.device_get(merge(join(trained, frozen)))
-        hf_checkpoint.save_model(folder, params, self.model, self.folder)
+        hf_checkpoint.save_model(folder, params, self.model, self.folder, self.config.max_shard_size)
         if frozen is not None and adapter is not None:
             save_adapter(adapter, jax.device_get(trained), frozen.config, self.model_name)
 

@@ -368,6 +368,7 @@ def _start(
     update = make_update(step, optimizer, objective, state, frozen)
     learner = Learner(step, schedule, update, make_score(step), reference, frozen)
     meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(session.folder.absolute())}
+    meta["param_dtype"] = config.param_dtype
     meta |= _machine()
     if frozen is not None:
         meta |= adapters_meta(frozen.config, session.model_name, session.dtype)
@@ -394,7 +395,7 @@ def _start(
             )
     session.timer.restore(saved.get("timings", {}))
     session.console.line(f"Continuing from the checkpoint of update {number} in {directory}")
-    return learner, state, {**saved, **_machine()}
+    return learner, state, {**saved, **_machine(), "param_dtype": config.param_dtype}
 
 
 def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints) -> tuple[Path, int] | None:

@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float
 from grpo_jax import losses
 from grpo_jax.logprobs import first_positions, token_logprobs
 from grpo_jax.models.lora import Frozen, dropout_keys, fold_in, join
-from grpo_jax.models.qwen import KV, Level, ModelConfig, Params, extend, head_weights
+from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
+from grpo_jax.optimizer import in_float32, round_like
 from grpo_jax.prefix_tree import Tree
 from grpo_jax.sharding import Layout
 from grpo_jax.types import StepBatch, TrainState
@@ -169,17 +170,22 @@ def make_update(
         batch = dataclasses.replace(batch, dropout_keys=keys)
         loss_fn = lambda trained: batch_loss(step, objective, join(trained, frozen), batch)  # noqa: E731
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads = in_float32(grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, finite=finite)
+        weights = in_float32(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, weights, finite=finite)
+        weights = round_like(optax.apply_updates(weights, updates), state.params, state.step, 0)
         metrics |= {"loss": loss, "grad_norm": norm, "skipped": ~finite}
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return TrainState(state.step + 1, weights, opt_state), metrics
 
     shardings = state_shardings(step.layout, state)
-    out = (shardings, step.layout.replicated)
+    options = dict(
+        out_shardings=(shardings, step.layout.replicated), donate_argnums=0, compiler_options=ALL_ROUNDINGS
+    )
     if frozen is None:
-        return jax.jit(update, in_shardings=(shardings, None), out_shardings=out, donate_argnums=0)
-    jitted = jax.jit(update, in_shardings=(shardings, None, None), out_shardings=out, donate_argnums=0)
+        return jax.jit(update, in_shardings=(shardings, None), **options)
+    jitted = jax.jit(update, in_shardings=(shardings, None, None), **options)
     return lambda state, batch: jitted(state, batch, frozen)  # an argument: a constant would be copied
 
 
@@ -201,7 +207,7 @@ def make_score(step: ModelStep) -> Callable[[Params, StepBatch], Float[Array, "B
         rows = jnp.arange(index.shape[0])[:, None]
         return jnp.zeros(batch.completions.shape).at[rows, index].add(jnp.where(mask, logprobs, 0))
 
-    return jax.jit(score)
+    return jax.jit(score, compiler_options=ALL_ROUNDINGS)
 
 
 def batch_loss(step: ModelStep, objective: Objective, params: Params, batch: StepBatch):

@@ -66,7 +66,7 @@ WARNINGS = {
     ),
     "set environment variables in the shell, before the command": "env",
     "set JAX_PLATFORMS=cpu in the shell": "use_cpu no_cuda",
-    "dtype chooses the type of the computation (weights are trained in float32)": (
+    "dtype chooses the type of the computation, param_dtype that of the trained weights": (
         "bf16 bf16_full_eval fp16_full_eval half_precision_backend tf32"
     ),
     "XLA compiles and fuses every step": (
@@ -163,7 +163,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
     "reward_funcs": ((None, []), "use reward_fn for a file or reward_function_name for a built-in"),
     "optim": (
         ("adamw_torch", "adamw_torch_fused", "adamw_hf"),
-        "the optimiser is AdamW with float32 moments",
+        "the optimiser is AdamW; optim_dtype chooses the type of its moments",
     ),
     "optim_args": ((None, ""), "use adam_beta1, adam_beta2, adam_epsilon and weight_decay"),
     "optim_target_modules": ((None,), "all weights are trained, or with use_peft those of the adapters"),

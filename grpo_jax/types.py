@@ -196,8 +196,8 @@ class TrainState:
 
     Args:
         step: int32 scalar, updates done (skipped ones included).
-        params: what is trained: pytree of float32 master weights, layers stacked [L, …], or
-            of the adapters beside frozen ones.
+        params: what is trained: master weights in `param_dtype`, layers stacked [L, …], or float32
+            adapters beside frozen weights.
         opt_state: optax state.
     """
 

@@ -64,13 +64,14 @@ def check_resumable(checkpoints: Checkpoints, step: int, meta: dict[str, Any]) -
         )
 
 
-def restore_weights(checkpoints: Checkpoints, step: int, place: Place) -> Params:
-    """A step's whole weights in float32; adapters are merged into their base.
+def restore_weights(checkpoints: Checkpoints, step: int, place: Place, dtype: Any = jnp.float32) -> Params:
+    """A step's whole weights; adapters are merged into their base.
 
     Args:
         checkpoints: of a run.
         step: one of its steps.
         place: where the weights go.
+        dtype: of the result.
 
     Raises:
         ValueError, FileNotFoundError: no such step, it is damaged, or its source is gone.
@@ -80,10 +81,12 @@ def restore_weights(checkpoints: Checkpoints, step: int, place: Place) -> Params
     model = hf_checkpoint.read_config(source)
     shapes = abstract_params(model)
     if "lora" not in meta:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
         return checkpoints.restore_params(step, _targets(shapes, place))
     adapters, config = restore_adapters(checkpoints, step, place)
     base = hf_checkpoint.load_params(source, model, place(shapes), jnp.dtype(meta["base"]["dtype"]))
-    return jax.device_put(merge(base | {"lora": Adapters(adapters, config)}), place(shapes))
+    merged = jax.tree.map(lambda x: x.astype(dtype), merge(base | {"lora": Adapters(adapters, config)}))
+    return jax.device_put(merged, place(shapes))
 
 
 def restore_adapters(checkpoints: Checkpoints, step: int, place: Place) -> tuple[Params, LoraConfig]:

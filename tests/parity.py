@@ -16,7 +16,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from grpo_jax.models.hf_checkpoint import entries, load_params, read_config
-from grpo_jax.models.qwen import Level, ModelConfig, Params, abstract_params, extend, head_weights
+from grpo_jax.models.qwen import (
+    ALL_ROUNDINGS,
+    Level,
+    ModelConfig,
+    Params,
+    abstract_params,
+    extend,
+    head_weights,
+)
 from grpo_jax.prefix_tree import make_tree, step_batch
 from grpo_jax.sharding import Layout, make_mesh
 from grpo_jax.train_step import ModelStep, make_score
@@ -52,6 +60,14 @@ QWEN3 = QWEN2 | {
 CASES = {
     "qwen2": QWEN2,
     "qwen2-tied": QWEN2 | {"tie_word_embeddings": True, "num_key_value_heads": 6},
+    # what the published Qwen2.5 configs say to add for texts of up to 131,072 tokens
+    "qwen2-yarn": QWEN2
+    | {
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    },
     "qwen3": QWEN3,
     "qwen3-tied": QWEN3 | {"tie_word_embeddings": True, "rope_theta": 10000.0},
 }
@@ -142,13 +158,13 @@ def logits(params: Params, tokens, cfg: ModelConfig, dtype=jnp.float32):
     return jnp.einsum("btd,vd->btv", hidden, head_weights(params).astype(dtype)).astype(jnp.float32)
 
 
-def tree_logprobs(cfg: ModelConfig, params: Params) -> np.ndarray:
+def tree_logprobs(cfg: ModelConfig, params: Params, dtype=jnp.float32) -> np.ndarray:
     """Log-probabilities of all sampled tokens, row after row, on the three-level tree."""
     rows = trajectories()
     tree = make_tree([t.prompt_ids for t in rows], budget=max(len(t.completion_ids) for t in rows))
     assert len(tree.preamble) >= 20
     batch = step_batch(tree, rows, GENERATIONS, [0.0] * len(rows))
-    score = make_score(ModelStep(cfg, Layout(make_mesh()), jnp.float32, remat=False))
+    score = make_score(ModelStep(cfg, Layout(make_mesh()), dtype, remat=False))
     return np.asarray(score(params, jax.tree.map(jnp.asarray, batch)))[batch.sampled_mask]
 
 
@@ -161,20 +177,24 @@ def ours(folder: Path, greedy: np.ndarray) -> dict[str, np.ndarray]:
             the next of them, our own greedy decoding gives the same tokens, by induction.
     """
     cfg, params = load(folder)
+    fed = np.concatenate([tokens()[:, :16], greedy[None, :-1]], 1)
+    best = np.asarray(logits(params, fed, cfg)[0, 15:].argmax(-1))
+    return run(cfg, params) | {"greedy": best}
+
+
+def run(cfg: ModelConfig, params: Params, dtype=jnp.float32) -> dict[str, np.ndarray]:
+    """Logits, gradients and log-probabilities on the tree, computed in a dtype."""
     ids = tokens()
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
-        out = logits(params, ids, cfg)
+        out = logits(params, ids, cfg, dtype)
         logprobs = jax.nn.log_softmax(out[:, :-1])
         return -jnp.take_along_axis(logprobs, jnp.asarray(ids)[:, 1:, None], 2).mean(), out
 
-    (_, out), grads = jax.jit(loss)(params)
+    (_, out), grads = jax.jit(loss, compiler_options=ALL_ROUNDINGS)(params)
     results = {f"gradient/{name}": g for name, g in in_published_layout(cfg, grads).items()}
-    fed = np.concatenate([ids[:, :16], greedy[None, :-1]], 1)
-    results["greedy"] = np.asarray(logits(params, fed, cfg)[0, 15:].argmax(-1))
-    results |= {"logits": np.asarray(out[0]), "tree": tree_logprobs(cfg, params)}
-    return results
+    return results | {"logits": np.asarray(out[0]), "tree": tree_logprobs(cfg, params, dtype)}
 
 
 def in_published_layout(cfg: ModelConfig, tree: Params) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from grpo_jax.config import Config, parse_config, print_config, write_resolved
 from grpo_jax.trl_options import ALIASES, ERRORS, RULINGS, SUPPORTED, WARNINGS
@@ -248,12 +249,34 @@ def test_missing_config_file_is_named():
             "must be one of constant, constant_with_warmup, linear, cosine",
         ),
         ("dtype", "float16", "must be one of auto, float32, bfloat16, got 'float16'"),
+        ("param_dtype", "auto", "must be one of float32, bfloat16, got 'auto'"),
+        ("optim_dtype", "float16", "must be one of float32, bfloat16, got 'float16'"),
+        (
+            "max_shard_size",
+            "5",
+            "must be a number above 0 and its unit KB, MB, GB or TB, as 5GB or 500MB, got",
+        ),
+        ("max_shard_size", "0.0GB", "must be a number above 0 and its unit"),
+        ("max_shard_size", "5 gigabytes", "must be a number above 0 and its unit"),
+        ("max_shard_size", "-1GB", "must be a number above 0 and its unit"),
     ],
 )
 def test_values_out_of_range_name_the_rule(name, bad, rule):
     with pytest.raises(ValueError) as error:
         Config(**{name: bad})
     assert str(error.value).startswith(f"{name} {rule}")
+
+
+@pytest.mark.parametrize("size", ["500MB", "1.5gb", "20 KB", "1TB"])
+def test_a_size_of_weight_files_is_one_that_the_hub_library_reads(size):
+    limit = Config(max_shard_size=size).max_shard_size
+    plan = split_state_dict_into_shards_factory(
+        {"a": 9000, "b": 9000},
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    assert not plan.is_sharded
 
 
 def test_reward_weights_are_one_per_function():

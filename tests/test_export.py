@@ -59,6 +59,13 @@ def test_shards_hold_the_tensors_of_one_file(run, tmp_path):
         assert (load_file(tmp_path / "m" / file)[name] == whole[name]).all()
 
 
+def test_a_size_that_is_none_is_an_error_before_anything_is_read(run):
+    ran = run_export("--checkpoint", 4, "--output_dir", run, "--max_shard_size", "5")
+    assert ran.status == 2
+    assert "max_shard_size must be a number above 0 and its unit KB, MB, GB or TB, as 5GB" in ran.err
+    assert not (run / "export").exists()
+
+
 def test_a_step_that_is_not_there_is_named_with_those_that_are(run):
     ran = run_export("--checkpoint", 7, "--output_dir", run)
     assert ran.status == 2

@@ -238,7 +238,7 @@ def test_an_update_trains_adapters_alone():
     for name in names:
         assert not same(state.params[name], adapters(DROPPING)[name])
     trained = sum(int(np.prod(SHAPES[name])) for name in names)
-    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * trained + 2  # and two counters
+    assert sum(x.size for x in jax.tree.leaves(state.opt_state)) == 2 * trained + 4  # and four counters
     assert same(weights(), before)
 
 

@@ -3,6 +3,7 @@
 Numbers of the published models: `test_qwen_golden.py` and `test_qwen_torch.py`.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -15,9 +16,11 @@ from helpers import random_weights
 from parity import QWEN2, QWEN3
 
 from grpo_jax.models.qwen import (
+    ALL_ROUNDINGS,
     Level,
     ModelConfig,
     abstract_params,
+    biased_heads,
     check_params,
     extend,
     head_weights,
@@ -26,6 +29,7 @@ from grpo_jax.models.qwen import (
     rope_tables,
     rotate,
 )
+from grpo_jax.models.rope import Yarn
 from grpo_jax.prefix_tree import pad_rows
 
 SHRUNK = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40}
@@ -222,6 +226,35 @@ def test_activations_have_the_asked_dtype():
     assert jnp.abs(hidden.astype(jnp.float32) - exact).mean() < 0.02 * jnp.abs(exact).mean()
 
 
+def test_compiled_programs_keep_every_rounding_to_bf16():
+    """Here that of the residual sum before a norm: run one by one, the operations cannot leave it out."""
+    rng = np.random.default_rng(3)
+    x, y = (jnp.asarray(rng.normal(1, 0.3, (50, 64)), jnp.bfloat16) for _ in range(2))
+
+    def norm_of_sum(x, y):
+        return rms_norm(x + y, y, 1e-6)
+
+    want = norm_of_sum(x, y)
+    np.testing.assert_array_equal(jax.jit(norm_of_sum, compiler_options=ALL_ROUNDINGS)(x, y), want)
+    assert (jax.jit(norm_of_sum)(x, y) != want).mean() > 0.1  # XLA's default
+
+
+def test_a_biased_projection_rounds_once_and_has_the_gradients_of_its_formula():
+    """Rounded before the bias is added as well, some of the sums differ by a bit."""
+    rng = np.random.default_rng(4)
+    x, w, bias, dy = (rng.normal(size=s) for s in ((2, 3, 8), (8, 4, 16), (4, 16), (2, 3, 4, 16)))
+    x, w, bias, dy = (jnp.asarray(a, jnp.bfloat16) for a in (x, w, bias, dy))
+    X, W, B, DY = (np.asarray(a, np.float64) for a in (x, w, bias, dy))
+    product = np.einsum("btd,dnh->btnh", X, W)
+    got, pull = jax.vjp(biased_heads, x, w, bias)
+    np.testing.assert_array_equal(got, (product + B).astype(np.float32).astype(jnp.bfloat16))
+    assert (got != product.astype(np.float32).astype(jnp.bfloat16) + bias).any()
+    gradients = np.einsum("btnh,dnh->btd", DY, W), np.einsum("btd,btnh->dnh", X, DY), DY.sum((0, 1))
+    for mine, want in zip(pull(dy), gradients, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        np.testing.assert_allclose(mine.astype(jnp.float32), want, rtol=2**-8, atol=2**-8)
+
+
 def test_rope_angle_is_fp32_at_position_5801():
     """bf16 would turn 5801 into 5792, nine radians off; the first frequency is 1."""
     cfg = MODELS["qwen3"]
@@ -232,6 +265,16 @@ def test_rope_angle_is_fp32_at_position_5801():
     np.testing.assert_allclose(cos.ravel(), [math.cos(a) for a in angles], atol=1e-3)
     np.testing.assert_allclose(sin.ravel(), [math.sin(a) for a in angles], atol=1e-3)
     np.testing.assert_allclose(cos[0, 0, 0, 0], math.cos(5801), atol=1e-6)
+
+
+def test_yarn_stretches_the_angles_and_scales_both_tables():
+    """A quarter of 5801 in the slow half of the frequencies, once the fast ones are kept."""
+    yarn = Yarn(factor=4.0, original=32768, attention_factor=1.25)
+    cos, sin = rope_tables(dataclasses.replace(MODELS["qwen3"], yarn=yarn), jnp.asarray([[5801]]))
+    angles = [5801, 5801 * 1e6 ** (-1 / 8), *(5801 / 4 * 1e6 ** (-i / 8) for i in range(5, 8))]
+    places = [0, 1, 5, 6, 7]
+    np.testing.assert_allclose(np.ravel(cos)[places], [1.25 * math.cos(a) for a in angles], atol=1e-3)
+    np.testing.assert_allclose(np.ravel(sin)[places], [1.25 * math.sin(a) for a in angles], atol=1e-3)
 
 
 def test_rotate_by_hand():
@@ -375,8 +418,8 @@ def edited(change):
     [
         ({"model_type": "llama"}, r"x.json: model_type must be one of \['qwen2', 'qwen3'\], got 'llama'"),
         ({"model_type": None}, "got None"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type must be 'default', got 'linear'"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope type must be 'default', got 'llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "x.json: rope_scaling: the rope type must be"),
+        ({"rope_scaling": {"type": "yarn"}}, "the key 'factor' is missing"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window must be false"),
         ({"hidden_size": None}, "the key 'hidden_size' is missing"),

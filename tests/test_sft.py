@@ -4,8 +4,12 @@ import contextlib
 import io
 import re
 
+import jax
+import jax.numpy as jnp
 import launch
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from grpo_jax import sft
 from grpo_jax.config import parse_config
@@ -145,6 +149,27 @@ def test_it_stops_at_sft_max_steps_and_validates_there(tmp_path, validations):
         report = sft.fine_tune(session, data, NoSampler, tmp_path / "model")
     assert report == {"steps": 3, "validation": {"exact_answer_match": 0.1}}
     assert len(asked) == 2
+
+
+def test_weights_moments_and_files_are_as_the_options_say(tmp_path, validations, monkeypatch):
+    _, figures = validations
+    figures += [1.0]
+    states = []
+    monkeypatch.setattr(
+        sft, "make_update", lambda *args: states.append(args[-1]) or (lambda state, _: (state, {"loss": 0.0}))
+    )
+    options = {"param_dtype": "bfloat16", "optim_dtype": "bfloat16", "max_shard_size": "50KB"}
+    with opened(tmp_path / "run", sft_max_steps=1, **options) as (session, data):
+        sft.fine_tune(session, data, NoSampler, tmp_path / "model")
+    weights, moments = (jax.tree.leaves(x) for x in (states[0].params, states[0].opt_state))
+    assert {x.dtype.name for x in weights} == {x.dtype.name for x in moments if x.ndim} == {"bfloat16"}
+    files = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(files) > 1 and (tmp_path / "model/model.safetensors.index.json").exists()
+    tensors = {name: x for file in files for name, x in load_file(file).items()}
+    source = load_file(launch.small_model() / "model.safetensors")
+    assert tensors.keys() == source.keys()
+    for name, x in source.items():
+        np.testing.assert_array_equal(tensors[name], x.astype(jnp.bfloat16), strict=True)
 
 
 def test_too_few_rows_for_training_and_validation_are_an_error(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,9 +14,10 @@ import jax
 import launch
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from grpo_jax import train
+from grpo_jax import export, train
 from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.config import Config, parse_config
 from grpo_jax.models import hf_checkpoint
@@ -190,6 +192,39 @@ def test_overwrite_starts_over_and_leaves_the_users_own_files(tmp_path):
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["1"]
     assert [path.name for path in (folder / "rollouts").iterdir()] == ["step_000001.jsonl"]
     assert notes.read_text() == "mine"
+
+
+def test_the_model_is_written_in_files_of_the_asked_size_and_the_load_is_timed(tmp_path):
+    ran = launch.small_run(tmp_path / "run", max_steps=1, max_shard_size="50KB")
+    assert ran.status == 0, ran.err
+    files = list((tmp_path / "run/model").glob("*.safetensors"))
+    assert len(files) > 1 and (tmp_path / "run/model/model.safetensors.index.json").exists()
+    assert sum(file.stat().st_size > 60_000 for file in files) <= 1  # a tensor is never cut: the embedding
+    cfg = hf_checkpoint.read_config(tmp_path / "run/model")
+    size = sum(x.size for x in jax.tree.leaves(abstract_params(cfg)))
+    assert re.search(rf"^Loaded {size:,} parameters as float32 in \d+\.\d s$", ran.out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_bf16_weights_and_moments_are_saved_resumed_and_exported_as_such(tmp_path):
+    options = {"param_dtype": "bfloat16", "optim_dtype": "bfloat16"}
+    whole = launch.small_run(tmp_path / "whole", **options)
+    assert whole.status == 0, whole.err
+    reward = interrupting_reward(tmp_path / "rewards", "SIGTERM")
+    settings = options | {"reward_fn": reward, "save_steps": 100}
+    assert launch.small_run(tmp_path / "run", **settings).status == 130
+    again = launch.small_run(tmp_path / "run", **settings)
+    assert "Continuing from the checkpoint of update 3" in again.out
+    assert again.weights() == whole.weights() != launch.whole().weights()
+    tensors = load_file(tmp_path / "run/model/model.safetensors")
+    assert {x.dtype.name for x in tensors.values()} == {"bfloat16"}
+    flags = ["--checkpoint", "latest", "--output_dir", tmp_path / "run"]
+    assert launch.call(export.main, flags, tmp_path / "run").status == 0
+    assert again.weights("export/step_4") == again.weights()
+    with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
+        items = checkpoints._manager.item_metadata(4)
+    saved = [*jax.tree.leaves(items.params.tree), *jax.tree.leaves(items.optimizer.tree["opt_state"])]
+    assert {np.dtype(x.dtype).name for x in saved if x.shape} == {"bfloat16"}
 
 
 # What it learns from

@@ -304,6 +304,30 @@ def test_two_updates_are_adamw_by_hand():
     assert int(state.step) == 2
 
 
+@pytest.mark.slow
+def test_bf16_weights_move_as_float32_ones_do_on_average():
+    """Adam's first step is the rate against the gradient's sign, here 3e-4.
+
+    Weights above 1/2 have bits of 2⁻⁸ and more, so that nearest rounding would leave them all;
+    of bits of up to 2⁻⁷ the moves have a variance of up to 3e-4 · 2⁻⁷ each.
+    """
+    rate = 3e-4
+    optimizer = make_optimizer(schedule=lambda count: rate, **ADAMW | {"weight_decay": 0.0})
+    narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights())
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), narrow)
+    gradients = gradient(base(), params=wide)[2]
+    state = init_state(narrow, optimizer, model_step().layout)
+    assert {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim} == {jnp.dtype("float32")}
+    after, _ = make_update(model_step(), optimizer, OBJECTIVE, state)(state, base())
+    assert {x.dtype for x in jax.tree.leaves(after.params)} == {jnp.dtype("bfloat16")}
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(float64(tree))])  # noqa: E731
+    start, signs = flat(wide), np.sign(flat(gradients))
+    moved = flat(after.params) - start
+    assert 0.02 < (moved[np.abs(start) > 0.5] != 0).mean() < 0.15
+    step = -(signs * moved)[signs != 0]
+    assert abs(step.mean() - rate) < 5 * (rate * 2**-7 / step.size) ** 0.5 < rate / 2
+
+
 # --- rule 2 ------------------------------------------------------------------------------------------
 
 

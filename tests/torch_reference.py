@@ -31,17 +31,21 @@ def reference(folder: Path) -> dict[str, np.ndarray]:
     greedy = ids[:, :16]
     while greedy.shape[1] < 16 + GREEDY:  # no cache, no generation code: the plainest form
         greedy = np.append(greedy, logits(model, greedy)[-1:].argmax(-1)[None], axis=1)
-    results = {f"gradient/{name}": g for name, g in gradients(model, ids).items()}
-    results |= {"logits": logits(model, ids), "greedy": greedy[0, 16:].astype(np.int32)}
-    return results | {"tree": flat_logprobs(model)}
+    return run(model) | {"greedy": greedy[0, 16:].astype(np.int32)}
+
+
+def run(model) -> dict[str, np.ndarray]:
+    """What `parity.run` is compared with."""
+    results = {f"gradient/{name}": g for name, g in gradients(model, tokens()).items()}
+    return results | {"logits": logits(model, tokens()), "tree": flat_logprobs(model)}
 
 
 def gradients(model, ids: np.ndarray) -> dict[str, np.ndarray]:
     """Of the mean negative log-likelihood of each next token."""
     ids = torch.tensor(ids, dtype=torch.long)
     model.zero_grad()
-    torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).backward()
-    return {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.requires_grad}
+    torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:]).backward()
+    return {name: p.grad.float().numpy().copy() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def flat_logprobs(model) -> np.ndarray:

@@ -14,6 +14,7 @@ import difflib
 import functools
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -30,6 +31,10 @@ DECAY: Rule = ("in [0, 1)", lambda v: 0 <= v < 1)
 COLUMN_NAMES: Rule = (
     'column names, as {"prompt": "question"}',
     lambda v: all(name and isinstance(name, str) for pair in v.items() for name in pair),
+)
+FILE_SIZE: Rule = (
+    "a number above 0 and its unit KB, MB, GB or TB, as 5GB or 500MB",
+    lambda v: re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", v, re.IGNORECASE) is not None,
 )
 
 
@@ -98,9 +103,13 @@ class Config:
         "Type of the computation; auto: float32 on CPU, bfloat16 on accelerators.",
         choices=("auto", "float32", "bfloat16"),
     )
-    param_dtype: str = _opt("float32", "Type of the trained weights.", choices=("float32", "bfloat16"))
-    optim_dtype: str = _opt("float32", "Type of AdamW's moments.", choices=("float32", "bfloat16"))
-    max_shard_size: str = _opt("5GB", "Of one weight file of a written model.")
+    param_dtype: str = _opt(
+        "float32", "Type in which the trained weights are kept.", choices=("float32", "bfloat16")
+    )
+    optim_dtype: str = _opt(
+        "float32", "Type in which AdamW's moments are kept.", choices=("float32", "bfloat16")
+    )
+    max_shard_size: str = _opt("5GB", "Of one weight file of a written model.", FILE_SIZE)
     chat_template_kwargs: dict = _opt({}, 'Passed to the chat template, as {"enable_thinking": false}.')
 
     use_peft: bool = _opt(False, "Train LoRA adapters instead of the weights.")

@@ -5,8 +5,8 @@ Only safetensors is read: no pickle, no remote code.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -48,6 +49,26 @@ TABLE = {
 }
 
 
+STORED_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file; an index maps it into memory for as long as the result is used.
+
+    A map of one's own for each read, because a map of the whole file, as safetensors keeps
+    it, holds on to every page that was ever read.
+    """
+
+    path: Path
+    dtype: Any
+    shape: tuple[int, ...]
+    offset: int
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[index]
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One leaf of params and where it lives in an HF checkpoint.
@@ -70,6 +91,11 @@ class Entry:
         return self.shape[1:] if self.stacked else self.shape
 
     @property
+    def part(self) -> tuple[int, ...]:
+        """Shape of what one HF tensor fills: the leaf, or one layer of it."""
+        return (1, *self.inner) if self.stacked else self.shape
+
+    @property
     def hf_shape(self) -> tuple[int, ...]:
         """Shape of one HF tensor."""
         s = self.inner
@@ -85,8 +111,11 @@ class Entry:
         """The HF tensors behind this leaf."""
         return [self.name.format(i) for i in range(self.shape[0])] if self.stacked else [self.name]
 
-    def read(self, tensor: Any, index: tuple[slice, ...]) -> np.ndarray:
-        """One layer's part of the leaf, from a lazily sliced HF tensor."""
+    def read(self, tensor: Stored, index: tuple[slice, ...]) -> np.ndarray:
+        """What an HF tensor fills (see `part`), at an index of it, as a view of the file."""
+        return self._read(tensor, index[1:])[None] if self.stacked else self._read(tensor, index)
+
+    def _read(self, tensor: Stored, index: tuple[slice, ...]) -> np.ndarray:
         if self.layout in ("as is", "in_out"):
             part = tensor[index if self.layout == "as is" else index[::-1]]
             return part if self.layout == "as is" else part.T
@@ -176,6 +205,9 @@ def read_config(folder: Path) -> ModelConfig:
 def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype=np.float32) -> Params:
     """Read a checkpoint tensor by tensor into its shards.
 
+    A tensor goes to its devices as the file holds it and is cast there, a layer of a stacked leaf
+    into its place in the stack: beyond the result the host holds one tensor, never a stack.
+
     Args:
         folder: holds safetensors, one file or several with an index.
         cfg: from `read_config`.
@@ -186,23 +218,25 @@ def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype=np.floa
         FileNotFoundError: a weight file is missing.
         ValueError: a tensor is missing, unknown or misshapen, or a file is truncated; names it.
     """
-    with contextlib.ExitStack() as files:
-        tensors = dict(_open_tensors(folder, files))
-        table = entries(cfg)
-        _check_tensors(folder, tensors, table)
+    tensors, table = dict(stored_tensors(folder)), entries(cfg)
+    _check_tensors(folder, tensors, table)
 
-        def load(entry: Entry, sharding):
-            def shard(index):
-                if not entry.stacked:
-                    return entry.read(tensors[entry.name], index).astype(dtype)
-                layers = range(entry.shape[0])[index[0]]
-                return np.stack(
-                    [entry.read(tensors[entry.name.format(i)], index[1:]).astype(dtype) for i in layers]
-                )
+    def load(entry: Entry, sharding):
+        leaf = None
+        for i, name in enumerate(entry.names()):
+            read = functools.partial(entry.read, tensors[name])
+            part = jax.make_array_from_callback(entry.part, sharding, read)
+            if leaf is None:  # only now, when the pages of the first part are free again
+                leaf = jnp.zeros(entry.shape, dtype, device=sharding)
+            leaf = _put(leaf, part, i).block_until_ready()  # else reading runs ahead of the devices
+        return leaf
 
-            return jax.make_array_from_callback(entry.shape, sharding, shard)
+    return jax.tree.map(load, table, shardings, is_leaf=lambda x: isinstance(x, Entry))
 
-        return jax.tree.map(load, table, shardings, is_leaf=lambda x: isinstance(x, Entry))
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(leaf, part, i):
+    return jax.lax.dynamic_update_slice_in_dim(leaf, part.astype(leaf.dtype), i, 0)
 
 
 def save_model(
@@ -211,6 +245,9 @@ def save_model(
     """Write an HF folder: safetensors, and the source's config and tokenizer files byte for byte.
 
     Written to a temporary folder beside it and renamed, so that a folder of that name is whole.
+    Tensors have the source's types where these hold the weights exactly, as those of an untrained
+    run: its tensors are the source's bit for bit. Else they have the type of `params`, and the type
+    that config.json names is changed to it.
 
     Args:
         folder: replaced when it exists.
@@ -232,7 +269,10 @@ def save_model(
         value = np.asarray(value)
         for i, name in enumerate(entry.names()):
             tensors[name] = np.ascontiguousarray(entry.write(value[i] if entry.stacked else value))
-    _write_shards(part, tensors, max_shard_size)
+    exact = _in_types_of(source, tensors)
+    if exact is None:
+        _name_type(part / "config.json", jax.tree.leaves(params)[0].dtype.name)
+    _write_shards(part, exact or tensors, max_shard_size)
     put_in_place(part, folder)
 
 
@@ -244,6 +284,27 @@ def put_in_place(part: Path, folder: Path) -> None:
         folder.rename(aside)
     part.rename(folder)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _in_types_of(source: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """The tensors in the types that they have in a folder; None if that is not known or loses a bit."""
+    try:
+        types = {name: np.dtype(stored.dtype) for name, stored in stored_tensors(source)}
+    except (FileNotFoundError, ValueError):  # it was moved or damaged since; the weights here are whole
+        return None
+    exact = {}
+    for name, x in tensors.items():
+        exact[name] = x.astype(types[name])
+        if types[name].itemsize > x.itemsize or not np.array_equal(exact[name].astype(x.dtype), x):
+            return None
+    return exact
+
+
+def _name_type(path: Path, name: str) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    named = {key: name for key in ("dtype", "torch_dtype") if key in config}
+    if named:
+        path.write_text(json.dumps(config | named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_shards(folder: Path, tensors: dict[str, np.ndarray], max_shard_size: str) -> None:
@@ -260,23 +321,43 @@ def _write_shards(folder: Path, tensors: dict[str, np.ndarray], max_shard_size: 
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _open_tensors(folder: Path, files: contextlib.ExitStack) -> Iterator[tuple[str, Any]]:
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Stored]]:
+    """Name and place of every tensor of an HF folder.
+
+    Raises:
+        FileNotFoundError: a weight file is missing.
+        ValueError: a file is truncated, or holds a tensor of another type than float32, float16 and bfloat16.
+    """
     if (folder / INDEX).exists():
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     else:
         names = [WEIGHTS]
     for name in names:
         path = _need(folder, name)
-        try:
-            file = files.enter_context(safe_open(path, framework="np"))
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a whole safetensors file ({error}); download it again"
-            ) from error
-        yield from ((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118 (no mapping)
+        for key, entry in _header(path).items():
+            if entry["dtype"] not in STORED_TYPES:
+                raise ValueError(
+                    f"{path}: the tensor {key} must be stored as one of {', '.join(STORED_TYPES)}, "
+                    f"got {entry['dtype']}"
+                )
+            yield key, Stored(path, STORED_TYPES[entry["dtype"]], tuple(entry["shape"]), entry["at"])
 
 
-def _check_tensors(folder: Path, tensors: dict[str, Any], table: Params) -> None:
+def _header(path: Path) -> dict[str, dict[str, Any]]:
+    """Of each tensor its `dtype`, its `shape` and the byte `at` which it begins."""
+    try:
+        with safe_open(path, framework="np"):  # checks all of the header, and the file's length
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); download it again") from error
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {key: x | {"at": 8 + size + x["data_offsets"][0]} for key, x in header.items()}
+
+
+def _check_tensors(folder: Path, tensors: dict[str, Stored], table: Params) -> None:
     want = {name: e.hf_shape for e in jax.tree.leaves(table) for name in e.names()}
     unknown = tensors.keys() - want.keys() - {"lm_head.weight"}  # some tied checkpoints store it twice
     for name in sorted(want.keys() - tensors.keys()):
@@ -284,9 +365,10 @@ def _check_tensors(folder: Path, tensors: dict[str, Any], table: Params) -> None
     for name in sorted(unknown):
         raise ValueError(f"{folder}: the tensor {name} is not part of this architecture")
     for name, shape in want.items():
-        got = tuple(tensors[name].get_shape())
-        if got != shape:
-            raise ValueError(f"{folder}: the tensor {name} must have shape {shape}, got {got}")
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{folder}: the tensor {name} must have shape {shape}, got {tensors[name].shape}"
+            )
 
 
 def _need(folder: Path, name: str) -> Path:
