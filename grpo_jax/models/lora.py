@@ -10,7 +10,8 @@ Dropout belongs to updates: rollout, scores and reference never drop. Its keys a
 fold_in(seed, update, row, level, layer, module), so that neither a resume nor the split into
 micro-batches changes what is dropped. Tokens that rows share (preamble, prompts) pass through
 the model once and so are dropped once for all of their rows; PEFT, which runs every row whole,
-draws them anew for each.
+draws them anew for each. The update's log-probabilities, and with them the metric
+sampling/sampling_logp_difference, are those under dropout.
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3.
 """
