@@ -113,8 +113,7 @@ WARNINGS = {
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision"
     ),
     "all weights are trained; there are no adapters": (
-        "lora_target_parameters lora_modules_to_save "
-        "lora_task_type use_rslora use_dora"
+        "lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora"
     ),
     "weights are not quantised": "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
     "a debugging aid of torch's DDP": "ignore_bias_buffers",
