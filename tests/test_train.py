@@ -379,11 +379,16 @@ def test_rule_7_resume_is_exact_as_a_user_meets_it(tmp_path, users_whole_run, na
 
 @pytest.mark.slow
 def test_the_smoke_run_is_short(tmp_path):
-    """Under 40 s on two idle cores from an empty compile cache; four times that on a busy machine."""
-    ran = launch.smoke_run(tmp_path / "run", OPTIMISED, tmp_path / "cache")
-    print(json.dumps({"seconds": ran.seconds, **ran.json("summary.json")["timings"]}))
-    assert ran.status == 0, ran.err
-    assert ran.seconds < 160
+    """Under 40 s on two idle cores from an empty compile cache; four times that on a busy machine.
+
+    A second start reads its programs from the cache: it spends under 10 s on them.
+    """
+    runs = [launch.smoke_run(tmp_path / name, OPTIMISED, tmp_path / "cache") for name in ("run", "again")]
+    for ran in runs:
+        assert ran.status == 0, ran.err
+        print(json.dumps({"seconds": ran.seconds, **ran.json("summary.json")["timings"]}))
+    assert runs[0].seconds < 160
+    assert runs[1].json("summary.json")["timings"]["compile"] < 10
 
 
 # How the steps follow from options and data
