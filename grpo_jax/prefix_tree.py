@@ -88,6 +88,17 @@ def response_bucket(n: int) -> int:
     return size
 
 
+def update_shapes(budget: int) -> list[tuple[int, int]]:
+    """Every (T2, J) that a batch may have: padded completions, and loss positions per row."""
+    sizes = sorted({completion_bucket(n, budget) for n in range(1, budget + 2)})
+    return [(T2, J) for T2 in sizes for J in sizes if J <= T2]
+
+
+def response_shapes(budget: int) -> list[int]:
+    """Every padded length of a tool response that leaves a token of the budget."""
+    return sorted({response_bucket(n) for n in range(1, budget)})
+
+
 def pad_rows(rows: Sequence[Sequence], width: int, dtype=np.int32) -> tuple[np.ndarray, np.ndarray]:
     """Ragged rows as [n, width], filled with zeros, and where they are real."""
     out = np.zeros((len(rows), width), dtype)

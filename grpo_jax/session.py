@@ -33,7 +33,7 @@ from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
 from grpo_jax.models.tiny import make_tiny_checkpoint
 from grpo_jax.optimizer import make_optimizer
 from grpo_jax.parsing import Schema
-from grpo_jax.prefix_tree import Tree, make_tree
+from grpo_jax.prefix_tree import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.rewards import RewardFunction, load_rewards
 from grpo_jax.rollout import ToolLoop
 from grpo_jax.sampler import Sampler, Sampling, make_sampler
@@ -207,7 +207,8 @@ def setup_jax(config: Config, console: Console) -> None:
     """The persistent compile cache, and a loud line when an accelerator is present and unused."""
     if config.compilation_cache_dir not in (None, "none"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # every program: the small ones are 6 of the smoke run's 17 and cost a second start 10 of its 16 s
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     idle = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     if jax.default_backend() == "cpu" and idle:
         console.line(
@@ -339,4 +340,10 @@ def load_prompts(session: Session, source: str) -> Prompts:
             session.console.line(f"Dropped {len(fits) - len(ids)} of {len(fits)} prompts over {limit} tokens")
         if not ids:
             raise ValueError(f"{source}: every prompt is longer than max_prompt_length {limit}; raise it")
-    return Prompts(examples, ids, make_tree(ids, config.max_grpo_completion_length, session.row_devices))
+    tree = make_tree(ids, config.max_grpo_completion_length, session.row_devices)
+    log.debug(
+        "Shapes of %s: preamble [1, %d], prompts [P, %d], tool responses [B, one of %s], completions [B, T2] "
+        "with J loss positions a row, (T2, J) one of %s",
+        *(source, tree.T0, tree.T1, response_shapes(tree.budget), update_shapes(tree.budget)),
+    )
+    return Prompts(examples, ids, tree)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -54,6 +55,8 @@ from grpo_jax.train_step import (
 )
 from grpo_jax.types import Example, StepBatch, TrainState, Trajectory
 from grpo_jax.weights import adapters_meta, check_resumable
+
+log = logging.getLogger(__name__)
 
 # What a run leaves in output_dir, and all that --overwrite_output_dir removes.
 LEAVINGS = (
@@ -182,6 +185,8 @@ def _train(session: Session, resolved: ResolvedConfig, data: Prompts, summary: d
     plan = make_plan(config, len(data.ids), session.row_devices)
     _check_inputs(session)
     _say_plan(console, plan, data)
+    evaluated = config.eval_batch_size
+    log.debug("Rows: P = %d, B = %d; P = B = %d in an evaluation", plan.P, plan.P * plan.G, evaluated)
     write_resolved(config, out / "resolved_config.yaml")
     greedy = greedy_sampler(session)
     with Checkpoints(out / "checkpoints", keep=config.save_total_limit) as checkpoints:

@@ -52,6 +52,11 @@ def _count(event: str, seconds: float, **_: object) -> None:
         _backend_compiles.append(event)
 
 
+def compiles() -> int:
+    """Programs compiled (or fetched from the cache) by this process so far."""
+    return len(_backend_compiles)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ran:
     """What a command did.
@@ -179,7 +184,7 @@ def call(main: Callable, argv: list[Any], folder: Path) -> Ran:
         folder: its output_dir.
     """
     out, err = io.StringIO(), io.StringIO()
-    before, began = len(_backend_compiles), time.perf_counter()
+    before, began = compiles(), time.perf_counter()
     with (
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
@@ -188,7 +193,7 @@ def call(main: Callable, argv: list[Any], folder: Path) -> Ran:
     ):
         status = main([str(word) for word in argv])
     seconds = time.perf_counter() - began
-    return Ran(folder, status, out.getvalue(), err.getvalue(), seconds, len(_backend_compiles) - before)
+    return Ran(folder, status, out.getvalue(), err.getvalue(), seconds, compiles() - before)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,10 @@ from grpo_jax.prefix_tree import (
     make_tree,
     pad_rows,
     response_bucket,
+    response_shapes,
     step_batch,
     trunk_arrays,
+    update_shapes,
 )
 from grpo_jax.types import Status, Trajectory
 
@@ -82,6 +84,22 @@ def test_response_bucket_is_the_next_power_of_two(n):
     size = response_bucket(n)
     assert size >= max(n, 32) and size & (size - 1) == 0
     assert size == 32 or size < 2 * n
+
+
+def test_the_shapes_of_a_run_by_hand():
+    assert update_shapes(63) == [(64, 64)]
+    assert update_shapes(256) == [(64, 64), (128, 64), (128, 128), (272, 64), (272, 128), (272, 272)]
+    assert response_shapes(33) == [32]
+    assert response_shapes(256) == [32, 64, 128, 256]
+
+
+@given(st.integers(2, 400), st.data())
+def test_every_batch_and_response_has_one_of_the_shapes(budget, data):
+    tree = Tree((1,), 16, 16, budget)
+    ids = data.draw(st.lists(st.booleans(), min_size=1, max_size=budget))
+    batch = step_batch(tree, [trajectory([1, 2, 3], [4] * len(ids), ids, [0.0] * len(ids))], 1, [0.0])
+    assert (batch.completions.shape[1], batch.loss_positions) in update_shapes(budget)
+    assert response_bucket(data.draw(st.integers(1, budget - 1))) in response_shapes(budget)
 
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=6), max_size=5), st.integers(0, 3))

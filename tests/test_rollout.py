@@ -13,11 +13,11 @@ import pytest
 from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
 
 from grpo_jax.optimizer import make_optimizer
-from grpo_jax.prefix_tree import step_batch
+from grpo_jax.prefix_tree import response_bucket, step_batch, update_shapes
 from grpo_jax.rollout import prefill_preamble, run_rollout
 from grpo_jax.tools import Toolbox, ToolRunner
 from grpo_jax.train_step import GrpoObjective, ModelStep, init_state, make_score, make_update, place_batch
-from grpo_jax.types import Outcome, Status
+from grpo_jax.types import Outcome, Status, Trajectory
 
 PROMPTS = helpers.prompts()
 END = helpers.conversation().stop_ids[0]
@@ -149,40 +149,85 @@ def test_rule_5_generations_draws_and_seeds_differ(script):
     assert len({tuple(ids) for ids in different}) == 5
 
 
+class Steps:
+    """Training steps on a scripted sampler: rollout, batch, update."""
+
+    def __init__(self, script):
+        self.script, self.step = script, model_step()
+        optimizer = make_optimizer(
+            schedule=lambda count: 1e-3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0
+        )
+        self.state = init_state(jax.tree.map(jnp.copy, helpers.weights()), optimizer, self.step.layout)
+        self.apply = make_update(self.step, optimizer, GrpoObjective(), self.state)
+        self.loop = helpers.tool_loop(script.sampler)
+
+    def update(self, trajectories):
+        batch = step_batch(self.loop.tree, trajectories, 2, [1.0, -1.0, 0.5, -0.5])
+        self.state, metrics = self.apply(self.state, place_batch(self.step.layout, batch))
+        assert not jax.device_get(metrics)["skipped"]
+        return batch
+
+    def __call__(self, draw, rows):
+        """One step of four rows; returns trajectories and batch."""
+        self.script.load(rows)
+        params = self.loop.sampler.export(self.state.params)
+        preamble = prefill_preamble(self.loop, params)
+        draws = [draw, draw + 1]
+        trajectories = run_rollout(
+            self.loop, params, preamble, PROMPTS[:2], draws, generations=2
+        ).trajectories
+        return trajectories, self.update(trajectories)
+
+
 def test_rule_6_one_compile_per_shape(script):
     """After a first step, ragged rollouts and updates within the same buckets compile nothing."""
-    step = model_step()
-    optimizer = make_optimizer(
-        schedule=lambda count: 1e-3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0
-    )
-    state = init_state(jax.tree.map(jnp.copy, helpers.weights()), optimizer, step.layout)
-    update = make_update(step, optimizer, GrpoObjective(), state)
-    loop = helpers.tool_loop(script.sampler)
-
-    def one_step(state, draw, rows):
-        script.load(rows)
-        params = loop.sampler.export(state.params)
-        preamble = prefill_preamble(loop, params)
-        rollout = run_rollout(loop, params, preamble, PROMPTS[:2], [draw, draw + 1], generations=2)
-        trajectories = rollout.trajectories
-        batch = step_batch(loop.tree, trajectories, 2, [1.0, -1.0, 0.5, -0.5])
-        state, metrics = update(state, place_batch(step.layout, batch))
-        return state, jax.device_get(metrics), batch
-
+    steps = Steps(script)
     call = call_ids("add", a=3, b=4)
     ragged = [
         [[*call, *call], [FREE] * 7, [], [*call, FREE]],
         [[FREE] * 20, [*call, FREE, FREE, *call], [*call], [FREE]],
         [[*call, *call, FREE], [*call, *call], [FREE] * 3, [*call]],
     ]
-    state, metrics, warm = one_step(state, 0, ragged[0])
+    _, warm = steps(0, ragged[0])
     with compilations() as names:
         for i, rows in enumerate(ragged[1:]):
-            state, metrics, batch = one_step(state, 2 * i, rows)
+            _, batch = steps(2 * i, rows)
             assert (batch.completions_valid.sum(1) != warm.completions_valid.sum(1)).any()
-            assert not metrics["skipped"]
     assert names == []
-    assert int(state.step) == 3
+    assert int(steps.state.step) == 3
+
+
+@pytest.mark.slow
+def test_rule_6_twenty_ragged_steps_with_up_to_three_tool_turns(script):
+    """Once every (T2, J) that `update_shapes` lists and every response length was met, nothing compiles."""
+    steps, rng = Steps(script), np.random.default_rng(0)
+    texts = [" ".join(["What is"] * n) for n in (1, 6, 12)]
+    widths = {response_bucket(len(helpers.conversation().response_ids([("echo", t)]))) for t in texts}
+    assert len(widths) == 3
+
+    def row(most):
+        chosen = rng.choice(texts, rng.integers(most + 1), p=[0.6, 0.3, 0.1])
+        turns = [call_ids("echo", text=str(text)) for text in chosen]
+        return [*(token for turn in turns for token in turn), *[FREE] * rng.choice([0, 5, 60])]
+
+    for text in texts:
+        steps(0, [call_ids("echo", text=text), [], [], []])
+    for T2, J in update_shapes(BUDGET):
+        steps.update([unsampled(i, tokens=min(T2 - 1, BUDGET), sampled=J - 1) for i in range(4)])
+    met, turns = set(), set()
+    with compilations() as names:
+        for i in range(20):
+            trajectories, batch = steps(2 * i, [row(most=i % 4) for _ in range(4)])
+            met.add((batch.completions.shape[1], batch.loss_positions))
+            turns |= {len(t.calls) for t in trajectories}
+    assert names == []
+    assert turns == {0, 1, 2, 3} and len(met) >= 3
+
+
+def unsampled(i, tokens, sampled):
+    """A trajectory that no one sampled, of which the first tokens are learned."""
+    mask = [t < sampled for t in range(tokens)]
+    return Trajectory(PROMPTS[i // 2], [1] * tokens, mask, [-1.0] * tokens, [], [], Status.ANSWERED)
 
 
 class compilations:
