@@ -187,8 +187,10 @@ def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     folder, checkpoint = _model_folder(config, toolbox, console)
     model = hf_checkpoint.read_config(folder)
+    tokenizer = config.tokenizer_name_or_path
     conversation = load_conversation(
-        config.tokenizer_name_or_path or str(folder), chat_template_kwargs=config.chat_template_kwargs
+        hf_checkpoint.fetch_tokenizer(tokenizer) if tokenizer else folder,
+        chat_template_kwargs=config.chat_template_kwargs,
     )
     if conversation.vocab_size > model.V:
         raise ValueError(

@@ -264,7 +264,8 @@ def test_a_missing_shard_is_an_error_that_names_it(tmp_path):
 def test_pickled_weights_are_not_read(tmp_path):
     write_checkpoint(tmp_path, QWEN2)
     (tmp_path / WEIGHTS).rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
+    message = r"lacks model\.safetensors; pytorch_model\.bin is a pickle, which is not read: .* safetensors"
+    with pytest.raises(FileNotFoundError, match=message):
         load(tmp_path)
 
 

@@ -25,6 +25,7 @@ from grpo_jax.models.qwen import ModelConfig, Params, abstract_params, check_par
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TEXT_FILES = ["*.json", "*.txt", "*.jinja"]  # config, tokenizer, chat template
 
 # path in params -> (HF name, layout). Layouts of an HF matrix [out, in]:
 #   "as is"; "in_out" [in, out]; "in_heads" [in, heads, H]; "heads_in" (o_proj) [heads, H, out]; "heads" (bias).
@@ -157,17 +158,28 @@ def fetch_model(name_or_path: str, revision: str | None = None) -> Path:
     Raises:
         FileNotFoundError: no such folder, or the hub cannot be reached and nothing is cached.
     """
-    path = Path(name_or_path)
+    return _fetch("model", name_or_path, revision, ["*.safetensors", *TEXT_FILES])
+
+
+def fetch_tokenizer(name_or_path: str) -> Path:
+    """A local folder for a tokenizer; as `fetch_model`, without weights.
+
+    transformers would ask for each file that may exist, six times each: 55 s where no hub answers.
+    """
+    return _fetch("tokenizer", name_or_path, None, TEXT_FILES)
+
+
+def _fetch(kind: str, name: str, revision: str | None, wanted: list[str]) -> Path:
+    path = Path(name)
     if path.is_dir():
         return path
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
-        raise FileNotFoundError(f"model folder {name_or_path} does not exist. {_alternatives()}")
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"{kind} folder {name} does not exist. {_alternatives()}")
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
-            f"model {name_or_path} is no local folder, is not in the hub cache, and could not be downloaded "
+            f"{kind} {name} is no local folder, is not in the hub cache, and could not be downloaded "
             f"({type(error).__name__}). {_alternatives()}"
         ) from error
 
@@ -363,6 +375,12 @@ def _check_tensors(folder: Path, tensors: dict[str, Stored], table: Params) -> N
 
 def _need(folder: Path, name: str) -> Path:
     path = Path(folder) / name
-    if not path.exists():
-        raise FileNotFoundError(f"model folder {folder} lacks {name}; copy it from the model's repository")
-    return path
+    if path.exists():
+        return path
+    pickled = sorted(p.name for p in Path(folder).iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if name == WEIGHTS and pickled:
+        raise FileNotFoundError(
+            f"model folder {folder} lacks {name}; {pickled[0]} is a pickle, which is not read: load it in "
+            "transformers and write it with save_pretrained, which makes safetensors"
+        )
+    raise FileNotFoundError(f"model folder {folder} lacks {name}; copy it from the model's repository")
