@@ -202,11 +202,14 @@ def read_config(folder: Path) -> ModelConfig:
         ValueError: it is not JSON, or of an unsupported model; see `ModelConfig.from_hf`.
     """
     path = _need(folder, "config.json")
+    return ModelConfig.from_hf(_read_json(path), str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from None
-    return ModelConfig.from_hf(config, str(path))
 
 
 def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype=np.float32) -> Params:
@@ -303,7 +306,7 @@ def _in_types_of(source: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.n
 
 
 def _name_type(path: Path, name: str) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _read_json(path)
     named = {key: name for key in ("dtype", "torch_dtype") if key in config}
     if named:
         path.write_text(json.dumps(config | named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -331,7 +334,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Stored]]:
         ValueError: a file is truncated, or holds a tensor of another type than float32, float16 and bfloat16.
     """
     if (folder / INDEX).exists():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
     else:
         names = [WEIGHTS]
     for name in names:
