@@ -166,28 +166,24 @@ class Conversation:
 
 
 def load_conversation(
-    tokenizer_path_or_id: str | Path,
-    *,
-    revision: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    folder: str | Path, *, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> Conversation:
     """Load a tokenizer and learn from its chat template how turns and calls are written.
 
     Args:
-        tokenizer_path_or_id: a local folder with tokenizer.json, or a hub id.
-        revision: branch, tag or commit of a hub id.
+        folder: holds tokenizer.json.
         chat_template_kwargs: extra variables for the template; None for its own defaults.
 
     Raises:
         ValueError: the tokenizer cannot be found or loaded, or its template is missing
             or cannot carry tool calls; the message names the mend.
     """
-    tokenizer = _load_tokenizer(str(tokenizer_path_or_id), revision)
+    tokenizer = _load_tokenizer(Path(folder))
     kwargs = dict(chat_template_kwargs or {})
     control_ids = _control_ids(tokenizer)
     control = _any_of(control_ids)
     prompt, end_of_turn = _probe_template(tokenizer, kwargs, control)
-    eos = [control_ids[end_of_turn], tokenizer.eos_token_id, *_configured_eos(tokenizer_path_or_id, revision)]
+    eos = [control_ids[end_of_turn], tokenizer.eos_token_id, *_configured_eos(Path(folder))]
     stop_ids = tuple(dict.fromkeys(token for token in eos if token is not None))
     return Conversation(
         tokenizer=tokenizer,
@@ -204,17 +200,18 @@ def load_conversation(
     )
 
 
-def _load_tokenizer(source: str, revision: str | None) -> Any:
+def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if Path(source).is_dir() and not (Path(source) / "tokenizer.json").exists():
-        raise ValueError(f"folder {source} has no tokenizer.json; copy it from the model's repository")
+    if not (folder / "tokenizer.json").exists():
+        raise ValueError(f"folder {folder} has no tokenizer.json; copy it from the model's repository")
+    source = str(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except Exception as error:  # the libraries raise anything from KeyError to a bare Exception
         raise ValueError(
-            f"no tokenizer at {source!r}: it is neither a folder with tokenizer.json nor a hub model that can "
-            "be reached; without a network, give the folder of a downloaded model"
+            f"the tokenizer in {source!r} cannot be loaded ({type(error).__name__}: {error}); copy its files "
+            "again from the model's repository"
         ) from error
     if not tokenizer.is_fast or not isinstance(tokenizer.chat_template, str):
         raise ValueError(
@@ -253,18 +250,10 @@ def _probe_template(tokenizer: Any, kwargs: dict[str, Any], control: re.Pattern[
     return render([question], add_generation_prompt=True), close[0]
 
 
-def _configured_eos(source: str | Path, revision: str | None) -> list[int]:
+def _configured_eos(folder: Path) -> list[int]:
     """The end-of-sequence ids of generation_config.json; empty without that file."""
-    from transformers.utils import cached_file
-
-    path = cached_file(
-        str(source),
-        "generation_config.json",
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    eos = json.loads(Path(path).read_text(encoding="utf-8")).get("eos_token_id") if path else None
+    path = folder / "generation_config.json"
+    eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
     return [eos] if isinstance(eos, int) else eos or []
 
 

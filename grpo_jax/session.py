@@ -235,8 +235,10 @@ def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session
     name = config.required("model_name_or_path")
     model_name = str(folder.absolute()) if name == SCRATCH or Path(name).is_dir() else name
     model = hf_checkpoint.read_config(folder)
+    tokenizer = config.tokenizer_name_or_path
     conversation = load_conversation(
-        config.tokenizer_name_or_path or str(folder), chat_template_kwargs=config.chat_template_kwargs
+        hf_checkpoint.fetch_tokenizer(tokenizer) if tokenizer else folder,
+        chat_template_kwargs=config.chat_template_kwargs,
     )
     if conversation.vocab_size > model.V:
         raise ValueError(

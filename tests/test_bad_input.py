@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 
 import huggingface_hub.constants
 import launch
@@ -304,6 +305,17 @@ def test_a_hub_model_that_cannot_be_reached_names_the_alternatives(tmp_path, mod
     assert f"model {name} is no local folder, is not in the hub cache, and could not be downloaded" in message
     assert "Give the path of a local HF folder, or 'scratch'" in message
     assert message.endswith("folders here that hold a model: model\n")
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "tokenisers/mine/qwen"])
+def test_a_tokenizer_that_cannot_be_reached_is_said_at_once(tmp_path, monkeypatch, name):
+    """Left to transformers, six attempts at each of its files take 55 seconds."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    began = time.perf_counter()
+    message = rejected(tmp_path, tokenizer_name_or_path=name)
+    assert time.perf_counter() - began < 20  # without a loaded machine: 1
+    assert f"tokenizer {name} is no local folder" in message or f"tokenizer folder {name}" in message
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, model):

@@ -337,5 +337,8 @@ def test_control_tokens_that_swallow_blanks_are_refused(tmp_path, tiny):
 def test_missing_tokenizers_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         load_conversation(tmp_path)
-    with pytest.raises(ValueError, match="nor a hub model that can be reached"):
+    with pytest.raises(ValueError, match=r"none has no tokenizer\.json"):
         load_conversation(tmp_path / "none")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"cannot be loaded .*copy its files again"):
+        load_conversation(tmp_path)

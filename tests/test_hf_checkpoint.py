@@ -223,6 +223,10 @@ Q = "model.layers.1.self_attn.q_proj.weight"
             "the tensor model.layers.2.mlp.up_proj.weight is not part of this architecture",
         ),
         (
+            lambda t: t.update({Q: np.ones((48, 48), np.float64)}),
+            f"model.safetensors: the tensor {Q} must be stored as one of F32, F16, BF16, got F64",
+        ),
+        (
             lambda t: t.update({Q: np.ones((40, 48), np.float32)}),
             f"the tensor {Q} must have shape (48, 48), got (40, 48)",
         ),
@@ -230,7 +234,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 )
 def test_a_wrong_tensor_is_an_error_that_names_it(change, message, tmp_path):
     folder = write_checkpoint(tmp_path, QWEN2, broken(change))
-    with pytest.raises(ValueError, match=re.escape(f"{folder}: {message}")):
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}(: |/){re.escape(message)}"):
         load(folder)
 
 
@@ -261,10 +265,23 @@ def test_a_missing_shard_is_an_error_that_names_it(tmp_path):
         load(tmp_path / "model")
 
 
+def test_a_damaged_index_is_an_error_that_names_it(tmp_path):
+    source = write_checkpoint(tmp_path / "source", QWEN2)
+    (source / INDEX).write_text('{"weight_map": {')
+    with pytest.raises(ValueError, match=re.escape(f"{source / INDEX} is not JSON")):
+        load(source)
+    (source / INDEX).write_text("{}")  # names no file: every tensor is missing
+    with pytest.raises(
+        ValueError, match=re.escape(f"{source}: the tensor lm_head.weight (128, 48) is missing")
+    ):
+        load(source)
+
+
 def test_pickled_weights_are_not_read(tmp_path):
     write_checkpoint(tmp_path, QWEN2)
     (tmp_path / WEIGHTS).rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
+    message = r"lacks model\.safetensors; pytorch_model\.bin is a pickle, which is not read: .* safetensors"
+    with pytest.raises(FileNotFoundError, match=message):
         load(tmp_path)
 
 

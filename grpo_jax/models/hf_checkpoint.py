@@ -25,6 +25,7 @@ from grpo_jax.models.qwen import ModelConfig, Params, abstract_params, check_par
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TEXT_FILES = ["*.json", "*.txt", "*.jinja"]  # config, tokenizer, chat template
 
 # path in params -> (HF name, layout). Layouts of an HF matrix [out, in]:
 #   "as is"; "in_out" [in, out]; "in_heads" [in, heads, H]; "heads_in" (o_proj) [heads, H, out]; "heads" (bias).
@@ -162,17 +163,28 @@ def fetch_model(name_or_path: str, revision: str | None = None, *, weights: bool
     Raises:
         FileNotFoundError: no such folder, or the hub cannot be reached and nothing is cached.
     """
-    path = Path(name_or_path)
+    return _fetch("model", name_or_path, revision, [*TEXT_FILES, *["*.safetensors"] * weights])
+
+
+def fetch_tokenizer(name_or_path: str) -> Path:
+    """A local folder for a tokenizer; as `fetch_model`, without weights.
+
+    transformers would ask for each file that may exist, six times each: 55 s where no hub answers.
+    """
+    return _fetch("tokenizer", name_or_path, None, TEXT_FILES)
+
+
+def _fetch(kind: str, name: str, revision: str | None, wanted: list[str]) -> Path:
+    path = Path(name)
     if path.is_dir():
         return path
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
-        raise FileNotFoundError(f"model folder {name_or_path} does not exist. {_alternatives()}")
-    wanted = ["*.json", "*.txt", "*.jinja"] + ["*.safetensors"] * weights
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FileNotFoundError(f"{kind} folder {name} does not exist. {_alternatives()}")
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
-            f"model {name_or_path} is no local folder, is not in the hub cache, and could not be downloaded "
+            f"{kind} {name} is no local folder, is not in the hub cache, and could not be downloaded "
             f"({type(error).__name__}). {_alternatives()}"
         ) from error
 
@@ -195,11 +207,14 @@ def read_config(folder: Path) -> ModelConfig:
         ValueError: it is not JSON, or of an unsupported model; see `ModelConfig.from_hf`.
     """
     path = _need(folder, "config.json")
+    return ModelConfig.from_hf(_read_json(path), str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from None
-    return ModelConfig.from_hf(config, str(path))
 
 
 def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype=np.float32) -> Params:
@@ -301,7 +316,7 @@ def _in_types_of(source: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.n
 
 
 def _name_type(path: Path, name: str) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _read_json(path)
     named = {key: name for key in ("dtype", "torch_dtype") if key in config}
     if named:
         path.write_text(json.dumps(config | named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -329,7 +344,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Stored]]:
         ValueError: a file is truncated, or holds a tensor of another type than float32, float16 and bfloat16.
     """
     if (folder / INDEX).exists():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
     else:
         names = [WEIGHTS]
     for name in names:
@@ -373,6 +388,12 @@ def _check_tensors(folder: Path, tensors: dict[str, Stored], table: Params) -> N
 
 def _need(folder: Path, name: str) -> Path:
     path = Path(folder) / name
-    if not path.exists():
-        raise FileNotFoundError(f"model folder {folder} lacks {name}; copy it from the model's repository")
-    return path
+    if path.exists():
+        return path
+    pickled = sorted(p.name for p in Path(folder).iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if name == WEIGHTS and pickled:
+        raise FileNotFoundError(
+            f"model folder {folder} lacks {name}; {pickled[0]} is a pickle, which is not read: load it in "
+            "transformers and write it with save_pretrained, which makes safetensors"
+        )
+    raise FileNotFoundError(f"model folder {folder} lacks {name}; copy it from the model's repository")
