@@ -301,6 +301,17 @@ XML = st.builds(lambda name, key, value: _xml(name, **{key: value}), NAMES, KEYS
 TURN = _turns(CALL) | _turns(XML)
 
 
+def _parsed_within_a_second(text, call_format):
+    """Tried again where it took longer: after some 20,000 turns Python's collector takes over a second to
+    walk what hypothesis keeps, and it may start at any line."""
+    for _ in range(3):
+        start = time.process_time()
+        turn = parse_turn(text, SCHEMAS, call_format)
+        if time.process_time() - start < 1.0:
+            return turn
+    raise AssertionError(f"{call_format}: over a second, three times: {text!r}")
+
+
 @given(text=TURN, cut=st.just(0) | st.integers(1, 50))
 @settings(
     max_examples=int(os.environ.get("GRPO_JAX_FUZZ_EXAMPLES", "300")),
@@ -311,9 +322,7 @@ def test_no_turn_breaks_the_parsers(text, cut):
     """Any text, cut anywhere, gives a turn that is typed and can be written down, within a second."""
     text = text[: len(text) - cut]
     for call_format in ("hermes", "qwen3_coder"):
-        start = time.process_time()  # not the clock: a busy machine may stop this process for longer
-        turn = parse_turn(text, SCHEMAS, call_format)
-        assert time.process_time() - start < 1.0
+        turn = _parsed_within_a_second(text, call_format)
         if turn.error is not None:
             assert turn.error.startswith(REASON) and turn.calls == () and turn.content == text
             turn.error.encode("utf-8")  # the model may be told
