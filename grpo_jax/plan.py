@@ -40,9 +40,10 @@ class StepBytes:
         rollout_copy: the weights that the rollout reads.
         preamble_cache, prompts_cache, own_cache: keys and values.
         decode_logits: of one decode step.
-        activations: of the update: layer inputs that remat keeps, and layers' working sets.
-        attention: blocks of scores.
-        head: blocks of logits.
+        kept_activations: of the update: layer inputs; without remat all that layers make.
+        working_set: of one layer.
+        attention: a block of scores.
+        head: blocks of logits, when no layer runs.
     """
 
     weights: float
@@ -53,7 +54,8 @@ class StepBytes:
     prompts_cache: float
     own_cache: float
     decode_logits: float
-    activations: float
+    kept_activations: float
+    working_set: float
     attention: float
     head: float
 
@@ -61,7 +63,8 @@ class StepBytes:
     def update(self) -> float:
         """Bytes while an update runs; the rollout's copy and its preamble are still held."""
         held = self.weights + self.moments + self.rollout_copy + self.preamble_cache
-        return held + self.gradients + self.activations + self.attention + self.head
+        layer = self.working_set + self.attention
+        return held + self.gradients + self.kept_activations + max(layer, self.head)
 
     @property
     def rollout(self) -> float:
@@ -231,7 +234,7 @@ def step_bytes(
         rollout_copy=_elements(rollout, params) * item,
         **slots,
         decode_logits=3 * 4 * math.prod(rollout.shard_shape((x.B, model.V), "decode_logits")),
-        activations=_activation_bytes(model, x, sizes, parts, item, config.gradient_checkpointing),
+        **_activation_bytes(model, x, sizes, parts, item, config.gradient_checkpointing),
         **_block_bytes(model, x, sizes, parts, machine, dtype != jnp.dtype(config.param_dtype)),
     )
 
@@ -260,21 +263,21 @@ def _activation_bytes(model, x, sizes, parts, item, remat):
     data, fsdp, tensor = sizes
     shared = (x.T0 + x.P * x.T1) / (data * fsdp)
     rows = x.B * x.T2 / (data * fsdp) / parts
-    total = cost.activation_bytes(model, shared, rows, item, remat, tensor)
+    kept, working = cost.activation_bytes(model, shared, rows, item, remat, tensor)
     if parts > 1:
-        total += 2 * 2 * 4 * model.L * model.K * model.H * (x.T0 + x.P * x.T1)
-    return total
+        kept += 2 * 2 * 4 * model.L * model.K * model.H * (x.T0 + x.P * x.T1)
+    return {"kept_activations": kept, "working_set": working}
 
 
 def _block_bytes(model, x, sizes, parts, machine, cast):
-    """Three arrays of the size of a block of scores, and of a block of logits; the head in the run's dtype."""
+    """A block of scores, and three arrays of the size of a block of logits; the head in the run's dtype."""
     data, fsdp, tensor = sizes
     rows = x.B * x.T2 / parts / (data * fsdp)
     scores = 4 * model.N / tensor * rows * max(x.T0, x.T1, x.T2)
     logits = 4 * rows * fsdp * model.V / (fsdp * tensor)
     score_block, logits_block = (4 << 20, 6 << 20) if machine.is_cpu else (512 << 20, 256 << 20)
     copy = 2 * model.V * model.D / (fsdp * tensor) if cast else 0
-    return {"attention": 3 * min(scores, score_block), "head": 3 * min(logits, logits_block) + copy}
+    return {"attention": min(scores, score_block), "head": 3 * min(logits, logits_block) + copy}
 
 
 def find_remedies(
