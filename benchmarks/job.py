@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from limits import Lengths
 
+from grpo_jax.cost import Lengths
 from grpo_jax.models.qwen import Level, ModelConfig, Params, init_params
 from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.prefix_tree import Tree, make_tree, response_bucket, step_batch, trunk_arrays

@@ -31,6 +31,8 @@ def run_command(
         )
         if resolved.config.check and name != "train":
             raise ValueError(f"check belongs to python -m grpo_jax.train; leave it out of grpo_jax.{name}")
+        if resolved.config.plan is not None and name != "train":
+            raise ValueError(f"plan belongs to python -m grpo_jax.train; leave it out of grpo_jax.{name}")
         setup_logging(console, resolved.config.log_level)
         if resolved.config.print_config:
             print_config(resolved)

@@ -99,6 +99,10 @@ class Layout:
         """Sharding of an array whose first dimension is completion rows."""
         return self._named(("data" if self.rollout else ROWS,), x.shape)
 
+    def shard_shape(self, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+        """What one device holds of an activation of a kind."""
+        return self._named(ACTIVATIONS[kind][self.rollout], shape).shard_shape(shape)
+
     def head_shards(self, V: int) -> int:
         """Parts that the V rows of the head are sharded into."""
         return self._size(STAY) if V % self._size(STAY) == 0 else 1

@@ -37,6 +37,7 @@ from grpo_jax.metrics import MetricsWriter, PhaseTimer, RolloutLog, trajectory_m
 from grpo_jax.models.lora import Frozen, join
 from grpo_jax.models.qwen import Params
 from grpo_jax.optimizer import make_schedule
+from grpo_jax.plan import show_plan
 from grpo_jax.prefix_tree import step_batch
 from grpo_jax.rewards import RewardOutcome, call_rewards
 from grpo_jax.rollout import prefill_preamble, run_rollout
@@ -146,6 +147,8 @@ class Learner:
 def run(resolved: ResolvedConfig, console: Console) -> int:
     """Train as configured; returns the exit status."""
     config = resolved.config
+    if config.plan is not None:
+        return show_plan(config, console, make_plan)
     if config.check:
         return _check(config, console)
     out = Path(config.output_dir)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from grpo_jax import losses
+from grpo_jax import cost, losses
 from grpo_jax.logprobs import first_positions, token_logprobs
 from grpo_jax.models.lora import Frozen, dropout_keys, fold_in, join
 from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
@@ -411,9 +411,8 @@ def place_batch(layout: Layout, batch: StepBatch) -> StepBatch:
 def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
     """The fewest micro-batches whose completions' activations fit in a third of the memory.
 
-    An estimate: with `remat` a layer keeps its input only, and one layer at a time its
-    working set; without, every layer keeps its working set. One micro-batch is best
-    where it fits: the trunk is then never kept.
+    An estimate, see `cost.activation_bytes`. One micro-batch is best where it fits: the trunk
+    is then never kept.
 
     Args:
         step: how the model runs.
@@ -421,15 +420,9 @@ def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
         P: prompts per update.
         G: completions per prompt.
     """
-    cfg, size = step.cfg, jnp.dtype(step.dtype).itemsize
-    tokens = P * G * (tree.budget + 1) // (step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"])
-    working = 4 * (4 * cfg.D + 4 * cfg.N * cfg.H + 3 * cfg.F)  # fp32 where it matters
-    per_token = cfg.L * cfg.D * size + working if step.remat else cfg.L * working
-    allowed = _memory_bytes() / 3
-    for parts in range(1, P * G + 1):
-        if P % (parts // math.gcd(parts, G)) == 0 and tokens * per_token / parts <= allowed:
-            return parts
-    return P * G
+    tokens = (tree.budget + 1) / (step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"])
+    itemsize = jnp.dtype(step.dtype).itemsize
+    return cost.micro_batches(step.cfg, P, G, tokens, itemsize, step.remat, _memory_bytes())
 
 
 def _memory_bytes() -> int:

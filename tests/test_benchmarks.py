@@ -13,8 +13,9 @@ from grpo_jax.models.qwen import Level, ModelConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import job
-import limits
-from limits import Lengths, Machine
+
+from grpo_jax import cost
+from grpo_jax.cost import Lengths, Machine
 
 # W = 2·2·1·(2 + 1) + 3·2·3 = 30 weights a layer, of which keys and values 4
 BY_HAND = ModelConfig("qwen3", V=5, D=2, F=3, L=2, N=2, K=1, H=1, rope_theta=1e4, norm_eps=1e-6, tied=True)
@@ -26,30 +27,30 @@ FULL = Lengths(P=2, G=4, T0=256, T1=64, T2=63)  # each fills its bucket
 
 
 def test_weights_by_hand():
-    assert limits.layer_weights(BY_HAND) == 30
-    assert limits.weights(BY_HAND) == 70
-    assert limits.weights(dataclasses.replace(BY_HAND, tied=False)) == 80
+    assert cost.layer_weights(BY_HAND) == 30
+    assert cost.weights(BY_HAND) == 70
+    assert cost.weights(dataclasses.replace(BY_HAND, tied=False)) == 80
 
 
 def test_published_sizes_have_the_published_number_of_parameters():
     """Qwen's model cards: 0.49 B, 0.6 B and 1.7 B."""
-    millions = {name: round(limits.weights(cfg) / 1e6) for name, cfg in job.MODELS.items()}
+    millions = {name: round(cost.weights(cfg) / 1e6) for name, cfg in job.MODELS.items()}
     assert millions == {"qwen2.5-0.5b": 494, "qwen3-0.6b": 596, "qwen3-1.7b": 1720}
 
 
 def test_prefill_by_hand():
     """The first layer 60 + 8 a key, the last 8: 10·(60 + 8·5 + 8) and 8·(60 + 8·12 + 8)."""
-    assert limits.prefill_flop(BY_HAND, LENGTHS) == {"preamble": 1080, "prompts": 1312}
+    assert cost.prefill_flop(BY_HAND, LENGTHS) == {"preamble": 1080, "prompts": 1312}
 
 
 def test_a_decode_step_by_hand():
     """6·(2·(60 + 8·17) + 20) FLOP; 4·(2·30 + 10 + 4·(10 + 8 + 18)) bytes."""
-    assert limits.decode_step(BY_HAND, LENGTHS, t=2, itemsize=4) == (2472, 856)
+    assert cost.decode_step(BY_HAND, LENGTHS, t=2, itemsize=4) == (2472, 856)
 
 
 def test_an_update_by_hand():
     """Per token and layer 180 + 28 a key, or 228 + 36 a key with remat; 80 a token for the head."""
-    plain, remat = (limits.update_flop(BY_HAND, LENGTHS, remat) for remat in (False, True))
+    plain, remat = (cost.update_flop(BY_HAND, LENGTHS, remat) for remat in (False, True))
     assert plain == {"preamble": 3440, "prompts": 4320, "completions": 47232, "head": 2880}
     assert remat == {"preamble": 4400, "prompts": 5536, "completions": 60480, "head": 2880}
 
@@ -60,19 +61,19 @@ def test_an_update_by_hand():
 )
 def test_decode_takes_the_longer_of_flop_and_bytes(machine, least):
     """Two steps of 2280 and 2376 FLOP, 664 and 760 bytes."""
-    seconds, binds = limits.least_decode(BY_HAND, EIGHTH, machine, itemsize=4)
+    seconds, binds = cost.least_decode(BY_HAND, EIGHTH, machine, itemsize=4)
     assert (seconds, binds) == (pytest.approx(least[0]), least[1])
 
 
 def test_least_seconds_are_flop_over_the_rate():
     machine = Machine(flops=100, bytes=1)
-    assert limits.least_prefill(BY_HAND, LENGTHS, machine) == pytest.approx(23.92)
-    assert limits.least_update(BY_HAND, LENGTHS, True, machine) == pytest.approx(732.96)
+    assert cost.least_prefill(BY_HAND, LENGTHS, machine) == pytest.approx(23.92)
+    assert cost.least_update(BY_HAND, LENGTHS, True, machine) == pytest.approx(732.96)
 
 
 def test_temporary_bytes_by_hand():
     """10 + 8 + 6·7 = 60 tokens: 4·70 + 2·2·2·60 + 8·60·(8 + 8 + 9) + 3·(100 + 1000)."""
-    assert limits.update_bytes(BY_HAND, LENGTHS, 2, 100, 1000) == 280 + 480 + 12000 + 3300
+    assert cost.update_bytes(BY_HAND, LENGTHS, 2, 100, 1000) == 280 + 480 + 12000 + 3300
 
 
 # --- against XLA -------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def prefill_flop(params, trunk, n: int, T: int) -> float:
 
 
 def test_prefill_equals_xlas_count():
-    (params, trunk), flop = rollout_shapes(), limits.prefill_flop(CFG, FULL)
+    (params, trunk), flop = rollout_shapes(), cost.prefill_flop(CFG, FULL)
     preamble = flop["preamble"] + masked(FULL.T0, FULL.T0)
     assert prefill_flop(params, (), 1, FULL.T0) == pytest.approx(preamble, rel=TOLERANCE)
     prompts = flop["prompts"] + masked(FULL.P * FULL.T1, FULL.T1)
@@ -120,7 +121,7 @@ def test_a_decode_step_equals_xlas_count():
     cache = jax.eval_shape(sampler.begin, rows, rows)
     keys = jax.ShapeDtypeStruct((FULL.B, 2), jnp.uint32)
     live = jax.ShapeDtypeStruct((FULL.B,), bool)
-    flop, _ = limits.decode_step(CFG, FULL, FULL.T2, itemsize=4)
+    flop, _ = cost.decode_step(CFG, FULL, FULL.T2, itemsize=4)
     assert xla_flop(sampler.decode, params, trunk, cache, keys, live, rows) == pytest.approx(
         flop, rel=TOLERANCE
     )

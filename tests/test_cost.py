@@ -1,6 +1,6 @@
 """What a step costs, as XLA counts it in the compiled programs: the preamble is paid once.
 
-FLOP and bytes, never seconds. The bounds are the formulas of benchmarks/limits.py with what XLA adds; a
+FLOP and bytes, never seconds. The bounds are the formulas of grpo_jax/cost.py with what XLA adds; a
 batch that pays the preamble per row is compiled as well, and breaks them.
 """
 
@@ -22,8 +22,9 @@ from grpo_jax.train_step import GrpoObjective, batch_loss
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import job
-import limits
-from limits import Lengths
+
+from grpo_jax import cost
+from grpo_jax.cost import Lengths
 
 pytestmark = pytest.mark.slow
 
@@ -79,12 +80,12 @@ def flop_bound(x: Lengths) -> float:
     per_key = 18 * CFG.N * CFG.H / 2
     shared = (CFG.L - 1) * per_key * (x.T0**2 + x.P * x.T1**2)
     masked = shared + CFG.L * per_key * x.B * (x.T2 + 1) ** 2
-    return SLACK * (sum(limits.update_flop(CFG, x, remat=True).values()) + masked)
+    return SLACK * (sum(cost.update_flop(CFG, x, remat=True).values()) + masked)
 
 
 def memory_bound(x: Lengths) -> float:
     logits = 4 * x.B * (x.T2 + 1) * CFG.V
-    return MEMORY_SLACK * limits.update_bytes(CFG, x, 4, 4 << 20, logits)
+    return MEMORY_SLACK * cost.update_bytes(CFG, x, 4, 4 << 20, logits)
 
 
 @pytest.mark.parametrize("lengths", [FOUR, EIGHT])
@@ -94,7 +95,7 @@ def test_an_update_costs_what_the_formula_says(lengths):
 
 
 def test_twice_the_completions_add_only_their_own_share():
-    levels = limits.update_flop(CFG, FOUR, remat=True)
+    levels = cost.update_flop(CFG, FOUR, remat=True)
     own = levels["completions"] + levels["head"]
     added = gradient_flop(EIGHT) - gradient_flop(FOUR)
     assert added < SLACK * own
@@ -127,7 +128,7 @@ def decode_cost(x: Lengths) -> tuple[float, int]:
 
 def test_prefill_costs_what_the_formula_says_however_many_completions():
     masked = (CFG.L - 1) * 4 * CFG.N * CFG.H / 2 * (FOUR.T0**2 + FOUR.P * FOUR.T1**2)
-    bound = SLACK * (sum(limits.prefill_flop(CFG, FOUR).values()) + masked)
+    bound = SLACK * (sum(cost.prefill_flop(CFG, FOUR).values()) + masked)
     for x in (FOUR, EIGHT):
         prefill = jax.jit(lambda params, x=x: job.prefill(make_job(x), params))
         assert prefill.lower(rollout_weights(x)).compile().cost_analysis()["flops"] < bound
@@ -136,7 +137,7 @@ def test_prefill_costs_what_the_formula_says_however_many_completions():
 def test_decoding_neither_repeats_the_preamble_nor_copies_it():
     """XLA counts the loop's body once: one token of every row."""
     flop, temporary = decode_cost(EIGHT)
-    assert flop < SLACK * limits.decode_step(CFG, EIGHT, EIGHT.T2, itemsize=4)[0]
+    assert flop < SLACK * cost.decode_step(CFG, EIGHT, EIGHT.T2, itemsize=4)[0]
     copied = EIGHT.B * 2 * CFG.K * EIGHT.T0 * CFG.H * 4  # keys and values of one layer, for every row
     assert temporary < copied / 2
     assert temporary < 2 * decode_cost(FOUR)[1]

@@ -1,0 +1,212 @@
+"""What `--plan` reckons: by hand for a tiny model, and against XLA's own memory analysis."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo_jax import cost
+from grpo_jax.config import Config
+from grpo_jax.models.qwen import ModelConfig
+from grpo_jax.plan import find_remedies, fits, plan_step, step_hours
+from grpo_jax.plan_inputs import PUBLISHED, SCRATCH_SIZES, DataLengths, model_sizes, read_machine
+
+ROOT = Path(__file__).parents[1]
+# 30 weights of matrices and 6 of norms a layer, 10 of the table, 2 of the last norm: 84
+TINY = ModelConfig("qwen3", V=5, D=2, F=3, L=2, N=2, K=1, H=1, rope_theta=1e4, norm_eps=1e-6, tied=True)
+DATA = DataLengths(rows=10, preamble=10, rest=4, exact=True)
+OPTIONS = {"per_device_train_batch_size": 4, "num_generations": 2, "max_grpo_completion_length": 15}
+
+
+def plan(machine="1GB x 1", model=TINY, data=DATA, **options):
+    return plan_step(Config(**(OPTIONS | options)), model, data, read_machine(machine))
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "memory"),
+    [
+        ("v5e-8", 8, 17179869184),
+        ("v6e-8", 8, 34359738368),
+        ("v5p-64", 32, 102005473280),
+        ("v4-8", 4, 34359738368),
+        ("v5p", 1, 102005473280),
+        ("h200", 1, 141e9),
+        ("H100-8", 8, 80e9),
+        ("80GB x 8", 8, 80e9),
+        ("1.5GiB*2", 2, 1610612736),
+        ("1000000 x 1", 1, 1e6),
+    ],
+)
+def test_a_machine_is_read(text, count, memory):
+    machine = read_machine(text)
+    assert (machine.count, machine.device.memory) == (count, memory)
+
+
+@pytest.mark.parametrize(
+    "text", ["v9-8", "80GB", "80KB x 8", "8", "v5e-0", "v5p-3", "80GB x 0", "cpu-0", "1.2.3 x 4"]
+)
+def test_another_text_names_the_machines_there_are(text):
+    with pytest.raises(ValueError, match="plan must be one of v4, v5e, v5p, v6e, h100, h200 or cpu"):
+        read_machine(text)
+
+
+def test_the_cpu_has_this_machines_memory():
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert read_machine("cpu").device.memory == memory
+    assert read_machine("cpu-4").device.memory == memory / 4
+
+
+def test_bytes_by_hand():
+    """84 weights; 2 · 2 · 2 = 8 bytes a slot; 16, 2 · 16 and 4 · 16 slots; 64 completion tokens."""
+    step = plan()
+    assert step.lengths == cost.Lengths(P=2, G=2, T0=16, T1=16, T2=16)
+    assert (step.sizes, step.micro_batches) == ((1, 1, 1), 1)
+    x = step.bytes
+    assert (x.weights, x.gradients, x.moments, x.rollout_copy) == (336, 336, 672, 168)
+    assert (x.preamble_cache, x.prompts_cache, x.own_cache) == (128, 256, 512)
+    assert (x.decode_logits, x.attention, x.head) == (240, 8192, 3860)
+    # 112 tokens of 2 · 2 values; 29 values each and 38 more for each of the completions' 64
+    assert (x.kept_activations, x.working_set) == (896, 22720)
+    assert x.update == 336 + 672 + 168 + 128 + 336 + 896 + 22720 + 8192
+    assert x.rollout == 336 + 672 + 168 + 128 + 256 + 512 + 240
+
+
+def test_fsdp_shards_what_it_divides():
+    """The table's 5 rows and 14 scales stay whole, the layers' 60 weights are halved: 54."""
+    x = plan("1GB x 2", mesh_fsdp=2).bytes
+    assert (x.weights, x.gradients, x.moments) == (216, 216, 432)
+
+
+def test_types_and_adapters_change_weights_and_moments():
+    """Adapters of rank 1 on q and v: 2 + 2 and 2 + 1 a layer, 14 in fp32 beside 84 in bf16."""
+    x = plan(param_dtype="bfloat16", optim_dtype="bfloat16").bytes
+    assert (x.weights, x.gradients, x.moments) == (168, 168, 336)
+    x = plan(use_peft=True, lora_r=1).bytes
+    assert (x.weights, x.gradients, x.moments) == (84 * 2 + 14 * 4, 56, 112)
+    assert plan(beta=0.1).bytes.weights == 336 + 168
+
+
+def test_a_mesh_must_have_the_plans_devices():
+    with pytest.raises(ValueError, match="the plan's 8 devices, got 3 · 1 · 1"):
+        plan("v5e-8", mesh_data=3)
+
+
+def test_a_remedy_changes_the_verdict():
+    model, data = PUBLISHED["Qwen3-0.6B"], DataLengths(100, 1000, 50, True)
+    config, machine = Config(per_device_train_batch_size=8), read_machine("12GB x 2")
+    assert not fits(plan_step(config, model, data, machine), machine)
+    remedies = find_remedies(config, model, data, machine)
+    assert any("mesh_fsdp" in changes for changes, _ in remedies)
+    for changes, peak in remedies:
+        step = plan_step(Config(**({"per_device_train_batch_size": 8} | changes)), model, data, machine)
+        assert fits(step, machine)
+        assert step.bytes.peak == peak
+
+
+def test_remat_is_the_remedy_for_activations():
+    model, data = PUBLISHED["Qwen3-0.6B"], DataLengths(100, 6000, 50, True)
+    options = {"gradient_checkpointing": False, "micro_batches": 1}
+    machine = read_machine("40GB x 1")
+    assert not fits(plan_step(Config(**options), model, data, machine), machine)
+    assert find_remedies(Config(**options), model, data, machine)[0][0] == {"gradient_checkpointing": True}
+
+
+def test_nothing_helps_where_nothing_can():
+    config, machine = Config(), read_machine("100MB x 1")
+    assert find_remedies(config, PUBLISHED["Qwen3-8B"], DATA, machine) == []
+
+
+def test_hours_follow_the_rates():
+    config, model = Config(**OPTIONS), PUBLISHED["Qwen3-0.6B"]
+    hours = {}
+    for name in ("h100", "h100-2", "80GB x 1"):
+        machine = read_machine(name)
+        hours[name] = step_hours(config, model, plan_step(config, model, DATA, machine), machine)
+    assert hours["80GB x 1"] is None
+    # twice the completions on twice the devices: only the shared preamble is spread thinner
+    assert 0.5 * hours["h100"] < hours["h100-2"] < hours["h100"] * 1.001
+
+
+def test_published_sizes_have_the_published_number_of_parameters():
+    """Qwen's model cards, in billions."""
+    billions = {name: round(cost.weights(cfg) / 1e9, 2) for name, cfg in PUBLISHED.items()}
+    assert billions == {
+        "Qwen2.5-0.5B": 0.49,
+        "Qwen2.5-1.5B": 1.54,
+        "Qwen2.5-3B": 3.09,
+        "Qwen2.5-7B": 7.62,
+        "Qwen3-0.6B": 0.6,
+        "Qwen3-1.7B": 1.72,
+        "Qwen3-4B": 4.02,
+        "Qwen3-8B": 8.19,
+    }
+    norms = 4 * (2 * 128 + 2 * 32) + 128
+    assert cost.weights(SCRATCH_SIZES) + norms == 877_440  # as make_tiny_checkpoint says
+
+
+def test_an_unknown_model_asks_for_a_folder():
+    with pytest.raises(ValueError, match=r"'other/model' are not known here: give a local folder"):
+        model_sizes(Config(model_name_or_path="other/model"))
+
+
+COMMAND = """
+import sys
+from grpo_jax.train import main
+status = main(sys.argv[1:])
+import jax._src.xla_bridge as bridge
+print("backends", bridge.backends_are_initialized())
+sys.exit(status)
+"""
+
+
+def test_the_command_prints_a_plan_and_starts_no_backend():
+    arguments = ["--config", "configs/default.yaml", "--plan", "v5e-8"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Estimate: it fits" in ran.stdout
+    assert "hours for 225 updates" in ran.stdout  # 1,200 rows / 16 prompts × 3 epochs
+    assert "backends False" in ran.stdout
+
+
+MEASURE = """
+import sys
+import jax, job
+from grpo_jax.cost import Lengths
+from grpo_jax.models.qwen import ModelConfig
+cfg = ModelConfig("qwen3", 2000, 128, 384, 4, 4, 2, 32, 1e4, 1e-6, True)
+of = job.make_job(job.Shape(cfg, Lengths(4, 8, 256, 16, 63), remat=sys.argv[1] == "True"))
+compiled = of.update.lower(jax.eval_shape(of.new_state), job.abstract_batch(of)).compile()
+analysis = compiled.memory_analysis()
+print(analysis.temp_size_in_bytes + analysis.argument_size_in_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [True, False])
+def test_an_update_on_the_cpu_agrees_with_xla(remat):
+    """Within 15 %; the rollout's copy and its cache are no part of the compiled update."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(remat)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    model = ModelConfig("qwen3", 2000, 128, 384, 4, 4, 2, 32, 1e4, 1e-6, True)
+    options = {"per_device_train_batch_size": 32, "max_grpo_completion_length": 63, "micro_batches": 1}
+    x = plan(
+        "cpu",
+        model,
+        DataLengths(100, 256, 16, True),
+        gradient_checkpointing=remat,
+        num_generations=8,
+        **options,
+    ).bytes
+    assert x.update - x.rollout_copy - x.preamble_cache == pytest.approx(json.loads(ran.stdout), rel=0.15)
