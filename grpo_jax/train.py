@@ -40,7 +40,7 @@ from grpo_jax.optimizer import make_schedule
 from grpo_jax.plan import show_plan
 from grpo_jax.prefix_tree import step_batch
 from grpo_jax.rewards import RewardOutcome, call_rewards
-from grpo_jax.rollout import prefill_preamble, run_rollout
+from grpo_jax.rollout import Rollout, ToolLoop, prefill_preamble, run_rollout
 from grpo_jax.sampler import Sampler, Sampling
 from grpo_jax.session import Prompts, Session, load_prompts, open_session
 from grpo_jax.sft import fine_tune
@@ -240,23 +240,10 @@ def _grpo(
         for _ in range(first // plan.updates_per_batch, plan.batches):
             began = time.perf_counter()
             draws, next_cursor = next_batch(len(data.ids), plan.P, cursor, config.seed)
-            chosen = [i for i, _ in draws]
-            examples = [data.examples[i] for i in chosen for _ in range(plan.G)]
+            examples = [data.examples[i] for i, _ in draws for _ in range(plan.G)]
 
-            with timer("rollout"), console.progress("Rollout", plan.P * plan.G) as rows:
-                params = sampler.export(learner.params(state))
-                preamble = prefill_preamble(loop, params)
-                rollout = run_rollout(
-                    loop,
-                    params,
-                    preamble,
-                    [data.ids[i] for i in chosen],
-                    [draw for _, draw in draws],
-                    generations=plan.G,
-                    seed=config.seed,
-                    schemas=[session.schemas_of(data.examples[i]) for i in chosen],
-                    on_turn=_row_counter(rows),
-                )
+            with timer("rollout"):
+                rollout = _sample(session, plan, data, sampler, learner.params(state), loop, draws)
                 trajectories = rollout.trajectories
             if session.purity is not None:  # beside what follows, which needs no tools
                 session.purity.start(call for t in trajectories for call in t.calls)
@@ -305,6 +292,32 @@ def _grpo(
                 return state, True
     writer.close()
     return state, False
+
+
+def _sample(
+    session: Session,
+    plan: Plan,
+    data: Prompts,
+    sampler: Sampler,
+    params: Params,
+    loop: ToolLoop,
+    draws: Sequence[tuple[int, int]],
+) -> Rollout:
+    """One batch of trajectories; the rollout's copy of the weights does not outlive it."""
+    chosen = [i for i, _ in draws]
+    with session.console.progress("Rollout", plan.P * plan.G) as rows:
+        weights = sampler.export(params)
+        return run_rollout(
+            loop,
+            weights,
+            prefill_preamble(loop, weights),
+            [data.ids[i] for i in chosen],
+            [draw for _, draw in draws],
+            generations=plan.G,
+            seed=session.config.seed,
+            schemas=[session.schemas_of(data.examples[i]) for i in chosen],
+            on_turn=_row_counter(rows),
+        )
 
 
 def score_rewards(

@@ -10,6 +10,7 @@ from grpo_jax.config import parse_config
 from grpo_jax.console import Console
 from grpo_jax.evaluate import evaluate
 from grpo_jax.metrics import PhaseTimer
+from grpo_jax.rollout import Rollout
 from grpo_jax.session import load_prompts, open_session
 from grpo_jax.types import Status, Trajectory
 
@@ -67,7 +68,7 @@ def test_evaluation_gives_each_row_its_own_tools(mixed, monkeypatch):
 
     def run_rollout(loop, params, preamble, ids, draws, *, schemas, live):
         given.extend([s["function"]["name"] for s in shown] for shown in schemas)
-        return [Trajectory(one, [], [], [], [], [], Status.ANSWERED) for one in ids]
+        return Rollout([Trajectory(one, [], [], [], [], [], Status.ANSWERED) for one in ids], row_steps=0)
 
     monkeypatch.setattr(evaluate_module, "run_rollout", run_rollout)
     monkeypatch.setattr(evaluate_module, "prefill_preamble", lambda loop, params: ())
