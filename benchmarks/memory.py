@@ -15,6 +15,7 @@ import time
 
 import jax
 from job import Shape, abstract_batch, add_shape_options, make_job, shape_of
+from limits import weights
 
 GB = 1e9
 
@@ -57,8 +58,9 @@ def main() -> None:
         temporary = analysis.temp_size_in_bytes
         first = first or temporary
         print(
-            f"{name:12s} temporary {temporary / GB:6.2f} GB ({temporary / first:.2f} times), arguments "
-            f"{analysis.argument_size_in_bytes / GB:6.2f} GB; compiled in {time.perf_counter() - began:.0f} s",
+            f"{name:12s} temporary {temporary / GB:6.2f} GB ({temporary / first:.2f} times; fp32 gradients are "
+            f"{4 * weights(variant.cfg) / GB:.2f} GB of it), arguments {analysis.argument_size_in_bytes / GB:.2f} GB; "
+            f"compiled in {time.perf_counter() - began:.0f} s",
             flush=True,
         )
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,10 +15,13 @@ import pytest
 from grpo_jax.models.qwen import Level, ModelConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import compare_trl
 import job
 
 from grpo_jax import cost
 from grpo_jax.cost import Lengths, Machine
+
+ROOT = Path(__file__).parents[1]
 
 # W = 2·2·1·(2 + 1) + 3·2·3 = 30 weights a layer, of which keys and values 4
 BY_HAND = ModelConfig("qwen3", V=5, D=2, F=3, L=2, N=2, K=1, H=1, rope_theta=1e4, norm_eps=1e-6, tied=True)
@@ -129,3 +135,60 @@ def test_a_decode_step_equals_xlas_count():
 
 def xla_flop(function, *args) -> float:
     return function.lower(*args).compile().cost_analysis()["flops"]
+
+
+# --- the commands ------------------------------------------------------------------------------------
+
+SMALL = ["--shape", "tiny", "--preamble", 30, "--prompt", 5, "--completion", 8, "--layers", 1]
+SMALL += ["--prompts", 2, "--generations", 2]
+
+
+def command(name: str, *words: object) -> list[str]:
+    """The lines that a benchmark prints."""
+    argv = [sys.executable, f"benchmarks/{name}.py", *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=570)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_a_step_is_timed_by_part_and_compared_with_the_machine():
+    lines = command("step", *SMALL, "--repeats", 1)
+    assert lines[0].startswith("tiny: 2 × 2 rows, preamble 30, prompt 6, completion 8 tokens, 1 layers")
+    timed = [line.split()[0] for line in lines if "first call" in line]
+    assert timed == ["export", "prefill", "decode", "reward", "update"]
+    shares = [float(share) for share in re.findall(r"s: +([\d.]+) % reached", "\n".join(lines))]
+    assert len(shares) == 3 and all(0 < share < 100 for share in shares)
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.parametrize("micro_batches", [2, 4])  # of whole prompts, and of parts of them
+def test_trl_runs_on_the_same_weights_prompts_and_lengths(micro_batches):
+    pytest.importorskip("trl")
+    trl = ["--compare", "trl", "--trl-steps", 1, "--trl-checkpointing", "on"]
+    lines = command("step", *SMALL, "--repeats", 1, *trl, "--trl-micro-batches", micro_batches)
+    assert re.fullmatch(r"ratio to TRL: \d+\.\dx", lines[-1])
+    ours, theirs = map(float, re.findall(r"\d+\.\d+", next(x for x in lines if x.startswith("entropy"))))
+    assert ours == pytest.approx(theirs, abs=0.1)  # weights not loaded would give ln 700 = 6.55
+
+
+@pytest.mark.slow
+def test_memory_is_told_for_a_doubled_vocabulary_and_preamble():
+    lines = command("memory", *SMALL)
+    assert [line.split("temporary")[0].strip() for line in lines[1:]] == ["as given", "V = 1400", "T0 = 60"]
+
+
+@pytest.mark.slow
+def test_growth_writes_a_table_and_a_picture(tmp_path):
+    lines = command("growth", "--quick", "--repeats", 1, "--png", tmp_path / "growth.png")
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        sweep for sweep in ("preamble", "rows", "completion", "tool turns") for _ in range(2)
+    ]
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("cfg", [*job.MODELS.values(), job.narrow(700)])
+def test_the_config_that_trl_reads_is_that_of_the_model(cfg):
+    assert ModelConfig.from_hf(compare_trl.hf_config(cfg)) == cfg
