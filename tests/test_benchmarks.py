@@ -92,11 +92,19 @@ def full_job():
     return job.make_job(job.Shape(CFG, FULL, remat=True))
 
 
+def shared_level(n: int, T: int) -> Level:
+    """Tokens of preamble or prompts."""
+    return Level(*(jnp.zeros((n, T), kind) for kind in (jnp.int32, jnp.int32, bool)), shared=True)
+
+
 @functools.cache
 def rollout_shapes():
     """Abstract rollout weights, and the trunk of preamble and prompts."""
-    params = jax.eval_shape(full_job().sampler.export, jax.eval_shape(full_job().new_state).params)
-    return params, jax.eval_shape(lambda params: job.prefill(full_job(), params), params)
+    sampler, trunk = full_job().sampler, ()
+    params = jax.eval_shape(sampler.export, jax.eval_shape(full_job().new_state).params)
+    for level in (shared_level(1, FULL.T0), shared_level(FULL.P, FULL.T1)):
+        trunk += ((jax.eval_shape(sampler.prefill, params, trunk, level), level.valid),)
+    return params, trunk
 
 
 def masked(tokens: int, T: int) -> float:
@@ -105,11 +113,7 @@ def masked(tokens: int, T: int) -> float:
 
 
 def prefill_flop(params, trunk, n: int, T: int) -> float:
-    def prefill(params, trunk, tokens, positions, valid):
-        return full_job().sampler.prefill(params, trunk, Level(tokens, positions, valid, shared=True))
-
-    level = (jax.ShapeDtypeStruct((n, T), kind) for kind in (jnp.int32, jnp.int32, bool))
-    return xla_flop(jax.jit(prefill), params, trunk, *level)
+    return xla_flop(full_job().sampler.prefill, params, trunk, shared_level(n, T))
 
 
 def test_prefill_equals_xlas_count():

@@ -156,7 +156,7 @@ def test_weights_moments_and_files_are_as_the_options_say(tmp_path, validations,
     figures += [1.0]
     states = []
     monkeypatch.setattr(
-        sft, "make_update", lambda *args: states.append(args[-1]) or (lambda state, _: (state, {"loss": 0.0}))
+        sft, "make_update", lambda *args: states.append(args[3]) or (lambda state, _: (state, {"loss": 0.0}))
     )
     options = {"param_dtype": "bfloat16", "optim_dtype": "bfloat16", "max_shard_size": "50KB"}
     with opened(tmp_path / "run", sft_max_steps=1, **options) as (session, data):

@@ -390,7 +390,7 @@ def _need(folder: Path, name: str) -> Path:
     path = Path(folder) / name
     if path.exists():
         return path
-    pickled = sorted(p.name for p in Path(folder).iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    pickled = sorted(p.name for p in Path(folder).glob("*") if p.suffix in (".bin", ".pt", ".pth"))
     if name == WEIGHTS and pickled:
         raise FileNotFoundError(
             f"model folder {folder} lacks {name}; {pickled[0]} is a pickle, which is not read: load it in "
