@@ -228,16 +228,17 @@ def _pad_to(x, axis: int, block: int):
 
 
 def _by_segment(x, n, causal):
-    """[B, K, R, T, E] -> [n, K, 1, (B/n)·R·T, E], or unchanged where each row has its own keys.
+    """[B, K, R, T, E] -> [n, K, G, T', E], or unchanged where each row has its own keys.
 
-    The (sharded) row dimension stays outermost of what merges. All queries of a segment
-    row see the same keys, so they are one long dimension to cut blocks from.
+    All queries of a segment row see the same keys. On one device they are one long dimension
+    to cut blocks from (G = 1). On several, the rows stay a dimension of their own (G = B/n),
+    since rows are sharded: a block cut across them would gather all queries everywhere.
     """
     if causal:
         return x
     B, K, R, T, E = x.shape
     x = x.reshape(n, B // n, K, R, T, E).swapaxes(1, 2)
-    return x.reshape(n, K, 1, (B // n) * R * T, E)
+    return x.reshape(n, K, 1 if jax.device_count() == 1 else B // n, -1, E)
 
 
 def _by_row(x, rows, causal):
