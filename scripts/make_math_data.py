@@ -21,14 +21,14 @@ PHRASINGS = {
     add: (
         "What is {a} plus {b}?",
         "Add {a} and {b}.",
-        "{a} + {b} = ?",
+        "Compute {a} + {b}.",
         "Calculate {a} plus {b}.",
         "Sum {a} and {b}.",
     ),
     multiply: (
         "What is {a} times {b}?",
         "Multiply {a} by {b}.",
-        "{a} * {b} = ?",
+        "Compute {a} * {b}.",
         "Calculate {a} times {b}.",
         "Product of {a} and {b}?",
     ),
