@@ -15,7 +15,8 @@ import time
 
 import jax
 from job import Shape, abstract_batch, add_shape_options, make_job, shape_of
-from limits import weights
+
+from grpo_jax.cost import weights
 
 GB = 1e9
 
