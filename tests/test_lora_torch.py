@@ -25,7 +25,7 @@ CHOSEN = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CHOSEN)
 def test_pefts_logits_and_gradients_of_our_folder_are_ours(case, tmp_path):
     """Random A and B; a tensor that PEFT did not find in the folder would show in the logits."""
     import peft
