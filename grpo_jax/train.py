@@ -389,7 +389,7 @@ def _start(
     update = make_update(step, optimizer, objective, state, frozen)
     learner = Learner(step, schedule, update, make_score(step), reference, frozen)
     meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(session.folder.absolute())}
-    meta["param_dtype"] = config.param_dtype
+    meta["param_dtype"] = "float32" if frozen else config.param_dtype  # adapters are float32 always
     meta |= _machine()
     if frozen is not None:
         meta |= adapters_meta(frozen.config, session.model_name, session.dtype)
@@ -416,7 +416,7 @@ def _start(
             )
     session.timer.restore(saved.get("timings", {}))
     session.console.line(f"Continuing from the checkpoint of update {number} in {directory}")
-    return learner, state, {**saved, **_machine(), "param_dtype": config.param_dtype}
+    return learner, state, {**saved, **_machine(), "param_dtype": meta["param_dtype"]}
 
 
 def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints) -> tuple[Path, int] | None:

@@ -25,6 +25,7 @@ OPTIONS = {
     "lora_target_modules": ["o_proj", "up_proj"],
     "learning_rate": 1e-2,
     "beta": 0.1,
+    "param_dtype": "bfloat16",  # of weights that are trained, which neither base nor adapters are
 }
 
 
