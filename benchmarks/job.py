@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.config import options
 from grpo_jax.cost import Lengths
 from grpo_jax.models.qwen import Level, ModelConfig, Params, init_params
 from grpo_jax.optimizer import make_optimizer, make_schedule
@@ -130,8 +131,8 @@ class Job:
 
 
 def compute_dtype() -> jnp.dtype:
-    """fp32 on a CPU, bf16 on an accelerator."""
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    """What `dtype: auto` means on this machine."""
+    return jnp.dtype(options.compute_dtype("auto", jax.default_backend() == "cpu"))
 
 
 def random_prompts(lengths: Lengths) -> list[list[int]]:

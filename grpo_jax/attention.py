@@ -66,10 +66,15 @@ def attend(
     B, T, N, H = q.shape
     K = own.k.shape[1]
     if score_bytes is None:
-        score_bytes = (4 if jax.default_backend() == "cpu" else 512) << 20
+        score_bytes = score_block_bytes(jax.default_backend() == "cpu")
     q_BKRTH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     o_BKRTH = _attend(q_BKRTH, (*segments, own), score_bytes)
     return o_BKRTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def score_block_bytes(on_cpu: bool) -> int:
+    """What one block of fp32 scores should stay under where the caller does not say."""
+    return (4 if on_cpu else 512) << 20
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

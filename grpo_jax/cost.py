@@ -143,8 +143,8 @@ def update_bytes(
     """About the temporary bytes of an update with remat, gradients included; not a lower bound.
 
     4·weights for the gradients, every layer's input, one layer's values and their cotangents in fp32
-    (4D + 4NH + 3F a token, what `train_step.micro_batches_for` counts too), and three arrays of the size
-    of a block of scores and of a chunk of logits.
+    (4D + 4NH + 3F a token), and three arrays of the size of a block of scores and of a chunk of logits.
+    One formula for every device, to bound what XLA reports; `activation_bytes` is the finer one, by part.
 
     Args:
         cfg: sizes.

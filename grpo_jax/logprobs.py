@@ -56,12 +56,17 @@ def token_logprobs(
     """
     B, J, D = hidden.shape
     if logits_bytes is None:
-        logits_bytes = (6 if jax.default_backend() == "cpu" else 256) << 20
+        logits_bytes = logits_block_bytes(jax.default_backend() == "cpu")
     plan = _Blocks.of(head.shape[0], shards, max(1, logits_bytes // (4 * B * J)), constrain)
     head = constrain(head.astype(hidden.dtype), "head")
     hidden_RD = constrain(hidden, "head_hidden").reshape(B * J, D)
     out = _logprobs(hidden_RD, head, targets.reshape(B * J), temperature, plan)
     return tuple(x.reshape(B, J) for x in out)
+
+
+def logits_block_bytes(on_cpu: bool) -> int:
+    """What one block of fp32 logits should stay under where the caller does not say."""
+    return (6 if on_cpu else 256) << 20
 
 
 class _Blocks(NamedTuple):

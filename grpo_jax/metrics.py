@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grpo_jax.files import write_text_atomic
+
 if TYPE_CHECKING:  # types imports jax
     from grpo_jax.types import Example, Trajectory
 
@@ -24,15 +26,6 @@ PHASES = ("compile", "cold_start", "rollout", "reward", "update", "evaluate", "s
 
 
 # --- files ---
-
-
-def write_text_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write a file whole or not at all: a reader, or a kill, never meets half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:

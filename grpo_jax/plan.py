@@ -16,13 +16,16 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from grpo_jax import cost
+from grpo_jax.attention import score_block_bytes
 from grpo_jax.config import Config
+from grpo_jax.config.options import compute_dtype
 from grpo_jax.console import Console
+from grpo_jax.logprobs import logits_block_bytes
 from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import ModelConfig, abstract_params
 from grpo_jax.plan_inputs import DataLengths, Machine, data_lengths, model_sizes, read_machine
 from grpo_jax.prefix_tree import bucket, completion_bucket
-from grpo_jax.sharding import Layout
+from grpo_jax.sharding import AXES, Layout, mesh_sizes
 
 USABLE = 0.9  # of a device's memory: the rest is the programs' own, and holes
 FLOP_SHARE, BYTES_SHARE = 0.4, 0.5  # of the peak rates, assumed
@@ -149,26 +152,8 @@ def fits(step: Step, machine: Machine) -> bool:
     return step.bytes.peak <= USABLE * machine.device.memory
 
 
-def mesh_sizes(config: Config, devices: int) -> tuple[int, int, int]:
-    """Devices along data, fsdp and tensor, as `sharding.make_mesh` takes them.
-
-    Raises:
-        ValueError: they do not multiply to the number of devices.
-    """
-    fsdp, tensor = config.mesh_fsdp, config.mesh_tensor
-    data = max(devices // (fsdp * tensor), 1) if config.mesh_data == -1 else config.mesh_data
-    if data * fsdp * tensor != devices:
-        raise ValueError(
-            f"mesh_data · mesh_fsdp · mesh_tensor must equal the plan's {devices} devices, "
-            f"got {data} · {fsdp} · {tensor}; set mesh_data to -1 to fill up"
-        )
-    return data, fsdp, tensor
-
-
-def compute_dtype(config: Config, machine: Machine) -> jnp.dtype:
-    """The run's dtype on that machine."""
-    auto = "float32" if machine.is_cpu else "bfloat16"
-    return jnp.dtype(auto if config.dtype == "auto" else config.dtype)
+def _dtype(config: Config, machine: Machine) -> jnp.dtype:
+    return jnp.dtype(compute_dtype(config.dtype, machine.is_cpu))
 
 
 def plan_step(config: Config, model: ModelConfig, data: DataLengths, machine: Machine) -> Step:
@@ -177,7 +162,8 @@ def plan_step(config: Config, model: ModelConfig, data: DataLengths, machine: Ma
     Raises:
         ValueError: the mesh does not have the machine's devices, or the batch does not split into groups.
     """
-    sizes = mesh_sizes(config, machine.count)
+    devices = f"the plan's {machine.count} devices"
+    sizes = mesh_sizes(config.mesh_data, config.mesh_fsdp, config.mesh_tensor, machine.count, devices)
     row_devices = sizes[0] * sizes[1]
     B, G = config.batch_size(row_devices), config.num_generations
     budget = config.max_grpo_completion_length
@@ -188,7 +174,7 @@ def plan_step(config: Config, model: ModelConfig, data: DataLengths, machine: Ma
         bucket(data.rest, row_devices),
         completion_bucket(budget + 1, budget),
     )
-    item = compute_dtype(config, machine).itemsize
+    item = _dtype(config, machine).itemsize
     remat = config.gradient_checkpointing
     parts = config.micro_batches or cost.micro_batches(
         model, lengths.P, G, lengths.T2 / row_devices, item, remat, machine.device.memory
@@ -214,9 +200,10 @@ def step_bytes(
         parts: micro-batches.
         machine: the devices.
     """
-    mesh = AbstractMesh(sizes, ("data", "fsdp", "tensor"))
+    mesh = AbstractMesh(sizes, AXES)
     training, rollout = Layout(mesh), Layout(mesh, rollout=True)
-    dtype, item = compute_dtype(config, machine), compute_dtype(config, machine).itemsize
+    dtype = _dtype(config, machine)
+    item = dtype.itemsize
     params = abstract_params(model)
     whole = _elements(training, params)
     trained, trained_item = whole, jnp.dtype(config.param_dtype).itemsize
@@ -275,7 +262,7 @@ def _block_bytes(model, x, sizes, parts, machine, cast):
     rows = x.B * x.T2 / parts / (data * fsdp)
     scores = 4 * model.N / tensor * rows * max(x.T0, x.T1, x.T2)
     logits = 4 * rows * fsdp * model.V / (fsdp * tensor)
-    score_block, logits_block = (4 << 20, 6 << 20) if machine.is_cpu else (512 << 20, 256 << 20)
+    score_block, logits_block = score_block_bytes(machine.is_cpu), logits_block_bytes(machine.is_cpu)
     copy = 2 * model.V * model.D / (fsdp * tensor) if cast else 0
     return {"attention": min(scores, score_block), "head": 3 * min(logits, logits_block) + copy}
 
@@ -346,7 +333,7 @@ def step_hours(config: Config, model: ModelConfig, step: Step, machine: Machine)
     replica = cost.Machine(FLOP_SHARE * device.flops, BYTES_SHARE * device.bytes)
     whole = cost.Machine(replica.flops * machine.count, replica.bytes * machine.count)
     replica = cost.Machine(replica.flops * fsdp * tensor, replica.bytes * fsdp * tensor)
-    item = compute_dtype(config, machine).itemsize
+    item = _dtype(config, machine).itemsize
     rows = dataclasses.replace(step.lengths, P=step.lengths.P / data)  # each replica reads all weights
     update = cost.least_update(model, step.lengths, config.gradient_checkpointing, whole)
     scores = (config.beta > 0) + (config.num_iterations > 1)  # a forward pass each, a third of an update

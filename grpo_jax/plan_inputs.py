@@ -17,10 +17,10 @@ from huggingface_hub import try_to_load_from_cache
 
 from grpo_jax.config import Config
 from grpo_jax.conversation import load_conversation
-from grpo_jax.data import load_examples, row_tools
 from grpo_jax.models import hf_checkpoint
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.prefix_tree import common_prefix
+from grpo_jax.session import read_rows, schemas_of
 from grpo_jax.tools import Toolbox, load_tools
 from grpo_jax.types import Example
 
@@ -166,13 +166,13 @@ def data_lengths(config: Config, folder: Path | None) -> DataLengths:
     """
     toolbox = load_tools(config.tools_script, config.tool_functions_module)
     source = config.required("dataset_id_or_path")
-    examples = load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
+    examples = read_rows(config, source)
     tokenizer = _tokenizer_folder(config, folder)
     if tokenizer is None:
         texts = [_characters(example, toolbox) for example in examples]
         return _lengths(config, texts, CHARACTERS_PER_TOKEN)
     conversation = load_conversation(tokenizer, chat_template_kwargs=config.chat_template_kwargs)
-    ids = [conversation.prompt_ids(e.messages, _schemas(e, toolbox)) for e in examples]
+    ids = [conversation.prompt_ids(e.messages, schemas_of(e, toolbox)) for e in examples]
     return _lengths(config, ids, 1)
 
 
@@ -183,16 +183,11 @@ def _tokenizer_folder(config: Config, folder: Path | None) -> Path | None:
     return folder if folder is not None and (folder / "tokenizer.json").exists() else None
 
 
-def _schemas(example: Example, toolbox: Toolbox) -> list[dict]:
-    names = row_tools(example, toolbox.functions)
-    return [schema for schema in toolbox.schemas if schema["function"]["name"] in names]
-
-
 def _characters(example: Example, toolbox: Toolbox) -> str:
     """About what a template renders: system message, schemas, the other messages."""
     texts = [str(m.get("content") or "") for m in example.messages]
     first = int(example.messages[0]["role"] == "system")
-    schemas = [json.dumps(schema) for schema in _schemas(example, toolbox)]
+    schemas = [json.dumps(schema) for schema in schemas_of(example, toolbox)]
     return "\n".join(texts[:first] + schemas + texts[first:])
 
 

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.config import Config
+from grpo_jax.config.options import compute_dtype
 from grpo_jax.console import Console
 from grpo_jax.conversation import Conversation, load_conversation
 from grpo_jax.data import gold_calls, load_examples, row_tools
@@ -119,8 +120,7 @@ class Session:
 
     def schemas_of(self, example: Example) -> list[Schema]:
         """What a row's prompt shows of the tools: all, or those that its column `tools` names."""
-        names = row_tools(example, self.toolbox.functions)
-        return [schema for schema in self.toolbox.schemas if schema["function"]["name"] in names]
+        return schemas_of(example, self.toolbox)
 
     def tool_loop(self, sampler: Sampler, tree: Tree) -> ToolLoop:
         """The multi-turn loop over a data set's prefix tree."""
@@ -245,8 +245,7 @@ def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session
             f"the tokenizer has {conversation.vocab_size} tokens, the model only {model.V} rows; "
             "use the model's own tokenizer"
         )
-    on_cpu = jax.default_backend() == "cpu"
-    dtype = {"auto": "float32" if on_cpu else "bfloat16"}.get(config.dtype, config.dtype)
+    dtype = compute_dtype(config.dtype, jax.default_backend() == "cpu")
     console.line(
         f"Model: {folder} ({model.model_type}, {model.L} layers, width {model.D}, vocabulary {model.V}), "
         f"{dtype} on {mesh.size} {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
@@ -308,6 +307,12 @@ def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
             calls = gold_calls(example, toolbox.functions)
             texts += [json.dumps({"name": c.name, "arguments": c.arguments}) for c in calls]
     return texts
+
+
+def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
+    """What a row's prompt shows of the tools; see `Session.schemas_of`."""
+    names = row_tools(example, toolbox.functions)
+    return [schema for schema in toolbox.schemas if schema["function"]["name"] in names]
 
 
 def read_rows(config: Config, source: str) -> list[Example]:

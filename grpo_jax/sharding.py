@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what completions are sharded over in training
 STAY = ("fsdp", "tensor")  # what weights are sharded over in the rollout
 
@@ -68,15 +69,29 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         ValueError: when the sizes do not multiply to the number of devices.
     """
     n = jax.device_count()
+    sizes = mesh_sizes(data, fsdp, tensor, n, f"the {n} devices present")
+    return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, n: int, devices: str) -> tuple[int, int, int]:
+    """Devices along data, fsdp and tensor; -1 for data takes what the others leave.
+
+    Args:
+        data, fsdp, tensor: as the options ask.
+        n: devices to be filled.
+        devices: what they are called in an error.
+
+    Raises:
+        ValueError: when the sizes do not multiply to n.
+    """
     if data == -1:
         data = max(n // (fsdp * tensor), 1)
     if data * fsdp * tensor != n:
         raise ValueError(
-            f"mesh_data · mesh_fsdp · mesh_tensor must equal the {n} devices present, "
+            f"mesh_data · mesh_fsdp · mesh_tensor must equal {devices}, "
             f"got {data} · {fsdp} · {tensor}; set mesh_data to -1 to fill up"
         )
-    types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh((data, fsdp, tensor), ("data", "fsdp", "tensor"), axis_types=types)
+    return data, fsdp, tensor
 
 
 @dataclasses.dataclass(frozen=True)

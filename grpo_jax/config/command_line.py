@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from grpo_jax.config.options import GROUPS, OPTIONS, Config, check_option, option_type
-from grpo_jax.metrics import write_text_atomic
+from grpo_jax.files import write_text_atomic
 from grpo_jax.trl_options import ALIASES, OTHER_TRACKERS, RULINGS
 
 logger = logging.getLogger(__name__)

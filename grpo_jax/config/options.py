@@ -307,6 +307,11 @@ GROUPS = {
 }
 
 
+def compute_dtype(option: str, on_cpu: bool) -> str:
+    """The type of the computation that the option `dtype` means on a device."""
+    return ("float32" if on_cpu else "bfloat16") if option == "auto" else option
+
+
 @functools.cache
 def option_type(name: str) -> tuple[type, type | None, bool]:
     """The type of an option, the type of a list's items, and whether it may be None."""
