@@ -12,8 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+ATTENDED = "attended"  # what `jax.checkpoint` policies call the output and its log-sum-exp
 NEG = -1e30  # the first running maximum; not -inf: a fully masked row must give zeros, not NaN
 MASKED = -2e30  # below NEG, so that exp(MASKED - maximum) is 0 even where everything is masked
 KEY_BLOCK = 512  # keys of a block once a segment is cut
@@ -95,6 +97,7 @@ def _forward(q_BKRTH, segments, score_bytes):
         peak, total, acc = (_by_row(x, (B, K, R, T), causal) for x in state)
     o = (acc / jnp.maximum(total, 1e-30)).astype(q_BKRTH.dtype)
     lse = peak + jnp.log(jnp.maximum(total, 1e-30))
+    o, lse = checkpoint_name(o, ATTENDED), checkpoint_name(lse, ATTENDED)
     return o, (q_BKRTH, segments, o, lse)
 
 

@@ -61,10 +61,10 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def bucket(n: int, devices: int = 1) -> int:
-    """The padded length of a shared level: 16, 32, 64, then multiples of 128, and of the devices."""
+    """The padded length of a shared level: 16, 32, multiples of 64, from 512 on of 128, and of the devices."""
     if n == 0:
         return 0
-    size = next((b for b in (16, 32, 64) if n <= b), -(-n // 128) * 128)
+    size = next((b for b in (16, 32) if n <= b), -(-n // 64) * 64 if n <= 512 else -(-n // 128) * 128)
     return -(-size // devices) * devices
 
 
