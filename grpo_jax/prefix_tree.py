@@ -122,12 +122,37 @@ def trunk_arrays(tree: Tree, prompts: Sequence[Sequence[int]]) -> dict[str, np.n
     }
 
 
+def teaching_groups(
+    advantages: Sequence[float], learned: Sequence[bool], generations: int, sizes: Sequence[int]
+) -> list[int]:
+    """The groups to keep: those with a learned row whose advantage is not 0, filled up to the next size.
+
+    Where the loss is made of advantages alone (no KL), the others' gradient is exactly 0: groups whose
+    rewards are all equal, which late in a run are most of them.
+
+    Args:
+        advantages: [B], a group's rows next to each other.
+        learned: [B].
+        generations: G.
+        sizes: numbers of groups allowed besides all of them.
+
+    Returns:
+        Their indices, rising.
+    """
+    teaches = (np.asarray(advantages) != 0) & np.asarray(learned)
+    order = np.argsort(~teaches.reshape(-1, generations).any(1), kind="stable")
+    needed = int(teaches.reshape(-1, generations).any(1).sum())
+    size = min((n for n in sizes if n >= needed), default=len(order))
+    return sorted(order[:size].tolist())
+
+
 def step_batch(
     tree: Tree,
     trajectories: Sequence[Trajectory],
     generations: int,
     advantages: Sequence[float],
     learned: Sequence[bool] | None = None,
+    sizes: Sequence[int] = (),
 ) -> StepBatch:
     """One update's batch (numpy arrays) from a group-ordered list of trajectories.
 
@@ -137,8 +162,18 @@ def step_batch(
         generations: G.
         advantages: [B].
         learned: [B], False rows keep their place and teach nothing (`mask_truncated_completions`).
+        sizes: numbers of prompts below P that the batch may shrink to, leaving out groups that
+            `teaching_groups` does not name; the loss still divides by the tokens and rows of all.
     """
     learned = [True] * len(trajectories) if learned is None else learned
+    loss_tokens = sum(t.sampled_tokens for t, keep in zip(trajectories, learned, strict=True) if keep)
+    loss_rows = len(trajectories)
+    if sizes:
+        groups = teaching_groups(advantages, learned, generations, sizes)
+        chosen = [g * generations + i for g in groups for i in range(generations)]
+        trajectories, advantages, learned = (
+            [x[i] for i in chosen] for x in (trajectories, advantages, learned)
+        )
     rows = [[t.prompt_ids[-1], *t.completion_ids] for t in trajectories]
     masks = [
         [False, *(m and keep for m in t.sampled_mask)] for t, keep in zip(trajectories, learned, strict=True)
@@ -156,5 +191,7 @@ def step_batch(
         old_logprobs=None,
         ref_logprobs=None,
         advantages=np.asarray(advantages, np.float32),
+        loss_tokens=np.int32(loss_tokens),
+        loss_rows=np.int32(loss_rows),
         loss_positions=min(T2, completion_bucket(max(map(sum, masks)), tree.budget)),
     )

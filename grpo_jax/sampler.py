@@ -30,6 +30,7 @@ PARTS = (1, 2, 8)
 # tokens of budget: two more programs take 7 s of CPU time to compile for the quickstart's model, and as much again
 # for the greedy sampler; the whole rollouts of its 110 steps, half as long, take 45 s
 COMPACT_FROM = 128
+BLOCKS = 128  # of the vocabulary, for drawing a token in two steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether any token is left out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 class Cache(NamedTuple):
@@ -331,16 +337,18 @@ def sample(
     Inverse CDF in two steps with two uniforms: one float32 uniform never reaches some
     40 k of 151,936 tokens. 6.7 ms against 106 ms for `jax.random.categorical` (B = 16, CPU).
     """
+    if sampling.temperature != 0:
+        logits = logits / sampling.temperature
+    peak = logits.max(-1, keepdims=True)
+    log_z = peak[:, 0] + jnp.log(_in_blocks(logits, peak)[1].sum(-1))
     if sampling.temperature == 0:
         token = jnp.argmax(logits, -1)
     else:
-        logits = logits / sampling.temperature
-    peak = logits.max(-1, keepdims=True)
-    mass = jnp.exp(logits - peak)
-    log_z = peak[:, 0] + jnp.log(mass.sum(-1))
-    if sampling.temperature != 0:
         uniforms = jax.vmap(_uniforms)(keys, positions)
-        token = _inverse_cdf(jnp.where(_kept(mass, sampling), mass, 0), uniforms)
+        drawn = logits
+        if sampling.truncates:
+            drawn = jnp.where(_kept(jnp.exp(logits - peak), sampling), logits, -jnp.inf)
+        token = _inverse_cdf(drawn, peak, uniforms)
     logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - log_z
     return token.astype(jnp.int32), logprob
 
@@ -367,15 +375,22 @@ def _kept(mass, sampling):
     return kept
 
 
-def _inverse_cdf(mass, uniforms):
+def _in_blocks(logits, peak):
+    """Logits as [B, 128, V / 128], filled up with -inf, and each block's mass relative to the peak.
+
+    The masses of single tokens are not kept: all of them are read once for the peak and once for this.
+    """
+    B, V = logits.shape
+    blocks = jnp.pad(logits, ((0, 0), (0, -V % BLOCKS)), constant_values=-jnp.inf).reshape(B, BLOCKS, -1)
+    return blocks, jnp.exp(blocks - peak[..., None]).sum(-1)
+
+
+def _inverse_cdf(logits, peak, uniforms):
     """First choose a block by its mass, then a token within the block by its own."""
-    B, V = mass.shape
-    blocks = 128
-    width = -(-V // blocks)
-    mass = jnp.pad(mass, ((0, 0), (0, blocks * width - V))).reshape(B, blocks, width)
-    block = _first_above(mass.sum(-1), uniforms[:, 0])
-    inside = jnp.take_along_axis(mass, block[:, None, None], 1)[:, 0]
-    return block * width + _first_above(inside, uniforms[:, 1])
+    blocks, masses = _in_blocks(logits, peak)
+    block = _first_above(masses, uniforms[:, 0])
+    inside = jnp.exp(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0] - peak)
+    return block * blocks.shape[2] + _first_above(inside, uniforms[:, 1])
 
 
 def _first_above(mass, u):

@@ -53,6 +53,7 @@ from grpo_jax.train_step import (
     micro_batches_for,
     place_batch,
     state_shardings,
+    update_sizes,
 )
 from grpo_jax.types import Example, StepBatch, TrainState, Trajectory
 from grpo_jax.weights import adapters_meta, check_resumable
@@ -130,6 +131,7 @@ class Learner:
         score: jitted log-probabilities of a frozen or earlier policy.
         reference: parameters of the frozen reference; None when beta is 0.
         frozen: the base under trained adapters; None when all weights are trained.
+        sizes: numbers of prompts that an update may shrink to.
     """
 
     step: ModelStep
@@ -138,6 +140,7 @@ class Learner:
     score: Callable
     reference: Any
     frozen: Frozen | None
+    sizes: tuple[int, ...]
 
     def params(self, state: TrainState) -> Params:
         """The whole model's parameters."""
@@ -256,7 +259,7 @@ def _grpo(
                     for t, values in zip(trajectories, outcome.values, strict=True)
                 ]
             with timer("update"):
-                batch = _make_batch(config, data, trajectories, plan, advantages)
+                batch = _make_batch(config, data, trajectories, plan, advantages, learner.sizes)
                 state, metrics = _update(learner, state, place_batch(learner.step.layout, batch), plan)
 
             cursor, step = next_cursor, int(state.step)
@@ -337,10 +340,15 @@ def score_rewards(
 
 
 def _make_batch(
-    config: Config, data: Prompts, trajectories: Sequence[Trajectory], plan: Plan, advantages: np.ndarray
+    config: Config,
+    data: Prompts,
+    trajectories: Sequence[Trajectory],
+    plan: Plan,
+    advantages: np.ndarray,
+    sizes: Sequence[int],
 ) -> StepBatch:
     learned = [not (config.mask_truncated_completions and t.status.truncated) for t in trajectories]
-    return step_batch(data.tree, trajectories, plan.G, advantages, learned)
+    return step_batch(data.tree, trajectories, plan.G, advantages, learned, sizes)
 
 
 def _update(
@@ -387,7 +395,9 @@ def _start(
     if config.beta:
         reference = frozen.base if frozen else session.load_params(dtype=session.dtype)
     update = make_update(step, optimizer, objective, state, frozen)
-    learner = Learner(step, schedule, update, make_score(step), reference, frozen)
+    sizes = () if config.beta else update_sizes(step, plan.P, plan.G)  # with a KL every row has a gradient
+    log.debug("Updates of %s prompts", " or ".join(map(str, (plan.P, *sizes))))
+    learner = Learner(step, schedule, update, make_score(step), reference, frozen, sizes)
     meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(session.folder.absolute())}
     meta["param_dtype"] = "float32" if frozen else config.param_dtype  # adapters are float32 always
     meta |= _machine()

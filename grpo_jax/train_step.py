@@ -51,10 +51,17 @@ class Learned(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Normalisers of the whole batch: loss tokens and rows."""
+    """What the shares of micro-batches are divided by.
+
+    Args:
+        tokens: learned tokens of the whole batch.
+        rows: of the whole batch.
+        present: learned tokens of the groups that the update was given, for means over them.
+    """
 
     tokens: Array
-    rows: int
+    rows: Array
+    present: Array
 
 
 Objective = Callable[[Learned, Totals], tuple[Array, Metrics]]
@@ -142,7 +149,7 @@ def sft_objective(x: Learned, totals: Totals) -> tuple[Array, Metrics]:
 
 
 def _mean(values, mask, totals):
-    return jnp.where(mask, values, 0).sum() / jnp.maximum(totals.tokens, 1)
+    return jnp.where(mask, values, 0).sum() / jnp.maximum(totals.present, 1)
 
 
 def make_update(
@@ -223,7 +230,7 @@ def _over_micro_batches(step, params, batch, function, stack):
     and differentiation pulls their summed cotangent back once.
     """
     P, B = batch.prompts.shape[0], batch.completions.shape[0]
-    totals = Totals(batch.sampled_mask.sum(), B)
+    totals = Totals(batch.loss_tokens, batch.loss_rows, batch.sampled_mask.sum())
     trunk = trunk_levels(batch)
     if step.micro_batches == 1:
         hidden, _ = step.extend(params, (*trunk, completion_level(batch)))
@@ -406,6 +413,16 @@ def place_batch(layout: Layout, batch: StepBatch) -> StepBatch:
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     arrays = {k: place(k, x) for k, x in fields.items() if x is not None and k != "loss_positions"}
     return dataclasses.replace(batch, **arrays)
+
+
+def update_sizes(step: ModelStep, P: int, G: int) -> tuple[int, ...]:
+    """Numbers of prompts that an update of P × G rows may shrink to: a half and a quarter.
+
+    Those whose rows fill the devices and split into the micro-batches. Each is a program more.
+    """
+    devices = step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"]
+    prompts = step.micro_batches // math.gcd(step.micro_batches, G)
+    return tuple(P // n for n in (2, 4) if P % (n * prompts) == 0 and P // n * G % devices == 0)
 
 
 def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:

@@ -169,6 +169,9 @@ class StepBatch:
             update; None means the current ones (one update per batch).
         ref_logprobs: [B, T2] float32 nats of the frozen reference; None when beta = 0.
         advantages: [B] float32.
+        loss_tokens: int32 scalar, learned tokens of the whole batch: groups that teach nothing may be
+            missing here, and still count in what the loss divides by.
+        loss_rows: int32 scalar, rows of the whole batch.
         loss_positions: J, a bucket that no row's count of sampled tokens exceeds.
         dropout_keys: [B, 2] uint32 a key per row for the adapters' dropout; None drops nothing.
     """
@@ -186,6 +189,8 @@ class StepBatch:
     old_logprobs: jax.Array | None
     ref_logprobs: jax.Array | None
     advantages: jax.Array
+    loss_tokens: jax.Array
+    loss_rows: jax.Array
     loss_positions: int
     dropout_keys: jax.Array | None = None
 

@@ -1,5 +1,7 @@
 """Prefixes, buckets and padding as properties; one whole batch worked by hand."""
 
+import functools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from grpo_jax.prefix_tree import (
     response_bucket,
     response_shapes,
     step_batch,
+    teaching_groups,
     trunk_arrays,
     update_shapes,
 )
@@ -50,9 +53,20 @@ def test_common_prefix_literals():
 
 
 def test_bucket_literals():
-    sizes = [0, 1, 16, 17, 33, 65, 129, 5800]
-    assert [bucket(n) for n in sizes] == [0, 16, 16, 32, 64, 128, 256, 5888]
-    assert [bucket(n, 6) for n in sizes] == [0, 18, 18, 36, 66, 132, 258, 5892]  # 5888 does not divide by 6
+    sizes = [0, 1, 16, 17, 33, 65, 129, 291, 513, 5800]
+    assert [bucket(n) for n in sizes] == [0, 16, 16, 32, 64, 128, 192, 320, 640, 5888]
+    assert [bucket(n, 6) for n in sizes] == [
+        0,
+        18,
+        18,
+        36,
+        66,
+        132,
+        192,
+        324,
+        642,
+        5892,
+    ]  # 5888 does not divide by 6
 
 
 @given(st.integers(1, 3000), st.integers(1, 16))
@@ -175,6 +189,32 @@ def test_step_batch_literal():
     assert batch.advantages.tolist() == [1.0, -1.0, 0.5, -0.5]
     assert batch.old_logprobs is None and batch.ref_logprobs is None
     assert batch.loss_positions == 16
+
+
+def test_teaching_groups_are_kept_and_filled_up_to_a_size():
+    keep = functools.partial(teaching_groups, generations=2)
+    learned = [True] * 8
+    assert keep([0, 0, 0, 0, 1, -1, 0, 0], learned, sizes=(2, 1)) == [2]
+    assert keep([0, 0, 1, -1, 0, 0, 1, -1], learned, sizes=(2, 1)) == [1, 3]
+    assert keep([1, -1, 1, -1, 0, 0, 1, -1], learned, sizes=(2, 1)) == [0, 1, 2, 3]
+    # one that teaches in the middle and the first that does not, in their order
+    assert keep([0, 0, 0, 0, 1, -1, 0, 0], learned, sizes=(2,)) == [0, 2]
+    # nothing to learn: the update still runs, on the smallest size
+    assert keep([0] * 8, learned, sizes=(2, 1)) == [0]
+    # a group all of whose rows with an advantage were cut by the budget
+    assert keep([0, 0, 2, 0, 1, -1, 0, 0], [True, True, False, True, *[True] * 4], sizes=(2, 1)) == [2]
+
+
+def test_a_batch_without_the_groups_that_teach_nothing_divides_by_all_rows():
+    tree = Tree(preamble=(1, 2), T0=4, T1=3, budget=6)
+    rows = [
+        trajectory([1, 2, p, 4], [10] * n, [True] * n, [0.0] * n) for p, n in ((3, 1), (3, 2), (5, 3), (5, 4))
+    ]
+    batch = step_batch(tree, rows, 2, [0.0, 0.0, 0.7, -0.7], sizes=(1,))
+    assert batch.prompts.tolist() == [[5, 0, 0]]
+    assert batch.sampled_mask.sum(1).tolist() == [3, 4]
+    np.testing.assert_allclose(batch.advantages, [0.7, -0.7], rtol=1e-6)
+    assert (batch.loss_tokens, batch.loss_rows) == (10, 4)
 
 
 @settings(max_examples=30)

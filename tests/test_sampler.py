@@ -114,12 +114,17 @@ def test_the_nucleus_ends_where_its_mass_reaches_top_p():
     assert kept[0.51] == kept[0.75] == [False, True, True, False]
 
 
+def drawn(mass, uniforms):
+    """The tokens that two uniforms choose from a mass relative to the likeliest token's."""
+    return _inverse_cdf(jnp.log(mass), jnp.zeros((len(mass), 1)), uniforms)
+
+
 def test_a_token_without_mass_is_never_drawn():
     """At the ends of the uniform's range, with zero mass first, last and between."""
     mass = jnp.asarray([[0.0, 0.0, 0.4, 0.0, 0.6, 0.0]])
     edges = [0.0, 1e-7, 0.39999, 0.4, 0.40001, 1 - 2**-24]
     uniforms = jnp.asarray([[a, b] for a in edges for b in edges])
-    tokens = _inverse_cdf(jnp.tile(mass, (len(uniforms), 1)), uniforms)
+    tokens = drawn(jnp.tile(mass, (len(uniforms), 1)), uniforms)
     assert set(tokens.tolist()) == {2, 4}
 
 
@@ -133,7 +138,7 @@ def test_two_uniforms_reach_the_tail_of_a_long_vocabulary():
     mass[0], mass[1:8] = 1.0, 0.0
     block = 1 - np.arange(1, 600) / 2**23
     u = np.array([(a, (b + 0.5) / 8) for a in block for b in range(8)], np.float32)
-    tokens = jax.jit(jax.vmap(lambda u: _inverse_cdf(mass[None], u[None])[0]))(u)
+    tokens = jax.jit(jax.vmap(lambda u: drawn(mass[None], u[None])[0]))(u)
     assert set(tokens.tolist()) - {0} == set(range(8, 1024))
     running = np.cumsum(mass)
     single = np.searchsorted(

@@ -8,6 +8,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from grpo_jax.models.qwen import ModelConfig
@@ -269,6 +270,21 @@ def test_gradient_is_that_of_finite_differences():
         have = functools.reduce(lambda tree, key: tree[key], path, grads)[index]
         assert abs(want) > 1e-5, path  # a weight without influence would prove nothing
         assert have == pytest.approx(want, rel=2e-3, abs=1e-6), path
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_leaving_out_groups_that_teach_nothing_changes_no_gradient(loss_type):
+    """Two of four groups have equal rewards; the batch without them has the loss and gradient of all."""
+    rows, advantages = trajectories(), [0.0, 0.0, 0.5, -0.5, 0.0, 0.0, 1.3, -1.3]
+    tree = make_tree([row.prompt_ids for row in rows], BUDGET)
+    objective = GrpoObjective(loss_type=loss_type, max_completion_length=BUDGET)
+    few, all_rows = (step_batch(tree, rows, G, advantages, sizes=sizes) for sizes in ((2,), ()))
+    assert (len(few.prompts), len(all_rows.prompts)) == (2, 4)
+    of_batch = jax.jit(jax.value_and_grad(lambda p, b: batch_loss(model_step(), objective, p, b)[0]))
+    (loss, grads), (want, want_grads) = of_batch(weights(), few), of_batch(weights(), all_rows)
+    assert optax.tree.norm(want_grads) > 1e-2
+    assert float(loss) == pytest.approx(float(want), rel=1e-5, abs=1e-7)
+    assert_close(grads, want_grads)
 
 
 def test_entropy_is_that_of_the_sampled_positions():
