@@ -243,14 +243,14 @@ Conversation.parse = parse
 
 
 def options(folder, **changes):
-    """Four updates of four prompts × two generations on four devices, tool calls and evaluations included."""
+    """Four updates of four prompts × two generations on two devices, tool calls and evaluations included."""
     settings = {
         "model_name_or_path": launch.smoke().folder / "cold_start",
         "dataset_id_or_path": launch.train_rows(),
         "eval_dataset_id_or_path": launch.evaluation_rows(),
         "tools_script": launch.write(launch.FOLDER / "calling.py", TOOLS),
         "tool_functions_module": None,
-        "per_device_train_batch_size": 2,
+        "per_device_train_batch_size": 4,
         "num_generations": 2,
         "max_steps": UPDATES,
         "max_grpo_completion_length": 127,
@@ -267,18 +267,22 @@ def environment(devices):
 
 
 def run_on_one(folder, **changes):
-    """One process with four devices."""
-    return launch.finish(launch.start("train", options(folder, **changes), environment(4)), folder)
+    """One process with two devices."""
+    return launch.finish(launch.start("train", options(folder, **changes), environment(2)), folder)
 
 
 def run_on_two(folder, **changes):
-    """Two processes with two devices each; they end by themselves, or the test fails."""
+    """Two processes with one device each; they end by themselves, or the test fails.
+
+    Not two each: XLA's CPU client may start a program on one while the last still runs on the other,
+    and gloo then mixes their collectives up (docs/log.md).
+    """
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
     own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
     argv = options(folder, **changes)
     processes = [
-        launch.start("train", argv, environment(2) | own | {"JAX_PROCESS_ID": str(index)}) for index in (0, 1)
+        launch.start("train", argv, environment(1) | own | {"JAX_PROCESS_ID": str(index)}) for index in (0, 1)
     ]
     try:
         return [launch.finish(process, folder) for process in processes]
@@ -330,13 +334,9 @@ def test_two_processes_sample_and_learn_as_one(one, two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(1, 4, 1), (2, 1, 2)], ids=["fsdp over both hosts", "tensor inside a host"])
-def test_other_meshes_over_two_processes_learn_as_one(tmp_path, one, mesh):
-    """With fsdp over both hosts each holds all rows on its devices, but speaks for its own alone."""
-    data, fsdp, tensor = mesh
-    changes = {"mesh_data": data, "mesh_fsdp": fsdp, "mesh_tensor": tensor}
-    changes["per_device_train_batch_size"] = 8 // (data * fsdp)
-    ran, other = run_on_two(tmp_path / "run", **changes)
+def test_with_weights_sharded_over_both_processes_they_learn_as_one(tmp_path, one):
+    """Each then holds all rows of the rollout on its device, but speaks for its own alone."""
+    ran, other = run_on_two(tmp_path / "run", mesh_data=1, mesh_fsdp=2)
     assert (ran.status, other.status) == (0, 0), ran.err + other.err
     assert_same_run(ran, one)
 
@@ -394,6 +394,6 @@ def test_a_process_that_dies_ends_the_other(tmp_path):
 @pytest.mark.slow
 def test_bad_input_ends_both_before_anything_compiles(tmp_path):
     """Whichever meets it first says so; the other may be ended before it can."""
-    runs = run_on_two(tmp_path / "run", mesh_data=1, mesh_tensor=4)
+    runs = run_on_two(tmp_path / "run", mesh_data=1, mesh_tensor=2)
     assert all(ran.status != 0 and "Compiling" not in ran.out for ran in runs)
-    assert any("mesh_tensor must divide the 2 devices of a host, got 4" in ran.err for ran in runs)
+    assert any("mesh_tensor must divide the 1 devices of a host, got 2" in ran.err for ran in runs)
