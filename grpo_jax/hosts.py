@@ -2,13 +2,14 @@
 
 Each decodes its own rows with all others, runs their tool calls and scores them; whatever decides
 what is run next on the devices is agreed upon here first, because a process that runs something
-else than the others hangs them all. What is `gather`ed, all processes call, and in the same order.
-With one process nothing here communicates, and errors keep their own path.
+else than the others hangs them all. All processes call `gather`, `of_first`, `agree`, `check_alike`
+and `fetch`, in the same order. With one process nothing here communicates, and errors keep their own path.
 """
 
 from __future__ import annotations
 
 import pickle
+import zlib
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -100,6 +101,22 @@ def agree(figures: Sequence[int]) -> np.ndarray:
     """[processes, n] int32: everybody's figures, in one all-gather."""
     own = np.array(figures, np.int32)
     return own[None] if alone() else process_allgather(own)
+
+
+def check_alike(what: str, value: Any) -> None:
+    """Compare a value, by its repr, between the processes.
+
+    Raises:
+        ValueError: it is not the same in all of them, which would soon run different programs.
+    """
+    if alone():
+        return
+    digests = agree([zlib.crc32(repr(value).encode()) >> 1])[:, 0]
+    if (odd := np.flatnonzero(digests != digests[0])).size:
+        raise ValueError(
+            f"{what} must be the same in every process, got something else in process {odd[0]} than in "
+            "process 0; start all with the same options, files and versions"
+        )
 
 
 class Failure:

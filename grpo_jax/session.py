@@ -357,6 +357,8 @@ def load_prompts(session: Session, source: str) -> Prompts:
             session.console.line(f"Dropped {len(fits) - len(ids)} of {len(fits)} prompts over {limit} tokens")
         if not ids:
             raise ValueError(f"{source}: every prompt is longer than max_prompt_length {limit}; raise it")
+    local = dataclasses.replace(config, compilation_cache_dir=None)  # the one option that hosts may differ in
+    hosts.check_alike(f"the options or the prompts of {source}", (local, ids))
     tree = make_tree(ids, config.max_grpo_completion_length, session.row_devices)
     log.debug(
         "Shapes of %s: preamble [1, %d], prompts [P, %d], tool responses [B, one of %s], completions [B, T2] "

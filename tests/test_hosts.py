@@ -133,6 +133,14 @@ def test_a_failure_waits_until_all_know_of_it():
     assert [str(error) for error in errors] == ["process 1 failed: RuntimeError: call 0"] * 2
 
 
+def test_processes_that_hold_different_values_all_say_so():
+    values = [{"seed": 1}, {"seed": 1}, {"seed": 2}]
+    assert Threads(2).run(lambda i: hosts.check_alike("the seed", values[i])) == [None, None]
+    errors = Threads(3).run(lambda i: hosts.check_alike("the seed", values[i]))
+    assert [type(error) for error in errors] == [ValueError] * 3
+    assert "the seed must be the same in every process, got something else in process 2" in str(errors[0])
+
+
 def test_alone_errors_keep_their_own_path_and_nothing_is_sent():
     with mock.patch.object(hosts, "process_allgather", side_effect=AssertionError):
         with pytest.raises(KeyError), hosts.Failure():
@@ -274,8 +282,7 @@ def run_on_one(folder, **changes):
 def run_on_two(folder, **changes):
     """Two processes with one device each; they end by themselves, or the test fails.
 
-    Not two each: XLA's CPU client may start a program on one while the last still runs on the other,
-    and gloo then mixes their collectives up (docs/log.md).
+    Not two each, which now and then hang in gloo's collectives (docs/log.md).
     """
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
