@@ -47,6 +47,11 @@ class Console:
         self._clock = clock
         self._bars: Progress | None = None
 
+    def mute(self) -> None:
+        """Print nothing from now on."""
+        self._rich.quiet = True
+        self.terminal = False
+
     def line(self, text: str) -> None:
         """Print a line."""
         self._rich.print(printable(text), soft_wrap=True)

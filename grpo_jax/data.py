@@ -17,7 +17,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -192,35 +192,6 @@ def next_batch(n: int, size: int, cursor: Cursor, seed: int) -> tuple[list[tuple
     stop = cursor.next_index + size
     draws = [(int(order[place]), cursor.epoch * n + place) for place in range(cursor.next_index, stop)]
     return draws, Cursor(cursor.epoch, stop) if stop + size <= n else Cursor(cursor.epoch + 1, 0)
-
-
-def process_share(
-    draws: Sequence[tuple[int, int]], process_index: int, process_count: int
-) -> list[tuple[int, int]]:
-    """This process's part of a batch: the parts lie next to each other, in the order of the processes.
-
-    Args:
-        draws: [P] the whole batch, which `next_batch` draws alike in every process.
-        process_index: of this process, counted from 0.
-        process_count: number of processes.
-
-    Returns:
-        [P / process_count] of the draws.
-
-    Raises:
-        ValueError: P does not divide by process_count, or there is no such process.
-    """
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index must be in [0, process_count = {process_count}), got {process_index}"
-        )
-    size, rest = divmod(len(draws), process_count)
-    if rest:
-        raise ValueError(
-            f"the prompts of a batch must divide by the number of processes, {process_count}, got {len(draws)}; "
-            "change per_device_train_batch_size, gradient_accumulation_steps or num_generations"
-        )
-    return list(draws[process_index * size : (process_index + 1) * size])
 
 
 # Sources: (place, row as parsed JSON) pairs

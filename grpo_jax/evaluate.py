@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax import hosts
 from grpo_jax.command import run_command
 from grpo_jax.compiling import watch_compiles
 from grpo_jax.config import ResolvedConfig
@@ -67,6 +68,8 @@ def evaluate(session: Session, sampler: Sampler, params: Params, prompts: Prompt
     """
     gold = [gold_calls(e, session.toolbox.functions) for e in prompts.examples]
     size = session.config.eval_batch_size
+    if not hosts.alone():  # every host has rows, if only such as fill up
+        size = -(-size // session.row_devices) * session.row_devices
     loop = session.tool_loop(sampler, prompts.tree)
     preamble = prefill_preamble(loop, params)
     schemas = [session.schemas_of(e) for e in prompts.examples]
@@ -191,7 +194,8 @@ def run(resolved: ResolvedConfig, console: Console) -> None:
     model = str(session.checkpoint or session.folder)
     compare(console, {model: result.summary})
     path = Path(config.output_dir) / "evaluation.json"
-    write_json_atomic(path, result.summary | {"model": model, "timings": timer.seconds})
+    found = result.summary | {"model": model, "timings": timer.seconds}
+    hosts.of_first(lambda: write_json_atomic(path, found))
     console.line(f"Written: {path}")
 
 

@@ -63,6 +63,23 @@ class RewardOutcome:
     extras: dict[str, list]
 
 
+def joined(outcomes: Sequence[RewardOutcome]) -> RewardOutcome:
+    """The outcome of a batch whose parts were scored apart; a metric is the mean of the parts' means.
+
+    Args:
+        outcomes: of the parts, in order; a column that a part lacks is None in its rows.
+    """
+    metrics = {
+        name: [o.metrics[name] for o in outcomes if name in o.metrics] for o in outcomes for name in o.metrics
+    }
+    columns = list(dict.fromkeys(column for o in outcomes for column in o.extras))
+    return RewardOutcome(
+        np.concatenate([o.values for o in outcomes]),
+        {name: sum(means) / len(means) for name, means in metrics.items()},
+        {c: [v for o in outcomes for v in o.extras.get(c, [None] * len(o.values))] for c in columns},
+    )
+
+
 def same_answer(text: str, answer: str) -> bool:
     """Two answers are equal but for case and outer or repeated blanks."""
     return text.casefold().split() == answer.casefold().split()

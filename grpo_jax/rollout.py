@@ -3,6 +3,9 @@
 All rows of a batch take their turns together; the conversation continues on the
 same key/value cache, so that every token passes through the model once. A row
 speaks until its turn ends; then its calls run while others still speak, or it is finished.
+
+With several hosts each keeps its share of the prompts, with all generations of them. They decode
+together; after a turn's tools one all-gather of four numbers tells each of them how to go on.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 
+from grpo_jax import hosts
 from grpo_jax.conversation import Conversation
 from grpo_jax.models.qwen import Level, Params
 from grpo_jax.parsing import Schema
@@ -51,12 +55,14 @@ class Rollout:
     """What `run_rollout` sampled, and the work that took.
 
     Args:
-        trajectories: B = P·G, a group's rows next to each other, without rewards.
+        trajectories: B = P·G, a group's rows next to each other, without rewards; of all hosts.
         row_steps: decode steps times the rows that took part in each.
+        stop: a host was asked to stop before the last turn ended; the same on all of them.
     """
 
     trajectories: list[Trajectory]
     row_steps: int
+    stop: bool = False
 
     @property
     def wasted_decode(self) -> float:
@@ -131,8 +137,9 @@ def run_rollout(
     schemas: Sequence[list[Schema]] | None = None,
     live: Sequence[bool] | None = None,
     on_turn: Callable[[int, int], None] = lambda finished, rows: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Rollout:
-    """Sample G trajectories for each of P prompts, tools included.
+    """Sample G trajectories for each of P prompts, tools included; all hosts call it with the same arguments.
 
     Args:
         loop: sampler, tools and settings.
@@ -146,37 +153,59 @@ def run_rollout(
         schemas: [P] of the tools that each prompt shows, the only ones that it may call; None for all.
         live: [P] False for prompts that only fill up the batch; they come back without tokens.
         on_turn: told (rows finished, rows) after every turn.
+        stop: whether this host was asked to stop; asked after every turn.
+
+    Raises:
+        HostError: a tool worker of some host does not start; with one host its RuntimeError.
     """
-    schemas = [loop.schemas] * len(prompts) if schemas is None else schemas
-    rows = [_Row(list(p), s) for p, s in zip(prompts, schemas, strict=True) for _ in range(generations)]
-    alive = np.repeat(np.ones(len(prompts), bool) if live is None else np.asarray(live, bool), generations)
-    for row, is_alive in zip(rows, alive, strict=True):
-        row.status, row.speaking = (None, True) if is_alive else (Status.ANSWERED, False)
-    put = _placer(loop.sampler)
+    P, G = len(prompts), generations
+    schemas = [loop.schemas] * P if schemas is None else schemas
+    live = [True] * P if live is None else live
+    own = hosts.share(list(zip(prompts, schemas, draws, live, strict=True)))
+    rows = [_new_row(prompt, shown, is_live) for prompt, shown, _, is_live in own for _ in range(G)]
+    own_draws = np.repeat([draw for _, _, draw, _ in own], G)
+    put = loop.sampler.layout.put_rows
     trunk = preamble + _prefill_prompts(loop, params, preamble, prompts)
-    keys = put(row_keys(seed, np.repeat(draws, generations), np.tile(np.arange(generations), len(prompts))))
+    keys = put(row_keys(seed, own_draws, np.tile(np.arange(G), len(own))))
     cache = loop.sampler.begin(
         put(np.array([r.prompt_ids[-1] for r in rows], np.int32)),
         put(np.array([len(r.prompt_ids) - 1 for r in rows], np.int32)),
     )
     loop.runner.start_step()
-    row_steps = 0
-    while any(r.speaking for r in rows):
-        cache, steps = _decode_turn(loop, params, trunk, cache, keys, rows)
-        responses = [_respond(loop, row) for row in rows]
-        if any(responses):
-            cache = _feed(loop.sampler, params, trunk, cache, rows, responses)
+    row_steps, failure, stopped = 0, hosts.Failure(), False
+    speaking = sum(map(bool, live)) * G  # on all hosts
+    while speaking:
+        cache, steps = _decode_turn(loop, params, trunk, cache, keys, rows, speaking, failure)
+        responses: list[list[int]] = [[] for _ in rows]
+        with failure:
+            responses = [_respond(loop, row) for row in rows]
+        speaking, longest, stopped = _agree(responses, failure, stop())
+        if speaking:
+            cache = _feed(loop.sampler, params, trunk, cache, rows, responses, longest)
         row_steps += steps
-        on_turn(sum(r.status is not None for r in rows), len(rows))
-    return Rollout([r.frozen() for r in rows], row_steps)
+        on_turn(P * G - speaking, P * G)
+    trajectories = hosts.gather(lambda: [r.frozen() for r in rows])
+    return Rollout([t for of_host in trajectories for t in of_host], row_steps, stopped)
 
 
-def _placer(sampler: Sampler):
-    return lambda x: jax.device_put(x, sampler.layout.rows(x))
+def _new_row(prompt: list[int], schemas: list[Schema], live: bool) -> _Row:
+    row = _Row(list(prompt), schemas)
+    row.status, row.speaking = (None, True) if live else (Status.ANSWERED, False)
+    return row
+
+
+def _agree(responses: Sequence[list[int]], failure: hosts.Failure, stop: bool) -> tuple[int, int, bool]:
+    """Rows of all hosts that go on, the longest response of all, and whether any host was asked to stop."""
+    lengths = [len(ids) for ids in responses]
+    figures = hosts.agree([sum(n > 0 for n in lengths), max(lengths), failure.error is not None, stop])
+    if figures[:, 2].any():
+        failure.raise_everywhere()
+    return int(figures[:, 0].sum()), int(figures[:, 1].max()), bool(figures[:, 3].any())
 
 
 def _prefill(sampler, params, trunk, tokens, positions, valid) -> Trunk:
-    level = Level(*(jax.device_put(x, sampler.layout.replicated) for x in (tokens, positions, valid)), True)
+    layout = sampler.layout
+    level = Level(*(layout.put(x, layout.replicated) for x in (tokens, positions, valid)), True)
     return ((sampler.prefill(params, trunk, level), level.valid),)
 
 
@@ -188,27 +217,37 @@ def _prefill_prompts(loop, params, preamble, prompts) -> Trunk:
 
 
 def _decode_turn(
-    loop: ToolLoop, params: Params, trunk: Trunk, cache: Cache, keys: jax.Array, rows: list[_Row]
+    loop: ToolLoop,
+    params: Params,
+    trunk: Trunk,
+    cache: Cache,
+    keys: jax.Array,
+    rows: list[_Row],
+    speaking: int,
+    failure: hosts.Failure,
 ) -> tuple[Cache, int]:
     """Let every row that speaks come to the end of its turn; returns the cache and the row-steps.
 
     Decode comes back when half of all rows, and again when an eighth, still speak: the
-    calls of those that have ended run while it goes on with the others.
+    calls of those that have ended run while it goes on with the others. `speaking` counts
+    the rows of all hosts, `rows` are this one's.
     """
-    put, row_steps = _placer(loop.sampler), 0
-    ends = [len(rows) // part for part in PARTS] + [0]
-    while speaking := [i for i, row in enumerate(rows) if row.speaking]:
+    layout, row_steps = loop.sampler.layout, 0
+    put, B = layout.put_rows, cache.length.shape[0]
+    ends = [B // part for part in PARTS] + [0]
+    while speaking:
         live = np.array([row.speaking for row in rows])
         left = np.array([loop.sampler.budget - len(row.completion_ids) for row in rows], np.int32)
-        stop_at = np.int32(next(n for n in ends if n < len(speaking)))
+        stop_at = np.int32(next(n for n in ends if n < speaking))
         cache, turn = loop.sampler.decode(params, trunk, cache, keys, put(live), put(left), stop_at)
-        turn = jax.device_get(turn)
-        row_steps += int(turn.row_steps)
-        for i in speaking:
+        turn = layout.get_rows(turn)
+        speaking, row_steps = int(turn.live), row_steps + int(turn.row_steps)
+        for i in np.flatnonzero(live).tolist():
             n = turn.count[i]
             rows[i].append(turn.tokens[i, :n].tolist(), turn.logprobs[i, :n].tolist())
             if turn.stopped[i] or n == left[i]:
-                _end_turn(loop, rows[i], i, turn.stopped[i])
+                with failure:
+                    _end_turn(loop, rows[i], i, turn.stopped[i])
     return cache, row_steps
 
 
@@ -275,14 +314,16 @@ def _respond(loop: ToolLoop, row: _Row) -> list[int]:
     return ids
 
 
-def _feed(sampler: Sampler, params: Params, trunk: Trunk, cache: Cache, rows, responses) -> Cache:
+def _feed(
+    sampler: Sampler, params: Params, trunk: Trunk, cache: Cache, rows, responses, longest: int
+) -> Cache:
     """Put the pending token and the responses, but for their last token, into the cache."""
-    width = response_bucket(max(map(len, responses)))
+    width = response_bucket(longest)
     tokens = np.zeros((len(rows), width), np.int32)
     for i, (row, ids) in enumerate(zip(rows, responses, strict=True)):
         if ids:  # the pending token is the one before the response
             tokens[i, : len(ids)] = row.completion_ids[-len(ids) - 1 : -1]
     count = np.array([len(ids) for ids in responses], np.int32)
     last = np.array([ids[-1] if ids else 0 for ids in responses], np.int32)
-    put = _placer(sampler)
+    put = sampler.layout.put_rows
     return sampler.append(params, trunk, cache, put(tokens), put(count), put(last))

@@ -80,6 +80,7 @@ class Turn(NamedTuple):
         count: [B] int32 tokens sampled, the stop token included.
         stopped: [B] bool, the row ended with a stop token.
         row_steps: int32 scalar, the work done: steps times rows that took part, finished ones too.
+        live: int32 scalar, rows that have not come to the end of their turn, on all hosts.
     """
 
     tokens: Int[Array, "B budget"]
@@ -87,6 +88,7 @@ class Turn(NamedTuple):
     count: Int[Array, " B"]
     stopped: Bool[Array, " B"]
     row_steps: Int[Array, ""]
+    live: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +234,7 @@ def _decode(step, sizes, layout, trunk, cache, keys, live, remaining, stop_at, b
     """Sample on all rows until those that go on fit the next size, then on so many, and so on."""
     B = live.shape[0]
     zeros = jnp.zeros((B, budget), jnp.int32)
-    turn = Turn(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, jnp.int32(0))
+    turn = Turn(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, jnp.int32(0), jnp.int32(0))
     state = _State(cache, live & (remaining > 0), turn, jnp.int32(0))
 
     def on_few_rows(size, until, state):
@@ -246,7 +248,7 @@ def _decode(step, sizes, layout, trunk, cache, keys, live, remaining, stop_at, b
     for size, until in zip(sizes[1:], ends, strict=True):
         few_rows = functools.partial(on_few_rows, size, until)
         state = jax.lax.cond(state.live.sum() > until, few_rows, lambda same: same, state)
-    return state.cache, state.turn
+    return state.cache, state.turn._replace(live=state.live.sum())
 
 
 def _while_above(until, body, state: _State) -> _State:
@@ -282,6 +284,7 @@ def _sample_step(run, params, sampling, stop_ids, layout, trunk, keys, remaining
         turn.count + live,
         turn.stopped | stopped,
         turn.row_steps + live.shape[0],
+        turn.live,
     )
     cache = cache._replace(pending=jnp.where(live, token, cache.pending))
     return _State(cache, live & ~stopped & (turn.count < remaining), turn, t + 1)

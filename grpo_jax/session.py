@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from grpo_jax import hosts
 from grpo_jax.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.config import Config
 from grpo_jax.config.options import compute_dtype
@@ -182,16 +183,20 @@ class Session:
     ) -> None:
         """Write the trained model as an HF folder, adapters merged, and these alone as a PEFT folder.
 
+        All hosts call it; the first writes, and it is there for all when it returns.
+
         Args:
             trained: what updates changed.
             frozen: what they read, from `load_trained`.
             folder: of the model.
             adapter: PEFT folder; left out where there are no adapters.
         """
-        params = jax.device_get(merge(join(trained, frozen)))
-        hf_checkpoint.save_model(folder, params, self.model, self.folder, self.config.max_shard_size)
+        params = hosts.fetch(merge(join(trained, frozen), hosts.fetch))
+        size = self.config.max_shard_size
+        hosts.of_first(lambda: hf_checkpoint.save_model(folder, params, self.model, self.folder, size))
         if frozen is not None and adapter is not None:
-            save_adapter(adapter, jax.device_get(trained), frozen.config, self.model_name)
+            adapters = hosts.fetch(trained)
+            hosts.of_first(lambda: save_adapter(adapter, adapters, frozen.config, self.model_name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,11 +294,16 @@ def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[P
     if name != SCRATCH:
         return hf_checkpoint.fetch_model(name, config.model_revision, weights=not config.check), None
     folder = Path(config.output_dir) / "base_model"
+    make = lambda: _make_scratch(folder, config, toolbox, console)  # noqa: E731
+    make() if config.check else hosts.of_first(make)  # a check has a temporary folder in every host
+    return folder, None
+
+
+def _make_scratch(folder: Path, config: Config, toolbox: Toolbox, console: Console) -> None:
     if not folder.exists():
         examples = read_rows(config, config.required("dataset_id_or_path"))
         make_tiny_checkpoint(folder, _texts(examples, toolbox), seed=config.seed)
         console.line(f"Made a small model with its own tokenizer in {folder}")
-    return folder, None
 
 
 def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
@@ -347,6 +357,8 @@ def load_prompts(session: Session, source: str) -> Prompts:
             session.console.line(f"Dropped {len(fits) - len(ids)} of {len(fits)} prompts over {limit} tokens")
         if not ids:
             raise ValueError(f"{source}: every prompt is longer than max_prompt_length {limit}; raise it")
+    local = dataclasses.replace(config, compilation_cache_dir=None)  # the one option that hosts may differ in
+    hosts.check_alike(f"the options or the prompts of {source}", (local, ids))
     tree = make_tree(ids, config.max_grpo_completion_length, session.row_devices)
     log.debug(
         "Shapes of %s: preamble [1, %d], prompts [P, %d], tool responses [B, one of %s], completions [B, T2] "

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo_jax import hosts
 from grpo_jax.command import run_command
 from grpo_jax.compiling import watch_compiles
 from grpo_jax.config import ResolvedConfig, write_resolved
@@ -59,7 +60,8 @@ def fine_tune(
     config = session.config
     train, held_out = _split(session, data)
     _check_gold_calls(session, train.examples)
-    gold = gold_trajectories(session, train.examples, train.ids)
+    # not in every host: a tool that answers differently would make them run different programs
+    gold = hosts.of_first(lambda: gold_trajectories(session, train.examples, train.ids))
     _check_budget(train.examples, gold, config.max_grpo_completion_length)
     schedule = make_schedule("constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps)
     optimizer = session.optimizer(schedule)
@@ -185,10 +187,10 @@ def run(resolved: ResolvedConfig, console: Console) -> None:
         with session.runner:
             data = load_prompts(session, config.required("dataset_id_or_path"))
             out = Path(config.output_dir)
-            write_resolved(config, out / "resolved_config.yaml")
+            hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
             with timer("cold_start"):
                 report = fine_tune(session, data, greedy_sampler(session), out / "model", out / "adapter")
-    write_json_atomic(out / "sft.json", report | {"timings": timer.seconds})
+    hosts.of_first(lambda: write_json_atomic(out / "sft.json", report | {"timings": timer.seconds}))
     console.line(f"Fine-tuned for {report['steps']} updates; the model is in {out / 'model'}")
 
 

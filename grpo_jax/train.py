@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from grpo_jax import hosts
 from grpo_jax.advantages import combine_rewards, group_advantages, group_std
 from grpo_jax.check import check_job
 from grpo_jax.checkpoint import Checkpoints, StopSignal, is_step_folder
@@ -39,7 +40,7 @@ from grpo_jax.models.qwen import Params
 from grpo_jax.optimizer import make_schedule
 from grpo_jax.plan import show_plan
 from grpo_jax.prefix_tree import step_batch
-from grpo_jax.rewards import RewardOutcome, call_rewards
+from grpo_jax.rewards import RewardOutcome, call_rewards, joined
 from grpo_jax.rollout import Rollout, ToolLoop, prefill_preamble, run_rollout
 from grpo_jax.sampler import Sampler, Sampling
 from grpo_jax.session import Prompts, Session, load_prompts, open_session
@@ -156,8 +157,8 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
         return _check(config, console)
     out = Path(config.output_dir)
     if config.overwrite_output_dir:
-        _start_over(out)
-    summary = _read_summary(out)
+        hosts.of_first(lambda: _start_over(out))
+    summary = hosts.of_first(lambda: _read_summary(out))
     if "after" in summary:
         console.line(
             f"The run in {out} is finished (summary.json, model/). "
@@ -189,11 +190,12 @@ def _check(config: Config, console: Console) -> int:
 def _train(session: Session, resolved: ResolvedConfig, data: Prompts, summary: dict[str, Any]) -> int:
     config, console, out = session.config, session.console, Path(session.config.output_dir)
     plan = make_plan(config, len(data.ids), session.row_devices)
+    hosts.share(range(plan.P))  # raises where the prompts do not divide by the hosts
     _check_inputs(session)
     _say_plan(console, plan, data)
     evaluated = config.eval_batch_size
     log.debug("Rows: P = %d, B = %d; P = B = %d in an evaluation", plan.P, plan.P * plan.G, evaluated)
-    write_resolved(config, out / "resolved_config.yaml")
+    hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
     greedy = greedy_sampler(session)
     with Checkpoints(out / "checkpoints", keep=config.save_total_limit) as checkpoints:
         found = _checkpoint_to_resume(config, checkpoints)
@@ -235,8 +237,7 @@ def _grpo(
     loop = session.tool_loop(sampler, data.tree)
     cursor, num_tokens = Cursor.from_json(meta["cursor"]), meta["num_tokens"]
     first = int(state.step)
-    writer = MetricsWriter(config.output_dir, config.report_to, resume_step=first or None)
-    rollouts = RolloutLog(config.output_dir)
+    records = _Records(config, resume_step=first or None)
     names = [reward.name for reward in session.rewards]
     with console.progress("GRPO", plan.batches) as bar:
         bar.advance(first // plan.updates_per_batch)
@@ -246,12 +247,12 @@ def _grpo(
             examples = [data.examples[i] for i, _ in draws for _ in range(plan.G)]
 
             with timer("rollout"):
-                rollout = _sample(session, plan, data, sampler, learner.params(state), loop, draws)
+                rollout = _sample(session, plan, data, sampler, learner.params(state), loop, draws, stop)
                 trajectories = rollout.trajectories
             if session.purity is not None:  # beside what follows, which needs no tools
-                session.purity.start(call for t in trajectories for call in t.calls)
+                session.purity.start(call for t in hosts.share(trajectories) for call in t.calls)
             with timer("reward"):
-                outcome = score_rewards(session, examples, trajectories, int(state.step), plan.updates)
+                outcome = _score_shares(session, examples, trajectories, int(state.step), plan.updates)
                 rewards = combine_rewards(outcome.values, config.reward_weights or [1.0] * len(names))
                 advantages = group_advantages(rewards, plan.G, config.scale_rewards)
                 trajectories = [
@@ -272,29 +273,50 @@ def _grpo(
                 "learning_rate": float(learner.schedule(step - 1)),
                 "epoch": cursor.epoch + cursor.next_index / len(data.ids),
                 "num_tokens": num_tokens,
-                "tools/cache_hit_rate": session.runner.cache_hit_rate,
                 "rollout/wasted_decode": rollout.wasted_decode,
             }
             if session.purity is not None:
-                record["tools/impure"] = session.purity.finish()
+                record["tools/impure"] = sum(hosts.gather(session.purity.finish))
             record["step_time"] = time.perf_counter() - began
             if evaluation.possible and _due(config.eval_steps, step, plan) and step < plan.updates:
                 figures = evaluation(sampler.export(learner.params(state)), f"Evaluation at {step}")
                 record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
-            writer.write(step, record)
-            rollouts.write(step, examples, trajectories, advantages, names, outcome.extras)
+            records.write(step, record, examples, trajectories, advantages, names, outcome.extras)
             bar.advance(1, reward=record["reward"], spread=record["reward_std"])
             _print_step(session, step, plan, record, examples, trajectories)
             meta = {**meta, "cursor": cursor.to_json(), "num_tokens": num_tokens, "timings": timer.seconds}
             done = step >= plan.updates
-            if stop.requested or _save_due(config, step, cursor, done, plan):
+            # several hosts stop after the same update: one that is asked after its rollout stops after the next
+            stopping = stop.requested if hosts.alone() else rollout.stop
+            if stopping or _save_due(config, step, cursor, done, plan):
                 with timer("save"):
                     checkpoints.save(step, state, meta)
-            if stop.requested and not done:
-                writer.close()
+            if stopping and not done:
+                records.close()
                 return state, True
-    writer.close()
+    records.close()
     return state, False
+
+
+class _Records:
+    """What the first host writes of every step; nothing in the others."""
+
+    def __init__(self, config: Config, resume_step: int | None):
+        self._files = None
+        if hosts.is_first():
+            metrics = MetricsWriter(config.output_dir, config.report_to, resume_step)
+            self._files = metrics, RolloutLog(config.output_dir)
+
+    def write(self, step: int, record: dict[str, Any], *rows: Any) -> None:
+        """A step's metrics, and its rows as `RolloutLog.write` takes them."""
+        if self._files is not None:
+            metrics, rollouts = self._files
+            metrics.write(step, record)
+            rollouts.write(step, *rows)
+
+    def close(self) -> None:
+        if self._files is not None:
+            self._files[0].close()
 
 
 def _sample(
@@ -305,6 +327,7 @@ def _sample(
     params: Params,
     loop: ToolLoop,
     draws: Sequence[tuple[int, int]],
+    stop: StopSignal,
 ) -> Rollout:
     """One batch of trajectories; the rollout's copy of the weights does not outlive it."""
     chosen = [i for i, _ in draws]
@@ -320,7 +343,23 @@ def _sample(
             seed=session.config.seed,
             schemas=[session.schemas_of(data.examples[i]) for i in chosen],
             on_turn=_row_counter(rows),
+            stop=lambda: stop.requested,
         )
+
+
+def _score_shares(
+    session: Session, examples: Sequence[Example], trajectories: Sequence[Trajectory], step: int, updates: int
+) -> RewardOutcome:
+    """The rewards of a batch: each host scores the rows whose tools it ran, and all get them all."""
+    own = hosts.share(list(zip(examples, trajectories, strict=True)))
+
+    def score() -> tuple[RewardOutcome, float]:
+        return score_rewards(session, *zip(*own, strict=True), step, updates), session.runner.cache_hit_rate
+
+    outcomes, hit_rates = zip(*hosts.gather(score), strict=True)
+    outcome = joined(outcomes)
+    outcome.metrics["tools/cache_hit_rate"] = sum(hit_rates) / len(hit_rates)
+    return outcome
 
 
 def score_rewards(
@@ -378,7 +417,8 @@ def _start(
     step = ModelStep(
         model, session.training, session.dtype, config.gradient_checkpointing, config.temperature
     )
-    parts = config.micro_batches or micro_batches_for(step, data.tree, plan.P, plan.G)
+    fits = lambda: micro_batches_for(step, data.tree, plan.P, plan.G)  # noqa: E731
+    parts = config.micro_batches or hosts.of_first(fits)  # hosts may differ in memory
     if parts > 1:
         session.console.line(f"The update runs its {plan.P * plan.G} completions in {parts} micro-batches")
     step = dataclasses.replace(step, micro_batches=parts)
@@ -460,7 +500,7 @@ def _machine() -> dict[str, Any]:
 def _cold_start(session: Session, data: Prompts, greedy: Sampler, summary: dict[str, Any]) -> Session:
     """The session with the cold-started model in place of its own; fine-tunes unless that is done."""
     folder = Path(session.config.output_dir) / "cold_start"
-    if not folder.exists():
+    if not hosts.of_first(folder.exists):
         with session.timer("cold_start"):
             report = fine_tune(session, data, greedy, folder)
         session.console.line(
@@ -517,7 +557,7 @@ def _finish(
 
 def _write_summary(session: Session, summary: dict[str, Any]) -> None:
     path = Path(session.config.output_dir) / "summary.json"
-    write_json_atomic(path, {**summary, "timings": session.timer.seconds})
+    hosts.of_first(lambda: write_json_atomic(path, {**summary, "timings": session.timer.seconds}))
 
 
 def _read_summary(out: Path) -> dict[str, Any]:

@@ -405,10 +405,10 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, layout: 
 
 
 def place_batch(layout: Layout, batch: StepBatch) -> StepBatch:
-    """A host batch on the devices: completions over rows, the shared levels everywhere."""
+    """A host batch, the same in every process, on the devices: completions over rows, shared levels everywhere."""
 
     def place(name, x):
-        return jax.device_put(x, layout.rows(x) if name in ROW_FIELDS else layout.replicated)
+        return layout.put(x, layout.rows(x) if name in ROW_FIELDS else layout.replicated)
 
     fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     arrays = {k: place(k, x) for k, x in fields.items() if x is not None and k != "loss_positions"}

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax import hosts
 from grpo_jax.checkpoint import Checkpoints
 from grpo_jax.models import hf_checkpoint
 from grpo_jax.models.lora import Adapters, LoraConfig, init_adapters, merge
@@ -85,7 +86,8 @@ def restore_weights(checkpoints: Checkpoints, step: int, place: Place, dtype: An
         return checkpoints.restore_params(step, _targets(shapes, place))
     adapters, config = restore_adapters(checkpoints, step, place)
     base = hf_checkpoint.load_params(source, model, place(shapes), jnp.dtype(meta["base"]["dtype"]))
-    merged = jax.tree.map(lambda x: x.astype(dtype), merge(base | {"lora": Adapters(adapters, config)}))
+    whole = base | {"lora": Adapters(adapters, config)}
+    merged = jax.tree.map(lambda x: x.astype(dtype), merge(whole, hosts.fetch))
     return jax.device_put(merged, place(shapes))
 
 

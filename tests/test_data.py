@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.data import Cursor, epoch_order, gold_calls, load_examples, next_batch, process_share, row_tools
+from grpo_jax.data import Cursor, epoch_order, gold_calls, load_examples, next_batch, row_tools
 from grpo_jax.types import Example, ToolCall
 
 GOOD = '{"prompt": "What is 15 plus 27?", "answer": "Sum: 42"}'
@@ -560,37 +560,3 @@ def test_a_stored_cursor_continues_the_same_draws(n, seed, data):
 def test_a_batch_that_the_data_cannot_fill_is_an_error(size):
     with pytest.raises(ValueError, match=f"between 1 prompt and the data set's 5 rows, got {size}"):
         next_batch(5, size, Cursor(), seed=0)
-
-
-# Processes
-
-
-def test_a_process_takes_its_contiguous_part():
-    draws = [(5, 10), (0, 11), (6, 12), (1, 13), (7, 14), (2, 15)]
-    assert process_share(draws, 0, 3) == [(5, 10), (0, 11)]
-    assert process_share(draws, 2, 3) == [(7, 14), (2, 15)]
-    assert process_share(draws, 0, 1) == draws
-
-
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 9))
-def test_the_parts_of_all_processes_are_the_whole_batch(count, size, seed):
-    """Each draws the whole batch for itself, as a process of a run does."""
-    parts = [
-        process_share(next_batch(40, count * size, Cursor(), seed)[0], index, count) for index in range(count)
-    ]
-    assert {len(part) for part in parts} == {size}
-    assert [draw for part in parts for draw in part] == next_batch(40, count * size, Cursor(), seed)[0]
-
-
-@pytest.mark.parametrize(
-    ("index", "count", "message"),
-    [
-        (0, 4, "must divide by the number of processes, 4, got 6; change per_device"),
-        (3, 3, r"process_index must be in \[0, process_count = 3\), got 3"),
-        (-1, 3, r"process_index must be in \[0, process_count = 3\), got -1"),
-        (0, 0, r"process_index must be in \[0, process_count = 0\), got 0"),
-    ],
-)
-def test_a_batch_that_has_no_such_part_is_an_error(index, count, message):
-    with pytest.raises(ValueError, match=message):
-        process_share([(i, i) for i in range(6)], index, count)

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.rewards import RewardError, RewardFunction, accuracy, call_rewards, load_rewards, same_answer
+from grpo_jax.rewards import (
+    RewardError,
+    RewardFunction,
+    RewardOutcome,
+    accuracy,
+    call_rewards,
+    joined,
+    load_rewards,
+    same_answer,
+)
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
@@ -379,3 +388,13 @@ def test_values_arrive_unchanged(values):
     np.testing.assert_array_equal(
         outcome.values[:, 0], [np.nan if value is None else float(value) for value in values]
     )
+
+
+def test_outcomes_of_parts_are_joined_in_order():
+    """A metric is the mean of the parts' means; a column that one part lacks is None there."""
+    first = RewardOutcome(np.array([[1.0], [np.nan]]), {"seen": 2.0, "once": 5.0}, {"why": ["a", "b"]})
+    second = RewardOutcome(np.array([[0.5]]), {"seen": 4.0}, {})
+    whole = joined([first, second])
+    np.testing.assert_array_equal(whole.values, [[1.0], [np.nan], [0.5]])
+    assert whole.metrics == {"seen": 3.0, "once": 5.0}
+    assert whole.extras == {"why": ["a", "b", None]}

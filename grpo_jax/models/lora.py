@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -191,17 +191,23 @@ def merge_layer(weights: Params, adapters: Adapters | None) -> Params:
     return merged
 
 
-def merge(params: Params) -> Params:
+def merge(params: Params, get: Callable[[Any], Any] = jax.device_get) -> Params:
     """Whole weights without adapters: on the host, in float32, merged layer by layer; as they are without.
 
     Only one layer at a time is on the device twice: at 8 B weights all of them would not fit.
+
+    Args:
+        params: from `join`.
+        get: brings a tree of arrays to the host.
     """
     if "lora" not in params:
         return params
     stacked = (params["layers"], params["lora"])
-    layers = [jax.device_get(_merge_at(stacked, i)) for i in range(len(jax.tree.leaves(stacked)[0]))]
+    layers = [get(_merge_at(stacked, i)) for i in range(len(jax.tree.leaves(stacked)[0]))]
     rest = {name: x for name, x in params.items() if name not in ("layers", "lora")}
-    return jax.tree.map(_float32, rest) | {"layers": jax.tree.map(lambda *x: _float32(np.stack(x)), *layers)}
+    return jax.tree.map(_float32, get(rest)) | {
+        "layers": jax.tree.map(lambda *x: _float32(np.stack(x)), *layers)
+    }
 
 
 @jax.jit

@@ -1,0 +1,177 @@
+"""What the processes of a run tell each other; there is one per host, and all run the same program.
+
+Each decodes its own rows with all others, runs their tool calls and scores them; whatever decides
+what is run next on the devices is agreed upon here first, because a process that runs something
+else than the others hangs them all. All processes call `gather`, `of_first`, `agree`, `check_alike`
+and `fetch`, in the same order. With one process nothing here communicates, and errors keep their own path.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zlib
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+T = TypeVar("T")
+SMALLEST_MESSAGE = 1024  # bytes; messages are padded to powers of two, so that few programs are compiled
+
+
+class HostError(RuntimeError):
+    """One process failed and all end with its message; in that one, `__cause__` is its own error."""
+
+
+def alone() -> bool:
+    """Whether this is the only process; starts no backend."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
+def is_first() -> bool:
+    """Whether this process writes the files and prints."""
+    return alone() or jax.process_index() == 0
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This process's part of a batch; see `part_of`."""
+    return list(items) if alone() else part_of(items, jax.process_index(), jax.process_count())
+
+
+def part_of(items: Sequence[T], process_index: int, process_count: int) -> list[T]:
+    """A process's part of a batch: the parts lie next to each other, in the order of the processes.
+
+    Args:
+        items: [P] of the whole batch, the same in every process.
+        process_index: counted from 0.
+        process_count: number of processes.
+
+    Returns:
+        [P / process_count] of them.
+
+    Raises:
+        ValueError: P does not divide by process_count, or there is no such process.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(
+            f"process_index must be in [0, process_count = {process_count}), got {process_index}"
+        )
+    size, rest = divmod(len(items), process_count)
+    if rest:
+        raise ValueError(
+            f"the prompts of a batch must divide by the number of processes, {process_count}, got {len(items)}; "
+            "change per_device_train_batch_size, gradient_accumulation_steps or num_generations"
+        )
+    return list(items[process_index * size : (process_index + 1) * size])
+
+
+def gather(make: Callable[[], T]) -> list[T]:
+    """What `make` returns in each process, in their order; where it raises in one, all raise.
+
+    Args:
+        make: runs without the other processes; its result can be pickled.
+
+    Raises:
+        HostError: it raised in some process; names that process and its error.
+    """
+    if alone():
+        return [make()]
+    value, error = None, None
+    try:
+        value = make()
+    except Exception as raised:
+        error = raised
+    message = pickle.dumps((value, None if error is None else f"{type(error).__name__}: {error}"))
+    answers = [pickle.loads(one) for one in _all_messages(message)]
+    for process, (_, problem) in enumerate(answers):
+        if problem is not None:
+            raise HostError(f"process {process} failed: {problem}") from error
+    return [value for value, _ in answers]
+
+
+def of_first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, the only one that calls it; errors as in `gather`."""
+    return gather(lambda: make() if is_first() else None)[0]
+
+
+def agree(figures: Sequence[int]) -> np.ndarray:
+    """[processes, n] int32: everybody's figures, in one all-gather."""
+    own = np.array(figures, np.int32)
+    return own[None] if alone() else process_allgather(own)
+
+
+def check_alike(what: str, value: Any) -> None:
+    """Compare a value, by its repr, between the processes.
+
+    Raises:
+        ValueError: it is not the same in all of them, which would soon run different programs.
+    """
+    if alone():
+        return
+    digests = agree([zlib.crc32(repr(value).encode()) >> 1])[:, 0]
+    if (odd := np.flatnonzero(digests != digests[0])).size:
+        raise ValueError(
+            f"{what} must be the same in every process, got something else in process {odd[0]} than in "
+            "process 0; start all with the same options, files and versions"
+        )
+
+
+class Failure:
+    """A process that fails between collective calls goes on with them until the others know.
+
+    `with failure: …` keeps the first error of its blocks; `raise_everywhere` raises it. With one
+    process the blocks raise at once.
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def __enter__(self) -> Failure:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if alone() or not isinstance(error, Exception):
+            return False
+        self.error = self.error or error
+        return True
+
+    def raise_everywhere(self) -> None:
+        """All processes call it once `agree` said that one of them failed.
+
+        Raises:
+            HostError: see `gather`.
+        """
+
+        def own() -> None:
+            if self.error is not None:
+                raise self.error
+
+        gather(own)
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays on the host, also of what lies on other hosts' devices.
+
+    Stacked weights come layer by layer: a device never holds more than one layer's whole weight.
+    """
+    if alone():
+        return jax.device_get(tree)
+    return jax.tree.map(_whole, tree)
+
+
+def _whole(x: Any) -> np.ndarray:
+    if not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
+        return np.asarray(x)
+    if x.ndim < 3:
+        return process_allgather(x, tiled=True)
+    return np.stack([process_allgather(x[i], tiled=True) for i in range(len(x))])
+
+
+def _all_messages(message: bytes) -> list[bytes]:
+    lengths = agree([len(message)])[:, 0]
+    size = max(SMALLEST_MESSAGE, 1 << int(lengths.max() - 1).bit_length())
+    padded = np.frombuffer(message.ljust(size, b"\0"), np.uint8)
+    return [row[:n].tobytes() for row, n in zip(process_allgather(padded), lengths, strict=True)]
