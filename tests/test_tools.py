@@ -618,6 +618,10 @@ def test_scripts_named_like_modules_do_not_replace_them(script):
         ),
         ("y = 1\nx = nope + 1\n", r"importing .* failed: NameError.*\n  .*my_tools\.py:2: x = nope \+ 1$"),
         ("def f(:\n", r"SyntaxError.*\n  .*my_tools\.py:1: def f\(:$"),
+        (
+            "class Mute(Exception):\n    def __str__(self):\n        return 1 / 0\nraise Mute\n",
+            r"failed: Mute\n  .*my_tools\.py:4",
+        ),
         ("import sys\nsys.exit(1)\n", r"failed: SystemExit: 1\n  .*my_tools\.py:2"),
         (
             "def make_tools():\n    return 1 / 0\n",
