@@ -479,7 +479,7 @@ def test_run_tool_takes_text_or_dict(tools):
             '{"name": "sub", "arguments": {}}',
             "Error: unknown tool 'sub'. Available: add, fails, exits, nothing",
         ),
-        ('{"name": [1], "arguments": {}}', "Error: unknown tool 'of type list'"),
+        ('{"name": [1], "arguments": {}}', "Error: a tool's name must be text, got array. Available: add, "),
         ('{"name": "add", "arguments": [1]}', "Error: the arguments of add must be a JSON object"),
         ('{"name": "add", "arguments": null}', "Error: the arguments of add must be a JSON object"),
         ('{"name": "add"}', "Error: wrong arguments for add: missing 'a' (integer); missing 'b' (integer)"),

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.tools.arguments import check_arguments
+from grpo_jax.tools.arguments import check_arguments, show
 from grpo_jax.user_code import error_text, message_of
 
 if TYPE_CHECKING:
@@ -130,7 +130,9 @@ def _wait_for(awaitable: Any) -> Any:
 
 
 def _unknown_tool(name: Any, names: list[str]) -> str:
-    shown = str(name)[:60] if isinstance(name, str) else f"of type {type(name).__name__}"
+    if not isinstance(name, str):
+        return f"Error: a tool's name must be text, got {show(name)}. Available: {', '.join(names[:_NAMES_LISTED])}"
+    shown = name[:60]
     if len(names) > _NAMES_LISTED:
         names = difflib.get_close_matches(shown, names, 5, 0.0)
     return f"Error: unknown tool {shown!r}. Available: {', '.join(names)}"
