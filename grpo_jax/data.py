@@ -31,6 +31,7 @@ RESERVED_COLUMNS = frozenset(
     ("completions", "prompts", "completion_ids", "trainer_state", "log_metric", "log_extra")
 )
 _SLICED_FILE = re.compile(r"(?P<path>.+\.jsonl?)\[(?P<part>[^\[\]]*)\]")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # alone, it can be written to no file
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -354,11 +355,14 @@ def _parsed(path: str, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[str, 
         if not line.strip():
             raise ValueError(f"{place}: empty line between rows; delete it")
         try:
-            yield place, json.loads(line, parse_constant=_no_constant)
+            row = json.loads(line, parse_constant=_no_constant)
+            if "\\u" in line and _SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+                raise ValueError("a string holds half of a surrogate pair")
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{place}: not JSON: {error}; write one JSON object a line, got {line.strip()[:80]!r}"
             ) from None
+        yield place, row
 
 
 def _no_constant(name: str) -> None:

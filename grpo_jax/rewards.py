@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.types import PARSER_NAME, Message
-from grpo_jax.user_code import import_file
+from grpo_jax.user_code import error_text, import_file
 
 _log = logging.getLogger(__name__)
 
@@ -302,7 +302,7 @@ def _failure(
         where = f"on row {row} (answer {batch['answer'][row]!r})"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return RewardError(
-        f"reward function {reward} raised {where}: {type(error).__name__}: {error} "
+        f"reward function {reward} raised {where}: {error_text(error)} "
         f"({frame.filename}:{frame.lineno}: {frame.line})"
     )
 

@@ -84,9 +84,23 @@ def users_errors(doing: str) -> Iterator[None]:
         raise ValueError(f"{doing} failed: {_users_lines(error)}") from error
 
 
+def message_of(error: BaseException) -> str:
+    """What an exception says; nothing where its own `__str__`, which is the user's, fails."""
+    try:
+        return str(error)
+    except BaseException:
+        return ""
+
+
+def error_text(error: BaseException) -> str:
+    """`KeyError: 'rate'`, or the type alone where the exception says nothing."""
+    message = message_of(error)
+    return type(error).__name__ + (f": {message}" if message else "")
+
+
 def _users_lines(error: BaseException) -> str:
     """The error with the lines that led to it, leaving out this package and the import machinery."""
-    text = f"{type(error).__name__}: {error}"
+    text = error_text(error)
     if isinstance(error, SyntaxError):
         return f"{text}\n  {error.filename}:{error.lineno}: {(error.text or '').strip()}"
     frames = [

@@ -10,9 +10,12 @@
 | its last result equals the answer                     | 1.0    |
 
 With several calls the last one counts. Case and blanks are ignored when results are
-compared. The right tool is named by the data set's column `tool_call` (or `ground_truth`).
+compared. The right tool is named by a row's `tool_call`, or where that is null by its
+`ground_truth`. Where neither names one (no tool should be called), trying no call scores 1
+and any call 0.
 """
 
+PARSER_NAME = "tool_call_parser"  # answers a call that does not parse: no tool has run
 NO_CALL, UNPARSABLE, WRONG_TOOL, ERROR, WRONG_RESULT, EXACT = 0.0, 0.05, 0.1, 0.2, 0.4, 1.0
 
 
@@ -30,25 +33,29 @@ def financial_tools_reward(completions: list[list[dict]], answer: list[str], **k
     Raises:
         ValueError: the data set has neither column.
     """
-    gold = kwargs.get("tool_call") or kwargs.get("ground_truth")
-    if gold is None:
+    if kwargs.get("tool_call") is None and kwargs.get("ground_truth") is None:
         raise ValueError(
             "financial_tools_reward needs the gold call in a column tool_call or ground_truth; "
             "add it, or use --reward_function_name accuracy"
         )
+    absent = [None] * len(completions)
+    columns = [kwargs.get(name) or absent for name in ("tool_call", "ground_truth")]
+    gold = [own if own is not None else padded for own, padded in zip(*columns, strict=True)]
     return [score(*row) for row in zip(completions, answer, gold, strict=True)]
 
 
-def score(completion: list[dict], answer: str, gold: dict | list[dict]) -> float:
+def score(completion: list[dict], answer: str, gold: dict | list[dict] | None) -> float:
     """The reward of one conversation."""
     calls = [call["function"]["name"] for message in completion for call in message.get("tool_calls") or []]
-    results = [message["content"] for message in completion if message["role"] == "tool"]
+    results = [m["content"] for m in completion if m["role"] == "tool" and m.get("name") != PARSER_NAME]
+    tried = calls or any(
+        "<tool_call>" in (message.get("content") or "")
+        for message in completion
+        if message["role"] == "assistant"
+    )
+    if not gold:
+        return NO_CALL if tried else EXACT
     if not calls:
-        tried = any(
-            "<tool_call>" in (message.get("content") or "")
-            for message in completion
-            if message["role"] == "assistant"
-        )
         return UNPARSABLE if tried else NO_CALL
     # A row may end before its call was answered: an empty result is a wrong one.
     result = _plain(results[-1]) if results else ""

@@ -11,7 +11,8 @@
 
 Other calls in between do no harm. A call equals a gold call when its name and arguments
 do; numbers may differ by a ten-thousandth of their value, as when cents are dropped
-between the steps. The gold calls are the data set's column `tool_call`.
+between the steps. The gold calls are the data set's column `tool_call`. Where they are null or
+an empty list (no tool should be called), no call scores 1 and any call 0.
 """
 
 import math
@@ -37,11 +38,17 @@ def multi_step_reward(completions: list[list[dict]], answer: list[str], **kwargs
     return [score(*row) for row in zip(completions, answer, gold, strict=True)]
 
 
-def score(completion: list[dict], answer: str, gold: dict | list[dict]) -> float:
+def score(completion: list[dict], answer: str, gold: dict | list[dict] | None) -> float:
     """The reward of one conversation."""
-    gold = gold if isinstance(gold, list) else [gold]
+    gold = [gold] if isinstance(gold, dict) else gold
     calls = [call["function"] for message in completion for call in message.get("tool_calls") or []]
-    results = [message["content"] for message in completion if message["role"] == "tool"]
+    # "tool_call_parser" answers a call that does not parse: no tool has run.
+    results = [
+        m["content"] for m in completion if m["role"] == "tool" and m.get("name") != "tool_call_parser"
+    ]
+    if not gold:
+        tried = calls or any("<tool_call>" in (message.get("content") or "") for message in completion)
+        return 0.0 if tried else 1.0
     if not calls:
         return 0.0
     made = steps_made(calls, gold, same_call)

@@ -9,11 +9,11 @@
 A call to another tool scores 0. With several calls each gold call is paired with at most
 one of the model's, best pairs first, and the sum of their scores is divided by the larger
 number of calls, so a missing or needless call costs its share. Where the gold list is
-empty or null (no tool should be called), no call scores 1 and any call 0.
+empty or null (no tool should be called), trying no call scores 1 and any call 0.
 
 Values: numbers count as equal when they agree to a millionth, texts when case and outer
 blanks do not matter, lists and objects in proportion to their equal entries. The gold
-calls come from the column `tool_call`, or from `ground_truth`, where every null is
+calls are a row's `tool_call`, or where that is null its `ground_truth`, in which every null is
 padding and is ignored. Needs no tool run: what `answer` says is not looked at.
 """
 
@@ -35,14 +35,19 @@ def tool_call_reward(completions: list[list[dict]], **kwargs) -> list[float]:
     Raises:
         ValueError: the data set has neither column.
     """
-    column = next((name for name in ("tool_call", "ground_truth") if kwargs.get(name) is not None), None)
-    if column is None:
+    if kwargs.get("tool_call") is None and kwargs.get("ground_truth") is None:
         raise ValueError("tool_call_reward needs the gold calls in a column tool_call or ground_truth")
-    padded = column == "ground_truth"
-    return [
-        score(_calls(completion), [gold] if isinstance(gold, dict) else gold or [], padded)
-        for completion, gold in zip(completions, kwargs[column], strict=True)
-    ]
+    absent = [None] * len(completions)
+    columns = [kwargs.get(name) or absent for name in ("tool_call", "ground_truth")]
+    return [_row_score(*row) for row in zip(completions, *columns, strict=True)]
+
+
+def _row_score(completion: list[dict], tool_call, ground_truth) -> float:
+    padded = tool_call is None
+    gold = (ground_truth if padded else tool_call) or []
+    if not gold and any("<tool_call>" in (message.get("content") or "") for message in completion):
+        return 0.0  # a call that does not parse was tried
+    return score(_calls(completion), [gold] if isinstance(gold, dict) else gold, padded)
 
 
 def score(calls: list[dict], gold: list[dict], padded: bool = False) -> float:

@@ -8,6 +8,7 @@
 
 The expected tool is the data set's column `expected_tool`, or the name in its column
 `tool_call` (the last one's, where there are several). Outer blanks and case are ignored.
+Where that is null or an empty list (no tool should be called), no call scores 1 and any call 0.
 """
 
 
@@ -35,10 +36,13 @@ def validated_reward(completions: list[list[dict]], answer: list[str], **kwargs)
                     tool_name = call["function"]["name"]
                     # An answer belongs to the call before it, not to an earlier one.
                     tool_response = None
-            if message["role"] == "tool":
+            # "tool_call_parser" answers a call that does not parse: no tool has run.
+            if message["role"] == "tool" and message.get("name") != "tool_call_parser":
                 tool_response = message["content"]
         if tool_name != expected_tool:
             rewards.append(0.0)
+        elif expected_tool is None:
+            rewards.append(0.0 if _tried_in_vain(completion) else 1.0)
         elif tool_response is not None and tool_response.strip().lower() == expected.strip().lower():
             rewards.append(1.0)
         else:
@@ -46,13 +50,22 @@ def validated_reward(completions: list[list[dict]], answer: list[str], **kwargs)
     return rewards
 
 
-def _expected_tools(columns: dict) -> list[str]:
+def _tried_in_vain(completion: list[dict]) -> bool:
+    return any("<tool_call>" in (message.get("content") or "") for message in completion)
+
+
+def _expected_tools(columns: dict) -> list[str | None]:
     if columns.get("expected_tool") is not None:
         return columns["expected_tool"]
     if columns.get("tool_call") is not None:
-        gold = columns["tool_call"]
-        return [(calls[-1] if isinstance(calls, list) else calls)["name"] for calls in gold]
+        return [_last_name(gold) for gold in columns["tool_call"]]
     raise ValueError("validated_reward needs a column expected_tool or tool_call that names the tool")
+
+
+def _last_name(gold: dict | list[dict] | None) -> str | None:
+    if isinstance(gold, list):
+        gold = gold[-1] if gold else None
+    return gold and gold["name"]
 
 
 reward_func = validated_reward

@@ -138,10 +138,19 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(rows_file):
     assert (example.messages[0]["content"], example.answer) == ("a\u2028b", "x\x85")
 
 
+def test_a_whole_surrogate_pair_is_its_character(rows_file):
+    (example,) = load_examples(rows_file(r'{"prompt": "\ud83d\ude00", "answer": "x"}'))
+    assert example.messages[0]["content"] == "😀"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{'prompt': 1}", "not JSON: .*; write one JSON object a line, got \"{'prompt': 1}\""),
+        (
+            r'{"prompt": "a", "answer": "b", "x": "\ud83d"}',
+            "not JSON: a string holds half of a surrogate pair",
+        ),
         ('{"prompt": "a", "answer": "b", "x": NaN}', "not JSON: NaN is not JSON; write null or a number"),
         ("[" * 100_000, "not JSON: "),
         ("", "empty line between rows; delete it"),

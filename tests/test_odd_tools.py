@@ -258,7 +258,7 @@ def sphinx(a: int, b: str = "x", *, c: float = 1.0) -> str:
 
     With a second paragraph: here.
 
-    :param a: The first
+    :param  a : The first
         continued: here.
     :param str b: The second.
     :keyword c: The third.
@@ -300,6 +300,26 @@ def numpy_returns(a: int) -> str:
 
 def test_numpy_returns_are_read_without_their_type():
     assert get_schema(numpy_returns)["function"]["return"]["description"] == "What comes out."
+
+
+def titled(*, a: int, b: int = 1) -> str:
+    """
+    Titled
+    ------
+    The first line is underlined.
+
+    Keyword Args:
+        a: The first.
+        b (int): The second.
+    """
+    return f"{a} {b}"
+
+
+def test_an_underlined_title_is_description_and_keyword_arguments_are_arguments():
+    schema = get_schema(titled)["function"]
+    assert schema["description"] == "Titled\n------\nThe first line is underlined."
+    texts = {name: p["description"] for name, p in schema["parameters"]["properties"].items()}
+    assert texts == {"a": "The first.", "b": "The second."}
 
 
 # Callables

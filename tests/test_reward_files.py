@@ -124,10 +124,31 @@ def test_tool_call_reward_pairs_the_best_calls():
     assert one(tool_call_reward, conversation[1:], tool_call=[[GOLD, other]]) == pytest.approx(0.5)
 
 
-def test_tool_call_reward_when_no_call_is_due():
-    for gold in ([], None):
-        assert one(tool_call_reward, NO_CALL, tool_call=[gold]) == 1.0
-        assert one(tool_call_reward, EXACT, tool_call=[gold]) == 0.0
+ALL_REWARDS = (financial_tools_reward, tool_call_reward, validated_reward, multi_step_reward)
+
+
+@pytest.mark.parametrize("reward", ALL_REWARDS)
+@pytest.mark.parametrize("gold", [None, []])
+def test_where_no_call_is_due_trying_none_is_the_best(reward, gold):
+    assert one(reward, NO_CALL, tool_call=[gold]) == 1.0
+    for conversation in (UNPARSABLE, WRONG_TOOL, RIGHT_TOOL_ERROR, EXACT):
+        assert one(reward, conversation, tool_call=[gold]) == 0.0
+
+
+@pytest.mark.parametrize("reward", (financial_tools_reward, tool_call_reward))
+def test_a_row_without_tool_call_has_its_ground_truth(reward):
+    columns = {"answer": [ANSWER] * 3, "tool_call": [GOLD, None, None], "ground_truth": [None, GOLD, None]}
+    assert reward([EXACT] * 3, **columns) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("reward", ALL_REWARDS)
+def test_what_the_parser_says_is_no_tool_result(reward):
+    feedback = [
+        *UNPARSABLE,
+        result("Error: the tool call does not parse", "tool_call_parser"),
+        say("It is 42."),
+    ]
+    assert one(reward, [call("add", a=15, b=27), result("Sum: 42"), *feedback]) == 1.0
 
 
 def test_tool_call_reward_reads_padded_ground_truth():

@@ -80,6 +80,14 @@ def unwritable() -> object:
             raise TypeError("no text")
     return Odd()
 
+class Mute(Exception):
+    def __str__(self):
+        sys.exit("no text")
+
+def mute(said: bool) -> str:
+    """Raise what says nothing, or cannot be read."""
+    raise Mute if said else AssertionError
+
 def count() -> dict:
     """Count: not pure."""
     global COUNT
@@ -112,7 +120,7 @@ def where() -> str:
     return f"{os.getpid()} {'jax' in sys.modules}"
 
 COUNT = 0
-TOOL_FUNCTIONS = [square, note, hang, leave, die, segfault, eat, long, boom, refuse, read, shut, unwritable,
+TOOL_FUNCTIONS = [square, note, hang, leave, die, segfault, eat, long, boom, refuse, read, shut, unwritable, mute,
                   count, later, child, fork, echo, where]
 '''
 
@@ -192,6 +200,8 @@ def test_results_come_in_the_order_of_the_calls(runner):
         (call("boom"), Outcome.ERROR, "Error: boom raised RuntimeError: kaboom"),
         (call("refuse"), Outcome.ERROR, "Error: not allowed; allowed is nothing"),
         (call("unwritable"), Outcome.ERROR, "Error: unwritable raised TypeError: no text"),
+        (call("mute", said=False), Outcome.ERROR, "Error: mute raised AssertionError"),
+        (call("mute", said=True), Outcome.ERROR, "Error: mute raised Mute"),
         (call("shut"), Outcome.CRASH, "Error: shut "),
         (
             call("square", n="4"),

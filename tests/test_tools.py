@@ -479,7 +479,7 @@ def test_run_tool_takes_text_or_dict(tools):
             '{"name": "sub", "arguments": {}}',
             "Error: unknown tool 'sub'. Available: add, fails, exits, nothing",
         ),
-        ('{"name": [1], "arguments": {}}', "Error: unknown tool 'of type list'"),
+        ('{"name": [1], "arguments": {}}', "Error: a tool's name must be text, got array. Available: add, "),
         ('{"name": "add", "arguments": [1]}', "Error: the arguments of add must be a JSON object"),
         ('{"name": "add", "arguments": null}', "Error: the arguments of add must be a JSON object"),
         ('{"name": "add"}', "Error: wrong arguments for add: missing 'a' (integer); missing 'b' (integer)"),
@@ -618,6 +618,10 @@ def test_scripts_named_like_modules_do_not_replace_them(script):
         ),
         ("y = 1\nx = nope + 1\n", r"importing .* failed: NameError.*\n  .*my_tools\.py:2: x = nope \+ 1$"),
         ("def f(:\n", r"SyntaxError.*\n  .*my_tools\.py:1: def f\(:$"),
+        (
+            "class Mute(Exception):\n    def __str__(self):\n        return 1 / 0\nraise Mute\n",
+            r"failed: Mute\n  .*my_tools\.py:4",
+        ),
         ("import sys\nsys.exit(1)\n", r"failed: SystemExit: 1\n  .*my_tools\.py:2"),
         (
             "def make_tools():\n    return 1 / 0\n",

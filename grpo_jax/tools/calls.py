@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.tools.arguments import check_arguments
+from grpo_jax.tools.arguments import check_arguments, show
+from grpo_jax.user_code import error_text, message_of
 
 if TYPE_CHECKING:
     from grpo_jax.tools.loading import Toolbox
@@ -41,7 +42,7 @@ def run_tool(
         try:
             call = json.loads(call)
         except (ValueError, RecursionError) as error:
-            return f"Error: the call is not JSON: {_message(error)}"
+            return f"Error: the call is not JSON: {_cut(message_of(error))}"
     if not isinstance(call, Mapping) or "name" not in call:
         return 'Error: a call is an object {"name": …, "arguments": {…}}'
     return execute(function_table(tools), call["name"], call.get("arguments", {}), lax)[0]
@@ -84,7 +85,7 @@ def _attempt(functions: Mapping[str, Callable], name: Any, arguments: Any, lax: 
     try:
         arguments = check_arguments(functions[name], arguments, lax)
     except Exception as error:  # mostly ValueError; also nesting too deep, or a value's own __eq__
-        return f"Error: wrong arguments for {name}: {_message(error)}", "error"
+        return f"Error: wrong arguments for {name}: {_cut(message_of(error))}", "error"
     try:
         result = functions[name](**arguments)
         if inspect.isawaitable(result):
@@ -97,7 +98,7 @@ def _attempt(functions: Mapping[str, Callable], name: Any, arguments: Any, lax: 
     except MemoryError:
         return f"Error: {name} ran out of memory", "crash"
     except BaseException as error:  # cancelled tasks and pytest's outcomes are not Exceptions
-        return f"Error: {name} raised {type(error).__name__}: {_message(error)}", "error"
+        return f"Error: {name} raised {_cut(error_text(error))}", "error"
 
 
 def _wait_for(awaitable: Any) -> Any:
@@ -129,15 +130,13 @@ def _wait_for(awaitable: Any) -> Any:
 
 
 def _unknown_tool(name: Any, names: list[str]) -> str:
-    shown = str(name)[:60] if isinstance(name, str) else f"of type {type(name).__name__}"
+    if not isinstance(name, str):
+        return f"Error: a tool's name must be text, got {show(name)}. Available: {', '.join(names[:_NAMES_LISTED])}"
+    shown = name[:60]
     if len(names) > _NAMES_LISTED:
         names = difflib.get_close_matches(shown, names, 5, 0.0)
     return f"Error: unknown tool {shown!r}. Available: {', '.join(names)}"
 
 
-def _message(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception:
-        return "(no message)"
+def _cut(text: str) -> str:
     return text if len(text) <= _MESSAGE_LIMIT else text[:_MESSAGE_LIMIT] + "…"

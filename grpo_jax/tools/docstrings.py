@@ -10,13 +10,25 @@ import dataclasses
 import json
 import re
 
-_GOOGLE_HEADER = re.compile(r"^\s*(Args|Arguments|Parameters|Returns|Raises):\s*$")
+_ARGUMENT_TITLES = (
+    "Args",
+    "Arguments",
+    "Parameters",
+    "Keyword Args",
+    "Keyword Arguments",
+    "Other Parameters",
+)
+_GOOGLE_HEADER = re.compile(rf"^\s*({'|'.join(_ARGUMENT_TITLES)}|Returns|Raises):\s*$")
+# Other underlined titles are part of the description.
+_NUMPY_HEADER = re.compile(
+    r"^\s*(Parameters|Other Parameters|Returns|Yields|Receives|Raises|Warns|Warnings|See Also|Notes|References|"
+    r"Examples?|Attributes|Methods):?\s*$"
+)
 _DASHES = re.compile(r"^\s*-{3,}\s*$")
 _GOOGLE_ENTRY = re.compile(r"^\s*\*{0,2}(\w+)\s*(?:\(.*?\))?\s*:\s*(.*)$")
 _NUMPY_ENTRY = re.compile(r"^(\w+(?:\s*,\s*\w+)*)\s*(?::.*)?$")
 _SPHINX_ENTRY = re.compile(r"^:(\w+)\s*([^:]*):\s*(.*)$")
 _CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)
-_ARGUMENT_TITLES = ("Args", "Arguments", "Parameters")
 _SPHINX_ARGUMENTS = ("param", "parameter", "arg", "argument", "key", "keyword")
 _SPHINX_RETURNS = ("return", "returns")
 
@@ -72,11 +84,11 @@ def _sections(lines: list[str]):
             skip = False
             continue
         google = _GOOGLE_HEADER.match(line)
-        dashed = bool(line.strip()) and i + 1 < len(lines) and bool(_DASHES.match(lines[i + 1]))
+        dashed = i + 1 < len(lines) and _DASHES.match(lines[i + 1]) and _NUMPY_HEADER.match(line)
         if google or dashed:
             yield title, numpy, body
-            title, numpy, body = (google.group(1) if google else line.strip()), dashed, []
-            skip = dashed
+            title, numpy, body = (dashed or google).group(1), bool(dashed), []
+            skip = numpy
         else:
             body.append(line)
     yield title, numpy, body
@@ -125,7 +137,7 @@ def _sphinx_entries(lines: list[str]) -> tuple[list[str], dict[str, str], str | 
     entries: list[tuple[str, str, list[str]]] = []  # (kind of field, name, text)
     for line in lines:
         if entry := _SPHINX_ENTRY.match(line):
-            entries.append((entry[1], entry[2].rpartition(" ")[2], [entry[3]]))
+            entries.append((entry[1], entry[2].strip().rpartition(" ")[2], [entry[3]]))
         elif entries:
             entries[-1][2].append(line)
         else:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from grpo_jax.tools.calls import execute
+from grpo_jax.user_code import error_text
 
 _START_LIMIT = 120.0  # seconds for importing the user's tools, which may pull in heavy libraries
 
@@ -189,4 +190,4 @@ class InlineLane:
                 # Read again from text, so that a tool which changes its arguments does not change the call.
                 outbox.put(execute(self._functions_of(row), *json.loads(line), *self._options))
             except BaseException as error:  # make_tools() failed, or the tool raised KeyboardInterrupt
-                outbox.put((f"Error: {type(error).__name__}: {error}", "crash"))
+                outbox.put((f"Error: {error_text(error)}", "crash"))
