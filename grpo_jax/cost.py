@@ -97,9 +97,9 @@ def update_flop(cfg: ModelConfig, x: Lengths, remat: bool) -> dict[str, float]:
     """FLOP of one update by level.
 
     Per token and layer: 2W forward and 4W backward; a key costs 4NH forward and 10NH backward (scores are
-    made again, never kept). With remat the forward is run again, but for the MLP's last product, whose
-    result the backward pass does not need: 2(W - DF) + 4NH·keys. Head: 2DV a token, again in the backward
-    pass, and twice that for the two gradients: 8DV.
+    made again, never kept). With remat the forward is run again, but for attention, which keeps its output
+    and log-sum-exp, and the MLP's last product, whose result the backward pass does not need: 2(W - DF).
+    Head: 2DV a token, again in the backward pass, and twice that for the two gradients: 8DV.
 
     Args:
         cfg: sizes.
@@ -107,7 +107,7 @@ def update_flop(cfg: ModelConfig, x: Lengths, remat: bool) -> dict[str, float]:
         remat: layers are recomputed in the backward pass.
     """
     dense = 6 * layer_weights(cfg) + (2 * (layer_weights(cfg) - cfg.D * cfg.F) if remat else 0)
-    per_key = (18 if remat else 14) * cfg.N * cfg.H
+    per_key = 14 * cfg.N * cfg.H
     last = (8 if remat else 6) * _kv_weights(cfg)
     flop = {
         name: tokens * ((cfg.L - 1) * (dense + per_key * keys) + last)

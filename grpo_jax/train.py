@@ -646,7 +646,10 @@ def _print_step(session: Session, step: int, plan: Plan, record, examples, traje
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     description = "Train a Qwen model with GRPO to call your Python functions."
-    return run_command("train", description, run, argv, default_config="configs/default.yaml")
+    default = Path("configs/default.yaml")
+    if not default.exists():  # outside of the repository
+        default = Path(__file__).parents[1] / default
+    return run_command("train", description, run, argv, default_config=str(default))
 
 
 if __name__ == "__main__":

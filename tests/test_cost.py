@@ -77,7 +77,7 @@ def update_temporary(lengths: Lengths, shared: bool = True) -> int:
 
 def flop_bound(x: Lengths) -> float:
     """The formula, with the causal level's masked half, which XLA computes."""
-    per_key = 18 * CFG.N * CFG.H / 2
+    per_key = 14 * CFG.N * CFG.H / 2
     shared = (CFG.L - 1) * per_key * (x.T0**2 + x.P * x.T1**2)
     masked = shared + CFG.L * per_key * x.B * (x.T2 + 1) ** 2
     return SLACK * (sum(cost.update_flop(CFG, x, remat=True).values()) + masked)
