@@ -121,6 +121,7 @@ class NoSampler:
 
 
 def test_it_stops_at_the_first_validation_that_is_good_enough(tmp_path, validations, monkeypatch):
+    """Looks after 8 and 16 updates; past half of the stop, after 2 more."""
     asked, figures = validations
     figures += [0.0, 0.39, 0.4, 1.0]
     trained = []
@@ -131,13 +132,13 @@ def test_it_stops_at_the_first_validation_that_is_good_enough(tmp_path, validati
         return make(tree, trajectories, *rest)
 
     monkeypatch.setattr(sft, "step_batch", recorded)
-    settings = {"sft_eval_steps": 2, "sft_max_steps": 20, "sft_stop_match": 0.4, "sft_validation_size": 4}
+    settings = {"sft_eval_steps": 8, "sft_max_steps": 20, "sft_stop_match": 0.4, "sft_validation_size": 4}
     with opened(tmp_path / "run", **settings) as (session, data):
         report = sft.fine_tune(session, data, NoSampler, tmp_path / "model")
-    assert report == {"steps": 6, "validation": {"exact_answer_match": 0.4}}
+    assert report == {"steps": 18, "validation": {"exact_answer_match": 0.4}}
     held_out = [row["answer"] for row in launch.rows(30, 4)]  # the last 4 of rows 10 to 33
     assert asked == [held_out] * 3
-    assert len(trained) == 6 * 8
+    assert len(trained) == 18 * 8
     assert not set(trained) & set(held_out)
     assert (tmp_path / "model/model.safetensors").exists()
 
