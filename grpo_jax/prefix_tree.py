@@ -139,11 +139,10 @@ def teaching_groups(
     Returns:
         Their indices, rising.
     """
-    teaches = (np.asarray(advantages) != 0) & np.asarray(learned)
-    order = np.argsort(~teaches.reshape(-1, generations).any(1), kind="stable")
-    needed = int(teaches.reshape(-1, generations).any(1).sum())
-    size = min((n for n in sizes if n >= needed), default=len(order))
-    return sorted(order[:size].tolist())
+    rows = (np.asarray(advantages) != 0) & np.asarray(learned)
+    teaches = rows.reshape(-1, generations).any(1)
+    size = min((n for n in sizes if n >= teaches.sum()), default=len(teaches))
+    return sorted(np.argsort(~teaches, kind="stable")[:size].tolist())
 
 
 def step_batch(
