@@ -142,8 +142,9 @@ def update_bytes(
 ) -> float:
     """About the temporary bytes of an update with remat, gradients included; not a lower bound.
 
-    4·weights for the gradients, every layer's input, one layer's values and their cotangents in fp32
-    (4D + 4NH + 3F a token), and three arrays of the size of a block of scores and of a chunk of logits.
+    4·weights for the gradients, every layer's input and what attention returned (D + NH a token, and N
+    log-sum-exps in fp32), one layer's values and their cotangents in fp32 (4D + 4NH + 3F a token), and
+    three arrays of the size of a block of scores and of a chunk of logits.
     One formula for every device, to bound what XLA reports; `activation_bytes` is the finer one, by part.
 
     Args:
@@ -154,9 +155,20 @@ def update_bytes(
         logits_bytes: of a chunk of logits.
     """
     tokens = x.T0 + x.P * x.T1 + x.B * (x.T2 + 1)
-    inputs = itemsize * cfg.L * cfg.D * tokens
+    kept = kept_bytes(cfg, itemsize) * tokens
     layer = 8 * tokens * (4 * cfg.D + 4 * cfg.N * cfg.H + 3 * cfg.F)
-    return 4 * weights(cfg) + inputs + layer + 3 * (score_bytes + logits_bytes)
+    return 4 * weights(cfg) + kept + layer + 3 * (score_bytes + logits_bytes)
+
+
+def kept_bytes(cfg: ModelConfig, itemsize: int, tensor: int = 1) -> float:
+    """Bytes a token that remat keeps: every layer's input, attention's output and its fp32 log-sum-exp.
+
+    Args:
+        cfg: sizes.
+        itemsize: bytes of an activation.
+        tensor: devices that share heads.
+    """
+    return cfg.L * (itemsize * cfg.D + (itemsize * cfg.H + 4) * cfg.N / tensor)
 
 
 def activation_bytes(
@@ -164,8 +176,8 @@ def activation_bytes(
 ) -> tuple[float, float]:
     """About the bytes of an update's activations on one device: (kept by all layers, one layer's working set).
 
-    A layer makes 4D + 4NH + 4KH + 3F values a token for its backward pass. With `remat` it keeps its input
-    only, and makes them again. The backward pass of one level at a time adds 8NH + 4KH + 6F of cotangents and
+    A layer makes 4D + 4NH + 4KH + 3F values a token for its backward pass. With `remat` it keeps
+    `kept_bytes`, and makes the others again. The backward pass of one level at a time adds 8NH + 4KH + 6F of cotangents and
     temporaries: fitted to XLA's memory_analysis on a CPU, within 8 % for eight shapes. All fp32.
 
     Args:
@@ -179,7 +191,7 @@ def activation_bytes(
     queries, keys, mlp = (size / tensor for size in (cfg.N * cfg.H, cfg.K * cfg.H, cfg.F))
     made = 4 * (4 * cfg.D + 4 * queries + 4 * keys + 3 * mlp) * (shared + rows)
     backward = 4 * (8 * queries + 4 * keys + 6 * mlp) * max(shared, rows)
-    kept = itemsize * cfg.L * cfg.D * (shared + rows) if remat else cfg.L * made
+    kept = kept_bytes(cfg, itemsize, tensor) * (shared + rows) if remat else cfg.L * made
     return kept, made + backward
 
 

@@ -12,7 +12,15 @@ from grpo_jax import cost
 from grpo_jax.config import Config
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.plan import find_remedies, fits, plan_step, step_hours
-from grpo_jax.plan_inputs import PUBLISHED, SCRATCH_SIZES, DataLengths, model_sizes, read_machine
+from grpo_jax.plan_inputs import (
+    GPU_SHARE,
+    PUBLISHED,
+    SCRATCH_SIZES,
+    DataLengths,
+    gpu_share,
+    model_sizes,
+    read_machine,
+)
 
 ROOT = Path(__file__).parents[1]
 # 30 weights of matrices and 6 of norms a layer, 10 of the table, 2 of the last norm: 84
@@ -67,11 +75,37 @@ def test_bytes_by_hand():
     x = step.bytes
     assert (x.weights, x.gradients, x.moments, x.rollout_copy) == (336, 336, 672, 168)
     assert (x.preamble_cache, x.prompts_cache, x.own_cache) == (128, 256, 512)
-    assert (x.decode_logits, x.attention, x.head) == (240, 8192, 3860)
-    # 112 tokens of 2 · 2 values; 29 values each and 38 more for each of the completions' 64
-    assert (x.kept_activations, x.working_set) == (896, 22720)
-    assert x.update == 336 + 672 + 168 + 128 + 336 + 896 + 22720 + 8192
+    assert (x.decode, x.evaluation, x.attention, x.head) == (240, 0, 8192, 3860)
+    # 112 tokens of 2 · (2 + 2) bf16 values and 2 · 2 in fp32; 29 values each and 38 more for each of the completions' 64
+    assert (x.kept_activations, x.working_set) == (3584, 22720)
+    assert x.update == 336 + 672 + 336 + 3584 + 22720 + 8192
     assert x.rollout == 336 + 672 + 168 + 128 + 256 + 512 + 240
+
+
+def test_an_evaluation_has_a_prompt_a_row():
+    """Ten rows of 16 + 16 slots at 8 bytes, three arrays of 5 logits a row; the larger rollout counts."""
+    x = plan(eval_dataset_id_or_path="rows.jsonl", eval_batch_size=10).bytes
+    assert x.evaluation == 10 * 32 * 8 + 10 * 5 * 12
+    assert x.rollout == 336 + 672 + 168 + 128 + x.evaluation
+    many = Config(**OPTIONS, eval_dataset_id_or_path="rows.jsonl", eval_batch_size=1000)
+    assert find_remedies(many, TINY, DATA, read_machine("100000 x 1"))[0][0] == {"eval_batch_size": 250}
+
+
+def test_decode_on_a_cpu_holds_the_rows_that_go_on_twice():
+    """Half of the rows, two, with 16 slots of a prompt and 129 of their own, at 16 bytes in fp32."""
+    x = plan("cpu", max_grpo_completion_length=128).bytes
+    assert x.decode == 240 + 2 * (16 + 129) * 16
+    assert plan("cpu", max_grpo_completion_length=127).bytes.decode == 240
+
+
+def test_jax_takes_a_share_of_a_gpu(monkeypatch):
+    monkeypatch.delenv(GPU_SHARE, raising=False)
+    assert read_machine("h200").memory == 0.75 * 141e9
+    assert read_machine("v5e").memory == read_machine("v5e").device.memory
+    monkeypatch.setenv(GPU_SHARE, "0.9")
+    assert read_machine("h200").memory == 0.9 * 141e9
+    with pytest.raises(ValueError, match="XLA_CLIENT_MEM_FRACTION must be a share of the memory"):
+        gpu_share({GPU_SHARE: "90"})
 
 
 def test_fsdp_shards_what_it_divides():
