@@ -172,13 +172,20 @@ def kept_bytes(cfg: ModelConfig, itemsize: int, tensor: int = 1) -> float:
 
 
 def activation_bytes(
-    cfg: ModelConfig, shared: float, rows: float, itemsize: int, remat: bool, tensor: int = 1
+    cfg: ModelConfig,
+    shared: float,
+    rows: float,
+    itemsize: int,
+    remat: bool,
+    tensor: int = 1,
+    score_bytes: float = 0,
 ) -> tuple[float, float]:
     """About the bytes of an update's activations on one device: (kept by all layers, one layer's working set).
 
-    A layer makes 4D + 4NH + 4KH + 3F values a token for its backward pass. With `remat` it keeps
-    `kept_bytes`, and makes the others again. The backward pass of one level at a time adds 8NH + 4KH + 6F of cotangents and
-    temporaries: fitted to XLA's memory_analysis on a CPU, within 8 % for eight shapes. All fp32.
+    Values a token, in fp32. Without `remat` every layer keeps 6D + 8NH + 8KH + 3F: norms, projections before
+    and after their norm and rotation, the MLP. With it `kept_bytes` are kept, and the backward pass makes
+    the others again: 2D + 2NH + 4KH + 2F of every level. It then takes one level at a time, first through
+    the MLP (8D + 6NH + 8KH + 7F), then through attention (8D + 12NH + 12KH, and the blocks of scores). Read off XLA's buffers on a CPU; tests/test_plan.py compares.
 
     Args:
         cfg: sizes.
@@ -187,12 +194,19 @@ def activation_bytes(
         itemsize: bytes of a layer's input.
         remat: layers are recomputed in the backward pass.
         tensor: devices that share heads and width.
+        score_bytes: of attention scores at a time.
     """
     queries, keys, mlp = (size / tensor for size in (cfg.N * cfg.H, cfg.K * cfg.H, cfg.F))
-    made = 4 * (4 * cfg.D + 4 * queries + 4 * keys + 3 * mlp) * (shared + rows)
-    backward = 4 * (8 * queries + 4 * keys + 6 * mlp) * max(shared, rows)
-    kept = kept_bytes(cfg, itemsize, tensor) * (shared + rows) if remat else cfg.L * made
-    return kept, made + backward
+    first, level = min(shared, rows), max(shared, rows)
+    if remat:
+        kept = kept_bytes(cfg, itemsize, tensor) * (shared + rows)
+        waiting = 4 * (2 * cfg.D + 2 * queries + 4 * keys + 2 * mlp) * first
+    else:
+        kept = 4 * cfg.L * (6 * cfg.D + 8 * queries + 8 * keys + 3 * mlp) * (shared + rows)
+        waiting = 0
+    through_mlp = 4 * (8 * cfg.D + 6 * queries + 8 * keys + 7 * mlp) * level
+    through_attention = 4 * (8 * cfg.D + 12 * queries + 12 * keys) * level + score_bytes
+    return kept, waiting + max(through_mlp, through_attention)
 
 
 def micro_batches(

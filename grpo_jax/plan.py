@@ -20,7 +20,7 @@ from grpo_jax.attention import score_block_bytes
 from grpo_jax.config import Config
 from grpo_jax.config.options import compute_dtype
 from grpo_jax.console import Console
-from grpo_jax.logprobs import logits_block_bytes
+from grpo_jax.logprobs import logits_block_bytes, pads_head
 from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import ModelConfig, abstract_params
 from grpo_jax.plan_inputs import (
@@ -52,9 +52,8 @@ class StepBytes:
         gradients: of what is trained; a micro-batch's beside the sum.
         kept_activations: of the update: layer inputs and what attention returned; without remat all that
             layers make.
-        working_set: of one layer.
-        attention: a block of scores.
-        head: blocks of logits, when no layer runs.
+        working_set: of one layer, attention's blocks of scores included.
+        head: blocks of logits and copies of the head, when no layer runs.
         rollout_copy: the weights that the rollout reads.
         preamble_cache, prompts_cache, own_cache: keys and values.
         decode: of one decode step.
@@ -66,7 +65,6 @@ class StepBytes:
     gradients: float
     kept_activations: float
     working_set: float
-    attention: float
     head: float
     rollout_copy: float
     preamble_cache: float
@@ -78,9 +76,8 @@ class StepBytes:
     @property
     def update(self) -> float:
         """Bytes while an update runs; what the rollout read is gone by then."""
-        layer = self.working_set + self.attention
         held = self.weights + self.moments + self.gradients + self.kept_activations
-        return held + max(layer, self.head)
+        return held + max(self.working_set, self.head)
 
     @property
     def rollout(self) -> float:
@@ -235,13 +232,15 @@ def step_bytes(
         del evaluation["preamble_cache"]
     return StepBytes(
         weights=weights,
-        gradients=trained * trained_item,
+        gradients=trained * trained_item * (1 if parts == 1 else 2),
         moments=2 * trained * jnp.dtype(config.optim_dtype).itemsize,
         rollout_copy=_elements(rollout, params) * item,
         **served,
         evaluation=sum(evaluation.values()),
-        **_activation_bytes(model, x, sizes, parts, item, config.gradient_checkpointing),
-        **_block_bytes(model, x, sizes, parts, machine, dtype != jnp.dtype(config.param_dtype)),
+        **_activation_bytes(model, x, sizes, parts, item, config.gradient_checkpointing, machine.is_cpu),
+        head=_head_bytes(
+            training, model, x, parts, item, dtype != jnp.dtype(config.param_dtype), machine.is_cpu
+        ),
     )
 
 
@@ -264,34 +263,51 @@ def _rollout_bytes(
     if compaction_pays(budget, on_cpu):
         trunk = tuple((None, jax.ShapeDtypeStruct(shape, bool)) for shape in ((1, x.T0), (x.P, x.T1)))
         few = max(part_sizes(x.B, budget + 1, trunk, layout)[1:], default=0)
-    return {
+    caches = {
         "preamble_cache": cache("shared_kv", 1, x.T0),
         "prompts_cache": cache("shared_kv", x.P, x.T1),
         "own_cache": cache("rows_kv", x.B, budget + 1),
-        "decode": 3 * logits + cache("rows_kv", few, x.T1 + budget + 1),
     }
+    decode = 3 * logits + cache("rows_kv", few, x.T1 + budget + 1)
+    if layout.mesh.size > 1:  # rows stay a dimension there, for which one layer's are laid out anew
+        decode += sum(caches.values()) / model.L
+    return caches | {"decode": decode}
 
 
-def _activation_bytes(model, x, sizes, parts, item, remat):
-    """Layer inputs and working sets; with micro-batches also the trunk's fp32 keys and values, twice."""
+def _activation_bytes(model, x, sizes, parts, item, remat, on_cpu):
+    """What layers keep, and one layer's working set.
+
+    With micro-batches also the trunk's fp32 keys and values with their cotangents; on several devices what
+    every one of them needs whole.
+    """
     data, fsdp, tensor = sizes
     shared = (x.T0 + x.P * x.T1) / (data * fsdp)
     rows = x.B * x.T2 / (data * fsdp) / parts
-    kept, working = cost.activation_bytes(model, shared, rows, item, remat, tensor)
+    scores = 4 * model.N / tensor * max(shared, rows) * max(x.T0, x.T1, x.T2)
+    # the scores, their exponentials, and a cotangent of each
+    scores = 4 * min(scores, score_block_bytes(on_cpu))
+    kept, working = cost.activation_bytes(model, shared, rows, item, remat, tensor, scores)
+    keys = 4 * model.K * model.H * (x.T0 + x.P * x.T1)
     if parts > 1:
-        kept += 2 * 2 * 4 * model.L * model.K * model.H * (x.T0 + x.P * x.T1)
+        kept += 2 * 2 * model.L * keys
+    if data * fsdp > 1:  # every device's rows see all shared keys and values: two copies, with cotangents
+        working += 2 * 2 * 2 * keys / tensor
+    if fsdp > 1:  # gathered, and their gradient before it is scattered
+        working += (item + 4) * cost.layer_weights(model) / tensor
     return {"kept_activations": kept, "working_set": working}
 
 
-def _block_bytes(model, x, sizes, parts, machine, cast):
-    """A block of scores, and three arrays of the size of a block of logits; the head in the run's dtype."""
-    data, fsdp, tensor = sizes
-    rows = x.B * x.T2 / parts / (data * fsdp)
-    scores = 4 * model.N / tensor * rows * max(x.T0, x.T1, x.T2)
-    logits = 4 * rows * fsdp * model.V / (fsdp * tensor)
-    score_block, logits_block = score_block_bytes(machine.is_cpu), logits_block_bytes(machine.is_cpu)
-    copy = 2 * model.V * model.D / (fsdp * tensor) if cast else 0
-    return {"attention": min(scores, score_block), "head": 3 * min(logits, logits_block) + copy}
+def _head_bytes(layout, model, x, parts, item, cast, on_cpu):
+    """Three arrays of the size of a block of logits, and copies of the head.
+
+    The loop over blocks reads a copy of the head in the run's dtype. A cast adds the gradient in that dtype,
+    blocks that do not divide the vocabulary a padded one.
+    """
+    shards, positions = layout.head_shards(model.V), x.B * x.T2 // parts
+    held = math.prod(layout.shard_shape((shards, model.V // shards, positions), "logits_block"))
+    logits = min(4 * held, logits_block_bytes(on_cpu) / (shards * layout.mesh.shape["data"]))
+    copies = 1 + cast + pads_head(model.V, shards, positions, on_cpu)
+    return 3 * logits + copies * item * model.V * model.D / shards
 
 
 def find_remedies(
