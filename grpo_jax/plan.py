@@ -170,7 +170,8 @@ def plan_step(config: Config, model: ModelConfig, data: DataLengths, machine: Ma
     """Lengths, mesh, micro-batches and bytes of one step.
 
     Raises:
-        ValueError: the mesh does not have the machine's devices, or the batch does not split into groups.
+        ValueError: the mesh does not have the machine's devices, or the batch does not split into groups or
+            micro-batches.
     """
     devices = f"the plan's {machine.count} devices"
     sizes = mesh_sizes(config.mesh_data, config.mesh_fsdp, config.mesh_tensor, machine.count, devices)
@@ -189,6 +190,8 @@ def plan_step(config: Config, model: ModelConfig, data: DataLengths, machine: Ma
     parts = config.micro_batches or cost.micro_batches(
         model, lengths.P, G, lengths.T2 / row_devices, item, remat, machine.memory
     )
+    if lengths.P % (parts // math.gcd(parts, G)):
+        raise ValueError(f"micro_batches {parts} cannot split {lengths.P} prompts × {G} generations evenly")
     return Step(lengths, sizes, parts, step_bytes(config, model, lengths, sizes, parts, machine))
 
 
@@ -223,6 +226,7 @@ def step_bytes(
         lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
         trained = _elements(training, jax.eval_shape(lambda: init_adapters(params["layers"], lora, 0)))
         weights = whole * item + trained * trained_item
+    cast = not config.use_peft and dtype != jnp.dtype(config.param_dtype)  # a frozen head is kept in it
     budget = config.max_grpo_completion_length
     served = _rollout_bytes(rollout, model, x, budget, item, machine.is_cpu)
     n, evaluation = config.eval_batch_size, {}
@@ -238,9 +242,7 @@ def step_bytes(
         **served,
         evaluation=sum(evaluation.values()),
         **_activation_bytes(model, x, sizes, parts, item, config.gradient_checkpointing, machine.is_cpu),
-        head=_head_bytes(
-            training, model, x, parts, item, dtype != jnp.dtype(config.param_dtype), machine.is_cpu
-        ),
+        head=_head_bytes(training, model, x, parts, item, cast, machine.is_cpu),
     )
 
 

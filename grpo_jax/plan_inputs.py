@@ -97,9 +97,9 @@ def read_machine(text: str) -> Machine:
         ValueError: it is none of these; lists the known machines.
     """
     plain = text.strip()
-    if match := re.fullmatch(r"([\d.]+)\s*([KMGT]?i?B)?\s*[x×*]\s*(\d+)", plain, re.IGNORECASE):
+    if match := re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMGT]?i?B)?\s*[x×*]\s*(\d+)", plain, re.IGNORECASE):
         number, unit, count = match[1], (match[2] or "").upper(), int(match[3])
-        if unit in _UNITS and count and re.fullmatch(r"\d+(\.\d+)?", number):
+        if unit in _UNITS and count and re.fullmatch(r"\d+(\.\d+)?(e\d+)?", number.lower()):
             return Machine(text, Device(float(number) * _UNITS[unit], None, None), count)
     if match := re.fullmatch(r"([a-z]\w*?)(?:-(\d+))?", plain.lower()):
         kind, count = match[1], int(match[2] or CORES_A_DEVICE.get(match[1], 1))

@@ -47,6 +47,7 @@ def plan(machine="1GB x 1", model=TINY, data=DATA, **options):
         ("80GB x 8", 8, 80e9),
         ("1.5GiB*2", 2, 1610612736),
         ("1000000 x 1", 1, 1e6),
+        ("16e9x4", 4, 16e9),
     ],
 )
 def test_a_machine_is_read(text, count, memory):
@@ -131,6 +132,20 @@ def test_types_and_adapters_change_weights_and_moments():
 def test_a_mesh_must_have_the_plans_devices():
     with pytest.raises(ValueError, match="the plan's 8 devices, got 3 · 1 · 1"):
         plan("v5e-8", mesh_data=3)
+
+
+def test_a_mesh_that_divides_no_such_machine_names_what_to_lower():
+    with pytest.raises(ValueError, match=r"got 1 · 8 · 1; lower mesh_fsdp or mesh_tensor: .* must divide 4"):
+        plan("v5e-4", mesh_fsdp=8)
+
+
+def test_a_remedy_can_be_run():
+    """Four rows split into four micro-batches at most."""
+    with pytest.raises(ValueError, match="micro_batches 8 cannot split 2 prompts × 2 generations"):
+        plan(micro_batches=8)
+    for memory in range(1_000, 60_000, 1_000):
+        for changes, _ in find_remedies(Config(**OPTIONS), TINY, DATA, read_machine(f"{memory} x 1")):
+            assert changes.get("micro_batches", 1) <= 4
 
 
 def test_a_remedy_changes_the_verdict():
