@@ -184,8 +184,9 @@ def activation_bytes(
 
     Values a token, in fp32. Without `remat` every layer keeps 6D + 8NH + 8KH + 3F: norms, projections before
     and after their norm and rotation, the MLP. With it `kept_bytes` are kept, and the backward pass makes
-    the others again: 2D + 2NH + 4KH + 2F of every level. It then takes one level at a time, first through
-    the MLP (8D + 6NH + 8KH + 7F), then through attention (8D + 12NH + 12KH, and the blocks of scores). Read off XLA's buffers on a CPU; tests/test_plan.py compares.
+    the others again: 2D + 2NH + 4KH + 2F wait for their turn. It takes the shared levels and the completions
+    one after the other, first through the MLP (8D + 6NH + 8KH + 7F), then through attention (8D + 12NH +
+    12KH, and blocks of scores). The numbers are read off XLA's buffers on a CPU: tests/test_plan.py compares.
 
     Args:
         cfg: sizes.
