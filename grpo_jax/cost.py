@@ -142,8 +142,9 @@ def update_bytes(
 ) -> float:
     """About the temporary bytes of an update with remat, gradients included; not a lower bound.
 
-    4·weights for the gradients, every layer's input, one layer's values and their cotangents in fp32
-    (4D + 4NH + 3F a token), and three arrays of the size of a block of scores and of a chunk of logits.
+    4·weights for the gradients, every layer's input and what attention returned (D + NH a token, and N
+    log-sum-exps in fp32), one layer's values and their cotangents in fp32 (4D + 4NH + 3F a token), and
+    three arrays of the size of a block of scores and of a chunk of logits.
     One formula for every device, to bound what XLA reports; `activation_bytes` is the finer one, by part.
 
     Args:
@@ -154,19 +155,38 @@ def update_bytes(
         logits_bytes: of a chunk of logits.
     """
     tokens = x.T0 + x.P * x.T1 + x.B * (x.T2 + 1)
-    inputs = itemsize * cfg.L * cfg.D * tokens
+    kept = kept_bytes(cfg, itemsize) * tokens
     layer = 8 * tokens * (4 * cfg.D + 4 * cfg.N * cfg.H + 3 * cfg.F)
-    return 4 * weights(cfg) + inputs + layer + 3 * (score_bytes + logits_bytes)
+    return 4 * weights(cfg) + kept + layer + 3 * (score_bytes + logits_bytes)
+
+
+def kept_bytes(cfg: ModelConfig, itemsize: int, tensor: int = 1) -> float:
+    """Bytes a token that remat keeps: every layer's input, attention's output and its fp32 log-sum-exp.
+
+    Args:
+        cfg: sizes.
+        itemsize: bytes of an activation.
+        tensor: devices that share heads.
+    """
+    return cfg.L * (itemsize * cfg.D + (itemsize * cfg.H + 4) * cfg.N / tensor)
 
 
 def activation_bytes(
-    cfg: ModelConfig, shared: float, rows: float, itemsize: int, remat: bool, tensor: int = 1
+    cfg: ModelConfig,
+    shared: float,
+    rows: float,
+    itemsize: int,
+    remat: bool,
+    tensor: int = 1,
+    score_bytes: float = 0,
 ) -> tuple[float, float]:
     """About the bytes of an update's activations on one device: (kept by all layers, one layer's working set).
 
-    A layer makes 4D + 4NH + 4KH + 3F values a token for its backward pass. With `remat` it keeps its input
-    only, and makes them again. The backward pass of one level at a time adds 8NH + 4KH + 6F of cotangents and
-    temporaries: fitted to XLA's memory_analysis on a CPU, within 8 % for eight shapes. All fp32.
+    Values a token, in fp32. Without `remat` every layer keeps 6D + 8NH + 8KH + 3F: norms, projections before
+    and after their norm and rotation, the MLP. With it `kept_bytes` are kept, and the backward pass makes
+    the others again: 2D + 2NH + 4KH + 2F wait for their turn. It takes the shared levels and the completions
+    one after the other, first through the MLP (8D + 6NH + 8KH + 7F), then through attention (8D + 12NH +
+    12KH, and blocks of scores). The numbers are read off XLA's buffers on a CPU: tests/test_plan.py compares.
 
     Args:
         cfg: sizes.
@@ -175,12 +195,19 @@ def activation_bytes(
         itemsize: bytes of a layer's input.
         remat: layers are recomputed in the backward pass.
         tensor: devices that share heads and width.
+        score_bytes: of attention scores at a time.
     """
     queries, keys, mlp = (size / tensor for size in (cfg.N * cfg.H, cfg.K * cfg.H, cfg.F))
-    made = 4 * (4 * cfg.D + 4 * queries + 4 * keys + 3 * mlp) * (shared + rows)
-    backward = 4 * (8 * queries + 4 * keys + 6 * mlp) * max(shared, rows)
-    kept = itemsize * cfg.L * cfg.D * (shared + rows) if remat else cfg.L * made
-    return kept, made + backward
+    first, level = min(shared, rows), max(shared, rows)
+    if remat:
+        kept = kept_bytes(cfg, itemsize, tensor) * (shared + rows)
+        waiting = 4 * (2 * cfg.D + 2 * queries + 4 * keys + 2 * mlp) * first
+    else:
+        kept = 4 * cfg.L * (6 * cfg.D + 8 * queries + 8 * keys + 3 * mlp) * (shared + rows)
+        waiting = 0
+    through_mlp = 4 * (8 * cfg.D + 6 * queries + 8 * keys + 7 * mlp) * level
+    through_attention = 4 * (8 * cfg.D + 12 * queries + 12 * keys) * level + score_bytes
+    return kept, waiting + max(through_mlp, through_attention)
 
 
 def micro_batches(

@@ -69,6 +69,12 @@ def logits_block_bytes(on_cpu: bool) -> int:
     return (6 if on_cpu else 256) << 20
 
 
+def pads_head(V: int, shards: int, positions: int, on_cpu: bool) -> bool:
+    """Whether `token_logprobs` pads the head, since no number of blocks divides it."""
+    plan = _Blocks.of(V, shards, max(1, logits_block_bytes(on_cpu) // (4 * positions)), None)
+    return plan.shards * plan.count * plan.width != V
+
+
 class _Blocks(NamedTuple):
     """How the vocabulary is cut: `count` blocks of `shards` × `width` rows of the head."""
 

@@ -20,14 +20,24 @@ from grpo_jax.attention import score_block_bytes
 from grpo_jax.config import Config
 from grpo_jax.config.options import compute_dtype
 from grpo_jax.console import Console
-from grpo_jax.logprobs import logits_block_bytes
+from grpo_jax.logprobs import logits_block_bytes, pads_head
 from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import ModelConfig, abstract_params
-from grpo_jax.plan_inputs import DataLengths, Machine, data_lengths, model_sizes, read_machine
+from grpo_jax.plan_inputs import (
+    GPU_SHARE,
+    DataLengths,
+    Machine,
+    data_lengths,
+    gpu_share,
+    model_sizes,
+    read_machine,
+)
 from grpo_jax.prefix_tree import bucket, completion_bucket
+from grpo_jax.sampler import compaction_pays, part_sizes
 from grpo_jax.sharding import AXES, Layout, mesh_sizes
 
-USABLE = 0.9  # of a device's memory: the rest is the programs' own, and holes
+USABLE = 0.9  # of what jax takes of a device's memory: the rest is the programs' own, and holes
+LARGEST_SHARE = 0.95  # of a GPU's memory that jax may be told to take; the driver and kernels need the rest
 FLOP_SHARE, BYTES_SHARE = 0.4, 0.5  # of the peak rates, assumed
 GB = 1e9
 
@@ -38,42 +48,42 @@ class StepBytes:
 
     Args:
         weights: the model, adapters and a reference (beta > 0) included.
-        gradients: of what is trained.
         moments: AdamW's two.
+        gradients: of what is trained; a micro-batch's beside the sum.
+        kept_activations: of the update: layer inputs and what attention returned; without remat all that
+            layers make.
+        working_set: of one layer, attention's blocks of scores included.
+        head: blocks of logits and copies of the head, when no layer runs.
         rollout_copy: the weights that the rollout reads.
         preamble_cache, prompts_cache, own_cache: keys and values.
-        decode_logits: of one decode step.
-        kept_activations: of the update: layer inputs; without remat all that layers make.
-        working_set: of one layer.
-        attention: a block of scores.
-        head: blocks of logits, when no layer runs.
+        decode: of one decode step.
+        evaluation: caches of its rows and prompts, and its decode step; 0 without a test file.
     """
 
     weights: float
-    gradients: float
     moments: float
+    gradients: float
+    kept_activations: float
+    working_set: float
+    head: float
     rollout_copy: float
     preamble_cache: float
     prompts_cache: float
     own_cache: float
-    decode_logits: float
-    kept_activations: float
-    working_set: float
-    attention: float
-    head: float
+    decode: float
+    evaluation: float
 
     @property
     def update(self) -> float:
-        """Bytes while an update runs; the rollout's copy and its preamble are still held."""
-        held = self.weights + self.moments + self.rollout_copy + self.preamble_cache
-        layer = self.working_set + self.attention
-        return held + self.gradients + self.kept_activations + max(layer, self.head)
+        """Bytes while an update runs; what the rollout read is gone by then."""
+        held = self.weights + self.moments + self.gradients + self.kept_activations
+        return held + max(self.working_set, self.head)
 
     @property
     def rollout(self) -> float:
-        """Bytes while the rollout runs."""
-        held = self.weights + self.moments + self.rollout_copy
-        return held + self.preamble_cache + self.prompts_cache + self.own_cache + self.decode_logits
+        """Bytes while a rollout runs, of training or of an evaluation."""
+        held = self.weights + self.moments + self.rollout_copy + self.preamble_cache
+        return held + max(self.prompts_cache + self.own_cache + self.decode, self.evaluation)
 
     @property
     def peak(self) -> float:
@@ -149,7 +159,7 @@ def plan_job(config: Config, make_plan: Callable[[Config, int, int], Any]) -> Jo
 
 def fits(step: Step, machine: Machine) -> bool:
     """Whether a step stays under the usable memory of a device."""
-    return step.bytes.peak <= USABLE * machine.device.memory
+    return step.bytes.peak <= USABLE * machine.memory
 
 
 def _dtype(config: Config, machine: Machine) -> jnp.dtype:
@@ -160,7 +170,8 @@ def plan_step(config: Config, model: ModelConfig, data: DataLengths, machine: Ma
     """Lengths, mesh, micro-batches and bytes of one step.
 
     Raises:
-        ValueError: the mesh does not have the machine's devices, or the batch does not split into groups.
+        ValueError: the mesh does not have the machine's devices, or the batch does not split into groups or
+            micro-batches.
     """
     devices = f"the plan's {machine.count} devices"
     sizes = mesh_sizes(config.mesh_data, config.mesh_fsdp, config.mesh_tensor, machine.count, devices)
@@ -177,8 +188,10 @@ def plan_step(config: Config, model: ModelConfig, data: DataLengths, machine: Ma
     item = _dtype(config, machine).itemsize
     remat = config.gradient_checkpointing
     parts = config.micro_batches or cost.micro_batches(
-        model, lengths.P, G, lengths.T2 / row_devices, item, remat, machine.device.memory
+        model, lengths.P, G, lengths.T2 / row_devices, item, remat, machine.memory
     )
+    if lengths.P % (parts // math.gcd(parts, G)):
+        raise ValueError(f"micro_batches {parts} cannot split {lengths.P} prompts × {G} generations evenly")
     return Step(lengths, sizes, parts, step_bytes(config, model, lengths, sizes, parts, machine))
 
 
@@ -213,16 +226,23 @@ def step_bytes(
         lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
         trained = _elements(training, jax.eval_shape(lambda: init_adapters(params["layers"], lora, 0)))
         weights = whole * item + trained * trained_item
-    slots = {name: 2 * model.L * item * size for name, size in _cache_elements(rollout, model, x).items()}
+    cast = not config.use_peft and dtype != jnp.dtype(config.param_dtype)  # a frozen head is kept in it
+    budget = config.max_grpo_completion_length
+    served = _rollout_bytes(rollout, model, x, budget, item, machine.is_cpu)
+    n, evaluation = config.eval_batch_size, {}
+    if config.eval_dataset_id_or_path is not None:  # a prompt a row, taken to be as long as training's
+        evaluated = dataclasses.replace(x, P=n, G=1)
+        evaluation = _rollout_bytes(rollout, model, evaluated, budget, item, machine.is_cpu)
+        del evaluation["preamble_cache"]
     return StepBytes(
         weights=weights,
-        gradients=trained * trained_item,
+        gradients=trained * trained_item * (1 if parts == 1 else 2),
         moments=2 * trained * jnp.dtype(config.optim_dtype).itemsize,
         rollout_copy=_elements(rollout, params) * item,
-        **slots,
-        decode_logits=3 * 4 * math.prod(rollout.shard_shape((x.B, model.V), "decode_logits")),
-        **_activation_bytes(model, x, sizes, parts, item, config.gradient_checkpointing),
-        **_block_bytes(model, x, sizes, parts, machine, dtype != jnp.dtype(config.param_dtype)),
+        **served,
+        evaluation=sum(evaluation.values()),
+        **_activation_bytes(model, x, sizes, parts, item, config.gradient_checkpointing, machine.is_cpu),
+        head=_head_bytes(training, model, x, parts, item, cast, machine.is_cpu),
     )
 
 
@@ -232,39 +252,64 @@ def _elements(layout: Layout, tree: Any) -> int:
     return sum(jax.tree.leaves(shards))
 
 
-def _cache_elements(layout: Layout, model: ModelConfig, x: cost.Lengths) -> dict[str, int]:
-    """Elements of one layer's keys (or values) on one device."""
-    shapes = {
-        "preamble_cache": ("shared_kv", 1, x.T0),
-        "prompts_cache": ("shared_kv", x.P, x.T1),
-        "own_cache": ("rows_kv", x.B, x.T2),
+def _rollout_bytes(
+    layout: Layout, model: ModelConfig, x: cost.Lengths, budget: int, item: int, on_cpu: bool
+) -> dict[str, float]:
+    """Caches of a rollout on one device, and what a decode step makes."""
+
+    def cache(kind, n, slots):
+        return 2 * model.L * item * math.prod(layout.shard_shape((n, model.K, slots, model.H), kind))
+
+    logits = 4 * math.prod(layout.shard_shape((x.B, model.V), "decode_logits"))
+    few = 0  # the rows that go on have their prompt's keys and values copied beside their own
+    if compaction_pays(budget, on_cpu):
+        trunk = tuple((None, jax.ShapeDtypeStruct(shape, bool)) for shape in ((1, x.T0), (x.P, x.T1)))
+        few = max(part_sizes(x.B, budget + 1, trunk, layout)[1:], default=0)
+    caches = {
+        "preamble_cache": cache("shared_kv", 1, x.T0),
+        "prompts_cache": cache("shared_kv", x.P, x.T1),
+        "own_cache": cache("rows_kv", x.B, budget + 1),
     }
-    return {
-        name: math.prod(layout.shard_shape((n, model.K, T, model.H), kind))
-        for name, (kind, n, T) in shapes.items()
-    }
+    decode = 3 * logits + cache("rows_kv", few, x.T1 + budget + 1)
+    if layout.mesh.size > 1:  # rows stay a dimension there, for which one layer's are laid out anew
+        decode += sum(caches.values()) / model.L
+    return caches | {"decode": decode}
 
 
-def _activation_bytes(model, x, sizes, parts, item, remat):
-    """Layer inputs and working sets; with micro-batches also the trunk's fp32 keys and values, twice."""
+def _activation_bytes(model, x, sizes, parts, item, remat, on_cpu):
+    """What layers keep, and one layer's working set.
+
+    With micro-batches also the trunk's fp32 keys and values with their cotangents; on several devices what
+    every one of them needs whole.
+    """
     data, fsdp, tensor = sizes
     shared = (x.T0 + x.P * x.T1) / (data * fsdp)
     rows = x.B * x.T2 / (data * fsdp) / parts
-    kept, working = cost.activation_bytes(model, shared, rows, item, remat, tensor)
+    scores = 4 * model.N / tensor * max(shared, rows) * max(x.T0, x.T1, x.T2)
+    # the scores, their exponentials, and a cotangent of each
+    scores = 4 * min(scores, score_block_bytes(on_cpu))
+    kept, working = cost.activation_bytes(model, shared, rows, item, remat, tensor, scores)
+    keys = 4 * model.K * model.H * (x.T0 + x.P * x.T1)
     if parts > 1:
-        kept += 2 * 2 * 4 * model.L * model.K * model.H * (x.T0 + x.P * x.T1)
+        kept += 2 * 2 * model.L * keys
+    if data * fsdp > 1:  # every device's rows see all shared keys and values: two copies, with cotangents
+        working += 2 * 2 * 2 * keys / tensor
+    if fsdp > 1:  # gathered, and their gradient before it is scattered
+        working += (item + 4) * cost.layer_weights(model) / tensor
     return {"kept_activations": kept, "working_set": working}
 
 
-def _block_bytes(model, x, sizes, parts, machine, cast):
-    """A block of scores, and three arrays of the size of a block of logits; the head in the run's dtype."""
-    data, fsdp, tensor = sizes
-    rows = x.B * x.T2 / parts / (data * fsdp)
-    scores = 4 * model.N / tensor * rows * max(x.T0, x.T1, x.T2)
-    logits = 4 * rows * fsdp * model.V / (fsdp * tensor)
-    score_block, logits_block = score_block_bytes(machine.is_cpu), logits_block_bytes(machine.is_cpu)
-    copy = 2 * model.V * model.D / (fsdp * tensor) if cast else 0
-    return {"attention": min(scores, score_block), "head": 3 * min(logits, logits_block) + copy}
+def _head_bytes(layout, model, x, parts, item, cast, on_cpu):
+    """Three arrays of the size of a block of logits, and copies of the head.
+
+    The loop over blocks reads a copy of the head in the run's dtype. A cast adds the gradient in that dtype,
+    blocks that do not divide the vocabulary a padded one.
+    """
+    shards, positions = layout.head_shards(model.V), x.B * x.T2 // parts
+    held = math.prod(layout.shard_shape((shards, model.V // shards, positions), "logits_block"))
+    logits = min(4 * held, logits_block_bytes(on_cpu) / (shards * layout.mesh.shape["data"]))
+    copies = 1 + cast + pads_head(model.V, shards, positions, on_cpu)
+    return 3 * logits + copies * item * model.V * model.D / shards
 
 
 def find_remedies(
@@ -282,7 +327,7 @@ def find_remedies(
         except ValueError:  # a mesh or a batch that the other options do not allow
             return math.inf
 
-    limit, found, together = USABLE * machine.device.memory, [], {}
+    limit, found, together = USABLE * machine.memory, [], {}
     for family in _changes(config, machine.count):
         for changes in family:
             if peak(changes) <= limit:
@@ -291,7 +336,9 @@ def find_remedies(
     if found:
         return found
     for family in _changes(config, machine.count):
-        together |= min(family, key=lambda changes: peak(together | changes), default={})
+        best = together | min(family, key=lambda changes: peak(together | changes), default={})
+        if peak(best) < peak(together):  # what lowers nothing is not asked for
+            together = best
         if peak(together) <= limit:
             return [(together, peak(together))]
     return []
@@ -301,6 +348,8 @@ def _changes(config: Config, devices: int) -> Iterator[list[dict[str, Any]]]:
     """What may be changed, by option, the mildest first; ahead what changes no result."""
     if not config.gradient_checkpointing:
         yield [{"gradient_checkpointing": True}]
+    if config.eval_dataset_id_or_path is not None:
+        yield [{"eval_batch_size": n} for n in _halves(config.eval_batch_size, 1)]
     first = max(config.micro_batches, 1)
     yield [{"micro_batches": first * 2**i} for i in range(1, 9)]
     meshes = [n for n in range(config.mesh_fsdp + 1, devices + 1) if devices % n == 0]
@@ -376,13 +425,20 @@ def show_plan(config: Config, console: Console, make_plan: Callable[[Config, int
 
 
 def _print_verdict(plan: JobPlan, console: Console, word: str) -> None:
-    peak, memory = plan.step.bytes.peak / GB, USABLE * plan.machine.device.memory / GB
+    machine, peak = plan.machine, plan.step.bytes.peak
     verdict = "fits" if plan.fits else "does not fit"
-    console.line(f"{word}it {verdict}: {peak:.2f} GB of {memory:.2f} GB ({USABLE:.0%} of a device's memory)")
+    part = (
+        f"the {gpu_share():.0%} of a GPU's memory that jax takes" if machine.is_gpu else "a device's memory"
+    )
+    limit = f"{USABLE * machine.memory / GB:.2f} GB ({USABLE:.0%} of {part})"
+    console.line(f"{word}it {verdict}: {peak / GB:.2f} GB of {limit}")
+    raised = not plan.fits and machine.is_gpu and peak <= USABLE * LARGEST_SHARE * machine.device.memory
+    if raised:
+        console.line(f"{word}with {GPU_SHARE}={LARGEST_SHARE} in the environment it would fit")
     for changes, size in plan.remedies:
         options = " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
         console.line(f"{word}with {options} it would fit: {size / GB:.2f} GB")
-    if not plan.fits and not plan.remedies:
+    if not (plan.fits or plan.remedies or raised):
         console.line(f"{word}no option makes it fit: take more devices, or a smaller model")
     if plan.hours is None:
         console.line("Hours: not estimated, the rates of such devices are not known; name a machine")

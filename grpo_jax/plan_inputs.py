@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ DEVICES = {
     "h200": Device(141e9, 989e12, 4800e9),
 }
 CORES_A_DEVICE = {"v4": 2, "v5p": 2}  # these names count cores, of which jax sees two as one device
+GPU_SHARE = "XLA_CLIENT_MEM_FRACTION"  # jax reads it, and an older name of it
 _UNITS = {"": 1, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -66,6 +67,28 @@ class Machine(NamedTuple):
         """This computer's own processor."""
         return self.name.startswith("cpu")
 
+    @property
+    def is_gpu(self) -> bool:
+        """An NVIDIA card."""
+        return self.name.startswith("h")
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a device that jax takes: of a GPU the share that the environment asks for, or 75 %."""
+        return self.device.memory * (gpu_share() if self.is_gpu else 1)
+
+
+def gpu_share(environ: Mapping[str, str] = os.environ) -> float:
+    """What jax takes of a GPU's memory at its start, as a share of it.
+
+    Raises:
+        ValueError: the variable is no share.
+    """
+    text = environ.get(GPU_SHARE) or environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+    if not re.fullmatch(r"0?\.\d+|1(\.0*)?", text):
+        raise ValueError(f"{GPU_SHARE} must be a share of the memory in (0, 1], got {text!r}")
+    return float(text)
+
 
 def read_machine(text: str) -> Machine:
     """The machine of a text: `v5e-8`, `h200`, `cpu`, or `80GB x 8`.
@@ -74,9 +97,9 @@ def read_machine(text: str) -> Machine:
         ValueError: it is none of these; lists the known machines.
     """
     plain = text.strip()
-    if match := re.fullmatch(r"([\d.]+)\s*([KMGT]?i?B)?\s*[x×*]\s*(\d+)", plain, re.IGNORECASE):
+    if match := re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMGT]?i?B)?\s*[x×*]\s*(\d+)", plain, re.IGNORECASE):
         number, unit, count = match[1], (match[2] or "").upper(), int(match[3])
-        if unit in _UNITS and count and re.fullmatch(r"\d+(\.\d+)?", number):
+        if unit in _UNITS and count and re.fullmatch(r"\d+(\.\d+)?(e\d+)?", number.lower()):
             return Machine(text, Device(float(number) * _UNITS[unit], None, None), count)
     if match := re.fullmatch(r"([a-z]\w*?)(?:-(\d+))?", plain.lower()):
         kind, count = match[1], int(match[2] or CORES_A_DEVICE.get(match[1], 1))

@@ -150,7 +150,7 @@ def make_sampler(
     return Sampler(**shared, decode=decode, budget=budget, layout=layout)
 
 
-def compaction_pays(budget: int) -> bool:
+def compaction_pays(budget: int, on_cpu: bool | None = None) -> bool:
     """Whether decode should leave finished rows out: on a CPU, where its cost follows the rows.
 
     An accelerator's decode follows the bytes read. For Qwen3-1.7B in bf16 (3.44 GB of weights and
@@ -158,8 +158,13 @@ def compaction_pays(budget: int) -> bool:
     which all are read) weights are 43 % of a step's 8.0 GB at 64 rows and 18 % of 19.6 GB at 256.
     By these bytes it would pay at 256 rows. It is off there all the same: no accelerator has
     measured it, and it holds up to half of the rows' slots and prompts a second time.
+
+    Args:
+        budget: tokens after the prompt that a row may reach.
+        on_cpu: None: as the present backend.
     """
-    return jax.default_backend() == "cpu" and budget >= COMPACT_FROM
+    on_cpu = jax.default_backend() == "cpu" if on_cpu is None else on_cpu
+    return on_cpu and budget >= COMPACT_FROM
 
 
 def part_sizes(B: int, slots: int, trunk: Trunk, layout: Layout) -> tuple[int, ...]:

@@ -185,9 +185,11 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, n: int, devices: str) -> tuple
     if data == -1:
         data = max(n // (fsdp * tensor), 1)
     if data * fsdp * tensor != n:
+        mend = "set mesh_data to -1 to fill up"
+        if n % (fsdp * tensor):
+            mend = f"lower mesh_fsdp or mesh_tensor: their product must divide {n}"
         raise ValueError(
-            f"mesh_data · mesh_fsdp · mesh_tensor must equal {devices}, "
-            f"got {data} · {fsdp} · {tensor}; set mesh_data to -1 to fill up"
+            f"mesh_data · mesh_fsdp · mesh_tensor must equal {devices}, got {data} · {fsdp} · {tensor}; {mend}"
         )
     return data, fsdp, tensor
 

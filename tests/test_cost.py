@@ -99,7 +99,8 @@ def test_twice_the_completions_add_only_their_own_share():
     own = levels["completions"] + levels["head"]
     added = gradient_flop(EIGHT) - gradient_flop(FOUR)
     assert added < SLACK * own
-    bytes_of_a_token = 4 * CFG.L * CFG.D + 8 * (4 * CFG.D + 4 * CFG.N * CFG.H + 3 * CFG.F) + 12 * CFG.V
+    layer = 8 * (4 * CFG.D + 4 * CFG.N * CFG.H + 3 * CFG.F)
+    bytes_of_a_token = cost.kept_bytes(CFG, 4) + layer + 12 * CFG.V
     grown = update_temporary(EIGHT) - update_temporary(FOUR)
     assert grown < FOUR.B * (FOUR.T2 + 1) * bytes_of_a_token
 
