@@ -78,8 +78,8 @@ def test_least_seconds_are_flop_over_the_rate():
 
 
 def test_temporary_bytes_by_hand():
-    """10 + 8 + 6·7 = 60 tokens: 4·70 + 2·2·2·60 + 8·60·(8 + 8 + 9) + 3·(100 + 1000)."""
-    assert cost.update_bytes(BY_HAND, LENGTHS, 2, 100, 1000) == 280 + 480 + 12000 + 3300
+    """10 + 8 + 6·7 = 60 tokens: 4·70 + 2·60·(2·(2 + 2) + 4·2) + 8·60·(8 + 8 + 9) + 3·(100 + 1000)."""
+    assert cost.update_bytes(BY_HAND, LENGTHS, 2, 100, 1000) == 280 + 1920 + 12000 + 3300
 
 
 # --- against XLA -------------------------------------------------------------------------------------
