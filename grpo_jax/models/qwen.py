@@ -19,9 +19,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from grpo_jax.attention import ATTENDED, Segment, attend
+from grpo_jax.attention import KEPT, Segment, attend, keep
 from grpo_jax.models import lora
 from grpo_jax.models.rope import Yarn, frequencies, read_rope
+from grpo_jax.target import device_count
 from grpo_jax.types import pytree_dataclass
 
 Params = dict[str, Any]
@@ -154,7 +155,7 @@ def linear(x: Float[Array, "n T *inputs"], w: Float[Array, "*inputs_outputs"], i
     inside the loop that computes it: an MLP of 8,192 × 128 tokens, forward and backward, takes 111 instead
     of 48 ms (docs/log.md). On several devices either rows or tokens are sharded, and stay apart.
     """
-    if jax.device_count() > 1:
+    if device_count() > 1:
         return jnp.tensordot(x, w, inputs)
     K = math.prod(w.shape[:inputs])
     return (x.reshape(-1, K) @ w.reshape(K, -1)).reshape(*x.shape[:-inputs], *w.shape[inputs:])
@@ -372,6 +373,7 @@ def extend(
     layers = params["layers"] | {"lora": params["lora"]} if "lora" in params else params["layers"]
 
     def run_layer(xs, weights, kvs, keys):
+        xs = tuple(map(_kept_input, xs)) if remat else xs
         weights = constrain(jax.tree.map(lambda w: w.astype(dtype), weights), "layer_weights")
         adapters = weights.pop("lora", None)
         layer = _bind_layer(cfg, weights)
@@ -386,8 +388,8 @@ def extend(
         return tuple(out), new
 
     if remat:
-        keep = jax.checkpoint_policies.save_only_these_names(ATTENDED)
-        run_layer = jax.checkpoint(run_layer, prevent_cse=not isinstance(layers, dict), policy=keep)
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+        run_layer = jax.checkpoint(run_layer, prevent_cse=not isinstance(layers, dict), policy=policy)
     xs = _embed(constrain(params["embedding"], "embedding"), levels, dtype)
     xs = tuple(constrain(x, f"{name}_x") for x, name in zip(xs, names, strict=True))
     kvs = tuple(kv for kv, _ in segments)
@@ -395,6 +397,10 @@ def extend(
     xs, new = (_scan if isinstance(layers, dict) else _unroll)(run_layer, xs, layers, kvs, keys)
     scale = params["norm"]["scale"].astype(dtype)
     return tuple(rms_norm(x, scale, cfg.norm_eps) for x in xs), new
+
+
+_kept_input = jax.custom_vjp(keep)  # the bits of `keep` carry no gradient
+_kept_input.defvjp(lambda x: (keep(x), None), lambda _, dx: (dx,))
 
 
 def _embed(table, levels, dtype):
