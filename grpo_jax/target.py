@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Iterator, Sequence
 
 import jax
 
-_named: list[Sequence[jax.Device]] = []
+_named: contextvars.ContextVar[Sequence[jax.Device] | None] = contextvars.ContextVar("devices", default=None)
 
 
 def on_cpu() -> bool:
     """Whether blocks and products are to suit a CPU."""
-    return (_named[-1][0].platform if _named else jax.default_backend()) == "cpu"
+    devices = _named.get()
+    return (devices[0].platform if devices else jax.default_backend()) == "cpu"
 
 
 def device_count() -> int:
     """Devices that a program runs on."""
-    return len(_named[-1]) if _named else jax.device_count()
+    return len(_named.get() or jax.devices())
 
 
 @contextlib.contextmanager
 def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
     """Trace for these devices, which need not be here: `jax.experimental.topologies` describes a TPU's."""
-    _named.append(devices)
+    token = _named.set(devices)
     try:
         yield
     finally:
-        _named.pop()
+        _named.reset(token)
