@@ -32,6 +32,7 @@ SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # fuses, in each program others. All kept, they are the published models' own, and sampler and update round alike:
 # their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_rollout.py).
 ALL_ROUNDINGS = {"xla_allow_excess_precision": False}
+MLP_TOKENS = 2048  # of a block, see `in_token_blocks`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +238,20 @@ class MLP(nnx.Module):
         return adapt(linear(y, self.down[...]), "down", y)
 
 
+def in_token_blocks(mlp: Callable[[Array], Array], x: Float[Array, "n T D"]) -> Float[Array, "n T D"]:
+    """mlp(x), at most 2,048 tokens at a time; the backward pass makes a block's hidden values again.
+
+    They are F wide, and those of all tokens would be most of what an update under remat holds at once: 15.1
+    and 13.7 GB for Qwen3-1.7B (docs/log.md). Not on several devices, which share the tokens out.
+    """
+    n, T, D = x.shape
+    size = next(size for size in range(min(n * T, MLP_TOKENS), 0, -1) if n * T % size == 0)
+    if size == n * T or 2 * size < MLP_TOKENS or device_count() > 1:  # no even blocks: better one than many
+        return mlp(x)
+    blocks = x.reshape(-1, 1, size, D)
+    return jax.lax.map(jax.checkpoint(mlp, prevent_cse=False), blocks).reshape(n, T, D)
+
+
 class DecoderLayer(nnx.Module):
     """One pre-norm transformer block."""
 
@@ -246,13 +261,15 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(cfg.D, cfg.norm_eps)
         self.mlp = MLP(cfg, rngs)
 
-    def __call__(self, x, valid, cos_sin, segments, constrain, rows, adapt):
+    def __call__(self, x, valid, cos_sin, segments, constrain, rows, adapt, in_blocks):
         q, k, v = self.attention.project(self.attention_norm(x), cos_sin, adapt)
         q = constrain(q, f"{rows}_heads")
         own = Segment(constrain(k, f"{rows}_kv"), constrain(v, f"{rows}_kv"), valid)
         o = constrain(attend(q, segments, own), f"{rows}_heads")
         x = constrain(x + self.attention.output(o, adapt), f"{rows}_x")
-        x = constrain(x + self.mlp(self.mlp_norm(x), constrain, rows, adapt), f"{rows}_x")
+        mlp = functools.partial(self.mlp, constrain=constrain, rows=rows, adapt=adapt)
+        y = self.mlp_norm(x)
+        x = constrain(x + (in_token_blocks(mlp, y) if in_blocks else mlp(y)), f"{rows}_x")
         return x, own
 
 
@@ -359,7 +376,8 @@ def extend(
         segments: (keys and values of every layer, valid [n, S]) of earlier calls.
         cfg: the model's sizes.
         dtype: of activations; weights are cast to it layer by layer.
-        remat: recompute each layer in the backward pass, but for what attention returned.
+        remat: recompute each layer in the backward pass, but for what attention returned; the MLP takes
+            its tokens in blocks.
         keep_kv: return the levels' keys and values.
         constrain: sharding constraint on an array, by kind; see `sharding`.
 
@@ -381,7 +399,8 @@ def extend(
         out = []
         for x, level, table, name, key in zip(xs, levels, tables, names, keys, strict=True):
             adapt = functools.partial(lora.adapt, adapters, key)
-            x, own = layer(x, level.valid, table, above, constrain, name, adapt)
+            in_blocks = remat and key is None  # dropout's keys are a row's, not a block's
+            x, own = layer(x, level.valid, table, above, constrain, name, adapt, in_blocks)
             out.append(x)
             above = (*above, own)
         new = tuple(KV(s.k, s.v) for s in above[len(kvs) :]) if keep_kv else ()
