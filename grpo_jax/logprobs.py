@@ -59,7 +59,7 @@ def token_logprobs(
     if logits_bytes is None:
         logits_bytes = logits_block_bytes(on_cpu())
     plan = _Blocks.of(head.shape[0], shards, max(1, logits_bytes // (4 * B * J)), constrain)
-    head = constrain(head, "head")
+    head = constrain(head.astype(hidden.dtype), "head")
     hidden_RD = constrain(hidden, "head_hidden").reshape(B * J, D)
     out = _logprobs(hidden_RD, head, targets.reshape(B * J), temperature, plan)
     return tuple(x.reshape(B, J) for x in out)
@@ -95,21 +95,16 @@ class _Blocks(NamedTuple):
         return cls(V, shards, even, -(-local // even), constrain)
 
     def cut(self, head_VD):
-        """[V, D] -> [shards, count · width, D]; a shard's rows stay on their device.
-
-        Blocks are slices of it. A scan over [count, shards, width, D] would have XLA copy the head.
-        """
+        """[V, D] -> [count, shards, width, D]; a shard's rows stay on their device."""
         x = head_VD.reshape(self.shards, -1, head_VD.shape[1])
         x = jnp.pad(x, ((0, 0), (0, self.count * self.width - x.shape[1]), (0, 0)))
+        x = x.reshape(self.shards, self.count, self.width, -1).swapaxes(0, 1)
         return self.constrain(x, "head_blocks")
 
-    def block(self, cut, i, dtype):
-        """[shards, width, D]: block i in a type of its own, so that the head is not copied for that either."""
-        return jax.lax.dynamic_slice_in_dim(cut, i * self.width, self.width, 1).astype(dtype)
-
-    def join(self, cut):
+    def join(self, blocks):
         """The inverse of `cut`."""
-        return cut[:, : self.V // self.shards].reshape(self.V, -1)
+        x = blocks.swapaxes(0, 1).reshape(self.shards, self.count * self.width, -1)
+        return x[:, : self.V // self.shards].reshape(self.V, -1)
 
     def tokens(self, block):
         """[shards, width, 1] token ids of a block; V where a row is padding."""
@@ -131,12 +126,12 @@ def _logprobs(hidden_RD, head_VD, targets_R, temperature, plan):
 
 
 def _forward(hidden_RD, head_VD, targets_R, temperature, plan):
-    hidden_DR, cut = hidden_RD.T, plan.cut(head_VD)
+    hidden_DR = hidden_RD.T
 
-    def step(carry, i):
+    def step(carry, x):
         peak, total, weighted, target = carry
-        tokens = plan.tokens(i)
-        logits = plan.logits(plan.block(cut, i, hidden_RD.dtype), hidden_DR, tokens, temperature)
+        tokens = plan.tokens(x[1])
+        logits = plan.logits(x[0], hidden_DR, tokens, temperature)
         # a masked sum, not a gather: it stays local when V is sharded
         target = target + jnp.where(tokens == targets_R, logits, 0).sum((0, 1))
         new_peak = jnp.maximum(peak, logits.max((0, 1)))
@@ -146,7 +141,7 @@ def _forward(hidden_RD, head_VD, targets_R, temperature, plan):
         return (new_peak, total, weighted, target), None
 
     zeros = jnp.zeros(targets_R.shape, jnp.float32)
-    blocks = jnp.arange(plan.count)
+    blocks = (plan.cut(head_VD), jnp.arange(plan.count))
     (peak, total, weighted, target), _ = jax.lax.scan(step, (zeros + NEG, zeros, zeros, zeros), blocks)
     log_z = peak + jnp.log(total)
     return (target - log_z, log_z - weighted / total), (hidden_RD, head_VD, targets_R, log_z)
@@ -154,22 +149,19 @@ def _forward(hidden_RD, head_VD, targets_R, temperature, plan):
 
 def _backward(temperature, plan, residuals, cotangents):
     hidden_RD, head_VD, targets_R, log_z = residuals
-    hidden_DR, scaled, cut = hidden_RD.T, cotangents[0] / temperature, plan.cut(head_VD)
+    hidden_DR, scaled = hidden_RD.T, cotangents[0] / temperature
 
-    def step(carry, i):
-        d_hidden_DR, d_cut = carry
-        tokens, head_block = plan.tokens(i), plan.block(cut, i, hidden_RD.dtype)
-        logits = plan.logits(head_block, hidden_DR, tokens, temperature)
+    def step(d_hidden_DR, x):
+        tokens = plan.tokens(x[1])
+        logits = plan.logits(x[0], hidden_DR, tokens, temperature)
         d_logits = (jnp.where(tokens == targets_R, 1.0, 0.0) - jnp.exp(logits - log_z)) * scaled
         d_logits = d_logits.astype(hidden_RD.dtype)
-        d_hidden_DR = d_hidden_DR + dot_fp32("swd,swr->dr", head_block, d_logits)
-        d_block = dot_fp32("swr,rd->swd", d_logits, hidden_RD).astype(d_cut.dtype)
-        d_cut = jax.lax.dynamic_update_slice_in_dim(d_cut, d_block, i * plan.width, 1)
-        return (d_hidden_DR, d_cut), None
+        d_hidden_DR = d_hidden_DR + dot_fp32("swd,swr->dr", x[0], d_logits)
+        return d_hidden_DR, dot_fp32("swr,rd->swd", d_logits, hidden_RD).astype(head_VD.dtype)
 
-    zeros = jnp.zeros(hidden_DR.shape, jnp.float32), plan.constrain(jnp.zeros_like(cut), "head_blocks")
-    (d_hidden_DR, d_cut), _ = jax.lax.scan(step, zeros, jnp.arange(plan.count))
-    return d_hidden_DR.T.astype(hidden_RD.dtype), plan.join(d_cut), None
+    zeros = jnp.zeros(hidden_DR.shape, jnp.float32)
+    d_hidden_DR, d_head = jax.lax.scan(step, zeros, (plan.cut(head_VD), jnp.arange(plan.count)))
+    return d_hidden_DR.T.astype(hidden_RD.dtype), plan.join(d_head), None
 
 
 _logprobs.defvjp(_forward, _backward)

@@ -226,7 +226,7 @@ def step_bytes(
         lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
         trained = _elements(training, jax.eval_shape(lambda: init_adapters(params["layers"], lora, 0)))
         weights = whole * item + trained * trained_item
-    head_item = item if config.use_peft else trained_item
+    cast = not config.use_peft and dtype != jnp.dtype(config.param_dtype)  # a frozen head is kept in it
     budget = config.max_grpo_completion_length
     served = _rollout_bytes(rollout, model, x, budget, item, machine.is_cpu)
     n, evaluation = config.eval_batch_size, {}
@@ -242,7 +242,7 @@ def step_bytes(
         **served,
         evaluation=sum(evaluation.values()),
         **_activation_bytes(model, x, sizes, parts, item, config.gradient_checkpointing, machine.is_cpu),
-        head=_head_bytes(training, model, x, parts, head_item, machine.is_cpu),
+        head=_head_bytes(training, model, x, parts, item, cast, machine.is_cpu),
     )
 
 
@@ -300,12 +300,16 @@ def _activation_bytes(model, x, sizes, parts, item, remat, on_cpu):
     return {"kept_activations": kept, "working_set": working}
 
 
-def _head_bytes(layout, model, x, parts, item, on_cpu):
-    """Three arrays of the size of a block of logits; where blocks do not divide it, the head and its gradient padded."""
+def _head_bytes(layout, model, x, parts, item, cast, on_cpu):
+    """Three arrays of the size of a block of logits, and copies of the head.
+
+    The loop over blocks reads a copy of the head in the run's dtype. A cast adds the gradient in that dtype,
+    blocks that do not divide the vocabulary a padded one.
+    """
     shards, positions = layout.head_shards(model.V), x.B * x.T2 // parts
     held = math.prod(layout.shard_shape((shards, model.V // shards, positions), "logits_block"))
     logits = min(4 * held, logits_block_bytes(on_cpu) / (shards * layout.mesh.shape["data"]))
-    copies = 2 * pads_head(model.V, shards, positions, on_cpu)
+    copies = 1 + cast + pads_head(model.V, shards, positions, on_cpu)
     return 3 * logits + copies * item * model.V * model.D / shards
 
 

@@ -78,7 +78,8 @@ def test_bytes_by_hand():
     assert (x.weights, x.gradients, x.moments, x.rollout_copy) == (336, 336, 672, 168)
     assert (x.preamble_cache, x.prompts_cache, x.own_cache) == (128, 256, 512)
     assert (x.decode, x.evaluation) == (240, 0)
-    assert x.head == 3 * 64 * 5 * 4  # three arrays of 64 positions' 5 logits
+    # three arrays of 64 positions' 5 logits; the head and its gradient in bf16
+    assert x.head == 3 * 64 * 5 * 4 + 2 * 10 * 2
     # 112 tokens of 2 layers · (2 + 2) bf16 values and 2 in fp32
     assert x.kept_activations == 112 * 2 * (4 * 2 + 2 * 4)
     # 18 values of 48 shared tokens, 52 of the completions' 64, four blocks of 2 heads' scores
