@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from grpo_jax.config import options
 from grpo_jax.cost import Lengths
@@ -22,7 +23,14 @@ from grpo_jax.optimizer import make_optimizer, make_schedule
 from grpo_jax.prefix_tree import Tree, make_tree, response_bucket, step_batch, trunk_arrays
 from grpo_jax.sampler import Sampler, Sampling, Turn, make_sampler, row_keys
 from grpo_jax.sharding import Layout, make_mesh
-from grpo_jax.train_step import GrpoObjective, ModelStep, init_state, make_update, place_batch
+from grpo_jax.train_step import (
+    GrpoObjective,
+    ModelStep,
+    batch_shardings,
+    init_state,
+    make_update,
+    place_batch,
+)
 from grpo_jax.types import Status, StepBatch, TrainState, Trajectory
 
 VOCABULARY = 151_936  # rows of the published embedding tables
@@ -147,13 +155,16 @@ def random_weights(cfg: ModelConfig) -> Params:
     return init_params(cfg)
 
 
-def make_job(shape: Shape, turns: ToolTurns = NO_TURNS, dtype: jnp.dtype | None = None) -> Job:
+def make_job(
+    shape: Shape, turns: ToolTurns = NO_TURNS, dtype: jnp.dtype | None = None, mesh: Mesh | None = None
+) -> Job:
     """Build the jitted functions for a shape; nothing is compiled yet.
 
     Args:
         shape: model and lengths.
         turns: scripted tool turns.
         dtype: of activations and rollout weights; None means `compute_dtype`.
+        mesh: of the devices; None means all that are present, along data.
 
     Raises:
         ValueError: the completions do not split into the turns evenly.
@@ -166,7 +177,7 @@ def make_job(shape: Shape, turns: ToolTurns = NO_TURNS, dtype: jnp.dtype | None 
         )
     # one prompt alone would be all preamble
     tree = make_tree(random_prompts(dataclasses.replace(x, P=max(x.P, 2))), x.T2)
-    mesh, dtype = make_mesh(), jnp.dtype(dtype or compute_dtype())
+    mesh, dtype = mesh or make_mesh(), jnp.dtype(dtype or compute_dtype())
     optimizer = make_optimizer(
         schedule=make_schedule("constant", 0.0, 0, 1),
         b1=0.9,
@@ -236,10 +247,14 @@ def make_batch(job: Job, turns: list[Turn]) -> StepBatch:
 
 
 def abstract_batch(job: Job) -> StepBatch:
-    """Shapes and dtypes of the update's batch."""
+    """Shapes, dtypes and shardings of the update's batch."""
     x = job.shape.lengths
     batch = _step_batch(job, [[1] * x.T2] * x.B, [[0.0] * x.T2] * x.B)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
+
+    def abstract(a, sharding):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+    return jax.tree.map(abstract, batch, batch_shardings(job.step.layout, batch))
 
 
 def _step_batch(job: Job, ids: list[list[int]], logprobs: list[list[float]]) -> StepBatch:

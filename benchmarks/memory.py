@@ -1,31 +1,51 @@
 """Compiles the update of a model (it is not run, nothing is allocated) and prints what memory it would need.
 
     python benchmarks/memory.py --model qwen3-1.7b --rows 32 --preamble 5800 --completion 320
+    python benchmarks/memory.py --model qwen3-1.7b --rows 32 --preamble 5800 --completion 320 --target v5p
+    python benchmarks/memory.py --model qwen3-0.6b --rows 64 --target v5e --mesh 2 2 2
 
 Then the same with the vocabulary, and with the preamble, twice as large. Temporary memory is XLA's
-memory_analysis of the compiled program: everything but its arguments and results, gradients included.
-Compiled for the present backend: a CPU takes smaller attention blocks and computes bf16 products in fp32.
+memory_analysis of the compiled program: everything but its arguments and results, gradients included; on one
+device of several. Compiled for the present backend, where a CPU takes smaller attention blocks and computes bf16
+products in fp32, or with --target for a TPU, which need not be here: `pip install ".[tpu]"` compiles for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import os
 import time
 
 import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
 from job import Shape, abstract_batch, add_shape_options, make_job, shape_of
 
 from grpo_jax.cost import weights
+from grpo_jax.sharding import AXES
+from grpo_jax.target import compiling_for
 
 GB = 1e9
+SLICES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}  # eight devices each
 
 
-def update_memory(shape: Shape, dtype: str):
-    """XLA's memory analysis of the compiled update."""
-    job = make_job(shape, dtype=dtype)
-    state = jax.eval_shape(job.new_state)
-    return job.update.lower(state, abstract_batch(job)).compile().memory_analysis()
+def target_devices(kind: str | None) -> list[jax.Device]:
+    """A slice of TPUs that nobody has to own; None: what is present."""
+    if kind is None:
+        return jax.devices()
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is asked for no TPU of its own
+    return topologies.get_topology_desc(platform="tpu", topology_name=SLICES[kind]).devices
+
+
+def update_memory(shape: Shape, dtype: str, mesh: Mesh):
+    """XLA's memory analysis of the compiled update, on one device."""
+    with compiling_for(mesh.devices.reshape(-1)):
+        job = make_job(shape, dtype=dtype, mesh=mesh)
+        state = jax.eval_shape(job.new_state)
+        return job.update.lower(state, abstract_batch(job)).compile().memory_analysis()
 
 
 def variants(shape: Shape) -> dict[str, Shape]:
@@ -46,22 +66,30 @@ def main() -> None:
     )
     add_shape_options(parser)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of activations")
+    parser.add_argument("--target", choices=SLICES, help="compile for such a TPU instead of what is present")
+    parser.add_argument("--mesh", type=int, nargs=3, default=(1, 1, 1), metavar=AXES, help="default 1 1 1")
     args = parser.parse_args()
-    shape = shape_of(parser, args)
+    shape, devices = shape_of(parser, args), target_devices(args.target)[: math.prod(args.mesh)]
+    mesh = Mesh(np.reshape(devices, args.mesh), AXES, axis_types=(AxisType.Auto,) * 3)
     x, first = shape.lengths, None
     print(
         f"{args.model or args.shape}: {x.P} × {x.G} rows, preamble {x.T0}, prompt {x.T1 + 1}, completion {x.T2} "
-        f"tokens; {args.dtype}, remat {'on' if shape.remat else 'off'}, compiled for {jax.default_backend()}"
+        f"tokens; {args.dtype}, remat {'on' if shape.remat else 'off'}, compiled for {len(devices)} × "
+        f"{devices[0].device_kind}"
     )
     for name, variant in variants(shape).items():
         began = time.perf_counter()
-        analysis = update_memory(variant, args.dtype)
+        try:
+            analysis = update_memory(variant, args.dtype, mesh)
+        except jax.errors.JaxRuntimeError as error:  # XLA refuses what a TPU cannot hold
+            print(f"{name:12s} does not fit: {str(error).splitlines()[0]}", flush=True)
+            continue
         temporary = analysis.temp_size_in_bytes
         first = first or temporary
         print(
             f"{name:12s} temporary {temporary / GB:6.2f} GB ({temporary / first:.2f} times; fp32 gradients are "
-            f"{4 * weights(variant.cfg) / GB:.2f} GB of it), arguments {analysis.argument_size_in_bytes / GB:.2f} GB; "
-            f"compiled in {time.perf_counter() - began:.0f} s",
+            f"{4 * weights(variant.cfg) / mesh.size / GB:.2f} GB of it), arguments "
+            f"{analysis.argument_size_in_bytes / GB:.2f} GB; compiled in {time.perf_counter() - began:.0f} s",
             flush=True,
         )
 

@@ -15,7 +15,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-ATTENDED = "attended"  # what `jax.checkpoint` policies call the output and its log-sum-exp
+from grpo_jax.target import device_count, on_cpu
+
+KEPT = "kept"  # what `jax.checkpoint` policies call it: see `keep`
 NEG = -1e30  # the first running maximum; not -inf: a fully masked row must give zeros, not NaN
 MASKED = -2e30  # below NEG, so that exp(MASKED - maximum) is 0 even where everything is masked
 KEY_BLOCK = 512  # keys of a block once a segment is cut
@@ -68,10 +70,22 @@ def attend(
     B, T, N, H = q.shape
     K = own.k.shape[1]
     if score_bytes is None:
-        score_bytes = score_block_bytes(jax.default_backend() == "cpu")
+        score_bytes = score_block_bytes(on_cpu())
     q_BKRTH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     o_BKRTH = _attend(q_BKRTH, (*segments, own), score_bytes)
     return o_BKRTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def keep(x: Array) -> Array:
+    """x, which a layer under `jax.checkpoint` keeps for its backward pass; bfloat16 as bits.
+
+    XLA slices bfloat16 in float32 on a CPU: every layer would convert the stack of all layers' values there
+    and back, and the backward pass would hold a copy of it twice as large (docs/log.md). Bits it leaves alone.
+    """
+    if x.dtype != jnp.bfloat16:
+        return checkpoint_name(x, KEPT)
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), KEPT)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def score_block_bytes(on_cpu: bool) -> int:
@@ -97,7 +111,7 @@ def _forward(q_BKRTH, segments, score_bytes):
         peak, total, acc = (_by_row(x, (B, K, R, T), causal) for x in state)
     o = (acc / jnp.maximum(total, 1e-30)).astype(q_BKRTH.dtype)
     lse = peak + jnp.log(jnp.maximum(total, 1e-30))
-    o, lse = checkpoint_name(o, ATTENDED), checkpoint_name(lse, ATTENDED)
+    o, lse = keep(o), keep(lse)
     return o, (q_BKRTH, segments, o, lse)
 
 
@@ -171,7 +185,7 @@ _attend.defvjp(_forward, _backward)
 
 def dot_fp32(spec: str, a: Array, b: Array) -> Array:
     """An einsum with products summed in fp32, whatever the inputs' type."""
-    if jax.default_backend() == "cpu":  # which lacks bf16 × bf16 = fp32 in some layouts; the cast is exact
+    if on_cpu():  # which lacks bf16 × bf16 = fp32 in some layouts; the cast is exact
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
@@ -246,7 +260,7 @@ def _by_segment(x, n, causal):
         return x
     B, K, R, T, E = x.shape
     x = x.reshape(n, B // n, K, R, T, E).swapaxes(1, 2)
-    return x.reshape(n, K, 1 if jax.device_count() == 1 else B // n, -1, E)
+    return x.reshape(n, K, 1 if device_count() == 1 else B // n, -1, E)
 
 
 def _by_row(x, rows, causal):

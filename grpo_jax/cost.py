@@ -179,14 +179,17 @@ def activation_bytes(
     remat: bool,
     tensor: int = 1,
     score_bytes: float = 0,
+    mlp_tokens: float = math.inf,
 ) -> tuple[float, float]:
     """About the bytes of an update's activations on one device: (kept by all layers, one layer's working set).
 
     Values a token, in fp32. Without `remat` every layer keeps 6D + 8NH + 8KH + 3F: norms, projections before
     and after their norm and rotation, the MLP. With it `kept_bytes` are kept, and the backward pass makes
-    the others again: 2D + 2NH + 4KH + 2F wait for their turn. It takes the shared levels and the completions
-    one after the other, first through the MLP (8D + 6NH + 8KH + 7F), then through attention (8D + 12NH +
-    12KH, and blocks of scores). The numbers are read off XLA's buffers on a CPU: tests/test_plan.py compares.
+    the others again: 2D + 2NH + 4KH + 2F wait for their turn (2F only where the MLP takes all tokens at once).
+    It takes the shared levels and the completions one after the other, first through the MLP (8D + 6NH + 8KH +
+    7F; in blocks 16D + 6NH + 8KH, 7F for a block, twice its weights' gradients), then through attention (8D +
+    12NH + 12KH, and blocks of scores). The numbers are read off XLA's buffers on a CPU: tests/test_plan.py
+    compares.
 
     Args:
         cfg: sizes.
@@ -196,16 +199,20 @@ def activation_bytes(
         remat: layers are recomputed in the backward pass.
         tensor: devices that share heads and width.
         score_bytes: of attention scores at a time.
+        mlp_tokens: that the MLP takes at a time under `remat`.
     """
     queries, keys, mlp = (size / tensor for size in (cfg.N * cfg.H, cfg.K * cfg.H, cfg.F))
     first, level = min(shared, rows), max(shared, rows)
     if remat:
         kept = kept_bytes(cfg, itemsize, tensor) * (shared + rows)
-        waiting = 4 * (2 * cfg.D + 2 * queries + 4 * keys + 2 * mlp) * first
+        waiting = 4 * (2 * cfg.D + 2 * queries + 4 * keys + 2 * mlp * (first <= mlp_tokens)) * first
     else:
         kept = 4 * cfg.L * (6 * cfg.D + 8 * queries + 8 * keys + 3 * mlp) * (shared + rows)
         waiting = 0
-    through_mlp = 4 * (8 * cfg.D + 6 * queries + 8 * keys + 7 * mlp) * level
+        mlp_tokens = math.inf
+    through_mlp = 4 * ((8 * cfg.D + 6 * queries + 8 * keys) * level + 7 * mlp * min(level, mlp_tokens))
+    if level > mlp_tokens:
+        through_mlp += 4 * (8 * cfg.D * level + 2 * 3 * cfg.D * mlp)
     through_attention = 4 * (8 * cfg.D + 12 * queries + 12 * keys) * level + score_bytes
     return kept, waiting + max(through_mlp, through_attention)
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.attention import dot_fp32
+from grpo_jax.target import on_cpu
 
 NEG = -1e30  # the first running maximum
 
@@ -56,7 +57,7 @@ def token_logprobs(
     """
     B, J, D = hidden.shape
     if logits_bytes is None:
-        logits_bytes = logits_block_bytes(jax.default_backend() == "cpu")
+        logits_bytes = logits_block_bytes(on_cpu())
     plan = _Blocks.of(head.shape[0], shards, max(1, logits_bytes // (4 * B * J)), constrain)
     head = constrain(head.astype(hidden.dtype), "head")
     hidden_RD = constrain(hidden, "head_hidden").reshape(B * J, D)

@@ -22,7 +22,7 @@ from grpo_jax.config.options import compute_dtype
 from grpo_jax.console import Console
 from grpo_jax.logprobs import logits_block_bytes, pads_head
 from grpo_jax.models.lora import LoraConfig, init_adapters
-from grpo_jax.models.qwen import ModelConfig, abstract_params
+from grpo_jax.models.qwen import MLP_TOKENS, ModelConfig, abstract_params
 from grpo_jax.plan_inputs import (
     GPU_SHARE,
     DataLengths,
@@ -288,7 +288,8 @@ def _activation_bytes(model, x, sizes, parts, item, remat, on_cpu):
     scores = 4 * model.N / tensor * max(shared, rows) * max(x.T0, x.T1, x.T2)
     # the scores, their exponentials, and a cotangent of each
     scores = 4 * min(scores, score_block_bytes(on_cpu))
-    kept, working = cost.activation_bytes(model, shared, rows, item, remat, tensor, scores)
+    at_a_time = MLP_TOKENS if data * fsdp * tensor == 1 else math.inf
+    kept, working = cost.activation_bytes(model, shared, rows, item, remat, tensor, scores, at_a_time)
     keys = 4 * model.K * model.H * (x.T0 + x.P * x.T1)
     if parts > 1:
         kept += 2 * 2 * model.L * keys

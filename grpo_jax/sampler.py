@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from grpo_jax import target
 from grpo_jax.models.lora import merge_layer
 from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
 from grpo_jax.sharding import Layout
@@ -161,9 +162,9 @@ def compaction_pays(budget: int, on_cpu: bool | None = None) -> bool:
 
     Args:
         budget: tokens after the prompt that a row may reach.
-        on_cpu: None: as the present backend.
+        on_cpu: None: as the program's target.
     """
-    on_cpu = jax.default_backend() == "cpu" if on_cpu is None else on_cpu
+    on_cpu = target.on_cpu() if on_cpu is None else on_cpu
     return on_cpu and budget >= COMPACT_FROM
 
 

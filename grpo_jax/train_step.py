@@ -405,14 +405,17 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, layout: 
 
 
 def place_batch(layout: Layout, batch: StepBatch) -> StepBatch:
-    """A host batch, the same in every process, on the devices: completions over rows, shared levels everywhere."""
+    """A host batch, the same in every process, on the devices."""
+    return jax.tree.map(layout.put, batch, batch_shardings(layout, batch))
 
-    def place(name, x):
-        return layout.put(x, layout.rows(x) if name in ROW_FIELDS else layout.replicated)
 
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    arrays = {k: place(k, x) for k, x in fields.items() if x is not None and k != "loss_positions"}
-    return dataclasses.replace(batch, **arrays)
+def batch_shardings(layout: Layout, batch: StepBatch) -> StepBatch:
+    """NamedShardings of a StepBatch: completions lie over rows, shared levels everywhere."""
+
+    def sharding(path, x):
+        return layout.rows(x) if path[0].name in ROW_FIELDS else layout.replicated
+
+    return jax.tree_util.tree_map_with_path(sharding, batch)
 
 
 def update_sizes(step: ModelStep, P: int, G: int) -> tuple[int, ...]:

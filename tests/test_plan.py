@@ -240,6 +240,7 @@ ONE_DEVICE = [
     (SMOKE, (2, 4, 320, 32, 79), False, 1),  # the smoke run's
     (SMOKE, (16, 8, 320, 32, 63), True, 1),  # the quickstart's
     ("qwen3 40000 128 384 2 4 2 32", (1, 8, 512, 64, 63), True, 1),  # the head outweighs the layers
+    ("qwen3 2000 512 3072 3 8 4 64", (4, 8, 3072, 64, 191), True, 1),  # the MLP would outweigh the others
 ]
 EIGHT_DEVICES = [(SMALL, (4, 8, 512, 64, 63), True, 1), (MANY_HEADS, (4, 8, 512, 64, 63), True, 1)]
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]

@@ -24,6 +24,7 @@ from grpo_jax.models.qwen import (
     check_params,
     extend,
     head_weights,
+    in_token_blocks,
     init_params,
     rms_norm,
     rope_tables,
@@ -139,6 +140,31 @@ def test_recomputed_and_unrolled_layers_change_nothing(variant):
     jax.tree.map(assert_close, hidden, want)
     want_gradient = as_list(want_gradient) if variant == "list of layers" else want_gradient
     jax.tree.map(assert_close, gradient, want_gradient)
+
+
+def test_an_mlp_in_token_blocks_is_the_same_function():
+    """3 blocks of 32 × 144 tokens: values and both gradients; the hidden values of one block only."""
+    rng = np.random.default_rng(0)
+    x, w, down, dy = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((32, 144, 8), (8, 160), (160, 8), (32, 144, 8))
+    )
+
+    def mlp(w, down, x):
+        return jax.nn.silu(x @ w) @ down
+
+    def in_blocks(w, down, x):
+        return in_token_blocks(functools.partial(mlp, w, down), x)
+
+    got, pull = jax.vjp(in_blocks, w, down, x)
+    want, pull_whole = jax.vjp(mlp, w, down, x)
+    jax.tree.map(assert_close, (got, *pull(dy)), (want, *pull_whole(dy)))
+    program = str(jax.make_jaxpr(lambda *args: jax.vjp(in_blocks, *args[:3])[1](args[3]))(w, down, x, dy))
+    assert "f32[1,1536,160]" in program and "4608,160]" not in program and "3,1,1536,160]" not in program
+
+
+def test_tokens_that_do_not_divide_into_blocks_stay_together():
+    x = jnp.ones((1, 2053, 4))  # a prime number of tokens
+    assert "scan" not in str(jax.make_jaxpr(lambda x: in_token_blocks(jnp.sin, x))(x))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "keep_kv"))

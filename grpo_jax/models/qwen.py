@@ -19,9 +19,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from grpo_jax.attention import ATTENDED, Segment, attend
+from grpo_jax.attention import KEPT, Segment, attend, keep
 from grpo_jax.models import lora
 from grpo_jax.models.rope import Yarn, frequencies, read_rope
+from grpo_jax.target import device_count
 from grpo_jax.types import pytree_dataclass
 
 Params = dict[str, Any]
@@ -31,6 +32,7 @@ SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # fuses, in each program others. All kept, they are the published models' own, and sampler and update round alike:
 # their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_rollout.py).
 ALL_ROUNDINGS = {"xla_allow_excess_precision": False}
+MLP_TOKENS = 2048  # of a block, see `in_token_blocks`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,7 @@ def linear(x: Float[Array, "n T *inputs"], w: Float[Array, "*inputs_outputs"], i
     inside the loop that computes it: an MLP of 8,192 × 128 tokens, forward and backward, takes 111 instead
     of 48 ms (docs/log.md). On several devices either rows or tokens are sharded, and stay apart.
     """
-    if jax.device_count() > 1:
+    if device_count() > 1:
         return jnp.tensordot(x, w, inputs)
     K = math.prod(w.shape[:inputs])
     return (x.reshape(-1, K) @ w.reshape(K, -1)).reshape(*x.shape[:-inputs], *w.shape[inputs:])
@@ -236,6 +238,20 @@ class MLP(nnx.Module):
         return adapt(linear(y, self.down[...]), "down", y)
 
 
+def in_token_blocks(mlp: Callable[[Array], Array], x: Float[Array, "n T D"]) -> Float[Array, "n T D"]:
+    """mlp(x), at most 2,048 tokens at a time; the backward pass makes a block's hidden values again.
+
+    They are F wide, and those of all tokens would be most of what an update under remat holds at once: 15.1
+    and 13.7 GB for Qwen3-1.7B (docs/log.md). Not on several devices, which share the tokens out.
+    """
+    n, T, D = x.shape
+    size = next(size for size in range(min(n * T, MLP_TOKENS), 0, -1) if n * T % size == 0)
+    if size == n * T or 2 * size < MLP_TOKENS or device_count() > 1:  # no even blocks: better one than many
+        return mlp(x)
+    blocks = x.reshape(-1, 1, size, D)
+    return jax.lax.map(jax.checkpoint(mlp, prevent_cse=False), blocks).reshape(n, T, D)
+
+
 class DecoderLayer(nnx.Module):
     """One pre-norm transformer block."""
 
@@ -245,13 +261,15 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RMSNorm(cfg.D, cfg.norm_eps)
         self.mlp = MLP(cfg, rngs)
 
-    def __call__(self, x, valid, cos_sin, segments, constrain, rows, adapt):
+    def __call__(self, x, valid, cos_sin, segments, constrain, rows, adapt, in_blocks):
         q, k, v = self.attention.project(self.attention_norm(x), cos_sin, adapt)
         q = constrain(q, f"{rows}_heads")
         own = Segment(constrain(k, f"{rows}_kv"), constrain(v, f"{rows}_kv"), valid)
         o = constrain(attend(q, segments, own), f"{rows}_heads")
         x = constrain(x + self.attention.output(o, adapt), f"{rows}_x")
-        x = constrain(x + self.mlp(self.mlp_norm(x), constrain, rows, adapt), f"{rows}_x")
+        mlp = functools.partial(self.mlp, constrain=constrain, rows=rows, adapt=adapt)
+        y = self.mlp_norm(x)
+        x = constrain(x + (in_token_blocks(mlp, y) if in_blocks else mlp(y)), f"{rows}_x")
         return x, own
 
 
@@ -358,7 +376,8 @@ def extend(
         segments: (keys and values of every layer, valid [n, S]) of earlier calls.
         cfg: the model's sizes.
         dtype: of activations; weights are cast to it layer by layer.
-        remat: recompute each layer in the backward pass, but for what attention returned.
+        remat: recompute each layer in the backward pass, but for what attention returned; the MLP takes
+            its tokens in blocks.
         keep_kv: return the levels' keys and values.
         constrain: sharding constraint on an array, by kind; see `sharding`.
 
@@ -372,6 +391,7 @@ def extend(
     layers = params["layers"] | {"lora": params["lora"]} if "lora" in params else params["layers"]
 
     def run_layer(xs, weights, kvs, keys):
+        xs = tuple(map(_kept_input, xs)) if remat else xs
         weights = constrain(jax.tree.map(lambda w: w.astype(dtype), weights), "layer_weights")
         adapters = weights.pop("lora", None)
         layer = _bind_layer(cfg, weights)
@@ -379,15 +399,16 @@ def extend(
         out = []
         for x, level, table, name, key in zip(xs, levels, tables, names, keys, strict=True):
             adapt = functools.partial(lora.adapt, adapters, key)
-            x, own = layer(x, level.valid, table, above, constrain, name, adapt)
+            in_blocks = remat and key is None  # dropout's keys are a row's, not a block's
+            x, own = layer(x, level.valid, table, above, constrain, name, adapt, in_blocks)
             out.append(x)
             above = (*above, own)
         new = tuple(KV(s.k, s.v) for s in above[len(kvs) :]) if keep_kv else ()
         return tuple(out), new
 
     if remat:
-        keep = jax.checkpoint_policies.save_only_these_names(ATTENDED)
-        run_layer = jax.checkpoint(run_layer, prevent_cse=not isinstance(layers, dict), policy=keep)
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+        run_layer = jax.checkpoint(run_layer, prevent_cse=not isinstance(layers, dict), policy=policy)
     xs = _embed(constrain(params["embedding"], "embedding"), levels, dtype)
     xs = tuple(constrain(x, f"{name}_x") for x, name in zip(xs, names, strict=True))
     kvs = tuple(kv for kv, _ in segments)
@@ -395,6 +416,10 @@ def extend(
     xs, new = (_scan if isinstance(layers, dict) else _unroll)(run_layer, xs, layers, kvs, keys)
     scale = params["norm"]["scale"].astype(dtype)
     return tuple(rms_norm(x, scale, cfg.norm_eps) for x in xs), new
+
+
+_kept_input = jax.custom_vjp(keep)  # the bits of `keep` carry no gradient
+_kept_input.defvjp(lambda x: (keep(x), None), lambda _, dx: (dx,))
 
 
 def _embed(table, levels, dtype):
