@@ -44,7 +44,7 @@ def token_logprobs(
         head: output head, or the tied embedding table.
         targets: the tokens whose log-probability is asked for.
         temperature: of the sampling distribution.
-        logits_bytes: upper bound for one block of fp32 logits; None means 6 MB on a CPU,
+        logits_bytes: upper bound for one block of fp32 logits; None means 16 MB on a CPU,
             which stay in its cache, and 256 MB elsewhere.
         shards: equal parts that V is sharded into; every block takes its share of each.
         constrain: sharding constraint by kind ("head_hidden", "head", "head_blocks", "logits_block").
@@ -67,7 +67,7 @@ def token_logprobs(
 
 def logits_block_bytes(on_cpu: bool) -> int:
     """What one block of fp32 logits should stay under where the caller does not say."""
-    return (6 if on_cpu else 256) << 20
+    return (16 if on_cpu else 256) << 20
 
 
 def pads_head(V: int, shards: int, positions: int, on_cpu: bool) -> bool:

@@ -286,8 +286,8 @@ def _activation_bytes(model, x, sizes, parts, item, remat, on_cpu):
     shared = (x.T0 + x.P * x.T1) / (data * fsdp)
     rows = x.B * x.T2 / (data * fsdp) / parts
     scores = 4 * model.N / tensor * max(shared, rows) * max(x.T0, x.T1, x.T2)
-    # the scores, their exponentials, and a cotangent of each
-    scores = 4 * min(scores, score_block_bytes(on_cpu))
+    # the scores, their exponentials, and a cotangent of each; of blocks about two remain at a time
+    scores = min(4 * scores, 2 * score_block_bytes(on_cpu))
     at_a_time = MLP_TOKENS if data * fsdp * tensor == 1 else math.inf
     kept, working = cost.activation_bytes(model, shared, rows, item, remat, tensor, scores, at_a_time)
     keys = 4 * model.K * model.H * (x.T0 + x.P * x.T1)
