@@ -58,7 +58,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(narrow(700), Lengths(P=8, G=8, T0=291, T1=20, T2=44), remat=False),
+    "tiny": Shape(narrow(700), Lengths(P=8, G=8, T0=291, T1=20, T2=44), remat=True),
     "recipe": Shape(narrow(VOCABULARY), Lengths(P=1, G=8, T0=5800, T1=100, T2=160), remat=True),
 }
 
