@@ -213,16 +213,16 @@ def _tile(q_shape, S, causal, score_bytes) -> _Tiling:
     if heads * T * S <= score_bytes:
         return _Tiling(T, S, ((0, 0),))
     if causal:
-        block = _block(T, max(128, int((score_bytes / heads) ** 0.5)))
+        block = even_block(T, max(128, int((score_bytes / heads) ** 0.5)))
         nb = -(-T // block)
         return _Tiling(block, block, tuple((i, j) for i in range(nb) for j in range(i + 1)))
-    key_block = _block(S, KEY_BLOCK)
-    query_block = _block(T, max(128, score_bytes // (heads * key_block)))
+    key_block = even_block(S, KEY_BLOCK)
+    query_block = even_block(T, max(128, score_bytes // (heads * key_block)))
     pairs = ((i, j) for i in range(-(-T // query_block)) for j in range(-(-S // key_block)))
     return _Tiling(query_block, key_block, tuple(pairs))
 
 
-def _block(size: int, limit: int) -> int:
+def even_block(size: int, limit: int) -> int:
     """The largest divisor of size in [limit/2, limit], else an even split to be padded."""
     if size <= limit:
         return size

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tracing import largest_array, temporary_bytes
 
-from grpo_jax.attention import Segment, _block, attend
+from grpo_jax.attention import Segment, attend, even_block
 
 B, N, K, H = 4, 4, 2, 8
 BLOCKED = 1  # score_bytes: blocks become as small as they get, at most 128 keys
@@ -256,4 +256,4 @@ def test_memory_does_not_grow_with_the_scores():
 )
 def test_blocks_divide_the_keys_or_waste_few_slots(size, limit, block):
     """263 is prime: three blocks of 88, one slot of padding."""
-    assert _block(size, limit) == block
+    assert even_block(size, limit) == block

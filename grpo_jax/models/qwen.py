@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from grpo_jax.attention import KEPT, Segment, attend, keep
+from grpo_jax.attention import KEPT, Segment, attend, even_block, keep
 from grpo_jax.models import lora
 from grpo_jax.models.rope import Yarn, frequencies, read_rope
 from grpo_jax.target import device_count
@@ -242,11 +242,11 @@ def in_token_blocks(mlp: Callable[[Array], Array], x: Float[Array, "n T D"]) -> 
     """mlp(x), at most 2,048 tokens at a time; the backward pass makes a block's hidden values again.
 
     They are F wide, and those of all tokens would be most of what an update under remat holds at once: 15.1
-    and 13.7 GB for Qwen3-1.7B (docs/log.md). Not on several devices, which share the tokens out.
+    and 13.6 GB for Qwen3-1.7B (docs/log.md). Not on several devices, which share the tokens out.
     """
     n, T, D = x.shape
-    size = next(size for size in range(min(n * T, MLP_TOKENS), 0, -1) if n * T % size == 0)
-    if size == n * T or 2 * size < MLP_TOKENS or device_count() > 1:  # no even blocks: better one than many
+    size = even_block(n * T, MLP_TOKENS)
+    if size == n * T or n * T % size or device_count() > 1:
         return mlp(x)
     blocks = x.reshape(-1, 1, size, D)
     return jax.lax.map(jax.checkpoint(mlp, prevent_cse=False), blocks).reshape(n, T, D)
