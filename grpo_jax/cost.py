@@ -154,7 +154,7 @@ def update_bytes(
         score_bytes: of a block of attention scores.
         logits_bytes: of a chunk of logits.
     """
-    tokens = x.T0 + x.P * x.T1 + x.B * (x.T2 + 1)
+    tokens = x.T0 + x.P * x.T1 + x.B * x.T2
     kept = kept_bytes(cfg, itemsize) * tokens
     layer = 8 * tokens * (4 * cfg.D + 4 * cfg.N * cfg.H + 3 * cfg.F)
     return 4 * weights(cfg) + kept + layer + 3 * (score_bytes + logits_bytes)

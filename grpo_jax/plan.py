@@ -183,7 +183,7 @@ def plan_step(config: Config, model: ModelConfig, data: DataLengths, machine: Ma
         G,
         bucket(data.preamble, row_devices),
         bucket(data.rest, row_devices),
-        completion_bucket(budget + 1, budget),
+        completion_bucket(budget, budget),
     )
     item = _dtype(config, machine).itemsize
     remat = config.gradient_checkpointing

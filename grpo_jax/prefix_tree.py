@@ -69,11 +69,8 @@ def bucket(n: int, devices: int = 1) -> int:
 
 
 def completion_bucket(n: int, budget: int) -> int:
-    """The padded length of completions: 64, 128, 256, … while well under the budget, else all of it.
-
-    A row holds the prompt's last token and up to `budget` tokens.
-    """
-    whole = -(-(budget + 1) // 16) * 16
+    """The padded length of completions: 64, 128, 256, … while well under the budget, else all of it."""
+    whole = -(-budget // 16) * 16
     size = SMALLEST_COMPLETION
     while size < n:
         size *= 2
@@ -90,7 +87,7 @@ def response_bucket(n: int) -> int:
 
 def update_shapes(budget: int) -> list[tuple[int, int]]:
     """Every (T2, J) that a batch may have: padded completions, and loss positions per row."""
-    sizes = sorted({completion_bucket(n, budget) for n in range(1, budget + 2)})
+    sizes = sorted({completion_bucket(n, budget) for n in range(1, budget + 1)})
     return [(T2, J) for T2 in sizes for J in sizes if J <= T2]
 
 
@@ -173,24 +170,23 @@ def step_batch(
         trajectories, advantages, learned = (
             [x[i] for i in chosen] for x in (trajectories, advantages, learned)
         )
-    rows = [[t.prompt_ids[-1], *t.completion_ids] for t in trajectories]
-    masks = [
-        [False, *(m and keep for m in t.sampled_mask)] for t, keep in zip(trajectories, learned, strict=True)
-    ]
-    T2 = completion_bucket(max(map(len, rows)), tree.budget)
-    tokens, valid = pad_rows(rows, T2)
+    targets = [t.completion_ids for t in trajectories]
+    masks = [[m and keep for m in t.sampled_mask] for t, keep in zip(trajectories, learned, strict=True)]
+    T2 = completion_bucket(max(map(len, targets)), tree.budget)
+    tokens, valid = pad_rows([[t.prompt_ids[-1], *t.completion_ids][:-1] for t in trajectories], T2)
     start = np.array([[len(t.prompt_ids) - 1] for t in trajectories], np.int32)
     return StepBatch(
         **trunk_arrays(tree, [t.prompt_ids for t in trajectories[::generations]]),
         completions=tokens,
         completions_positions=start + np.arange(T2, dtype=np.int32),
         completions_valid=valid,
+        targets=pad_rows(targets, T2)[0],
         sampled_mask=pad_rows(masks, T2, bool)[0],
-        sampler_logprobs=pad_rows([[0.0, *t.logprobs] for t in trajectories], T2, np.float32)[0],
+        sampler_logprobs=pad_rows([t.logprobs for t in trajectories], T2, np.float32)[0],
         old_logprobs=None,
         ref_logprobs=None,
         advantages=np.asarray(advantages, np.float32),
         loss_tokens=np.int32(loss_tokens),
         loss_rows=np.int32(loss_rows),
-        loss_positions=min(T2, completion_bucket(max(map(sum, masks)), tree.budget)),
+        loss_positions=completion_bucket(max(map(sum, masks)), tree.budget),
     )

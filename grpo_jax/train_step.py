@@ -329,6 +329,7 @@ ROW_FIELDS = (
     "completions",
     "completions_positions",
     "completions_valid",
+    "targets",
     "sampled_mask",
     "sampler_logprobs",
     "old_logprobs",
@@ -373,8 +374,7 @@ def _level_keys(batch: StepBatch, level: int, rows: int):
 def _learn(step: ModelStep, params: Params, hidden, batch: StepBatch) -> Learned:
     """Gather each row's loss positions and take their log-probabilities."""
     index, mask = first_positions(batch.sampled_mask, batch.loss_positions)
-    before = jnp.maximum(index - 1, 0)  # the position that predicts the token at index
-    hidden = jnp.take_along_axis(hidden, before[..., None], 1)
+    hidden = jnp.take_along_axis(hidden, index[..., None], 1)
 
     def at(x):
         return None if x is None else jnp.take_along_axis(x, index, 1)
@@ -382,7 +382,7 @@ def _learn(step: ModelStep, params: Params, hidden, batch: StepBatch) -> Learned
     logprobs, entropies = token_logprobs(
         hidden,
         head_weights(params),
-        at(batch.completions),
+        at(batch.targets),
         step.temperature,
         shards=step.layout.head_shards(step.cfg.V),
         constrain=step.layout.constrain,
@@ -440,7 +440,7 @@ def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
         P: prompts per update.
         G: completions per prompt.
     """
-    tokens = (tree.budget + 1) / (step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"])
+    tokens = tree.budget / (step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"])
     itemsize = jnp.dtype(step.dtype).itemsize
     return cost.micro_batches(step.cfg, P, G, tokens, itemsize, step.remat, _memory_bytes())
 

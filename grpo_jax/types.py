@@ -151,8 +151,8 @@ def pytree_dataclass(*static: str):
 class StepBatch:
     """What one update sees: the three levels of the prefix tree and what is learned on them.
 
-    The completion level starts with the prompt's last token, so position t of it
-    predicts token t + 1 of it.
+    The completion level holds the prompt's last token and a completion but for its last, so that position
+    t of it predicts token t of the completion, which is target t.
 
     Args:
         preamble: [1, T0] token ids.
@@ -163,7 +163,8 @@ class StepBatch:
         completions: [B, T2] token ids.
         completions_positions: [B, T2] int32.
         completions_valid: [B, T2] bool, a prefix of each row.
-        sampled_mask: [B, T2] bool, the token at t was sampled and is learned.
+        targets: [B, T2] token ids that follow those of `completions`.
+        sampled_mask: [B, T2] bool, target t was sampled and is learned.
         sampler_logprobs: [B, T2] float32 nats, the sampler's; 0 where not sampled.
         old_logprobs: [B, T2] float32 nats of the policy before this batch's first
             update; None means the current ones (one update per batch).
@@ -184,6 +185,7 @@ class StepBatch:
     completions: jax.Array
     completions_positions: jax.Array
     completions_valid: jax.Array
+    targets: jax.Array
     sampled_mask: jax.Array
     sampler_logprobs: jax.Array
     old_logprobs: jax.Array | None

@@ -82,12 +82,12 @@ def flop_bound(x: Lengths) -> float:
     """The formula, with the causal level's masked half, which XLA computes."""
     per_key = 14 * CFG.N * CFG.H / 2
     shared = (CFG.L - 1) * per_key * (x.T0**2 + x.P * x.T1**2)
-    masked = shared + CFG.L * per_key * x.B * (x.T2 + 1) ** 2
+    masked = shared + CFG.L * per_key * x.B * x.T2**2
     return SLACK * (sum(cost.update_flop(CFG, x, remat=True).values()) + masked)
 
 
 def memory_bound(x: Lengths) -> float:
-    logits = 4 * x.B * (x.T2 + 1) * CFG.V
+    logits = 4 * x.B * x.T2 * CFG.V
     return MEMORY_SLACK * cost.update_bytes(CFG, x, 4, BLOCK, logits)
 
 
@@ -105,7 +105,7 @@ def test_twice_the_completions_add_only_their_own_share():
     layer = 8 * (4 * CFG.D + 4 * CFG.N * CFG.H + 3 * CFG.F)
     bytes_of_a_token = cost.kept_bytes(CFG, 4) + layer + 12 * CFG.V
     grown = update_temporary(EIGHT) - update_temporary(FOUR)
-    assert grown < FOUR.B * (FOUR.T2 + 1) * bytes_of_a_token
+    assert grown < FOUR.B * FOUR.T2 * bytes_of_a_token
 
 
 def test_a_preamble_for_every_row_breaks_the_bounds():

@@ -79,17 +79,17 @@ def test_bucket_holds_its_tokens_divides_by_the_devices_and_grows(n, devices):
 
 def test_completion_bucket_literals():
     """A whole row is 257 -> 272 or 513 -> 528; a bucket above 0.75 of it is not worth a program."""
-    assert [completion_bucket(n, 256) for n in (1, 64, 65, 128, 129, 257)] == [64, 64, 128, 128, 272, 272]
-    assert [completion_bucket(n, 512) for n in (64, 200, 256, 257, 513)] == [64, 256, 256, 528, 528]
-    assert [completion_bucket(n, 32) for n in (5, 33)] == [48, 48]
+    assert [completion_bucket(n, 256) for n in (1, 64, 65, 128, 129, 256)] == [64, 64, 128, 128, 256, 256]
+    assert [completion_bucket(n, 512) for n in (64, 200, 256, 257, 512)] == [64, 256, 256, 512, 512]
+    assert [completion_bucket(n, 32) for n in (5, 32)] == [32, 32]
 
 
 @given(st.integers(1, 2000), st.data())
 def test_completion_buckets_are_few_and_hold_every_row(budget, data):
-    n = data.draw(st.integers(0, budget + 1))
+    n = data.draw(st.integers(0, budget))
     size = completion_bucket(n, budget)
     assert size >= n
-    sizes = {completion_bucket(m, budget) for m in range(budget + 2)}
+    sizes = {completion_bucket(m, budget) for m in range(budget + 1)}
     assert len(sizes) <= 1 + max(0, int(np.log2(budget / 32)))
 
 
@@ -102,7 +102,7 @@ def test_response_bucket_is_the_next_power_of_two(n):
 
 def test_the_shapes_of_a_run_by_hand():
     assert update_shapes(63) == [(64, 64)]
-    assert update_shapes(256) == [(64, 64), (128, 64), (128, 128), (272, 64), (272, 128), (272, 272)]
+    assert update_shapes(256) == [(64, 64), (128, 64), (128, 128), (256, 64), (256, 128), (256, 256)]
     assert response_shapes(33) == [32]
     assert response_shapes(256) == [32, 64, 128, 256]
 
@@ -163,29 +163,35 @@ def test_step_batch_literal():
         trajectory(b, [17, 18, 19], [True, True, True], [-0.7, -0.8, -0.9]),
     ]
     batch = step_batch(tree, rows, 2, [1.0, -1.0, 0.5, -0.5], [True, True, True, False])
-    zeros = [0] * 11  # 16 slots: the whole budget, 6 + 1, rounded up
-    off = [False] * 11
+    zeros = [0] * 12  # 16 slots: the whole budget, rounded up
+    off = [False] * 12
     assert batch.preamble.tolist() == [[1, 2, 0, 0]]
     assert batch.preamble_valid.tolist() == [[True, True, False, False]]
     assert batch.prompts.tolist() == [[3, 0, 0], [5, 6, 0]]
     assert batch.prompts_positions.tolist() == [[2, 3, 4], [2, 3, 4]]
     assert batch.prompts_valid.tolist() == [[True, False, False], [True, True, False]]
     assert batch.completions.tolist() == [
-        [4, 10, 11, 12, 13, *zeros],
-        [4, 14, 0, 0, 0, *zeros],
-        [7, 15, 16, 0, 0, *zeros],
-        [7, 17, 18, 19, 0, *zeros],
+        [4, 10, 11, 12, *zeros],
+        [4, 0, 0, 0, *zeros],
+        [7, 15, 0, 0, *zeros],
+        [7, 17, 18, 0, *zeros],
+    ]
+    assert batch.targets.tolist() == [
+        [10, 11, 12, 13, *zeros],
+        [14, 0, 0, 0, *zeros],
+        [15, 16, 0, 0, *zeros],
+        [17, 18, 19, 0, *zeros],
     ]
     assert batch.completions_positions[:, 0].tolist() == [3, 3, 4, 4]
     assert (np.diff(batch.completions_positions, axis=1) == 1).all()
-    assert batch.completions_valid.sum(1).tolist() == [5, 2, 3, 4]
+    assert batch.completions_valid.sum(1).tolist() == [4, 1, 2, 3]
     assert batch.sampled_mask.tolist() == [
-        [False, True, True, False, True, *off],
-        [False, True, False, False, False, *off],
-        [False, True, True, False, False, *off],
-        [False, False, False, False, False, *off],
+        [True, True, False, True, *off],
+        [True, False, False, False, *off],
+        [True, True, False, False, *off],
+        [False, False, False, False, *off],
     ]
-    np.testing.assert_allclose(batch.sampler_logprobs[0, :6], [0, -0.1, -0.2, 0, -0.3, 0], rtol=1e-6)
+    np.testing.assert_allclose(batch.sampler_logprobs[0, :5], [-0.1, -0.2, 0, -0.3, 0], rtol=1e-6)
     assert batch.advantages.tolist() == [1.0, -1.0, 0.5, -0.5]
     assert batch.old_logprobs is None and batch.ref_logprobs is None
     assert batch.loss_positions == 16

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import helpers
 import jax
@@ -128,7 +127,7 @@ def numpy_scores(params, rows, shape):
         table, n = numpy_table(params, ids), len(row.prompt_ids)
         for t, sampled in enumerate(row.sampled_mask):
             if sampled:
-                out[i, t + 1] = table[n + t - 1, ids[n + t]]
+                out[i, t] = table[n + t - 1, ids[n + t]]
     return out
 
 
@@ -159,17 +158,6 @@ def numpy_loss(params, rows, batch, advantages=ADVANTAGES):
 # --- the functions under test ------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Reads(ModelStep):
-    """A model that reads `inputs` as its completions, whatever tokens the batch names as targets."""
-
-    inputs: Any = None
-
-    def extend(self, params, levels, *args, **kwargs):
-        levels = (*levels[:-1], dataclasses.replace(levels[-1], tokens=self.inputs))
-        return super().extend(params, levels, *args, **kwargs)
-
-
 OBJECTIVE = GrpoObjective(EPSILON, EPSILON_HIGH, beta=BETA, max_completion_length=BUDGET)
 
 
@@ -181,21 +169,14 @@ def model_step(micro_batches=1):
 
 @functools.cache
 def gradient_function(micro_batches):
-    def gradient(params, batch, inputs):
-        step = model_step(micro_batches)
-        if micro_batches == 1:
-            settings = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}
-            step = Reads(**settings, inputs=inputs)
-        return jax.value_and_grad(lambda p: batch_loss(step, OBJECTIVE, p, batch), has_aux=True)(params)
-
-    return jax.jit(gradient)
+    step = model_step(micro_batches)
+    return jax.jit(jax.value_and_grad(lambda p, batch: batch_loss(step, OBJECTIVE, p, batch), has_aux=True))
 
 
-def gradient(batch, micro_batches=1, inputs=None, params=None):
+def gradient(batch, micro_batches=1, params=None):
     """(loss, metrics, gradients) of the GRPO objective."""
-    inputs = batch.completions if inputs is None else inputs
     params = weights() if params is None else params
-    (loss, metrics), grads = gradient_function(micro_batches)(params, batch, inputs)
+    (loss, metrics), grads = gradient_function(micro_batches)(params, batch)
     return float(loss), {key: float(x) for key, x in metrics.items()}, jax.device_get(grads)
 
 
@@ -347,43 +328,44 @@ def test_bf16_weights_move_as_float32_ones_do_on_average():
 # --- rule 2 ------------------------------------------------------------------------------------------
 
 
-def changed(batch, where):
-    """Other tokens at the given places of the completions."""
-    return np.where(where, (batch.completions + 5) % CFG.V, batch.completions).astype(np.int32)
+def changed(tokens, where):
+    """Other tokens at the given places."""
+    return np.where(where, (tokens + 5) % CFG.V, tokens).astype(np.int32)
 
 
 def test_rule_2_only_sampled_tokens_learn():
-    """What the model reads stays; the targets at prompts, tool responses and padding change."""
+    """What the model reads stays; the targets at tool responses and padding change."""
     batch = base()
-    assert (batch.completions_valid & ~batch.sampled_mask)[:, 1:].any()  # tool tokens are among them
-    others = dataclasses.replace(batch, completions=changed(batch, ~batch.sampled_mask))
-    assert same(gradient(others, inputs=batch.completions), gradient(batch))
+    assert (batch.completions_valid & ~batch.sampled_mask).any()  # tool tokens are among them
+    others = dataclasses.replace(batch, targets=changed(batch.targets, ~batch.sampled_mask))
+    assert same(gradient(others), gradient(batch))
     one = np.zeros_like(batch.sampled_mask)
-    one[0, 1] = True  # a sampled token
-    sampled = dataclasses.replace(batch, completions=changed(batch, one))
-    assert not same(gradient(sampled, inputs=batch.completions)[2], gradient(batch)[2])
+    one[0, 0] = True  # a sampled token
+    sampled = dataclasses.replace(batch, targets=changed(batch.targets, one))
+    assert not same(gradient(sampled)[2], gradient(batch)[2])
 
 
 def test_rule_2_the_sampled_end_of_turn_is_trained():
     batch = base()
     last = batch.completions_valid.sum(1) - 1
     rows = np.arange(len(last))
-    assert (batch.completions[rows, last] == END).all() and batch.sampled_mask[rows, last].all()
+    assert (batch.targets[rows, last] == END).all() and batch.sampled_mask[rows, last].all()
     assert (score(batch)[rows, last] < 0).all()
     ends = np.zeros_like(batch.sampled_mask)
     ends[3, last[3]] = True
-    other = dataclasses.replace(batch, completions=changed(batch, ends))
-    assert not same(gradient(other, inputs=batch.completions)[2], gradient(batch)[2])
+    other = dataclasses.replace(batch, targets=changed(batch.targets, ends))
+    assert not same(gradient(other)[2], gradient(batch)[2])
 
 
 def test_rule_2_a_tool_responses_content_changes_what_follows():
-    """Row 0 is sss tt ss: the first t changes; sampled tokens before it keep their score."""
+    """Row 0 is sss tt ss: the first t, read at position 4, changes; sampled tokens before it keep their score."""
     batch, where = base(), np.zeros_like(base().sampled_mask)
     where[0, 4] = True
-    assert batch.completions_valid[0, 4] and not batch.sampled_mask[0, 4]
-    before, after = score(batch), score(dataclasses.replace(batch, completions=changed(batch, where)))
-    assert (before[1:] == after[1:]).all() and (before[0, :4] == after[0, :4]).all()
-    assert (np.abs(before[0, 6:8] - after[0, 6:8]) > 1e-3).all()
+    assert batch.completions_valid[0, 4] and not batch.sampled_mask[0, 3]
+    others = dataclasses.replace(batch, completions=changed(batch.completions, where))
+    before, after = score(batch), score(others)
+    assert (before[1:] == after[1:]).all() and (before[0, :3] == after[0, :3]).all()
+    assert (np.abs(before[0, 5:7] - after[0, 5:7]) > 1e-3).all()
 
 
 # --- splitting, paths and guards ---------------------------------------------------------------------
