@@ -54,14 +54,14 @@ def unstacked(params):
 
 
 @functools.cache
-def gradient_flop(lengths: Lengths, shared: bool = True) -> float:
-    """XLA's FLOP of loss and gradient, no loops left."""
+def gradient_flop(lengths: Lengths, shared: bool = True, form=unstacked) -> float:
+    """XLA's FLOP of loss and gradient, no loops left but that over layers where `form` keeps their stack."""
     of = make_job(lengths, shared)
 
     def loss(params, batch):
         return batch_loss(of.step, GrpoObjective(), params, batch)[0]
 
-    params = jax.eval_shape(lambda: unstacked(job.random_weights(CFG)))
+    params = jax.eval_shape(lambda: form(job.random_weights(CFG)))
     whole = functools.partial(attend, score_bytes=1 << 40)
     with mock.patch.object(qwen, "attend", whole):
         compiled = jax.jit(jax.grad(loss)).lower(params, job.abstract_batch(of)).compile()
@@ -106,6 +106,12 @@ def test_twice_the_completions_add_only_their_own_share():
     bytes_of_a_token = cost.kept_bytes(CFG, 4) + layer + 12 * CFG.V
     grown = update_temporary(EIGHT) - update_temporary(FOUR)
     assert grown < FOUR.B * FOUR.T2 * bytes_of_a_token
+
+
+def test_the_last_layer_of_a_stack_makes_no_more_of_shared_levels_than_keys_and_values():
+    """Of two layers one is in the loop, whose body XLA counts once. The rule looks at tokens: most are shared."""
+    stacked = gradient_flop(FOUR, form=lambda params: params)
+    assert stacked == pytest.approx(gradient_flop(FOUR), rel=0.01)
 
 
 def test_a_preamble_for_every_row_breaks_the_bounds():
