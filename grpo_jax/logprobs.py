@@ -119,6 +119,17 @@ class _Blocks(NamedTuple):
         x = x if self.count * self.width * self.shards == self.V else jnp.where(tokens < self.V, x, 2 * NEG)
         return self.constrain(x, "logits_block")
 
+    def of_targets(self, logits, targets_R, block):
+        """[R] logits of the targets that are rows of this block, 0 for others.
+
+        Each shard gathers along its own rows: nothing moves when V is sharded, and no block-sized mask is made.
+        """
+        local = self.V // self.shards
+        row = targets_R - block * self.width - local * np.arange(self.shards)[:, None]
+        here = (row >= 0) & (row < jnp.minimum(self.width, local - block * self.width))
+        mine = jnp.take_along_axis(logits, jnp.where(here, row, 0)[:, None], 1)[:, 0]
+        return jnp.where(here, mine, 0).sum(0)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _logprobs(hidden_RD, head_VD, targets_R, temperature, plan):
@@ -132,8 +143,7 @@ def _forward(hidden_RD, head_VD, targets_R, temperature, plan):
         peak, total, weighted, target = carry
         tokens = plan.tokens(x[1])
         logits = plan.logits(x[0], hidden_DR, tokens, temperature)
-        # a masked sum, not a gather: it stays local when V is sharded
-        target = target + jnp.where(tokens == targets_R, logits, 0).sum((0, 1))
+        target = target + plan.of_targets(logits, targets_R, x[1])
         new_peak = jnp.maximum(peak, logits.max((0, 1)))
         mass, shrink = jnp.exp(logits - new_peak), jnp.exp(peak - new_peak)
         total = total * shrink + mass.sum((0, 1))
