@@ -139,7 +139,7 @@ def _segment_forward(state, segment, tiling, causal):
 def _backward(score_bytes, residuals, do):
     q_BKRTH, segments, o, lse = residuals
     rows = q_BKRTH.shape[:4]
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), -1, keepdims=True)
+    delta = dot_fp32("bkrth,bkrth->bkrt", do, o)[..., None]
     dq = jnp.zeros(q_BKRTH.shape, jnp.float32)
     d_segments = []
     for i, segment in enumerate(segments):
