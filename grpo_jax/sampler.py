@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout as MemoryLayout
+from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grpo_jax import target
@@ -249,12 +251,35 @@ def _decode(step, sizes, layout, trunk, cache, keys, live, remaining, stop_at, b
         go_on = functools.partial(step, tuple(of_rows), keys[rows], remaining[rows])
         return _put(state, rows, _while_above(until, go_on, _take(state, rows, layout)), layout)
 
+    if target.on_cpu():
+        trunk, step = _turned_once(trunk), functools.partial(_with_turned, step)
     first, *ends = (jnp.maximum(fewer, stop_at) for fewer in (*sizes[1:], 0))
     state = _while_above(first, functools.partial(step, trunk, keys, remaining), state)
     for size, until in zip(sizes[1:], ends, strict=True):
         few_rows = functools.partial(on_few_rows, size, until)
         state = jax.lax.cond(state.live.sum() > until, few_rows, lambda same: same, state)
     return state.cache, state.turn._replace(live=state.live.sum())
+
+
+def _turned(trunk: Trunk) -> Trunk:
+    """The trunk with its keys as [n, K, H, S]; its own inverse."""
+    return tuple((KV([k.swapaxes(2, 3) for k in kv.k], kv.v), valid) for kv, valid in trunk)
+
+
+def _turned_once(trunk: Trunk) -> Trunk:
+    """`_turned`, and laid out so in memory, as a CPU multiplies keys.
+
+    XLA would else turn every layer's keys at every token: 1.0 of 8.4 ms at the recipe's 5,800 (docs/log.md).
+    """
+
+    def laid_out(k):
+        return with_layout_constraint(k, MemoryLayout((0, 1, 2, 3)))
+
+    return tuple((KV(list(map(laid_out, kv.k)), kv.v), valid) for kv, valid in _turned(trunk))
+
+
+def _with_turned(step, trunk, *args):
+    return step(_turned(trunk), *args)
 
 
 def _while_above(until, body, state: _State) -> _State:
@@ -348,16 +373,15 @@ def sample(
     """
     if sampling.temperature != 0:
         logits = logits / sampling.temperature
-    peak = logits.max(-1, keepdims=True)
-    log_z = peak[:, 0] + jnp.log(_in_blocks(logits, peak)[1].sum(-1))
+    log_z = jax.nn.logsumexp(_block_log_masses(logits), 1)
     if sampling.temperature == 0:
         token = jnp.argmax(logits, -1)
     else:
-        uniforms = jax.vmap(_uniforms)(keys, positions)
         drawn = logits
         if sampling.truncates:
-            drawn = jnp.where(_kept(jnp.exp(logits - peak), sampling), logits, -jnp.inf)
-        token = _inverse_cdf(drawn, peak, uniforms)
+            mass = jnp.exp(logits - logits.max(-1, keepdims=True))
+            drawn = jnp.where(_kept(mass, sampling), logits, -jnp.inf)
+        token = _inverse_cdf(drawn, jax.vmap(_uniforms)(keys, positions))
     logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - log_z
     return token.astype(jnp.int32), logprob
 
@@ -384,22 +408,30 @@ def _kept(mass, sampling):
     return kept
 
 
-def _in_blocks(logits, peak):
-    """Logits as [B, 128, V / 128], filled up with -inf, and each block's mass relative to the peak.
-
-    The masses of single tokens are not kept: all of them are read once for the peak and once for this.
-    """
+def _in_blocks(logits):
+    """[B, 128, V / 128], filled up with -inf."""
     B, V = logits.shape
-    blocks = jnp.pad(logits, ((0, 0), (0, -V % BLOCKS)), constant_values=-jnp.inf).reshape(B, BLOCKS, -1)
-    return blocks, jnp.exp(blocks - peak[..., None]).sum(-1)
+    return jnp.pad(logits, ((0, 0), (0, -V % BLOCKS)), constant_values=-jnp.inf).reshape(B, BLOCKS, -1)
 
 
-def _inverse_cdf(logits, peak, uniforms):
+def _block_log_masses(logits):
+    """[B, 128] log Σ exp over a block; -inf where nothing has mass.
+
+    Each block is measured by its own peak: a CPU then does all of it in two passes over the logits, where one
+    peak for the row took four (docs/log.md).
+    """
+    blocks = _in_blocks(logits)
+    peaks = jnp.maximum(blocks.max(-1, keepdims=True), jnp.finfo(logits.dtype).min)
+    return (peaks + jnp.log(jnp.exp(blocks - peaks).sum(-1, keepdims=True)))[..., 0]
+
+
+def _inverse_cdf(logits, uniforms):
     """First choose a block by its mass, then a token within the block by its own."""
-    blocks, masses = _in_blocks(logits, peak)
-    block = _first_above(masses, uniforms[:, 0])
-    inside = jnp.exp(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0] - peak)
-    return block * blocks.shape[2] + _first_above(inside, uniforms[:, 1])
+    blocks, log_masses = _in_blocks(logits), _block_log_masses(logits)
+    block = _first_above(jnp.exp(log_masses - log_masses.max(-1, keepdims=True)), uniforms[:, 0])[:, None]
+    chosen = jnp.take_along_axis(blocks, block[..., None], 1)[:, 0]
+    inside = jnp.exp(chosen - jnp.take_along_axis(log_masses, block, 1))
+    return block[:, 0] * blocks.shape[2] + _first_above(inside, uniforms[:, 1])
 
 
 def _first_above(mass, u):

@@ -116,7 +116,7 @@ def test_the_nucleus_ends_where_its_mass_reaches_top_p():
 
 def drawn(mass, uniforms):
     """The tokens that two uniforms choose from a mass relative to the likeliest token's."""
-    return _inverse_cdf(jnp.log(mass), jnp.zeros((len(mass), 1)), uniforms)
+    return _inverse_cdf(jnp.log(mass), uniforms)
 
 
 def test_a_token_without_mass_is_never_drawn():
