@@ -126,10 +126,13 @@ class KV(NamedTuple):
 
 
 def rms_norm(x, scale, eps: float):
-    """x / rms(x) · scale, rounded in the order of the published models."""
-    x32 = x.astype(jnp.float32)
+    """x / rms(x) · scale, rounded in the order of the published models.
+
+    On one device as a matrix: for [1, T, D] XLA's CPU backend sums the scale's gradient 30 times as slowly.
+    """
+    x32 = (x.reshape(-1, x.shape[-1]) if device_count() == 1 else x).astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * scale
+    return (x32.astype(x.dtype) * scale).reshape(x.shape)
 
 
 @jax.checkpoint  # its inputs are kept for the backward pass anyway, the steps between need not be
