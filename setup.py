@@ -27,8 +27,9 @@ REQUIRES = [
     "pyyaml>=6",
     "rich>=13",
     "tensorboardX>=2.6",
+    "matplotlib>=3.8",
 ]
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "beartype>=0.18", "matplotlib>=3.8"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "beartype>=0.18"]
 
 setup(
     name="grpo_jax",
@@ -41,9 +42,10 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
-        "plot": ["matplotlib>=3.8"],
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
         "test": TEST,
         "torch": ["torch>=2.8"],
-        "bench": ["torch>=2.8", "trl==1.16.0", "datasets>=4", "matplotlib>=3.8"],
+        "bench": ["torch>=2.8", "trl==1.16.0", "datasets>=4"],
     },
 )

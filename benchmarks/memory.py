@@ -69,7 +69,13 @@ def main() -> None:
     parser.add_argument("--target", choices=SLICES, help="compile for such a TPU instead of what is present")
     parser.add_argument("--mesh", type=int, nargs=3, default=(1, 1, 1), metavar=AXES, help="default 1 1 1")
     args = parser.parse_args()
-    shape, devices = shape_of(parser, args), target_devices(args.target)[: math.prod(args.mesh)]
+    shape, present, wanted = shape_of(parser, args), target_devices(args.target), math.prod(args.mesh)
+    if wanted > len(present):
+        parser.error(
+            f"--mesh {args.mesh[0]} {args.mesh[1]} {args.mesh[2]} must multiply to at most the {len(present)} "
+            f"{args.target or 'present'} devices, got {wanted}; lower it, or name a --target"
+        )
+    devices = present[:wanted]
     mesh = Mesh(np.reshape(devices, args.mesh), AXES, axis_types=(AxisType.Auto,) * 3)
     x, first = shape.lengths, None
     print(

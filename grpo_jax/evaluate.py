@@ -26,7 +26,14 @@ from grpo_jax.compiling import watch_compiles
 from grpo_jax.config import ResolvedConfig
 from grpo_jax.console import Console
 from grpo_jax.data import gold_calls
-from grpo_jax.metrics import PhaseTimer, bootstrap_interval, wilson_interval, write_json_atomic
+from grpo_jax.metrics import (
+    EVALUATED,
+    PhaseTimer,
+    bootstrap_interval,
+    interval_text,
+    wilson_interval,
+    write_json_atomic,
+)
 from grpo_jax.models.qwen import Params
 from grpo_jax.rewards import same_answer
 from grpo_jax.rollout import prefill_preamble, run_rollout
@@ -34,7 +41,6 @@ from grpo_jax.sampler import Sampler, Sampling
 from grpo_jax.session import Prompts, Session, load_prompts, open_session
 from grpo_jax.types import Example, Outcome, ToolCall, Trajectory
 
-METRICS = ("response_validity", "exact_answer_match", "tool_call_schema_match")
 NAME_WEIGHT = 0.3
 
 
@@ -165,16 +171,11 @@ def equal_values(a: Any, b: Any) -> bool:
 def compare(console: Console, summaries: dict[str, dict[str, Any]]) -> None:
     """A table of several evaluations, each figure with its 95 % interval."""
     rows = []
-    for metric in METRICS:
-        cells = [_cell(summary, metric) for summary in summaries.values()]
+    for metric in EVALUATED:
+        cells = [interval_text(summary, metric) for summary in summaries.values()]
         rows.append((metric, *cells))
     n = next(iter(summaries.values()))["n"]
     console.table(f"Evaluation on {n} rows", ("metric", *summaries), rows)
-
-
-def _cell(summary: dict[str, Any], metric: str) -> str:
-    value, interval = summary[metric], summary["intervals"][metric]
-    return "-" if value is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
 def run(resolved: ResolvedConfig, console: Console) -> None:

@@ -100,6 +100,27 @@ def k3_kl(logprobs: Float[Array, "B J"], ref_logprobs: Float[Array, "B J"]) -> F
     return jnp.expm1(difference) - difference
 
 
+def entropy_floor(
+    entropies: Float[Array, "*shape"], mask: Bool[Array, "*shape"], share: float
+) -> Float[Array, ""]:
+    """The entropy that the most uncertain `share` of all positions reach: the (1 − share) quantile.
+
+    Args:
+        entropies: nats, of every position of the batch.
+        mask: True where the loss acts.
+        share: of the positions that are to learn, in (0, 1].
+
+    Returns:
+        Nats, linear between two positions; NaN, which nothing reaches, when the mask is empty.
+
+    Source: Wang et al. 2025, "Beyond the 80/20 Rule", arXiv:2506.01939.
+    """
+    ordered = jnp.sort(jnp.where(mask, entropies, jnp.inf).reshape(-1))
+    at = (1 - share) * jnp.maximum(mask.sum() - 1, 0)
+    low, high = (ordered[f(at).astype(jnp.int32)] for f in (jnp.floor, jnp.ceil))
+    return low + (at - jnp.floor(at)) * (high - low)
+
+
 def aggregate(
     per_token: Float[Array, "B J"],
     mask: Bool[Array, "B J"],

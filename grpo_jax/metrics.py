@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grpo_jax.files import write_text_atomic
+from grpo_jax.trackers import open_tracker
 
 if TYPE_CHECKING:  # types imports jax
     from grpo_jax.types import Example, Trajectory
 
+EVALUATED = ("response_validity", "exact_answer_match", "tool_call_schema_match")  # see `evaluate`
 PHASES = ("compile", "cold_start", "rollout", "reward", "update", "evaluate", "save")
 
 
@@ -47,28 +49,28 @@ def plain(value: Any) -> Any:
 
 
 class MetricsWriter:
-    """metrics.jsonl, one object a step, and TensorBoard files when asked.
+    """metrics.jsonl, one object a step, and a tracker when asked.
 
     Args:
         output_dir: folder of the run.
-        report_to: "none" or "tensorboard".
+        report_to: the tracker's name, or "none"; see `trackers`.
         resume_step: updates done at the checkpoint that the run continues from; later
             lines are dropped, since those steps come again. None for a new run.
+        config: options by name, for the tracker.
     """
 
     def __init__(
-        self, output_dir: str | os.PathLike, report_to: str = "none", resume_step: int | None = None
+        self,
+        output_dir: str | os.PathLike,
+        report_to: str = "none",
+        resume_step: int | None = None,
+        config: dict[str, Any] | None = None,
     ):
         self.path = Path(output_dir) / "metrics.jsonl"
         kept = [] if resume_step is None else _lines_up_to(self.path, resume_step)
         write_text_atomic(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = None
-        if report_to == "tensorboard":
-            from tensorboardX import SummaryWriter  # 0.9 s to import
-
-            purge = None if resume_step is None else resume_step + 1
-            self._tensorboard = SummaryWriter(str(Path(output_dir) / "tensorboard"), purge_step=purge)
+        self._tracker = open_tracker(report_to, output_dir, resume_step, config or {})
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Append a step's metrics and flush, so that a kill loses no finished step.
@@ -80,17 +82,14 @@ class MetricsWriter:
         values = plain(metrics)
         self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+        if self._tracker is not None:
+            self._tracker.log(step, {k: float(v) for k, v in values.items() if isinstance(v, int | float)})
 
     def close(self) -> None:
         """Close the files; nothing is lost without it."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
@@ -314,6 +313,12 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def interval_text(summary: dict[str, Any], name: str) -> str:
+    """One of an evaluation's figures with its 95 % interval."""
+    value, interval = summary[name], summary["intervals"][name]
+    return "-" if value is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
 def bootstrap_interval(values: Sequence[float], seed: int, resamples: int = 1000) -> tuple[float, float]:

@@ -40,6 +40,7 @@ from grpo_jax.models.qwen import Params
 from grpo_jax.optimizer import make_schedule
 from grpo_jax.plan import show_plan
 from grpo_jax.prefix_tree import step_batch
+from grpo_jax.report import write_report
 from grpo_jax.rewards import RewardOutcome, call_rewards, joined
 from grpo_jax.rollout import Rollout, ToolLoop, prefill_preamble, run_rollout
 from grpo_jax.sampler import Sampler, Sampling
@@ -73,6 +74,10 @@ LEAVINGS = (
     "base_model",
     "cold_start",
     "tensorboard",
+    "wandb",
+    "mlflow.db",
+    "tracker.json",
+    "report.html",
 )
 
 
@@ -214,6 +219,7 @@ def _train(session: Session, resolved: ResolvedConfig, data: Prompts, summary: d
             )
     if stopped:
         _write_summary(session, summary)
+        hosts.of_first(lambda: write_report(out))
         console.line(f"Stopped after update {int(state.step)}, which is saved. The same command continues.")
         return INTERRUPTED
     _finish(session, sampler, learner, state, evaluation, summary)
@@ -304,7 +310,8 @@ class _Records:
     def __init__(self, config: Config, resume_step: int | None):
         self._files = None
         if hosts.is_first():
-            metrics = MetricsWriter(config.output_dir, config.report_to, resume_step)
+            options = dataclasses.asdict(config)
+            metrics = MetricsWriter(config.output_dir, config.report_to, resume_step, options)
             self._files = metrics, RolloutLog(config.output_dir)
 
     def write(self, step: int, record: dict[str, Any], *rows: Any) -> None:
@@ -430,12 +437,15 @@ def _start(
         config.loss_type,
         config.importance_sampling_level,
         config.max_grpo_completion_length,
+        config.top_entropy_quantile,
     )
     reference = None
     if config.beta:
         reference = frozen.base if frozen else session.load_params(dtype=session.dtype)
     update = make_update(step, optimizer, objective, state, frozen)
-    sizes = () if config.beta else update_sizes(step, plan.P, plan.G)  # with a KL every row has a gradient
+    # with a KL every row has a gradient, and a quantile is one of all rows' tokens
+    all_rows = config.beta or config.top_entropy_quantile < 1
+    sizes = () if all_rows else update_sizes(step, plan.P, plan.G)
     log.debug("Updates of %s prompts", " or ".join(map(str, (plan.P, *sizes))))
     learner = Learner(step, schedule, update, make_score(step), reference, frozen, sizes)
     meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(session.folder.absolute())}
@@ -552,7 +562,9 @@ def _finish(
         summary["after"] = evaluation(sampler.export(learner.params(state)), "Evaluation after")
         compare(session.console, {"before": summary["before"], "after": summary["after"]})
     _write_summary(session, summary)
+    report = hosts.of_first(lambda: write_report(out))
     session.console.line(f"Finished: {int(state.step)} updates; the model is in {out / 'model'}")
+    session.console.line(f"Curves and conversations: {report}")
 
 
 def _write_summary(session: Session, summary: dict[str, Any]) -> None:

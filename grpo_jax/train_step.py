@@ -106,6 +106,10 @@ class ModelStep:
 class GrpoObjective:
     """Clipped surrogate with group-relative advantages, plus β · KL to the reference.
 
+    Below 1, `top_entropy_quantile` is the share of the batch's sampled tokens that the surrogate acts on, those
+    of highest entropy; the KL acts on all, and all are divided by, as in TRL. `entropy_floor` is what they
+    reach; None: what those of this call reach, which is the same where it sees the whole batch.
+
     Source: Shao et al. 2024, "DeepSeekMath", equation 3; `losses` has the formulas.
     """
 
@@ -116,6 +120,8 @@ class GrpoObjective:
     loss_type: str = "dapo"
     importance_sampling_level: str = "token"
     max_completion_length: int = 256
+    top_entropy_quantile: float = 1.0
+    entropy_floor: Array | None = None
 
     def __call__(self, x: Learned, totals: Totals) -> tuple[Array, Metrics]:
         """The micro-batch's share of the loss and of each metric."""
@@ -123,6 +129,11 @@ class GrpoObjective:
         log_ratio = losses.importance_ratio_log(x.logprobs, old, x.mask, self.importance_sampling_level)
         clip = (self.epsilon, self.epsilon_high)
         per_token = losses.clipped_surrogate(log_ratio, x.advantages, *clip, self.delta)
+        if self.top_entropy_quantile < 1:
+            floor = self.entropy_floor
+            if floor is None:
+                floor = losses.entropy_floor(x.entropies, x.mask, self.top_entropy_quantile)
+            per_token = jnp.where(x.entropies >= floor, per_token, 0)
         metrics = losses.clip_fractions(log_ratio, x.advantages, x.mask, *clip, tokens=totals.tokens)
         if self.beta:
             kl = losses.k3_kl(x.logprobs, x.ref_logprobs)
@@ -219,6 +230,13 @@ def make_score(step: ModelStep) -> Callable[[Params, StepBatch], Float[Array, "B
 
 def batch_loss(step: ModelStep, objective: Objective, params: Params, batch: StepBatch):
     """(loss, metrics) of a whole batch; differentiable in params."""
+    chooses = isinstance(objective, GrpoObjective) and objective.top_entropy_quantile < 1
+    if chooses and step.micro_batches > 1:  # no micro-batch knows the others' entropies: a forward pass more
+        seen = _over_micro_batches(
+            step, jax.lax.stop_gradient(params), batch, lambda x, _: (x.entropies, x.mask), stack=True
+        )
+        floor = losses.entropy_floor(*seen, objective.top_entropy_quantile)
+        objective = dataclasses.replace(objective, entropy_floor=floor)
     return _over_micro_batches(step, params, batch, objective, stack=False)
 
 
@@ -259,7 +277,8 @@ def _over_micro_batches(step, params, batch, function, stack):
         return (carry, out) if stack else (_accumulate(carry, out), None)
 
     if stack:
-        return split.together(jax.lax.scan(scan_step, None, (parts, prompt_parts))[1])
+        stacked = jax.lax.scan(scan_step, None, (parts, prompt_parts))[1]
+        return jax.tree.map(split.together, stacked)
     first = jax.tree.map(lambda x: x[0], parts)
     zero = jax.eval_shape(lambda: one(params, kvs, _with_rows(batch, first), prompt_parts[0]))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zero)

@@ -21,7 +21,7 @@ SUPPORTED = (
     # GRPOConfig
     "learning_rate num_generations temperature top_p top_k min_p chat_template_kwargs beta num_iterations "
     "epsilon delta epsilon_high importance_sampling_level reward_weights scale_rewards loss_type "
-    "mask_truncated_completions max_tool_calling_iterations log_completions "
+    "top_entropy_quantile mask_truncated_completions max_tool_calling_iterations log_completions "
     # TrainingArguments
     "output_dir per_device_train_batch_size num_train_epochs max_steps lr_scheduler_type warmup_steps "
     "weight_decay adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps max_grad_norm "
@@ -96,7 +96,7 @@ WARNINGS = {
         "logging_strategy logging_first_step logging_nan_inf_filter logging_dir log_on_each_node "
         "log_level_replica include_num_input_tokens_seen disable_tqdm debug skip_memory_metrics"
     ),
-    "report_to tensorboard writes beside the results; other trackers are not built in": (
+    "a run bears its folder's name; WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME name what it belongs to": (
         "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"
     ),
     "rollouts/ holds every completion; log_completions prints a few": (
@@ -150,7 +150,6 @@ ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
     "sync_ref_model": ((False,), _REFERENCE),
     "ref_model_mixup_alpha": ((0.6,), _REFERENCE),
     "ref_model_sync_steps": ((512,), _REFERENCE),
-    "top_entropy_quantile": ((1,), "every sampled token is learned"),
     "entropy_coef": ((0,), _ENTROPY),
     "use_adaptive_entropy": ((False,), _ENTROPY),
     "entropy_coef_min": ((0,), _ENTROPY),
@@ -191,8 +190,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 # Trackers that TRL knows and that are not built in; metrics.jsonl takes their place.
 OTHER_TRACKERS = (
-    "all azure_ml clearml codecarbon comet_ml dagshub dvclive flyte kubeflow mlflow neptune "
-    "swanlab trackio wandb"
+    "all azure_ml clearml codecarbon comet_ml dagshub dvclive flyte kubeflow neptune swanlab trackio"
 )
 
 

@@ -177,7 +177,7 @@ def test_within_one_source_both_stay_and_the_file_wins_later(tmp_path):
         ("seed: 1\nbeta: [", "c.yaml:3: not YAML: expected the node content, but found '<stream end>'"),
         (
             "report_to: tensorbord",
-            "c.yaml:1: report_to must be one of none, tensorboard, got 'tensorbord'; nearest: tensorboard",
+            "c.yaml:1: report_to must be one of none, tensorboard, wandb, mlflow, got 'tensorbord'; nearest: tensorboard",
         ),
         (
             "use_peft: true\nlora_target_modules: [q_proj, k_prj]",
@@ -342,7 +342,8 @@ def test_required_option_that_is_not_set_is_named():
 # --- names of TRL and the recipe ---
 
 
-def test_original_recipe_runs_as_it_is(tmp_path, caplog):
+def test_original_recipe_runs_as_it_is(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no tracker is installed
     config = parse(text=ORIGINAL, tmp_path=tmp_path).config
     assert config.batch_size(1) == 32
     assert (config.learning_rate, config.max_grpo_completion_length) == (5e-6, 1024)
@@ -354,6 +355,22 @@ def test_original_recipe_runs_as_it_is(tmp_path, caplog):
         ["c.yaml:25:", "report_to"],
     ]
     assert all(record.levelno == logging.WARNING for record in caplog.records)
+
+
+def test_a_tracker_that_is_installed_is_taken(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert parse(text=ORIGINAL, tmp_path=tmp_path).config.report_to == "mlflow"
+    assert not any("report_to" in record.getMessage() for record in caplog.records)
+
+
+def test_a_tracker_whose_package_is_missing_is_named_with_its_extra(caplog, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert parse("--report_to", "wandb").config.report_to == "none"
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "--report_to: report_to wandb has no effect, since its package is not installed; metrics.jsonl holds "
+        'every update; to report, pip install -e ".[wandb]"'
+    )
 
 
 def test_original_launcher_flags_are_named_in_a_warning(caplog):
@@ -427,6 +444,7 @@ def test_defaults_are_those_of_trl():
         "importance_sampling_level": "token",
         "scale_rewards": "group",
         "loss_type": "dapo",
+        "top_entropy_quantile": 1.0,
         "mask_truncated_completions": False,
         "max_tool_calling_iterations": None,
         "log_completions": False,

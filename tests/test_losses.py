@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jaxtyping import TypeCheckError, jaxtyped
 
 from grpo_jax import losses
@@ -25,6 +27,7 @@ clipped_surrogate = checked("clipped_surrogate")
 k3_kl = checked("k3_kl")
 aggregate = checked("aggregate")
 clip_fractions = checked("clip_fractions")
+entropy_floor = checked("entropy_floor")
 
 
 def make_batch(seed=0):
@@ -208,6 +211,20 @@ def test_clip_fractions_count_only_where_the_gradient_is_lost():
         "clip_ratio/high_mean": 1.0,
         "clip_ratio/region_mean": 2.0,
     }
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(st.floats(0, 12, width=32), st.booleans()), min_size=1, max_size=40),
+    st.floats(0.01, 1),
+)
+def test_the_entropy_floor_is_numpys_quantile(positions, share):
+    entropies, mask = (np.array(x)[None] for x in zip(*positions, strict=True))
+    floor = float(entropy_floor(jnp.asarray(entropies, jnp.float32), jnp.asarray(mask), share))
+    if mask.any():
+        assert floor == pytest.approx(np.quantile(entropies[mask], 1 - share), abs=1e-4)
+    else:
+        assert not (entropies >= floor).any()
 
 
 def test_unknown_names_are_refused_with_the_valid_ones():

@@ -131,8 +131,21 @@ def numpy_scores(params, rows, shape):
     return out
 
 
-def numpy_loss(params, rows, batch, advantages=ADVANTAGES):
-    """Clipped surrogate + beta * k3 averaged over all sampled tokens, token by token; and metrics."""
+def numpy_entropies(params, rows, shape):
+    """[B, T2] entropies at the sampled tokens, from flat rows."""
+    out, params = np.zeros(shape), float64(params)
+    for i, row in enumerate(rows):
+        table = numpy_table(params, [*row.prompt_ids, *row.completion_ids])[len(row.prompt_ids) - 1 : -1]
+        out[i, : len(table)] = -(np.exp(table) * table).sum(-1) * row.sampled_mask
+    return out
+
+
+def numpy_loss(params, rows, batch, advantages=ADVANTAGES, learns=None):
+    """Clipped surrogate + beta * k3 averaged over all sampled tokens, token by token; and metrics.
+
+    `learns` [B, T2]: where the surrogate acts; None: everywhere.
+    """
+    learns = np.ones(batch.sampled_mask.shape, bool) if learns is None else learns
     current = numpy_scores(params, rows, batch.completions.shape)
     total, kl, low, high, tokens, gaps = 0.0, 0.0, 0, 0, 0, []
     for i, t in zip(*np.nonzero(batch.sampled_mask), strict=True):
@@ -141,7 +154,7 @@ def numpy_loss(params, rows, batch, advantages=ADVANTAGES):
         clipped = min(max(ratio, 1 - EPSILON), 1 + EPSILON_HIGH)
         difference = float(batch.ref_logprobs[i, t]) - new
         k3 = np.exp(difference) - difference - 1
-        total += -min(ratio * A, clipped * A) + BETA * k3
+        total += -min(ratio * A, clipped * A) * learns[i, t] + BETA * k3
         kl, tokens = kl + k3, tokens + 1
         low, high = low + (A < 0 and ratio < 1 - EPSILON), high + (A > 0 and ratio > 1 + EPSILON_HIGH)
         gaps.append(abs(new - float(batch.sampler_logprobs[i, t])))
@@ -269,12 +282,30 @@ def test_leaving_out_groups_that_teach_nothing_changes_no_gradient(loss_type):
 
 
 def test_entropy_is_that_of_the_sampled_positions():
-    total, params = 0.0, float64(weights())
-    for row in trajectories():
-        table = numpy_table(params, [*row.prompt_ids, *row.completion_ids])
-        table = table[len(row.prompt_ids) - 1 : -1][np.array(row.sampled_mask)]
-        total -= (np.exp(table) * table).sum()
+    total = numpy_entropies(weights(), trajectories(), base().completions.shape).sum()
     assert gradient(base())[1]["entropy"] == pytest.approx(total / base().sampled_mask.sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 8])
+def test_the_surrogate_acts_on_the_tokens_of_highest_entropy(micro_batches):
+    """As TRL: numpy's quantile over all sampled tokens of the batch; the KL and the divisor are those of all."""
+    rows, batch = trajectories(), base()
+    entropies = numpy_entropies(weights(), rows, batch.completions.shape)
+    learns = entropies >= np.quantile(entropies[batch.sampled_mask], 1 - 0.35)
+    assert learns[batch.sampled_mask].sum() == 11  # of 31
+    objective = dataclasses.replace(OBJECTIVE, top_entropy_quantile=0.35)
+    step = model_step(micro_batches)
+    loss_of = jax.jit(jax.value_and_grad(lambda p, batch: batch_loss(step, objective, p, batch)[0]))
+    (loss, grads), params, h = loss_of(weights(), batch), float64(weights()), 1e-5
+    assert float(loss) == pytest.approx(numpy_loss(weights(), rows, batch, learns=learns)[0], rel=1e-4)
+    shifted = []
+    for by in (h, -h):  # the chosen tokens stay the same
+        params["layers"]["mlp"]["down"][1, 20, 4] += by
+        shifted.append(numpy_loss(params, rows, batch, learns=learns)[0])
+        params["layers"]["mlp"]["down"][1, 20, 4] -= by
+    want = (shifted[0] - shifted[1]) / (2 * h)
+    assert abs(want) > 1e-5
+    assert float(grads["layers"]["mlp"]["down"][1, 20, 4]) == pytest.approx(want, rel=2e-3, abs=1e-6)
 
 
 def test_two_updates_are_adamw_by_hand():

@@ -16,6 +16,7 @@ import yaml
 
 from grpo_jax.config.options import GROUPS, OPTIONS, Config, check_option, option_type
 from grpo_jax.files import write_text_atomic
+from grpo_jax.trackers import PACKAGES, is_installed
 from grpo_jax.trl_options import ALIASES, OTHER_TRACKERS, RULINGS
 
 logger = logging.getLogger(__name__)
@@ -135,17 +136,26 @@ def _nearest(name: str, prefix: str = "") -> str:
 
 
 def _built_in_tracker(value: Any, origin: str) -> Any:
-    """report_to as the original writes it, a name or a list, without the trackers we do not have."""
+    """report_to as the original writes it, a name or a list, without the trackers that are not there."""
     names = value if isinstance(value, list) else [value]
-    missing = [name for name in names if name in OTHER_TRACKERS.split()]
-    if missing:
+    foreign = [name for name in names if name in OTHER_TRACKERS.split()]
+    missing = [name for name in names if name in PACKAGES and not is_installed(name)]
+    if foreign:
         logger.warning(
             "%s: report_to %s is not built in; metrics.jsonl holds every update, and `report_to: "
             "tensorboard` adds TensorBoard files",
             origin,
-            ", ".join(missing),
+            ", ".join(foreign),
         )
-    left = [name for name in names if name not in (*missing, "none", None)]
+    for name in missing:
+        logger.warning(
+            "%s: report_to %s has no effect, since its package is not installed; metrics.jsonl holds every "
+            'update; to report, pip install -e ".[%s]"',
+            origin,
+            name,
+            name,
+        )
+    left = [name for name in names if name not in (*foreign, *missing, "none", None)]
     return left[0] if len(left) == 1 else left or "none"
 
 

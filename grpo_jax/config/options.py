@@ -20,6 +20,8 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from grpo_jax.trackers import PACKAGES
+
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, and the test of it
 
 ONE_OR_MORE: Rule = (">= 1", lambda v: v >= 1)
@@ -165,6 +167,9 @@ class Config:
     importance_sampling_level: str = _opt(
         "token", "A ratio per token, or one per sequence.", choices=("token", "sequence")
     )
+    top_entropy_quantile: float = _opt(
+        1.0, "Learn from this share of a batch's sampled tokens, those of highest entropy.", SHARE
+    )
     num_iterations: int = _opt(1, "Updates per batch of completions.", ONE_OR_MORE)
 
     learning_rate: float = _opt(1e-6, "Peak learning rate.", ZERO_OR_MORE)
@@ -219,7 +224,7 @@ class Config:
     )
     logging_steps: int = _opt(10, "Updates between printed lines.", ONE_OR_MORE)
     log_completions: bool = _opt(False, "Print sample conversations at these lines.")
-    report_to: str = _opt("none", "Tracker besides metrics.jsonl.", choices=("none", "tensorboard"))
+    report_to: str = _opt("none", "Tracker besides metrics.jsonl.", choices=("none", *PACKAGES))
     eval_steps: int | None = _opt(
         None, "Updates between evaluations; unset: before and after only.", ONE_OR_MORE
     )

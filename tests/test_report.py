@@ -1,0 +1,134 @@
+"""report.html: what is in it, that it needs nothing else, and that no text of a run becomes markup."""
+
+import html.parser
+import json
+
+import pytest
+
+from grpo_jax.config import Config, write_resolved
+from grpo_jax.report import main, read_run, write_report
+
+EVIL = '<script>alert("&amp;")</script>'
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, attributes and text of a page; unbalanced tags fail."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.text, self._open = [], [], [], []
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [
+            value for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")
+        ]
+        if tag != "meta":
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "meta":
+            assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data.strip())
+
+
+def evaluation(share):
+    figures = {"response_validity": 1.0, "exact_answer_match": share, "tool_call_schema_match": None}
+    intervals = {name: (max(0, (v or 0) - 0.1), min(1, (v or 0) + 0.1)) for name, v in figures.items()}
+    return {**figures, "n": 50, "intervals": intervals}
+
+
+def leave_a_run(folder, steps=12):
+    """What a run of two rewards leaves, with hostile text in its conversations."""
+    (folder / "rollouts").mkdir(parents=True)
+    lines = []
+    for step in range(1, steps + 1):
+        values = {"reward": step / steps, "entropy": None, "grad_norm": 1.0, "status/answered": 0.5}
+        values |= {"status/overlong": 0.0, "rewards/a/mean": 0.1, "rewards/b/mean": 0.2}
+        lines.append(json.dumps({"step": step, **values}))
+        rows = [
+            {
+                "prompt": f"row {i} {EVIL}",
+                "messages": [
+                    {"role": "assistant", "content": EVIL, "tool_calls": [{"function": {"name": "add"}}]},
+                    {"role": "tool", "name": "add", "content": "Sum: 3"},
+                ],
+                "answer": EVIL,
+                "rewards": {"a": i, "b": None},
+                "status": "answered",
+                "advantage": float(i),
+            }
+            for i in (2, 0, 1, 3)
+        ]
+        path = folder / "rollouts" / f"step_{step:06d}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 13, "rew')  # torn by a kill
+    summary = {
+        "before": evaluation(0.25),
+        "after": evaluation(0.75),
+        "timings": {"update": 61.0, "save": 0.01},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    write_resolved(Config(learning_rate=5e-4, system_prompt=EVIL), folder / "resolved_config.yaml")
+
+
+def test_the_page_shows_the_run_and_needs_nothing_else(tmp_path):
+    folder = tmp_path / "a <b> run"
+    leave_a_run(folder)
+    text = write_report(folder).read_text()
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "b"} & set(page.tags)
+    assert all(link.startswith("#") for link in page.links)  # within a picture
+    assert "@import" not in text and "url(http" not in text
+    assert page.tags.count("svg") == 3  # evaluation, curves, time
+    words = page.text
+    assert "a <b> run: 12 updates" in words
+    for shown in ("0.25", "0.75", "0.250 (0.150 to 0.350)", "0.750 (0.650 to 0.850)", "-", "50", "61 s"):
+        assert shown in words
+    for panel in ("gradient norm", "how rows ended, share", "rewards", "reward", "before", "after"):
+        assert panel in words
+    assert "entropy, nats" in words and "KL to the reference, nats" not in words
+    assert "overlong" not in words  # never happened
+    assert "2 options that are not the defaults" in words and "0.0005" in words
+    assert [word for word in words if word.startswith("Update ")] == ["Update 1", "Update 7", "Update 12"]
+    # lowest, middle and highest reward of three updates
+    for i, times in ((0, 3), (1, 0), (2, 3), (3, 3)):
+        assert words.count(f"row {i} {EVIL}") == times
+    assert f'{EVIL}\n{{"name": "add"}}' in words
+
+
+@pytest.mark.parametrize("missing", ["summary.json", "resolved_config.yaml", "rollouts"])
+def test_a_run_that_has_just_begun(missing, tmp_path):
+    leave_a_run(tmp_path / "run")
+    path = tmp_path / "run" / missing
+    if path.is_dir():
+        for file in path.iterdir():
+            file.unlink()
+    else:
+        path.unlink()
+    Page(write_report(tmp_path / "run").read_text())
+
+
+def test_a_run_without_an_update(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert read_run(tmp_path) == ([], {})
+    page = Page(write_report(tmp_path).read_text())
+    assert "No rollouts yet." in page.text
+
+
+def test_the_command_writes_it_and_names_what_is_missing(tmp_path, capsys):
+    leave_a_run(tmp_path / "run")
+    assert main([str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.strip() == (
+        f"error: {tmp_path} holds no metrics.jsonl; name the output_dir of a run"
+    )
