@@ -29,7 +29,7 @@ LENGTHS = Lengths(P=2, G=3, T0=10, T1=4, T2=6)
 EIGHTH = Lengths(P=2, G=3, T0=10, T1=4, T2=2)
 
 CFG = ModelConfig("qwen3", 1024, 128, 384, 2, 4, 2, 32, 1e4, 1e-6, True)
-FULL = Lengths(P=2, G=4, T0=256, T1=64, T2=63)  # each fills its bucket
+FULL = Lengths(P=2, G=4, T0=256, T1=64, T2=64)  # each fills its bucket
 
 
 def test_weights_by_hand():
@@ -78,8 +78,8 @@ def test_least_seconds_are_flop_over_the_rate():
 
 
 def test_temporary_bytes_by_hand():
-    """10 + 8 + 6·7 = 60 tokens: 4·70 + 2·60·(2·(2 + 2) + 4·2) + 8·60·(8 + 8 + 9) + 3·(100 + 1000)."""
-    assert cost.update_bytes(BY_HAND, LENGTHS, 2, 100, 1000) == 280 + 1920 + 12000 + 3300
+    """10 + 8 + 6·6 = 54 tokens: 4·70 + 2·54·(2·(2 + 2) + 4·2) + 8·54·(8 + 8 + 9) + 3·(100 + 1000)."""
+    assert cost.update_bytes(BY_HAND, LENGTHS, 2, 100, 1000) == 280 + 1728 + 10800 + 3300
 
 
 # --- against XLA -------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from grpo_jax.cost import Lengths
 pytestmark = pytest.mark.slow
 
 CFG = ModelConfig("qwen3", 1024, 128, 384, 2, 4, 2, 32, 1e4, 1e-6, True)
-FOUR = Lengths(P=2, G=4, T0=512, T1=64, T2=63)  # each length fills its bucket
+FOUR = Lengths(P=2, G=4, T0=512, T1=64, T2=64)  # each length fills its bucket
 EIGHT = dataclasses.replace(FOUR, G=8)
 SLACK = 1.06  # softmax, norms, drawing a token
 BLOCK = 4 << 20  # bytes of attention scores: smaller than all of these shapes', else it would grow with them

@@ -31,6 +31,7 @@ LEAVINGS = {
     "checkpoints",
     "model",
     "summary.json",
+    "report.html",
     "base_model",
     "cold_start",
 }
