@@ -77,8 +77,13 @@ def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     metrics, summary = folder / "metrics.jsonl", folder / "summary.json"
     if not metrics.is_file():
         raise FileNotFoundError(f"{folder} holds no metrics.jsonl; name the output_dir of a run")
-    whole = [line for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return list(map(json.loads, whole)), json.loads(summary.read_text()) if summary.is_file() else {}
+    return _read_jsonl(metrics), json.loads(summary.read_text()) if summary.is_file() else {}
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every whole line; the last may be torn by a kill. Only a line feed ends one: texts hold other separators."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 # --- pictures ---
@@ -196,7 +201,7 @@ def _conversations(folder: Path) -> list[str]:
     files = sorted(folder.glob("step_*.jsonl"))
     parts = []
     for i in sorted({0, len(files) // 2, len(files) - 1}) if files else ():
-        rows = [json.loads(line) for line in files[i].read_text(encoding="utf-8").splitlines()]
+        rows = _read_jsonl(files[i])
         rows.sort(key=lambda row: sum(value or 0 for value in row["rewards"].values()))
         parts.append(f"<h3>Update {int(files[i].stem.removeprefix('step_'))}</h3>")
         parts += [_conversation(rows[j]) for j in sorted({0, len(rows) // 2, len(rows) - 1})]

@@ -111,7 +111,9 @@ class _MLflow:
         run = _known_run(folder, "mlflow", resume_step)
         if run is None:
             run = self._client.create_run(self._experiment(), run_name=folder.name).info.run_id
-            self._client.log_batch(run, params=[Param(name, str(value)) for name, value in config.items()])
+            params = [Param(name, str(value)) for name, value in config.items()]
+            for i in range(0, len(params), 100):  # as many as MLflow takes at once
+                self._client.log_batch(run, params=params[i : i + 100])
             _remember_run(folder, "mlflow", run)
         self._run = run
 

@@ -8,7 +8,7 @@ import pytest
 from grpo_jax.config import Config, write_resolved
 from grpo_jax.report import main, read_run, write_report
 
-EVIL = '<script>alert("&amp;")</script>'
+EVIL = '<script>alert("&amp;")</script>\u2028\x85end'  # separators that end no line of JSONL
 
 
 class Page(html.parser.HTMLParser):
@@ -69,7 +69,7 @@ def leave_a_run(folder, steps=12):
             for i in (2, 0, 1, 3)
         ]
         path = folder / "rollouts" / f"step_{step:06d}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 13, "rew')  # torn by a kill
     summary = {
         "before": evaluation(0.25),
