@@ -186,8 +186,8 @@ def activation_bytes(
     Values a token, in fp32. Without `remat` every layer keeps 6D + 8NH + 8KH + 3F: norms, projections before
     and after their norm and rotation, the MLP. With it `kept_bytes` are kept, and the backward pass makes
     the others again: 2D + 2NH + 4KH + 2F wait for their turn (2F only where the MLP takes all tokens at once).
-    It takes the shared levels and the completions one after the other, first through the MLP (8D + 6NH + 8KH +
-    7F; in blocks 16D + 6NH + 8KH, 7F for a block, twice its weights' gradients), then through attention (8D +
+    It takes the shared levels and the completions one after the other, first through the MLP (6D + 6NH + 8KH +
+    7F; in blocks 14D + 6NH + 8KH, 7F for a block, twice its weights' gradients), then through attention (6D +
     12NH + 12KH, and blocks of scores). The numbers are read off XLA's buffers on a CPU: tests/test_plan.py
     compares.
 
@@ -210,10 +210,10 @@ def activation_bytes(
         kept = 4 * cfg.L * (6 * cfg.D + 8 * queries + 8 * keys + 3 * mlp) * (shared + rows)
         waiting = 0
         mlp_tokens = math.inf
-    through_mlp = 4 * ((8 * cfg.D + 6 * queries + 8 * keys) * level + 7 * mlp * min(level, mlp_tokens))
+    through_mlp = 4 * ((6 * cfg.D + 6 * queries + 8 * keys) * level + 7 * mlp * min(level, mlp_tokens))
     if level > mlp_tokens:
         through_mlp += 4 * (8 * cfg.D * level + 2 * 3 * cfg.D * mlp)
-    through_attention = 4 * (8 * cfg.D + 12 * queries + 12 * keys) * level + score_bytes
+    through_attention = 4 * (6 * cfg.D + 12 * queries + 12 * keys) * level + score_bytes
     return kept, waiting + max(through_mlp, through_attention)
 
 

@@ -273,6 +273,8 @@ def _rollout_bytes(
     decode = 3 * logits + cache("rows_kv", few, x.T1 + budget + 1)
     if layout.mesh.size > 1:  # rows stay a dimension there, for which one layer's are laid out anew
         decode += sum(caches.values()) / model.L
+    elif on_cpu:  # the trunk's keys are turned
+        decode += (caches["preamble_cache"] + caches["prompts_cache"]) / 2
     return caches | {"decode": decode}
 
 

@@ -251,7 +251,7 @@ def _decode(step, sizes, layout, trunk, cache, keys, live, remaining, stop_at, b
         go_on = functools.partial(step, tuple(of_rows), keys[rows], remaining[rows])
         return _put(state, rows, _while_above(until, go_on, _take(state, rows, layout)), layout)
 
-    if target.on_cpu():
+    if target.on_cpu() and target.device_count() == 1:
         trunk, step = _turned_once(trunk), functools.partial(_with_turned, step)
     first, *ends = (jnp.maximum(fewer, stop_at) for fewer in (*sizes[1:], 0))
     state = _while_above(first, functools.partial(step, trunk, keys, remaining), state)

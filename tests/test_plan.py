@@ -82,8 +82,8 @@ def test_bytes_by_hand():
     assert x.head == 3 * 64 * 5 * 4 + 2 * 10 * 2
     # 112 tokens of 2 layers · (2 + 2) bf16 values and 2 in fp32
     assert x.kept_activations == 112 * 2 * (4 * 2 + 2 * 4)
-    # 18 values of 48 shared tokens, 52 of the completions' 64, four blocks of 2 heads' scores
-    assert x.working_set == 4 * (18 * 48 + 52 * 64 + 4 * 2 * 64 * 16)
+    # 18 values of 48 shared tokens, 48 of the completions' 64, four blocks of 2 heads' scores
+    assert x.working_set == 4 * (18 * 48 + 48 * 64 + 4 * 2 * 64 * 16)
     assert x.update == 336 + 672 + 336 + 3584 + x.working_set
     assert x.rollout == 336 + 672 + 168 + 128 + 256 + 512 + 240
 
@@ -98,10 +98,13 @@ def test_an_evaluation_has_a_prompt_a_row():
 
 
 def test_decode_on_a_cpu_holds_the_rows_that_go_on_twice():
-    """Half of the rows, two, with 16 slots of a prompt and 129 of their own, at 16 bytes in fp32."""
+    """Half of the rows, two, with 16 slots of a prompt and 129 of their own, at 16 bytes in fp32.
+
+    The keys of the trunk's 48 slots, at 8 bytes, are there twice as well.
+    """
     x = plan("cpu", max_grpo_completion_length=128).bytes
-    assert x.decode == 240 + 2 * (16 + 129) * 16
-    assert plan("cpu", max_grpo_completion_length=127).bytes.decode == 240
+    assert x.decode == 240 + 48 * 8 + 2 * (16 + 129) * 16
+    assert plan("cpu", max_grpo_completion_length=127).bytes.decode == 240 + 48 * 8
 
 
 def test_jax_takes_a_share_of_a_gpu(monkeypatch):
