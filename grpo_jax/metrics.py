@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grpo_jax.files import write_text_atomic
+from grpo_jax.files import whole_lines, write_text_atomic
 from grpo_jax.trackers import open_tracker
 
 if TYPE_CHECKING:  # types imports jax
@@ -33,6 +33,12 @@ PHASES = ("compile", "cold_start", "rollout", "reward", "update", "evaluate", "s
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
     """Write an object as indented JSON, whole or not at all; see `plain`."""
     write_text_atomic(path, json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_summary(output_dir: str | os.PathLike) -> dict[str, Any]:
+    """summary.json of a run; empty before its first evaluation."""
+    path = Path(output_dir) / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def plain(value: Any) -> Any:
@@ -94,11 +100,8 @@ class MetricsWriter:
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
     """The lines of steps up to `step`; a last line torn by a kill counts as later."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("}\n")]
-    return [line for line in whole if json.loads(line)["step"] <= step]
+    lines = whole_lines(path) if path.exists() else []
+    return [line for line in lines if json.loads(line)["step"] <= step]
 
 
 class RolloutLog:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from grpo_jax.config import Config
-from grpo_jax.files import write_text_atomic
-from grpo_jax.metrics import EVALUATED, interval_text
+from grpo_jax.files import whole_lines, write_text_atomic
+from grpo_jax.metrics import EVALUATED, interval_text, read_summary
 
 WINDOW = 10  # updates of a running mean
 WIDTH = 10.0  # inches of a picture
@@ -60,7 +61,7 @@ def write_report(output_dir: str | Path) -> Path:
     parts = [f"<h1>{title}</h1>", _options(folder / "resolved_config.yaml")]
     if summary.get("after") or summary.get("before"):
         parts += ["<h2>Evaluation</h2>", _evaluation(summary)]
-    parts += ["<h2>Training</h2>", _svg(_curves(lines, summary))]
+    parts += ["<h2>Training</h2>", _svg(_curves(lines))]
     if "timings" in summary:
         parts += ["<h2>Time</h2>", _svg(_times(summary["timings"]))]
     parts += ["<h2>Conversations</h2>", *_conversations(folder / "rollouts")]
@@ -74,16 +75,10 @@ def write_report(output_dir: str | Path) -> Path:
 
 def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(metrics.jsonl's lines, summary.json) of a run; the summary is empty before the first evaluation."""
-    metrics, summary = folder / "metrics.jsonl", folder / "summary.json"
+    metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise FileNotFoundError(f"{folder} holds no metrics.jsonl; name the output_dir of a run")
-    return _read_jsonl(metrics), json.loads(summary.read_text()) if summary.is_file() else {}
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; the last may be torn by a kill. Only a line feed ends one: texts hold other separators."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return list(map(json.loads, whole_lines(metrics))), read_summary(folder)
 
 
 # --- pictures ---
@@ -114,7 +109,7 @@ def draw_figure(axes, summary: dict[str, Any], figure: str) -> None:
     axes.set(xticks=(0, 1), xticklabels=("before", "after"), xlim=(-0.6, 1.6), ylim=(0, 1.05), title=figure)
 
 
-def _curves(lines, summary):
+def _curves(lines):
     names = {key for line in lines for key in line}
     panels = {title: [m for m in metrics if m in names] for title, metrics in PANELS.items()}
     means = sorted(n for n in names if n.startswith("rewards/") and n.endswith("/mean"))
@@ -188,8 +183,6 @@ def _options(path: Path) -> str:
     """The options that are not the defaults."""
     if not path.is_file():
         return ""
-    import yaml
-
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     default = Config()
     changed = [(k, json.dumps(v)) for k, v in given.items() if v != getattr(default, k, None)]
@@ -201,7 +194,7 @@ def _conversations(folder: Path) -> list[str]:
     files = sorted(folder.glob("step_*.jsonl"))
     parts = []
     for i in sorted({0, len(files) // 2, len(files) - 1}) if files else ():
-        rows = _read_jsonl(files[i])
+        rows = list(map(json.loads, whole_lines(files[i])))
         rows.sort(key=lambda row: sum(value or 0 for value in row["rewards"].values()))
         parts.append(f"<h3>Update {int(files[i].stem.removeprefix('step_'))}</h3>")
         parts += [_conversation(rows[j]) for j in sorted({0, len(rows) // 2, len(rows) - 1})]

@@ -14,11 +14,8 @@ from typing import Any, Protocol
 
 from grpo_jax.files import write_text_atomic
 
-PACKAGES = {
-    "tensorboard": "tensorboardX",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-}  # by the names of `report_to`
+# by the names of `report_to`
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 RUN_FILE = "tracker.json"  # which of a server's runs the folder belongs to
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -34,7 +33,14 @@ from grpo_jax.config import Config, ResolvedConfig, write_resolved
 from grpo_jax.console import Console
 from grpo_jax.data import Cursor, next_batch
 from grpo_jax.evaluate import compare, evaluate, greedy_sampler
-from grpo_jax.metrics import MetricsWriter, PhaseTimer, RolloutLog, trajectory_metrics, write_json_atomic
+from grpo_jax.metrics import (
+    MetricsWriter,
+    PhaseTimer,
+    RolloutLog,
+    read_summary,
+    trajectory_metrics,
+    write_json_atomic,
+)
 from grpo_jax.models.lora import Frozen, join
 from grpo_jax.models.qwen import Params
 from grpo_jax.optimizer import make_schedule
@@ -163,7 +169,7 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
     out = Path(config.output_dir)
     if config.overwrite_output_dir:
         hosts.of_first(lambda: _start_over(out))
-    summary = hosts.of_first(lambda: _read_summary(out))
+    summary = hosts.of_first(lambda: read_summary(out))
     if "after" in summary:
         console.line(
             f"The run in {out} is finished (summary.json, model/). "
@@ -570,11 +576,6 @@ def _finish(
 def _write_summary(session: Session, summary: dict[str, Any]) -> None:
     path = Path(session.config.output_dir) / "summary.json"
     hosts.of_first(lambda: write_json_atomic(path, {**summary, "timings": session.timer.seconds}))
-
-
-def _read_summary(out: Path) -> dict[str, Any]:
-    path = out / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _start_over(out: Path) -> None:

@@ -114,7 +114,14 @@ def test_a_run_that_has_just_begun(missing, tmp_path):
             file.unlink()
     else:
         path.unlink()
-    Page(write_report(tmp_path / "run").read_text())
+    words = Page(write_report(tmp_path / "run").read_text()).text
+    shown = {
+        "summary.json": "Evaluation" in words and "Time" in words,
+        "resolved_config.yaml": "2 options that are not the defaults" in words,
+        "rollouts": "Update 1" in words and "No rollouts yet." not in words,
+    }
+    assert shown == {name: name != missing for name in shown}
+    assert "run: 12 updates" in words and "gradient norm" in words
 
 
 def test_a_run_without_an_update(tmp_path):
