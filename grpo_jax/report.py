@@ -204,9 +204,11 @@ def _conversations(folder: Path) -> list[str]:
 def _conversation(row: dict[str, Any]) -> str:
     said = [("user", row["prompt"])]
     for message in row["messages"]:
-        text = message.get("content") or ""
-        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or ()]
-        said.append((message["role"], "\n".join([text, *calls]).strip()))
+        parts = [message.get("reasoning_content"), message.get("content")]
+        parts += [
+            json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or ()
+        ]
+        said.append((message["role"], "\n".join(part for part in parts if part)))
     said += [("answer", row["answer"]), ("status", row["status"]), ("advantage", f"{row['advantage']:+.3f}")]
     rewards = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
     table = "".join(

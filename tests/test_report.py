@@ -58,7 +58,12 @@ def leave_a_run(folder, steps=12):
             {
                 "prompt": f"row {i} {EVIL}",
                 "messages": [
-                    {"role": "assistant", "content": EVIL, "tool_calls": [{"function": {"name": "add"}}]},
+                    {
+                        "role": "assistant",
+                        "reasoning_content": "one and two",
+                        "content": EVIL,
+                        "tool_calls": [{"function": {"name": "add"}}],
+                    },
                     {"role": "tool", "name": "add", "content": "Sum: 3"},
                 ],
                 "answer": EVIL,
@@ -102,7 +107,7 @@ def test_the_page_shows_the_run_and_needs_nothing_else(tmp_path):
     # lowest, middle and highest reward of three updates
     for i, times in ((0, 3), (1, 0), (2, 3), (3, 3)):
         assert words.count(f"row {i} {EVIL}") == times
-    assert f'{EVIL}\n{{"name": "add"}}' in words
+    assert f'one and two\n{EVIL}\n{{"name": "add"}}' in words
 
 
 @pytest.mark.parametrize("missing", ["summary.json", "resolved_config.yaml", "rollouts"])
