@@ -44,8 +44,8 @@ def token_logprobs(
         head: output head, or the tied embedding table.
         targets: the tokens whose log-probability is asked for.
         temperature: of the sampling distribution.
-        logits_bytes: upper bound for one block of fp32 logits; None means 16 MB on a CPU,
-            which stay in its cache, and 256 MB elsewhere.
+        logits_bytes: what one block of fp32 logits should stay under, by half more where that cuts
+            V evenly; None means 16 MB on a CPU, which stay in its cache, and 256 MB elsewhere.
         shards: equal parts that V is sharded into; every block takes its share of each.
         constrain: sharding constraint by kind ("head_hidden", "head", "head_blocks", "logits_block").
 
@@ -87,24 +87,37 @@ class _Blocks(NamedTuple):
 
     @classmethod
     def of(cls, V: int, shards: int, limit: int, constrain):
-        """The fewest even blocks of at most `limit` rows; where none is near, the last is padded."""
+        """The fewest even blocks of at most `limit` rows, or of half as many more; else the last is padded.
+
+        Padding costs a copy of the head and a pass more over every block.
+        """
         local = V // shards
         limit = max(1, min(local, limit // shards))
         fewest = -(-local // limit)
-        even = next((n for n in range(fewest, 2 * fewest) if local % n == 0), fewest)
+        counts = (*range(fewest, 2 * fewest), *range(fewest - 1, 2 * fewest // 3, -1))
+        even = next((n for n in counts if local % n == 0), fewest)
         return cls(V, shards, even, -(-local // even), constrain)
 
     def cut(self, head_VD):
-        """[V, D] -> [count, shards, width, D]; a shard's rows stay on their device."""
-        x = head_VD.reshape(self.shards, -1, head_VD.shape[1])
+        """[V, D] -> [count, shards · width, D]; a shard's rows stay on their device.
+
+        Shards are no dimension of their own: of a single one a CPU would make a copy of the whole head.
+        """
+        D = head_VD.shape[1]
+        x = head_VD.reshape(self.shards, -1, D)
         x = jnp.pad(x, ((0, 0), (0, self.count * self.width - x.shape[1]), (0, 0)))
-        x = x.reshape(self.shards, self.count, self.width, -1).swapaxes(0, 1)
-        return self.constrain(x, "head_blocks")
+        x = x.reshape(self.shards, self.count, self.width, D).swapaxes(0, 1)
+        return self.constrain(x.reshape(self.count, -1, D), "head_blocks")
 
     def join(self, blocks):
         """The inverse of `cut`."""
-        x = blocks.swapaxes(0, 1).reshape(self.shards, self.count * self.width, -1)
+        x = blocks.reshape(self.count, self.shards, self.width, -1).swapaxes(0, 1)
+        x = x.reshape(self.shards, self.count * self.width, -1)
         return x[:, : self.V // self.shards].reshape(self.V, -1)
+
+    def by_shard(self, block):
+        """[shards · width, D] -> [shards, width, D]."""
+        return block.reshape(self.shards, self.width, -1)
 
     def tokens(self, block):
         """[shards, width, 1] token ids of a block; V where a row is padding."""
@@ -142,7 +155,7 @@ def _forward(hidden_RD, head_VD, targets_R, temperature, plan):
     def step(carry, x):
         peak, total, weighted, target = carry
         tokens = plan.tokens(x[1])
-        logits = plan.logits(x[0], hidden_DR, tokens, temperature)
+        logits = plan.logits(plan.by_shard(x[0]), hidden_DR, tokens, temperature)
         target = target + plan.of_targets(logits, targets_R, x[1])
         new_peak = jnp.maximum(peak, logits.max((0, 1)))
         mass, shrink = jnp.exp(logits - new_peak), jnp.exp(peak - new_peak)
@@ -162,12 +175,13 @@ def _backward(temperature, plan, residuals, cotangents):
     hidden_DR, scaled = hidden_RD.T, cotangents[0] / temperature
 
     def step(d_hidden_DR, x):
-        tokens = plan.tokens(x[1])
-        logits = plan.logits(x[0], hidden_DR, tokens, temperature)
+        block, tokens = plan.by_shard(x[0]), plan.tokens(x[1])
+        logits = plan.logits(block, hidden_DR, tokens, temperature)
         d_logits = (jnp.where(tokens == targets_R, 1.0, 0.0) - jnp.exp(logits - log_z)) * scaled
         d_logits = d_logits.astype(hidden_RD.dtype)
-        d_hidden_DR = d_hidden_DR + dot_fp32("swd,swr->dr", x[0], d_logits)
-        return d_hidden_DR, dot_fp32("swr,rd->swd", d_logits, hidden_RD).astype(head_VD.dtype)
+        d_hidden_DR = d_hidden_DR + dot_fp32("swd,swr->dr", block, d_logits)
+        d_block = dot_fp32("swr,rd->swd", d_logits, hidden_RD).astype(head_VD.dtype)
+        return d_hidden_DR, d_block.reshape(x[0].shape)
 
     zeros = jnp.zeros(hidden_DR.shape, jnp.float32)
     d_hidden_DR, d_head = jax.lax.scan(step, zeros, (plan.cut(head_VD), jnp.arange(plan.count)))

@@ -305,8 +305,8 @@ def _activation_bytes(model, x, sizes, parts, item, remat, on_cpu):
 def _head_bytes(layout, model, x, parts, item, cast, on_cpu):
     """Three arrays of the size of a block of logits, and copies of the head.
 
-    The loop over blocks reads a copy of the head in the run's dtype. A cast adds the gradient in that dtype,
-    blocks that do not divide the vocabulary a padded one.
+    One place holds the gradient of the embedding's lookups and then AdamW's step. A cast adds the head in the
+    run's dtype, blocks that do not divide the vocabulary a padded one.
     """
     shards, positions = layout.head_shards(model.V), x.B * x.T2 // parts
     held = math.prod(layout.shard_shape((shards, model.V // shards, positions), "logits_block"))

@@ -64,7 +64,7 @@ ACTIVATIONS = {
     "embedding": ((STAY, None), (STAY, None)),  # [V, D]
     "head": ((STAY, None), (STAY, None)),  # [V, D]
     "head_hidden": (("data", None, None), ("data", None, None)),  # [B, J, D], gathered over fsdp
-    "head_blocks": ((None, STAY, None, None), (None, STAY, None, None)),  # [blocks, shards, V/…, D]
+    "head_blocks": ((None, STAY, None), (None, STAY, None)),  # [blocks, V/…, D], a part of every shard
     "logits_block": ((STAY, None, "data"), (STAY, None, "data")),  # [shards, V/…, B·J]
     "decode_logits": (("data", STAY), ("data", STAY)),  # [B, V]
 }

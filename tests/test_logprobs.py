@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from tracing import largest_array, temporary_bytes
 
-from grpo_jax.logprobs import first_positions, token_logprobs
+from grpo_jax.logprobs import _Blocks, first_positions, token_logprobs
 
 B, J, D, V = 2, 7, 5, 11
 BLOCKS = [1, 2, 3, 4, 11]  # rows of the head per block; 2, 3 and 4 leave a rest
@@ -161,6 +161,28 @@ def test_memory_is_that_of_one_chunk():
     """A chunk of logits is 1 MB, all of them are 8 MB; the head's gradient is 0.25 MB."""
     assert temporary_bytes(eighth_of_the_vocabulary, *large()) < 4 << 20
     assert temporary_bytes(whole_vocabulary, *large()) >= 8 << 20
+
+
+def test_the_head_is_not_copied():
+    """64 positions of width 64, a head of 65,536 rows: 16 MB, its blocks of logits 1 MB."""
+    args = jnp.ones((1, 64, 64)), jnp.ones((65536, 64)), jnp.zeros((1, 64), jnp.int32)
+
+    def blockwise(*args):
+        return token_logprobs(*args, logits_bytes=1 << 20)[0]
+
+    # as it is optimised outside the suite
+    options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    assert temporary_bytes(functools.partial(value_and_gradients, blockwise), *args, **options) < 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("V", "limit", "count", "width"),
+    [(24, 5, 6, 4), (151936, 817, 128, 1187), (26, 5, 6, 5)],
+    ids=["smaller ones divide", "larger ones by less than half do", "none near does: 4 rows of padding"],
+)
+def test_blocks_divide_the_vocabulary_where_they_can(V, limit, count, width):
+    plan = _Blocks.of(V, 1, limit, None)
+    assert (plan.count, plan.width) == (count, width)
 
 
 def test_first_positions_by_hand():

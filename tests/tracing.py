@@ -12,9 +12,10 @@ def largest_array(function, *args) -> int:
     return max(v.aval.size for eqn in _equations(jax.make_jaxpr(function)(*args).jaxpr) for v in eqn.outvars)
 
 
-def temporary_bytes(function, *args) -> int:
+def temporary_bytes(function, *args, **compiler_options) -> int:
     """XLA's own count of the memory that the compiled function needs beside arguments and results."""
-    return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    compiled = jax.jit(function).lower(*args).compile(compiler_options)
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def _equations(jaxpr) -> Iterator:
