@@ -70,10 +70,10 @@ def logits_block_bytes(on_cpu: bool) -> int:
     return (16 if on_cpu else 256) << 20
 
 
-def pads_head(V: int, shards: int, positions: int, on_cpu: bool) -> bool:
-    """Whether `token_logprobs` pads the head, since no number of blocks divides it."""
+def head_blocks(V: int, shards: int, positions: int, on_cpu: bool) -> tuple[int, bool]:
+    """Rows of a shard in one block of `token_logprobs`, and whether the head is padded to whole blocks."""
     plan = _Blocks.of(V, shards, max(1, logits_block_bytes(on_cpu) // (4 * positions)), None)
-    return plan.shards * plan.count * plan.width != V
+    return plan.width, plan.shards * plan.count * plan.width != V
 
 
 class _Blocks(NamedTuple):

@@ -20,7 +20,7 @@ from grpo_jax.attention import score_block_bytes
 from grpo_jax.config import Config
 from grpo_jax.config.options import compute_dtype
 from grpo_jax.console import Console
-from grpo_jax.logprobs import logits_block_bytes, pads_head
+from grpo_jax.logprobs import head_blocks
 from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import MLP_TOKENS, ModelConfig, abstract_params
 from grpo_jax.plan_inputs import (
@@ -309,9 +309,9 @@ def _head_bytes(layout, model, x, parts, item, cast, on_cpu):
     run's dtype, blocks that do not divide the vocabulary a padded one.
     """
     shards, positions = layout.head_shards(model.V), x.B * x.T2 // parts
-    held = math.prod(layout.shard_shape((shards, model.V // shards, positions), "logits_block"))
-    logits = min(4 * held, logits_block_bytes(on_cpu) / (shards * layout.mesh.shape["data"]))
-    copies = 1 + cast + pads_head(model.V, shards, positions, on_cpu)
+    width, padded = head_blocks(model.V, shards, positions, on_cpu)
+    logits = 4 * math.prod(layout.shard_shape((shards, width, positions), "logits_block"))
+    copies = 1 + cast + padded
     return 3 * logits + copies * item * model.V * model.D / shards
 
 
