@@ -20,7 +20,7 @@ from typing import Any
 
 from job import Shape, random_prompts, random_weights
 
-from grpo_jax.models import hf_checkpoint
+from grpo_jax.models import hf
 from grpo_jax.models.qwen import SUPPORTED, ModelConfig
 
 CHILD = Path(__file__).with_name("trl_step.py")
@@ -95,7 +95,7 @@ def write_job(folder: Path, shape: Shape, options: TrlOptions) -> None:
     source = folder / "source"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(hf_config(shape.cfg)))
-    hf_checkpoint.save_model(folder / "model", random_weights(shape.cfg), shape.cfg, source)
+    hf.save_model(folder / "model", random_weights(shape.cfg), shape.cfg, source)
     job = {
         "prompts": random_prompts(shape.lengths),
         "generations": shape.lengths.G,

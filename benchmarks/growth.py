@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from job import Shape, ToolTurns, make_job, narrow
 from step import RunningStep, timed
 
-from grpo_jax.cost import Lengths
+from grpo_jax.models.cost import Lengths
 
 TURN = 32  # tokens that are sampled in a turn, and tokens of a tool response
 BASE = Shape(narrow(4096), Lengths(P=4, G=8, T0=1500, T1=20, T2=64), remat=False)

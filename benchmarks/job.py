@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax.config import options
-from grpo_jax.cost import Lengths
+from grpo_jax.models.cost import Lengths
 from grpo_jax.models.qwen import Level, ModelConfig, Params, init_params
-from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.prefix_tree import Tree, make_tree, response_bucket, step_batch, trunk_arrays
-from grpo_jax.sampler import Sampler, Sampling, Turn, make_sampler, row_keys
-from grpo_jax.sharding import Layout, make_mesh
-from grpo_jax.train_step import (
+from grpo_jax.models.sharding import Layout, make_mesh
+from grpo_jax.rollout.sampler import Sampler, Sampling, Turn, make_sampler, row_keys
+from grpo_jax.run import options
+from grpo_jax.types import Status, StepBatch, TrainState, Trajectory
+from grpo_jax.update.batch import Tree, make_tree, response_bucket, step_batch, trunk_arrays
+from grpo_jax.update.optimizer import make_optimizer, make_schedule
+from grpo_jax.update.update import (
     GrpoObjective,
     ModelStep,
     batch_shardings,
@@ -31,7 +32,6 @@ from grpo_jax.train_step import (
     make_update,
     place_batch,
 )
-from grpo_jax.types import Status, StepBatch, TrainState, Trajectory
 
 VOCABULARY = 151_936  # rows of the published embedding tables
 

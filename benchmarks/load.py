@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from grpo_jax.models.hf_checkpoint import entries, load_params, read_config, stored_tensors
+from grpo_jax.models.hf import entries, load_params, read_config, stored_tensors
 from grpo_jax.models.qwen import ModelConfig, abstract_params
-from grpo_jax.sharding import Layout, make_mesh
+from grpo_jax.models.sharding import Layout, make_mesh
 
 QWEN25_HALF_B = {
     "model_type": "qwen2",

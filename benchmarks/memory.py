@@ -24,9 +24,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from job import Shape, abstract_batch, add_shape_options, make_job, shape_of
 
-from grpo_jax.cost import weights
-from grpo_jax.sharding import AXES
-from grpo_jax.target import compiling_for
+from grpo_jax.models.cost import weights
+from grpo_jax.models.sharding import AXES
+from grpo_jax.models.target import compiling_for
 
 GB = 1e9
 SLICES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}  # eight devices each

@@ -32,8 +32,8 @@ import jax
 import jax.numpy as jnp
 from job import Job, Shape, add_shape_options, compute_dtype, decode, make_batch, make_job, prefill, shape_of
 
-from grpo_jax.cost import Machine, least_decode, least_prefill, least_update, prefill_flop, update_flop
-from grpo_jax.rewards import call_rewards, load_rewards
+from grpo_jax.models.cost import Machine, least_decode, least_prefill, least_update, prefill_flop, update_flop
+from grpo_jax.scoring.rewards import call_rewards, load_rewards
 from grpo_jax.tools import ToolRunner, load_tools
 from grpo_jax.types import ToolCall
 

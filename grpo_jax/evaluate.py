@@ -21,12 +21,16 @@ from typing import Any
 import numpy as np
 
 from grpo_jax import hosts
-from grpo_jax.command import run_command
-from grpo_jax.compiling import watch_compiles
-from grpo_jax.config import ResolvedConfig
-from grpo_jax.console import Console
-from grpo_jax.data import gold_calls
-from grpo_jax.metrics import (
+from grpo_jax.data.rows import gold_calls
+from grpo_jax.models.qwen import Params
+from grpo_jax.rollout.loop import prefill_preamble, run_rollout
+from grpo_jax.rollout.sampler import Sampler, Sampling
+from grpo_jax.run.command import run_command
+from grpo_jax.run.compiling import watch_compiles
+from grpo_jax.run.config import ResolvedConfig
+from grpo_jax.run.console import Console
+from grpo_jax.run.job import Prompts, Session, load_prompts, open_session
+from grpo_jax.run.log import (
     EVALUATED,
     PhaseTimer,
     bootstrap_interval,
@@ -34,11 +38,7 @@ from grpo_jax.metrics import (
     wilson_interval,
     write_json_atomic,
 )
-from grpo_jax.models.qwen import Params
-from grpo_jax.rewards import same_answer
-from grpo_jax.rollout import prefill_preamble, run_rollout
-from grpo_jax.sampler import Sampler, Sampling
-from grpo_jax.session import Prompts, Session, load_prompts, open_session
+from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.types import Example, Outcome, ToolCall, Trajectory
 
 NAME_WEIGHT = 0.3

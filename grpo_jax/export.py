@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jax
 
-from grpo_jax.checkpoint import Checkpoints, is_step_folder
-from grpo_jax.config.options import check_option
-from grpo_jax.models import hf_checkpoint
-from grpo_jax.models.peft_folder import save_adapter
-from grpo_jax.weights import restore_adapters, restore_weights
+from grpo_jax.models import hf
+from grpo_jax.models.peft import save_adapter
+from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
+from grpo_jax.run.options import check_option
+from grpo_jax.run.weights import restore_adapters, restore_weights
 
 
 def export(run: Path, step: str, folder: Path | None, max_shard_size: str, adapter: bool = False) -> Path:
@@ -45,9 +45,7 @@ def export(run: Path, step: str, folder: Path | None, max_shard_size: str, adapt
         else:
             source = Path(meta["source"])
             params = restore_weights(checkpoints, number, _on_one_device, meta.get("param_dtype", "float32"))
-            hf_checkpoint.save_model(
-                folder, params, hf_checkpoint.read_config(source), source, max_shard_size
-            )
+            hf.save_model(folder, params, hf.read_config(source), source, max_shard_size)
     return folder
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from grpo_jax.config import Config
 from grpo_jax.files import whole_lines, write_text_atomic
-from grpo_jax.metrics import EVALUATED, interval_text, read_summary
+from grpo_jax.run.log import EVALUATED, interval_text, read_summary
+from grpo_jax.run.options import Config
 
 WINDOW = 10  # updates of a running mean
 WIDTH = 10.0  # inches of a picture

@@ -14,23 +14,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_jax import hosts
-from grpo_jax.command import run_command
-from grpo_jax.compiling import watch_compiles
-from grpo_jax.config import ResolvedConfig, write_resolved
-from grpo_jax.console import Console
-from grpo_jax.conversation import Conversation
-from grpo_jax.data import Cursor, gold_calls, next_batch
+from grpo_jax.data.rows import Cursor, gold_calls, next_batch
 from grpo_jax.evaluate import evaluate, greedy_sampler
-from grpo_jax.metrics import PhaseTimer, write_json_atomic
 from grpo_jax.models.lora import join
-from grpo_jax.optimizer import make_schedule
-from grpo_jax.parsing import call_message
-from grpo_jax.prefix_tree import make_tree, step_batch
-from grpo_jax.rollout import answered
-from grpo_jax.sampler import Sampler
-from grpo_jax.session import Prompts, Session, load_prompts, open_session
-from grpo_jax.train_step import ModelStep, init_state, make_update, place_batch, sft_objective
+from grpo_jax.rollout.conversation import Conversation
+from grpo_jax.rollout.loop import answered
+from grpo_jax.rollout.parsing import call_message
+from grpo_jax.rollout.sampler import Sampler
+from grpo_jax.run.command import run_command
+from grpo_jax.run.compiling import watch_compiles
+from grpo_jax.run.config import ResolvedConfig, write_resolved
+from grpo_jax.run.console import Console
+from grpo_jax.run.job import Prompts, Session, load_prompts, open_session
+from grpo_jax.run.log import PhaseTimer, write_json_atomic
 from grpo_jax.types import Example, Message, ToolCall, ToolResult, Trajectory
+from grpo_jax.update.batch import make_tree, step_batch
+from grpo_jax.update.optimizer import make_schedule
+from grpo_jax.update.update import ModelStep, init_state, make_update, place_batch, sft_objective
 
 WARMUP = 10  # updates; AdamW's second moment is not to be trusted before
 

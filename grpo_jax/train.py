@@ -24,16 +24,22 @@ import jax
 import numpy as np
 
 from grpo_jax import hosts
-from grpo_jax.advantages import combine_rewards, group_advantages, group_std
-from grpo_jax.check import check_job
-from grpo_jax.checkpoint import Checkpoints, StopSignal, is_step_folder
-from grpo_jax.command import INTERRUPTED, run_command
-from grpo_jax.compiling import watch_compiles
-from grpo_jax.config import Config, ResolvedConfig, write_resolved
-from grpo_jax.console import Console
-from grpo_jax.data import Cursor, next_batch
+from grpo_jax.data.rows import Cursor, next_batch
 from grpo_jax.evaluate import compare, evaluate, greedy_sampler
-from grpo_jax.metrics import (
+from grpo_jax.models.lora import Frozen, join
+from grpo_jax.models.qwen import Params
+from grpo_jax.preflight.check import check_job
+from grpo_jax.preflight.plan import show_plan
+from grpo_jax.report import write_report
+from grpo_jax.rollout.loop import Rollout, ToolLoop, prefill_preamble, run_rollout
+from grpo_jax.rollout.sampler import Sampler, Sampling
+from grpo_jax.run.checkpoint import Checkpoints, StopSignal, is_step_folder
+from grpo_jax.run.command import INTERRUPTED, run_command
+from grpo_jax.run.compiling import watch_compiles
+from grpo_jax.run.config import ResolvedConfig, write_resolved
+from grpo_jax.run.console import Console
+from grpo_jax.run.job import Prompts, Session, load_prompts, open_session
+from grpo_jax.run.log import (
     MetricsWriter,
     PhaseTimer,
     RolloutLog,
@@ -41,18 +47,15 @@ from grpo_jax.metrics import (
     trajectory_metrics,
     write_json_atomic,
 )
-from grpo_jax.models.lora import Frozen, join
-from grpo_jax.models.qwen import Params
-from grpo_jax.optimizer import make_schedule
-from grpo_jax.plan import show_plan
-from grpo_jax.prefix_tree import step_batch
-from grpo_jax.report import write_report
-from grpo_jax.rewards import RewardOutcome, call_rewards, joined
-from grpo_jax.rollout import Rollout, ToolLoop, prefill_preamble, run_rollout
-from grpo_jax.sampler import Sampler, Sampling
-from grpo_jax.session import Prompts, Session, load_prompts, open_session
+from grpo_jax.run.options import Config
+from grpo_jax.run.weights import adapters_meta, check_resumable
+from grpo_jax.scoring.advantages import combine_rewards, group_advantages, group_std
+from grpo_jax.scoring.rewards import RewardOutcome, call_rewards, joined
 from grpo_jax.sft import fine_tune
-from grpo_jax.train_step import (
+from grpo_jax.types import Example, StepBatch, TrainState, Trajectory
+from grpo_jax.update.batch import step_batch
+from grpo_jax.update.optimizer import make_schedule
+from grpo_jax.update.update import (
     GrpoObjective,
     ModelStep,
     init_state,
@@ -63,8 +66,6 @@ from grpo_jax.train_step import (
     state_shardings,
     update_sizes,
 )
-from grpo_jax.types import Example, StepBatch, TrainState, Trajectory
-from grpo_jax.weights import adapters_meta, check_resumable
 
 log = logging.getLogger(__name__)
 

@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import sampler as sampler_module
-from grpo_jax.conversation import Conversation, load_conversation
 from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
-from grpo_jax.models.tiny import make_tiny_checkpoint
-from grpo_jax.prefix_tree import Tree, make_tree
-from grpo_jax.rollout import ToolLoop, prefill_preamble, run_rollout
-from grpo_jax.sampler import Sampler, Sampling, make_sampler
-from grpo_jax.sharding import Layout, make_mesh
+from grpo_jax.models.scratch import make_tiny_checkpoint
+from grpo_jax.models.sharding import Layout, make_mesh
+from grpo_jax.rollout.conversation import Conversation, load_conversation
+from grpo_jax.rollout.loop import ToolLoop, prefill_preamble, run_rollout
+from grpo_jax.rollout.loop import sampler as sampler_module
+from grpo_jax.rollout.sampler import Sampler, Sampling, make_sampler
 from grpo_jax.tools import Toolbox, ToolRunner, get_schema
 from grpo_jax.types import Message, ToolCall, Trajectory
+from grpo_jax.update.batch import Tree, make_tree
 from tools_funcs.math_tools import add, multiply
 
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")

@@ -27,7 +27,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from grpo_jax import train
 from grpo_jax.files import write_text_atomic
-from grpo_jax.models.tiny import make_tiny_checkpoint
+from grpo_jax.models.scratch import make_tiny_checkpoint
 from grpo_jax.tools import load_tools
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec
 from parity import QWEN2, QWEN3, random_tensors, write_checkpoint
 from safetensors.numpy import load_file
 
-from grpo_jax.logprobs import token_logprobs
-from grpo_jax.models.hf_checkpoint import load_params, read_config, save_model
+from grpo_jax.models.hf import load_params, read_config, save_model
+from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.models.qwen import Level, abstract_params, extend, head_weights
-from grpo_jax.sharding import Layout, make_mesh
+from grpo_jax.models.sharding import Layout, make_mesh
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
 CASES = {"qwen2": QWEN2, "qwen3": QWEN3 | {"tie_word_embeddings": True}}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from grpo_jax.models.hf_checkpoint import entries, load_params, read_config
+from grpo_jax.models.hf import entries, load_params, read_config
 from grpo_jax.models.qwen import (
     ALL_ROUNDINGS,
     Level,
@@ -25,10 +25,10 @@ from grpo_jax.models.qwen import (
     extend,
     head_weights,
 )
-from grpo_jax.prefix_tree import make_tree, step_batch
-from grpo_jax.sharding import Layout, make_mesh
-from grpo_jax.train_step import ModelStep, make_score
+from grpo_jax.models.sharding import Layout, make_mesh
 from grpo_jax.types import Status, Trajectory
+from grpo_jax.update.batch import make_tree, step_batch
+from grpo_jax.update.update import ModelStep, make_score
 
 V, POSITIONS, GREEDY, GENERATIONS = 128, 512, 64, 2
 

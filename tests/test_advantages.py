@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from grpo_jax.advantages import combine_rewards, group_advantages, group_std
+from grpo_jax.scoring.advantages import combine_rewards, group_advantages, group_std
 
 NAN = float("nan")
 

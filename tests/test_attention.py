@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tracing import largest_array, temporary_bytes
 
-from grpo_jax.attention import Segment, attend, even_block
+from grpo_jax.models.attention import Segment, attend, even_block
 
 B, N, K, H = 4, 4, 2, 8
 BLOCKED = 1  # score_bytes: blocks become as small as they get, at most 128 keys

@@ -9,7 +9,7 @@ import launch
 import pytest
 
 from grpo_jax import evaluate, sft, train
-from grpo_jax.rewards import RewardError
+from grpo_jax.scoring.rewards import RewardError
 
 ROW = '{"prompt": "What is 15 plus 27?", "answer": "Sum: 42"}\n'
 TOOL = 'def add(a: int, b: int) -> str:\n    """Add two numbers."""\n    return f"Sum: {a + b}"\n'

@@ -18,8 +18,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import compare_trl
 import job
 
-from grpo_jax import cost
-from grpo_jax.cost import Lengths, Machine
+from grpo_jax.models import cost
+from grpo_jax.models.cost import Lengths, Machine
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,9 +8,10 @@ import launch
 import pytest
 from transformers import AutoTokenizer
 
-from grpo_jax import check, evaluate, sft, train
-from grpo_jax.models import hf_checkpoint
-from grpo_jax.rewards import RewardError
+from grpo_jax import evaluate, sft, train
+from grpo_jax.models import hf
+from grpo_jax.preflight import check
+from grpo_jax.scoring.rewards import RewardError
 from grpo_jax.tools import load_tools
 
 TOOLS = '''
@@ -87,7 +88,7 @@ def marked(ran, mark) -> list[str]:
 
 
 def test_a_sound_job_passes_with_its_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_checkpoint, "load_params", None)  # weights are not read
+    monkeypatch.setattr(hf, "load_params", None)  # weights are not read
     ran = checked(tmp_path, ROWS)
     assert ran.status == 0, ran.err
     schemas = load_tools(tmp_path / "shop.py").schemas
@@ -167,10 +168,10 @@ def test_a_hub_model_is_fetched_without_its_weights(tmp_path, monkeypatch):
         asked.append(allow_patterns)
         return launch.small_model()
 
-    monkeypatch.setattr(hf_checkpoint, "snapshot_download", snapshot)
+    monkeypatch.setattr(hf, "snapshot_download", snapshot)
     assert checked(tmp_path, ROWS, model_name_or_path="some/model").status == 0
     assert asked == [["*.json", "*.txt", "*.jinja"]]
-    hf_checkpoint.fetch_model("some/model")
+    hf.fetch_model("some/model")
     assert "*.safetensors" in asked[1]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.checkpoint import Checkpoints, StopSignal
+from grpo_jax.run.checkpoint import Checkpoints, StopSignal
 from grpo_jax.types import TrainState
 
 META = {"cursor": {"epoch": 1, "next_index": 40}, "threads": 2, "timings": {"rollout": 1.5}}
@@ -122,7 +122,7 @@ def test_a_save_that_is_cut_off_leaves_the_previous_step(tmp_path):
         """
         import os, sys
         import jax.numpy as jnp, numpy as np
-        from grpo_jax.checkpoint import Checkpoints
+        from grpo_jax.run.checkpoint import Checkpoints
         from grpo_jax.types import TrainState
         def state(step):
             w = jnp.asarray(np.random.default_rng(step).random((5000, 1000), np.float32))
@@ -159,7 +159,7 @@ def test_restore_onto_another_mesh(tmp_path):
         jax.config.update("jax_num_cpu_devices", 4)
         import numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from grpo_jax.checkpoint import Checkpoints
+        from grpo_jax.run.checkpoint import Checkpoints
         from tests.test_checkpoint import abstract, assert_same_bits, make_state
         state = make_state(step=7)
         mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -267,7 +267,7 @@ def test_sigterm_lets_the_step_end_and_the_state_be_saved(tmp_path):
         """
         import sys, time
         import jax.numpy as jnp
-        from grpo_jax.checkpoint import Checkpoints, StopSignal
+        from grpo_jax.run.checkpoint import Checkpoints, StopSignal
         from grpo_jax.types import TrainState
         step = 0
         with Checkpoints(sys.argv[1]) as checkpoints, StopSignal() as stop:

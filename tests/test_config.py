@@ -12,8 +12,9 @@ import pytest
 import yaml
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from grpo_jax.config import Config, parse_config, print_config, write_resolved
-from grpo_jax.trl_options import ALIASES, ERRORS, RULINGS, SUPPORTED, WARNINGS
+from grpo_jax.run.config import parse_config, print_config, write_resolved
+from grpo_jax.run.options import Config
+from grpo_jax.run.trl_options import ALIASES, ERRORS, RULINGS, SUPPORTED, WARNINGS
 
 ROOT = Path(__file__).parent.parent
 
@@ -520,7 +521,7 @@ def test_print_config_shows_value_and_origin(capsys, tmp_path):
 
 def test_config_and_metrics_import_neither_jax_nor_transformers():
     code = (
-        "import sys, grpo_jax.config, grpo_jax.metrics, grpo_jax.console\n"
+        "import sys, grpo_jax.run.config, grpo_jax.run.log, grpo_jax.run.console\n"
         "print([m for m in ('jax', 'transformers', 'flax', 'tensorboardX') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -13,8 +13,8 @@ from parity import QWEN2, QWEN3, load, published_shapes, write_checkpoint
 from safetensors import safe_open
 
 from grpo_jax import train
-from grpo_jax.config import parse_config
-from grpo_jax.models.tiny import make_tiny_checkpoint
+from grpo_jax.models.scratch import make_tiny_checkpoint
+from grpo_jax.run.config import parse_config
 from grpo_jax.tools import load_tools
 
 CONFIGS = sorted((launch.ROOT / "configs").glob("*.yaml"))

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.conversation import load_conversation
-from grpo_jax.models.tiny import make_tiny_checkpoint
-from grpo_jax.parsing import call_message
+from grpo_jax.models.scratch import make_tiny_checkpoint
+from grpo_jax.rollout.conversation import load_conversation
+from grpo_jax.rollout.parsing import call_message
 from grpo_jax.types import ToolCall
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "qwen_tokenizer"

@@ -1,6 +1,6 @@
 """What a step costs, as XLA counts it in the compiled programs: the preamble is paid once.
 
-FLOP and bytes, never seconds. The bounds are the formulas of grpo_jax/cost.py with what XLA adds; a
+FLOP and bytes, never seconds. The bounds are the formulas of grpo_jax/models/cost.py with what XLA adds; a
 batch that pays the preamble per row is compiled as well, and breaks them.
 """
 
@@ -14,18 +14,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_jax import attention
-from grpo_jax.attention import attend
-from grpo_jax.models import qwen
+from grpo_jax.models import attention, qwen
+from grpo_jax.models.attention import attend
 from grpo_jax.models.qwen import ModelConfig
-from grpo_jax.prefix_tree import Tree, bucket
-from grpo_jax.train_step import GrpoObjective, batch_loss
+from grpo_jax.update.batch import Tree, bucket
+from grpo_jax.update.update import GrpoObjective, batch_loss
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import job
 
-from grpo_jax import cost
-from grpo_jax.cost import Lengths
+from grpo_jax.models import cost
+from grpo_jax.models.cost import Lengths
 
 pytestmark = pytest.mark.slow
 

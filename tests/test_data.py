@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.data import Cursor, epoch_order, gold_calls, load_examples, next_batch, row_tools
+from grpo_jax.data.rows import Cursor, epoch_order, gold_calls, load_examples, next_batch, row_tools
 from grpo_jax.types import Example, ToolCall
 
 GOOD = '{"prompt": "What is 15 plus 27?", "answer": "Sum: 42"}'

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from grpo_jax.diagnosis import (
+from grpo_jax.preflight.diagnosis import (
     BY_CASE,
     BY_FORMAT,
     BY_TEXT,

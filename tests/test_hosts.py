@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from grpo_jax import hosts, sharding
-from grpo_jax.data import Cursor, next_batch
+from grpo_jax import hosts
+from grpo_jax.data.rows import Cursor, next_batch
+from grpo_jax.models import sharding
 
 # A process's part of a batch
 
@@ -237,7 +238,7 @@ def test_tensor_stays_inside_a_host():
 UPDATES = 4
 # Every turn that ends is read as a call, whose arguments depend on its tokens.
 TOOLS = """\
-from grpo_jax.conversation import Conversation
+from grpo_jax.rollout.conversation import Conversation
 from grpo_jax.types import ParsedTurn, ToolCall
 from tools_funcs.math_tools import TOOL_FUNCTIONS
 

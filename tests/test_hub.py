@@ -13,8 +13,8 @@ import huggingface_hub.constants
 import pytest
 from parity import QWEN2, QWEN3, load, write_checkpoint
 
-from grpo_jax.conversation import load_conversation
-from grpo_jax.models.hf_checkpoint import fetch_model, fetch_tokenizer, read_config
+from grpo_jax.models.hf import fetch_model, fetch_tokenizer, read_config
+from grpo_jax.rollout.conversation import load_conversation
 
 NAME = "Some/Model"
 REVISIONS = {"main": ("a" * 40, QWEN3), "v2": ("b" * 40, QWEN2)}
@@ -57,7 +57,7 @@ def test_what_is_not_cached_is_named_with_the_mend(cache, name, revision, offlin
 
 def test_the_environment_variable_is_honoured(cache):
     """In a process of its own, as a user sets it."""
-    code = f"from grpo_jax.models.hf_checkpoint import fetch_model; print(fetch_model({NAME!r}, 'v2'))"
+    code = f"from grpo_jax.models.hf import fetch_model; print(fetch_model({NAME!r}, 'v2'))"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache.parent)}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     out = subprocess.run(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from tracing import largest_array, temporary_bytes
 
-from grpo_jax.logprobs import _Blocks, first_positions, token_logprobs
+from grpo_jax.models.logprobs import _Blocks, first_positions, token_logprobs
 
 B, J, D, V = 2, 7, 5, 11
 BLOCKS = [1, 2, 3, 4, 11]  # rows of the head per block; 2, 3 and 4 leave a rest

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import parity
 import pytest
-import test_train_step as grpo
-from test_train_step import CFG, assert_close, base, model_step, same, weights
+import test_update as grpo
+from test_update import CFG, assert_close, base, model_step, same, weights
 
-from grpo_jax.config.options import LORA_MODULES
 from grpo_jax.models.lora import (
     MODULES,
     Adapters,
@@ -24,8 +23,9 @@ from grpo_jax.models.lora import (
     join,
     merge,
 )
-from grpo_jax.sampler import Sampling, make_sampler
-from grpo_jax.train_step import (
+from grpo_jax.rollout.sampler import Sampling, make_sampler
+from grpo_jax.run.options import LORA_MODULES
+from grpo_jax.update.update import (
     batch_loss,
     completion_level,
     init_state,

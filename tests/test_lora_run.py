@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from grpo_jax import evaluate, export, sft
-from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.models import hf_checkpoint
-from grpo_jax.weights import restore_adapters
+from grpo_jax.models import hf
+from grpo_jax.run.checkpoint import Checkpoints
+from grpo_jax.run.weights import restore_adapters
 
 SCALE = 5 / 2  # alpha / rank
 OPTIONS = {
@@ -32,7 +32,7 @@ OPTIONS = {
 @functools.cache
 def whole() -> launch.Ran:
     """The small run with adapters and a reference, uninterrupted; `loads` are its reads of a model's weights."""
-    with mock.patch.object(hf_checkpoint, "load_params", wraps=hf_checkpoint.load_params) as load:
+    with mock.patch.object(hf, "load_params", wraps=hf.load_params) as load:
         ran = launch.small_run(launch.FOLDER / "lora", **OPTIONS)
     assert ran.status == 0, ran.err
     whole.loads = load.call_count

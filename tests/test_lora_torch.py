@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from parity import CASES, GRADIENT_RTOL, LOGITS_ATOL, load, logits, tokens, write_checkpoint
 
-from grpo_jax.models.hf_checkpoint import save_model
+from grpo_jax.models.hf import save_model
 from grpo_jax.models.lora import Frozen, LoraConfig, join, merge
-from grpo_jax.models.peft_folder import peft_tensors, save_adapter
+from grpo_jax.models.peft import peft_tensors, save_adapter
 
 pytestmark = pytest.mark.torch
 pytest.importorskip("torch")

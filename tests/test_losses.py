@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError, jaxtyped
 
-from grpo_jax import losses
+from grpo_jax.update import losses
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo"]
 LEVELS = ["token", "sequence"]

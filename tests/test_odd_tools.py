@@ -20,7 +20,7 @@ import typing_extensions
 from transformers.utils import get_json_schema
 
 from grpo_jax.tools import check_arguments, get_schema, run_tool, signature_line
-from grpo_jax.tools.loading import named_functions
+from grpo_jax.tools.load import named_functions
 
 if TYPE_CHECKING:
     import nowhere

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.optimizer import decay_mask, layer_by_layer, make_optimizer, make_schedule, round_like
+from grpo_jax.update.optimizer import decay_mask, layer_by_layer, make_optimizer, make_schedule, round_like
 
 PARAMS = {
     "embed": {"embedding": jnp.full((3, 2), 0.5)},

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.parsing import MAX_DEPTH, assistant_message, parse_turn
+from grpo_jax.rollout.parsing import MAX_DEPTH, assistant_message, parse_turn
 from grpo_jax.types import ParsedTurn, ToolCall
 
 

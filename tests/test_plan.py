@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax import cost
-from grpo_jax.config import Config
+from grpo_jax.models import cost
 from grpo_jax.models.qwen import ModelConfig
-from grpo_jax.plan import find_remedies, fits, plan_step, step_hours
-from grpo_jax.plan_inputs import (
+from grpo_jax.preflight.plan import find_remedies, fits, plan_step, step_hours
+from grpo_jax.preflight.plan_inputs import (
     GPU_SHARE,
     PUBLISHED,
     SCRATCH_SIZES,
@@ -22,6 +21,7 @@ from grpo_jax.plan_inputs import (
     model_sizes,
     read_machine,
 )
+from grpo_jax.run.options import Config
 
 ROOT = Path(__file__).parents[1]
 # 30 weights of matrices and 6 of norms a layer, 10 of the table, 2 of the last norm: 84

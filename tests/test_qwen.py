@@ -32,7 +32,7 @@ from grpo_jax.models.qwen import (
     rotate,
 )
 from grpo_jax.models.rope import Yarn
-from grpo_jax.prefix_tree import pad_rows
+from grpo_jax.update.batch import pad_rows
 
 SHRUNK = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40}
 MODELS = {

@@ -22,7 +22,7 @@ from parity import (
 )
 from safetensors.numpy import load_file
 
-from grpo_jax.models.hf_checkpoint import save_model
+from grpo_jax.models.hf import save_model
 from grpo_jax.models.qwen import ModelConfig, rope_tables
 
 pytestmark = pytest.mark.torch

@@ -7,8 +7,8 @@ import launch
 import pytest
 
 from grpo_jax import train
-from grpo_jax.data import load_examples
-from grpo_jax.rewards import load_rewards
+from grpo_jax.data.rows import load_examples
+from grpo_jax.scoring.rewards import load_rewards
 from grpo_jax.tools import load_tools
 
 TOOLS = '''

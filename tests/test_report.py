@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from grpo_jax.config import Config, write_resolved
 from grpo_jax.report import main, read_run, write_report
+from grpo_jax.run.config import write_resolved
+from grpo_jax.run.options import Config
 
 EVIL = '<script>alert("&amp;")</script>\u2028\x85end'  # separators that end no line of JSONL
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.rewards import (
+from grpo_jax.scoring.rewards import (
     RewardError,
     RewardFunction,
     RewardOutcome,
@@ -333,7 +333,7 @@ def test_prints_go_to_the_log_even_when_the_reward_raises(caplog, capsys):
         print("careful", file=sys.stderr)
         raise ValueError("no")
 
-    with caplog.at_level(logging.INFO, logger="grpo_jax.rewards"), pytest.raises(RewardError):
+    with caplog.at_level(logging.INFO, logger="grpo_jax.scoring.rewards"), pytest.raises(RewardError):
         call(chatty)
     assert capsys.readouterr() == ("", "")
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [

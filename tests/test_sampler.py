@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
 from grpo_jax.models.qwen import Level, extend, head_weights
-from grpo_jax.prefix_tree import pad_rows
-from grpo_jax.sampler import (
+from grpo_jax.models.sharding import Layout
+from grpo_jax.rollout.sampler import (
     Sampling,
     _inverse_cdf,
     _kept,
@@ -22,7 +22,7 @@ from grpo_jax.sampler import (
     row_keys,
     sample,
 )
-from grpo_jax.sharding import Layout
+from grpo_jax.update.batch import pad_rows
 
 END = helpers.conversation().stop_ids[0]
 DRAWS = 20_000

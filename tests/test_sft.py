@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from grpo_jax import sft
-from grpo_jax.config import parse_config
-from grpo_jax.console import Console
-from grpo_jax.metrics import PhaseTimer
-from grpo_jax.session import load_prompts, open_session
+from grpo_jax.run.config import parse_config
+from grpo_jax.run.console import Console
+from grpo_jax.run.job import load_prompts, open_session
+from grpo_jax.run.log import PhaseTimer
 from grpo_jax.types import Example
 
 

@@ -15,10 +15,10 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from parity import CASES, QWEN2, QWEN3
 
-from grpo_jax.logprobs import token_logprobs
+from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import Level, ModelConfig, abstract_params, extend, head_weights
-from grpo_jax.sharding import ACTIVATIONS, WEIGHTS, Layout, make_mesh
+from grpo_jax.models.sharding import ACTIVATIONS, WEIGHTS, Layout, make_mesh
 
 ROOT = Path(__file__).parent.parent
 AXES = "data", "fsdp", "tensor"

@@ -4,7 +4,7 @@ import types
 
 import jax
 
-from grpo_jax.target import compiling_for, device_count, on_cpu
+from grpo_jax.models.target import compiling_for, device_count, on_cpu
 
 
 def test_the_devices_that_are_present_unless_others_are_named():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from grpo_jax.metrics import MetricsWriter
-from grpo_jax.trackers import RUN_FILE
+from grpo_jax.run.log import MetricsWriter
+from grpo_jax.run.trackers import RUN_FILE
 
 pytestmark = pytest.mark.slow  # both packages take seconds to import, MLflow some more to make its database
 FIRST = {"reward": 0.25, "rewards/accuracy/mean": 0.5, "note": "text is no number", "bad": float("nan")}

@@ -18,10 +18,11 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from grpo_jax import export, train
-from grpo_jax.checkpoint import Checkpoints
-from grpo_jax.config import Config, parse_config
-from grpo_jax.models import hf_checkpoint
+from grpo_jax.models import hf
 from grpo_jax.models.qwen import abstract_params
+from grpo_jax.run.checkpoint import Checkpoints
+from grpo_jax.run.config import parse_config
+from grpo_jax.run.options import Config
 from grpo_jax.tools import load_tools
 
 LEAVINGS = {
@@ -149,12 +150,12 @@ def test_the_model_loads_in_transformers_and_is_that_of_the_last_checkpoint():
     assert AutoTokenizer.from_pretrained(folder).encode("<tool_call>") != []
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (folder / name).read_bytes() == (launch.small_model() / name).read_bytes()
-    cfg = hf_checkpoint.read_config(folder)
+    cfg = hf.read_config(folder)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), abstract_params(cfg)
     )
-    exported = hf_checkpoint.load_params(folder, cfg, jax.tree.map(lambda _: one, shapes))
+    exported = hf.load_params(folder, cfg, jax.tree.map(lambda _: one, shapes))
     with Checkpoints(ran.folder / "checkpoints") as checkpoints:
         saved = checkpoints.restore_params(launch.UPDATES, shapes)
     jax.tree.map(np.testing.assert_array_equal, exported, saved)
@@ -201,7 +202,7 @@ def test_the_model_is_written_in_files_of_the_asked_size_and_the_load_is_timed(t
     files = list((tmp_path / "run/model").glob("*.safetensors"))
     assert len(files) > 1 and (tmp_path / "run/model/model.safetensors.index.json").exists()
     assert sum(file.stat().st_size > 60_000 for file in files) <= 1  # a tensor is never cut: the embedding
-    cfg = hf_checkpoint.read_config(tmp_path / "run/model")
+    cfg = hf.read_config(tmp_path / "run/model")
     size = sum(x.size for x in jax.tree.leaves(abstract_params(cfg)))
     assert re.search(rf"^Loaded {size:,} parameters as float32 in \d+\.\d s$", ran.out, re.MULTILINE)
 

@@ -89,11 +89,18 @@ def run_on(mesh):
     import jax
     import jax.numpy as jnp
 
-    from grpo_jax.optimizer import make_optimizer
-    from grpo_jax.prefix_tree import make_tree, step_batch
-    from grpo_jax.sampler import Sampling, make_sampler
-    from grpo_jax.sharding import Layout
-    from grpo_jax.train_step import GrpoObjective, ModelStep, init_state, make_score, make_update, place_batch
+    from grpo_jax.models.sharding import Layout
+    from grpo_jax.rollout.sampler import Sampling, make_sampler
+    from grpo_jax.update.batch import make_tree, step_batch
+    from grpo_jax.update.optimizer import make_optimizer
+    from grpo_jax.update.update import (
+        GrpoObjective,
+        ModelStep,
+        init_state,
+        make_score,
+        make_update,
+        place_batch,
+    )
 
     training, cfg = Layout(mesh), helpers.config()
     optimizer = make_optimizer(  # a large eps: the sign of a tiny gradient must not decide
@@ -137,7 +144,7 @@ def adapters_update(step, optimizer, batch):
     import jax.numpy as jnp
 
     from grpo_jax.models.lora import Frozen, LoraConfig
-    from grpo_jax.train_step import GrpoObjective, init_state, make_update
+    from grpo_jax.update.update import GrpoObjective, init_state, make_update
 
     lora = LoraConfig.of(4, 4, 0.1, ["all-linear"])
     base = jax.device_put(helpers.weights(), step.layout.params(helpers.weights()))
@@ -150,7 +157,7 @@ def adapters_update(step, optimizer, batch):
 
 def calling(conversation):
     """A conversation in which every turn of the model is read as the same call."""
-    from grpo_jax.conversation import Conversation
+    from grpo_jax.rollout.conversation import Conversation
     from grpo_jax.types import ParsedTurn, ToolCall
 
     class Calling(Conversation):
@@ -190,7 +197,7 @@ def compare(one, many):
 def main():
     import jax
 
-    from grpo_jax.sharding import make_mesh
+    from grpo_jax.models.sharding import make_mesh
 
     names, auto = ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
     one = run_on(jax.make_mesh((1, 1, 1), names, axis_types=auto, devices=jax.devices()[:1]))

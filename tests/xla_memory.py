@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import job
 
-from grpo_jax.cost import Lengths
+from grpo_jax.models.cost import Lengths
 from grpo_jax.models.qwen import ModelConfig
-from grpo_jax.optimizer import make_optimizer, make_schedule
-from grpo_jax.sharding import ACTIVATIONS, make_mesh
-from grpo_jax.train_step import GrpoObjective, make_update
+from grpo_jax.models.sharding import ACTIVATIONS, make_mesh
+from grpo_jax.update.optimizer import make_optimizer, make_schedule
+from grpo_jax.update.update import GrpoObjective, make_update
 
 
 def main(cases: list[str]) -> None:

@@ -19,10 +19,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from grpo_jax.attention import KEPT, Segment, attend, even_block, keep
 from grpo_jax.models import lora
+from grpo_jax.models.attention import KEPT, Segment, attend, even_block, keep
 from grpo_jax.models.rope import Yarn, frequencies, read_rope
-from grpo_jax.target import device_count
+from grpo_jax.models.target import device_count
 from grpo_jax.types import pytree_dataclass
 
 Params = dict[str, Any]
@@ -30,7 +30,7 @@ Constrain = Callable[[Any, str], Any]
 SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # Compiler options of every program that runs `extend`. By default XLA drops roundings to bfloat16 inside what it
 # fuses, in each program others. All kept, they are the published models' own, and sampler and update round alike:
-# their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_rollout.py).
+# their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_loop.py).
 ALL_ROUNDINGS = {"xla_allow_excess_precision": False}
 MLP_TOKENS = 2048  # of a block, see `in_token_blocks`
 FEW_LAYERS = 8  # see `_last_apart`

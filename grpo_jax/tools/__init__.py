@@ -1,8 +1,8 @@
 """The tool layer: loading, schemas, argument checks, and running tools so that nothing they do hurts."""
 
 from grpo_jax.tools.arguments import check_arguments
-from grpo_jax.tools.calls import run_tool
-from grpo_jax.tools.loading import Toolbox, load_tools
+from grpo_jax.tools.call import run_tool
+from grpo_jax.tools.load import Toolbox, load_tools
 from grpo_jax.tools.schema import get_schema, signature_line
 
 __all__ = [

@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from grpo_jax.tools.calls import execute
-from grpo_jax.user_code import error_text
+from grpo_jax.tools.call import execute
+from grpo_jax.tools.user_code import error_text
 
 _START_LIMIT = 120.0  # seconds for importing the user's tools, which may pull in heavy libraries
 

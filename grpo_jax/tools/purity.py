@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from grpo_jax.tools.loading import Toolbox
+from grpo_jax.tools.load import Toolbox
 from grpo_jax.tools.runner import ToolRunner
 from grpo_jax.types import Outcome, ToolCall, ToolResult
 

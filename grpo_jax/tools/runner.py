@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from grpo_jax.tools.calls import function_table
+from grpo_jax.tools.call import function_table
 from grpo_jax.tools.lanes import InlineLane, ProcessLane
-from grpo_jax.tools.loading import Toolbox
+from grpo_jax.tools.load import Toolbox
 from grpo_jax.types import Outcome, ToolCall, ToolResult
 
 EXECUTORS = ("process", "inline")

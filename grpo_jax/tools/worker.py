@@ -13,8 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
-from grpo_jax.tools.calls import execute
-from grpo_jax.tools.loading import load_functions
+from grpo_jax.tools.call import execute
+from grpo_jax.tools.load import load_functions
 
 _ORPHAN_GRACE = 5.0  # seconds past the time limit, for the parent to act first
 

@@ -1,0 +1,226 @@
+"""What `--plan` reads before it reckons: the machine's text, the model's sizes, the data's lengths.
+
+Nothing here loads weights, reaches for the network or starts a jax backend.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import try_to_load_from_cache
+
+from grpo_jax.models import hf
+from grpo_jax.models.qwen import ModelConfig
+from grpo_jax.rollout.conversation import load_conversation
+from grpo_jax.run.job import read_rows, schemas_of
+from grpo_jax.run.options import Config
+from grpo_jax.tools import Toolbox, load_tools
+from grpo_jax.types import Example
+from grpo_jax.update.batch import common_prefix
+
+CHARACTERS_PER_TOKEN = 3.5  # of English and JSON under Qwen's tokenizer, about
+CPU_CORE_FLOPS, CPU_BYTES = 32e9, 20e9  # float32 with AVX2, one socket's memory
+
+
+class Device(NamedTuple):
+    """Published figures of one device: memory in bytes, bfloat16 matmul FLOP/s, bytes/s."""
+
+    memory: float
+    flops: float
+    bytes: float
+
+
+DEVICES = {
+    "v4": Device(32 * 2**30, 275e12, 1228e9),
+    "v5e": Device(16 * 2**30, 197e12, 819e9),
+    "v5p": Device(95 * 2**30, 459e12, 2765e9),
+    "v6e": Device(32 * 2**30, 918e12, 1640e9),
+    "h100": Device(80e9, 989e12, 3350e9),
+    "h200": Device(141e9, 989e12, 4800e9),
+}
+CORES_A_DEVICE = {"v4": 2, "v5p": 2}  # these names count cores, of which jax sees two as one device
+GPU_SHARE = "XLA_CLIENT_MEM_FRACTION"  # jax reads it, and an older name of it
+_UNITS = {"": 1, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+class Machine(NamedTuple):
+    """The devices of a plan.
+
+    Args:
+        name: as it was asked for.
+        device: figures of each; FLOP/s and bytes/s are None where only the memory was given.
+        count: of devices, as jax sees them.
+    """
+
+    name: str
+    device: Device
+    count: int
+
+    @property
+    def is_cpu(self) -> bool:
+        """This computer's own processor."""
+        return self.name.startswith("cpu")
+
+    @property
+    def is_gpu(self) -> bool:
+        """An NVIDIA card."""
+        return self.name.startswith("h")
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a device that jax takes: of a GPU the share that the environment asks for, or 75 %."""
+        return self.device.memory * (gpu_share() if self.is_gpu else 1)
+
+
+def gpu_share(environ: Mapping[str, str] = os.environ) -> float:
+    """What jax takes of a GPU's memory at its start, as a share of it.
+
+    Raises:
+        ValueError: the variable is no share.
+    """
+    text = environ.get(GPU_SHARE) or environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+    if not re.fullmatch(r"0?\.\d+|1(\.0*)?", text):
+        raise ValueError(f"{GPU_SHARE} must be a share of the memory in (0, 1], got {text!r}")
+    return float(text)
+
+
+def read_machine(text: str) -> Machine:
+    """The machine of a text: `v5e-8`, `h200`, `cpu`, or `80GB x 8`.
+
+    Raises:
+        ValueError: it is none of these; lists the known machines.
+    """
+    plain = text.strip()
+    if match := re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMGT]?i?B)?\s*[x×*]\s*(\d+)", plain, re.IGNORECASE):
+        number, unit, count = match[1], (match[2] or "").upper(), int(match[3])
+        if unit in _UNITS and count and re.fullmatch(r"\d+(\.\d+)?(e\d+)?", number.lower()):
+            return Machine(text, Device(float(number) * _UNITS[unit], None, None), count)
+    if match := re.fullmatch(r"([a-z]\w*?)(?:-(\d+))?", plain.lower()):
+        kind, count = match[1], int(match[2] or CORES_A_DEVICE.get(match[1], 1))
+        cores = CORES_A_DEVICE.get(kind, 1)
+        if kind == "cpu" and count:
+            return Machine(plain.lower(), _this_cpu(count), count)
+        if kind in DEVICES and count and count % cores == 0:
+            return Machine(plain.lower(), DEVICES[kind], count // cores)
+    raise ValueError(
+        f"plan must be one of {', '.join(DEVICES)} or cpu, with -N for more (v5e-8; v4 and v5p count two cores a "
+        f"device, v5p-64 is 32 devices), or BYTES x DEVICES as '80GB x 8', got {text!r}"
+    )
+
+
+def _this_cpu(count: int) -> Device:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Device(memory / count, CPU_CORE_FLOPS * os.cpu_count() / count, CPU_BYTES / count)
+
+
+def _qwen(kind: str, D: int, F: int, L: int, N: int, K: int, H: int, tied: bool, V=151936) -> ModelConfig:
+    return ModelConfig(kind, V, D, F, L, N, K, H, 1e6, 1e-6, tied)
+
+
+PUBLISHED = {
+    "Qwen2.5-0.5B": _qwen("qwen2", 896, 4864, 24, 14, 2, 64, True),
+    "Qwen2.5-1.5B": _qwen("qwen2", 1536, 8960, 28, 12, 2, 128, True),
+    "Qwen2.5-3B": _qwen("qwen2", 2048, 11008, 36, 16, 2, 128, True),
+    "Qwen2.5-7B": _qwen("qwen2", 3584, 18944, 28, 28, 4, 128, False, V=152064),
+    "Qwen3-0.6B": _qwen("qwen3", 1024, 3072, 28, 16, 8, 128, True),
+    "Qwen3-1.7B": _qwen("qwen3", 2048, 6144, 28, 16, 8, 128, True),
+    "Qwen3-4B": _qwen("qwen3", 2560, 9728, 36, 32, 8, 128, True),
+    "Qwen3-8B": _qwen("qwen3", 4096, 12288, 36, 32, 8, 128, False),
+}
+SCRATCH_SIZES = ModelConfig("qwen3", 700, 128, 384, 4, 4, 2, 32, 1e3, 1e-6, True)  # make_tiny_checkpoint's
+
+
+def model_sizes(config: Config) -> tuple[ModelConfig, Path | None]:
+    """The model's sizes, and its local folder if there is one.
+
+    Raises:
+        ValueError: neither a folder, nor in the hub cache, nor a published size known here.
+    """
+    name = config.required("model_name_or_path")
+    if name == "scratch":
+        return SCRATCH_SIZES, None
+    folder = Path(name) if Path(name).is_dir() else _cached(name, config.model_revision)
+    if folder is not None:
+        return hf.read_config(folder), folder
+    size = re.sub(r"-(Instruct|Base)$", "", name.removeprefix("Qwen/"))
+    if name.startswith("Qwen/") and size in PUBLISHED:
+        return PUBLISHED[size], None
+    raise ValueError(
+        f"the sizes of model {name!r} are not known here: give a local folder with its config.json, or one of "
+        f"{', '.join(f'Qwen/{known}' for known in PUBLISHED)}"
+    )
+
+
+def _cached(name: str, revision: str, file: str = "config.json") -> Path | None:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return None
+    found = try_to_load_from_cache(name, file, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+class DataLengths(NamedTuple):
+    """Rows of a data set, and its tokens: the preamble, and the longest rest of a prompt but its last.
+
+    Args:
+        rows: in all.
+        preamble: tokens.
+        rest: tokens.
+        exact: counted by the model's tokenizer, not estimated from characters.
+    """
+
+    rows: int
+    preamble: int
+    rest: int
+    exact: bool
+
+
+def data_lengths(config: Config, folder: Path | None) -> DataLengths:
+    """Read the data and the tools, and count or estimate the tokens of the prompts.
+
+    Args:
+        config: the options.
+        folder: the model's, if there is one.
+    """
+    toolbox = load_tools(config.tools_script, config.tool_functions_module)
+    source = config.required("dataset_id_or_path")
+    examples = read_rows(config, source)
+    tokenizer = _tokenizer_folder(config, folder)
+    if tokenizer is None:
+        texts = [_characters(example, toolbox) for example in examples]
+        return _lengths(config, texts, CHARACTERS_PER_TOKEN)
+    conversation = load_conversation(tokenizer, chat_template_kwargs=config.chat_template_kwargs)
+    ids = [conversation.prompt_ids(e.messages, schemas_of(e, toolbox)) for e in examples]
+    return _lengths(config, ids, 1)
+
+
+def _tokenizer_folder(config: Config, folder: Path | None) -> Path | None:
+    name = config.tokenizer_name_or_path
+    if name is not None:
+        folder = Path(name) if Path(name).is_dir() else _cached(name, "main", "tokenizer.json")
+    return folder if folder is not None and (folder / "tokenizer.json").exists() else None
+
+
+def _characters(example: Example, toolbox: Toolbox) -> str:
+    """About what a template renders: system message, schemas, the other messages."""
+    texts = [str(m.get("content") or "") for m in example.messages]
+    first = int(example.messages[0]["role"] == "system")
+    schemas = [json.dumps(schema) for schema in schemas_of(example, toolbox)]
+    return "\n".join(texts[:first] + schemas + texts[first:])
+
+
+def _lengths(config: Config, prompts: Sequence[Sequence], per_token: float) -> DataLengths:
+    limit = config.max_prompt_length
+    if limit is not None:
+        prompts = [p for p in prompts if len(p) / per_token <= limit]
+        if not prompts:
+            raise ValueError(f"every prompt is longer than max_prompt_length {limit}; raise it")
+    preamble = len(common_prefix(prompts))
+    rest = max(map(len, prompts)) - preamble
+    tokens = math.ceil(preamble / per_token), math.ceil(rest / per_token) - 1
+    return DataLengths(len(prompts), *tokens, per_token == 1)

@@ -1,0 +1,367 @@
+"""What every command needs before it starts: the job's parts, loaded and checked, and the devices.
+
+Bad input is met here, before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from grpo_jax import hosts
+from grpo_jax.data.rows import gold_calls, load_examples, row_tools
+from grpo_jax.models import hf
+from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join, merge
+from grpo_jax.models.peft import save_adapter
+from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
+from grpo_jax.models.scratch import make_tiny_checkpoint
+from grpo_jax.models.sharding import Layout, make_mesh
+from grpo_jax.rollout.conversation import Conversation, load_conversation
+from grpo_jax.rollout.loop import ToolLoop
+from grpo_jax.rollout.parsing import Schema
+from grpo_jax.rollout.sampler import Sampler, Sampling, make_sampler
+from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
+from grpo_jax.run.console import Console
+from grpo_jax.run.log import PhaseTimer
+from grpo_jax.run.options import Config, compute_dtype
+from grpo_jax.run.weights import restore_weights
+from grpo_jax.scoring.rewards import RewardFunction, load_rewards
+from grpo_jax.tools import Toolbox, ToolRunner, load_tools, signature_line
+from grpo_jax.tools.purity import PurityCheck
+from grpo_jax.types import Example
+from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
+from grpo_jax.update.optimizer import make_optimizer
+
+log = logging.getLogger(__name__)
+SCRATCH = "scratch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """The parts of a job.
+
+    Args:
+        config: the options.
+        console: where it prints.
+        timer: seconds by phase.
+        toolbox: the tools.
+        rewards: the reward functions.
+        runner: runs tool calls.
+        folder: HF folder of the model that the job starts from.
+        checkpoint: a step's folder whose weights take the place of the folder's; or None.
+        model_name: what others call the model: its hub id, or its folder.
+        model: its sizes.
+        conversation: its tokenizer and template.
+        mesh: the devices.
+        dtype: of the computation.
+        purity: runs a sample of the calls again; None when that is not asked for.
+    """
+
+    config: Config
+    console: Console
+    timer: PhaseTimer
+    toolbox: Toolbox
+    rewards: list[RewardFunction]
+    runner: ToolRunner
+    folder: Path
+    checkpoint: Path | None
+    model_name: str
+    model: ModelConfig
+    conversation: Conversation
+    mesh: Mesh
+    dtype: Any
+    purity: PurityCheck | None
+
+    @property
+    def training(self) -> Layout:
+        """The training column of the sharding tables."""
+        return Layout(self.mesh)
+
+    @property
+    def row_devices(self) -> int:
+        """Devices along data and fsdp, over which completions are spread."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def sampler(self, sampling: Sampling) -> Sampler:
+        """The jitted rollout functions for one way of sampling."""
+        return make_sampler(
+            self.model,
+            Layout(self.mesh, rollout=True),
+            dtype=self.dtype,
+            sampling=sampling,
+            stop_ids=self.conversation.stop_ids,
+            budget=self.config.max_grpo_completion_length,
+        )
+
+    def optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        """AdamW with the job's options and a schedule."""
+        config = self.config
+        return make_optimizer(
+            schedule=schedule,
+            b1=config.adam_beta1,
+            b2=config.adam_beta2,
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            moments_dtype=jnp.dtype(config.optim_dtype),
+        )
+
+    def schemas_of(self, example: Example) -> list[Schema]:
+        """What a row's prompt shows of the tools: all, or those that its column `tools` names."""
+        return schemas_of(example, self.toolbox)
+
+    def tool_loop(self, sampler: Sampler, tree: Tree) -> ToolLoop:
+        """The multi-turn loop over a data set's prefix tree."""
+        return ToolLoop(
+            sampler,
+            self.conversation,
+            self.toolbox.schemas,
+            self.runner,
+            tree,
+            self.config.max_tool_calling_iterations,
+            self.config.malformed_call_feedback,
+        )
+
+    def load_params(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
+        """The weights that the job starts from, straight into their shards.
+
+        Args:
+            dtype: of the result; None for that of the trained weights, `param_dtype`.
+        """
+        dtype, began = jnp.dtype(dtype or self.config.param_dtype), time.perf_counter()
+        if self.checkpoint is None:
+            shardings = self.training.params(abstract_params(self.model))
+            params = hf.load_params(self.folder, self.model, shardings, dtype)
+        else:
+            with Checkpoints(self.checkpoint.parent) as checkpoints:
+                params = restore_weights(checkpoints, int(self.checkpoint.name), self.training.params, dtype)
+        size = sum(x.size for x in jax.tree.leaves(jax.block_until_ready(params)))
+        seconds = time.perf_counter() - began
+        self.console.line(f"Loaded {size:,} parameters as {dtype} in {seconds:.1f} s")
+        return params
+
+    def load_trained(self) -> tuple[Params, Frozen | None]:
+        """What updates change and what they only read: all weights and None, or fresh adapters and their base.
+
+        Raises:
+            ValueError: adapters on a checkpoint, which nothing but this program could name as their base.
+        """
+        config = self.config
+        if not config.use_peft:
+            return self.load_params(), None
+        if self.checkpoint is not None:
+            raise ValueError(
+                f"use_peft starts from a model folder or hub id, got the checkpoint {self.checkpoint}; make it "
+                f"a folder with python -m grpo_jax.export --checkpoint {self.checkpoint}"
+            )
+        targets = config.lora_target_modules
+        lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
+        base = self.load_params(dtype=self.dtype)
+        adapters = init_adapters(base["layers"], lora, config.seed)
+        trained, rest = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (adapters, base))
+        self.console.line(
+            f"LoRA of rank {lora.rank} on {', '.join(lora.modules)}: {trained:,} weights are trained, "
+            f"{rest:,} are frozen"
+        )
+        return adapters, Frozen(base, jnp.uint32(config.seed), lora)
+
+    def save_model(
+        self, trained: Params, frozen: Frozen | None, folder: Path, adapter: Path | None = None
+    ) -> None:
+        """Write the trained model as an HF folder, adapters merged, and these alone as a PEFT folder.
+
+        All hosts call it; the first writes, and it is there for all when it returns.
+
+        Args:
+            trained: what updates changed.
+            frozen: what they read, from `load_trained`.
+            folder: of the model.
+            adapter: PEFT folder; left out where there are no adapters.
+        """
+        params = hosts.fetch(merge(join(trained, frozen), hosts.fetch))
+        size = self.config.max_shard_size
+        hosts.of_first(lambda: hf.save_model(folder, params, self.model, self.folder, size))
+        if frozen is not None and adapter is not None:
+            adapters = hosts.fetch(trained)
+            hosts.of_first(lambda: save_adapter(adapter, adapters, frozen.config, self.model_name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """A data set with its prompts as token ids, in the same order, and their prefix tree."""
+
+    examples: list[Example]
+    ids: list[list[int]]
+    tree: Tree
+
+
+def setup_jax(config: Config, console: Console) -> None:
+    """The persistent compile cache, and a loud line when an accelerator is present and unused."""
+    if config.compilation_cache_dir not in (None, "none"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
+        # every program: the small ones are 6 of the smoke run's 17 and cost a second start 10 of its 16 s
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    idle = glob.glob("/dev/nvidia[0-9]*") + glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    if jax.default_backend() == "cpu" and idle:
+        console.line(
+            f"*** {idle[0]} is present but JAX runs on the CPU: install the accelerator build with "
+            'pip install -e ".[cuda]" (NVIDIA) or pip install -e ".[tpu]" (Cloud TPU) ***'
+        )
+
+
+def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session:
+    """Load and check tools, rewards, model and tokenizer, and say what was found.
+
+    Raises:
+        ValueError, FileNotFoundError: bad input; says what, where, and the mend.
+    """
+    toolbox = load_tools(config.tools_script, config.tool_functions_module)
+    rewards = load_rewards(config.reward_fn, config.reward_function_name)
+    console.tools([signature_line(f) for f in toolbox.functions.values()])
+    for reward in rewards:
+        console.line(f"Reward function: {reward.name} ({reward.source})")
+    log.debug("Tool schemas:\n%s", json.dumps(toolbox.schemas, indent=2))
+    setup_jax(config, console)
+    mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    folder, checkpoint = _model_folder(config, toolbox, console)
+    name = config.required("model_name_or_path")
+    model_name = str(folder.absolute()) if name == SCRATCH or Path(name).is_dir() else name
+    model = hf.read_config(folder)
+    tokenizer = config.tokenizer_name_or_path
+    conversation = load_conversation(
+        hf.fetch_tokenizer(tokenizer) if tokenizer else folder,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+    if conversation.vocab_size > model.V:
+        raise ValueError(
+            f"the tokenizer has {conversation.vocab_size} tokens, the model only {model.V} rows; "
+            "use the model's own tokenizer"
+        )
+    dtype = compute_dtype(config.dtype, jax.default_backend() == "cpu")
+    console.line(
+        f"Model: {folder} ({model.model_type}, {model.L} layers, width {model.D}, vocabulary {model.V}), "
+        f"{dtype} on {mesh.size} {jax.default_backend()} device{'s' if mesh.size > 1 else ''}"
+    )
+    runner = ToolRunner(
+        toolbox,
+        executor=config.tool_executor,
+        timeout=config.tool_timeout,
+        memory_limit_mb=config.tool_memory_limit,
+        lax=config.tool_arg_validation == "lax",
+        cache=config.tool_cache,
+    )
+    return Session(
+        config,
+        console,
+        timer,
+        toolbox,
+        rewards,
+        runner,
+        folder,
+        checkpoint,
+        model_name,
+        model,
+        conversation,
+        mesh,
+        jnp.dtype(dtype),
+        PurityCheck(toolbox, runner, console.line) if config.verify_purity else None,
+    )
+
+
+def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[Path, Path | None]:
+    """The model's HF folder, and the checkpoint when its name is one's folder.
+
+    `scratch` makes a small HF folder in output_dir once.
+    """
+    name = config.required("model_name_or_path")
+    if is_step_folder(name):
+        checkpoint = Path(name).absolute()
+        with Checkpoints(checkpoint.parent) as checkpoints:
+            return Path(checkpoints.meta(int(checkpoint.name))["source"]), checkpoint
+    if name != SCRATCH:
+        return hf.fetch_model(name, config.model_revision, weights=not config.check), None
+    folder = Path(config.output_dir) / "base_model"
+    make = lambda: _make_scratch(folder, config, toolbox, console)  # noqa: E731
+    make() if config.check else hosts.of_first(make)  # a check has a temporary folder in every host
+    return folder, None
+
+
+def _make_scratch(folder: Path, config: Config, toolbox: Toolbox, console: Console) -> None:
+    if not folder.exists():
+        examples = read_rows(config, config.required("dataset_id_or_path"))
+        make_tiny_checkpoint(folder, _texts(examples, toolbox), seed=config.seed)
+        console.line(f"Made a small model with its own tokenizer in {folder}")
+
+
+def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
+    """What a scratch tokenizer learns its merges from: schemas, questions, gold calls, answers."""
+    # every prompt holds the schemas; a twentieth of that is enough to make their words tokens
+    texts = [json.dumps(schema) for schema in toolbox.schemas] * (len(examples) // 20 + 1)
+    for example in examples:
+        texts += [m["content"] for m in example.messages if isinstance(m.get("content"), str)]
+        texts.append(example.answer)
+        if "tool_call" in example.extra or "ground_truth" in example.extra:
+            calls = gold_calls(example, toolbox.functions)
+            texts += [json.dumps({"name": c.name, "arguments": c.arguments}) for c in calls]
+    return texts
+
+
+def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
+    """What a row's prompt shows of the tools; see `Session.schemas_of`."""
+    names = row_tools(example, toolbox.functions)
+    return [schema for schema in toolbox.schemas if schema["function"]["name"] in names]
+
+
+def read_rows(config: Config, source: str) -> list[Example]:
+    """The rows of a training or evaluation set, read as the options say; see `load_examples`."""
+    return load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
+
+
+def load_prompts(session: Session, source: str) -> Prompts:
+    """Read a data set and encode its prompts.
+
+    Raises:
+        ValueError: a row is not usable, or longer than max_prompt_length (and overlong_prompts is "error").
+    """
+    config = session.config
+    examples = read_rows(config, source)
+    ids = [session.conversation.prompt_ids(e.messages, session.schemas_of(e)) for e in examples]
+    for example in examples:
+        if example.extra.get("tools") is not None:  # a gold call outside of them could never be made
+            gold_calls(example, session.toolbox.functions)
+    limit = config.max_prompt_length
+    if limit is not None:
+        fits = [len(i) <= limit for i in ids]
+        if not all(fits) and config.overlong_prompts == "error":
+            first = fits.index(False)
+            raise ValueError(
+                f"{examples[first].source}: the prompt has {len(ids[first])} tokens, max_prompt_length is "
+                f"{limit}; raise it, shorten the prompt, or set overlong_prompts to drop"
+            )
+        examples = [e for e, fit in zip(examples, fits, strict=True) if fit]
+        ids = [i for i, fit in zip(ids, fits, strict=True) if fit]
+        if len(ids) < len(fits):
+            session.console.line(f"Dropped {len(fits) - len(ids)} of {len(fits)} prompts over {limit} tokens")
+        if not ids:
+            raise ValueError(f"{source}: every prompt is longer than max_prompt_length {limit}; raise it")
+    local = dataclasses.replace(config, compilation_cache_dir=None)  # the one option that hosts may differ in
+    hosts.check_alike(f"the options or the prompts of {source}", (local, ids))
+    tree = make_tree(ids, config.max_grpo_completion_length, session.row_devices)
+    log.debug(
+        "Shapes of %s: preamble [1, %d], prompts [P, %d], tool responses [B, one of %s], completions [B, T2] "
+        "with J loss positions a row, (T2, J) one of %s",
+        *(source, tree.T0, tree.T1, response_shapes(tree.budget), update_shapes(tree.budget)),
+    )
+    return Prompts(examples, ids, tree)

@@ -1,0 +1,116 @@
+"""The weights of a checkpoint, whole again: those of adapters need the base that they were trained on.
+
+A checkpoint of a run with adapters holds them alone; its meta names the rest: `source`, the base's
+folder, `lora`, the adapters' settings, and `base`, what others call it and the dtype it had in the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax import hosts
+from grpo_jax.models import hf
+from grpo_jax.models.lora import Adapters, LoraConfig, init_adapters, merge
+from grpo_jax.models.qwen import Params, abstract_params
+from grpo_jax.run.checkpoint import Checkpoints
+
+Place = Callable[[Any], Any]  # a tree of weights -> the tree of its shardings, as `Layout.params`
+
+
+def adapters_meta(config: LoraConfig, name: str, dtype: Any) -> dict[str, Any]:
+    """What the checkpoints of a run with adapters say of them.
+
+    Args:
+        config: the adapters' settings.
+        name: hub id or folder of the base.
+        dtype: of the base in the run.
+    """
+    # lists, as they come back from JSON
+    fields = dataclasses.asdict(config) | {"modules": list(config.modules)}
+    return {"lora": fields, "base": {"name": name, "dtype": str(dtype)}}
+
+
+def check_resumable(checkpoints: Checkpoints, step: int, meta: dict[str, Any]) -> None:
+    """Whether a run goes on with what a step holds: the same adapters on the same base, or neither.
+
+    Args:
+        checkpoints: of the run that is resumed.
+        step: one of its steps.
+        meta: what this run would save.
+
+    Raises:
+        ValueError: names the setting that differs, and both values.
+    """
+    saved = checkpoints.meta(step)
+    where = checkpoints.directory / str(step)
+    # dropout may change, as a learning rate may
+    for name, option in (("rank", "r"), ("alpha", "alpha"), ("modules", "target_modules")):
+        then, now = (one.get("lora", {}).get(name) for one in (saved, meta))
+        if then != now:
+            raise ValueError(
+                f"cannot resume from {where}: lora_{option} was {then} there and is {now} in this run (None: "
+                "without use_peft). Use the same, or choose another --output_dir"
+            )
+    # a base that was moved cannot be told from another one by its path
+    if "lora" in saved and saved["source"] != meta["source"] and Path(saved["source"]).exists():
+        raise ValueError(
+            f"cannot resume from {where}: its adapters were trained on {saved['source']}, this run's model "
+            f"is {meta['source']}. Use the same, or choose another --output_dir"
+        )
+
+
+def restore_weights(checkpoints: Checkpoints, step: int, place: Place, dtype: Any = jnp.float32) -> Params:
+    """A step's whole weights; adapters are merged into their base.
+
+    Args:
+        checkpoints: of a run.
+        step: one of its steps.
+        place: where the weights go.
+        dtype: of the result.
+
+    Raises:
+        ValueError, FileNotFoundError: no such step, it is damaged, or its source is gone.
+    """
+    meta = checkpoints.meta(step)
+    source = Path(meta["source"])
+    model = hf.read_config(source)
+    shapes = abstract_params(model)
+    if "lora" not in meta:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+        return checkpoints.restore_params(step, _targets(shapes, place))
+    adapters, config = restore_adapters(checkpoints, step, place)
+    base = hf.load_params(source, model, place(shapes), jnp.dtype(meta["base"]["dtype"]))
+    whole = base | {"lora": Adapters(adapters, config)}
+    merged = jax.tree.map(lambda x: x.astype(dtype), merge(whole, hosts.fetch))
+    return jax.device_put(merged, place(shapes))
+
+
+def restore_adapters(checkpoints: Checkpoints, step: int, place: Place) -> tuple[Params, LoraConfig]:
+    """A step's adapters alone; arguments and errors as `restore_weights`.
+
+    Raises:
+        ValueError: also where all weights were trained.
+    """
+    meta = checkpoints.meta(step)
+    if "lora" not in meta:
+        raise ValueError(
+            f"{checkpoints.directory / str(step)} holds whole weights and no adapters: the run was without "
+            "--use_peft; export it without --adapter"
+        )
+    config = LoraConfig.from_json(meta["lora"])
+    layers = abstract_params(hf.read_config(Path(meta["source"])))["layers"]
+    shapes = jax.eval_shape(lambda: init_adapters(layers, config, seed=0))
+    return checkpoints.restore_params(step, _targets(shapes, place)), config
+
+
+def _targets(shapes: Params, place: Place) -> Params:
+    def target(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(target, shapes, place(shapes))

@@ -1,0 +1,381 @@
+"""Loads reward functions, calls them on a batch, and checks what they return.
+
+A reward function is the user's code: whatever it does wrong becomes a `RewardError` that
+names the function and the row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import inspect
+import io
+import logging
+import math
+import numbers
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.tools.user_code import error_text, import_file
+from grpo_jax.types import PARSER_NAME, Message
+
+_log = logging.getLogger(__name__)
+
+
+class RewardError(RuntimeError):
+    """A reward function raised or returned something unusable; `__cause__` is its own exception."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardFunction:
+    """A loaded reward.
+
+    Args:
+        name: the file's name without `.py`, or the built-in's; metrics are called rewards/NAME/….
+        function: the user's callable.
+        source: the file, or "built-in".
+    """
+
+    name: str
+    function: Callable
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self.source})"
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardOutcome:
+    """What the rewards say about a batch.
+
+    Args:
+        values: [B, n_rewards] float64; NaN where a reward does not apply (None).
+        metrics: name → mean of the values given to `log_metric`.
+        extras: column → the B values given to `log_extra`.
+    """
+
+    values: np.ndarray
+    metrics: dict[str, float]
+    extras: dict[str, list]
+
+
+def joined(outcomes: Sequence[RewardOutcome]) -> RewardOutcome:
+    """The outcome of a batch whose parts were scored apart; a metric is the mean of the parts' means.
+
+    Args:
+        outcomes: of the parts, in order; a column that a part lacks is None in its rows.
+    """
+    metrics = {
+        name: [o.metrics[name] for o in outcomes if name in o.metrics] for o in outcomes for name in o.metrics
+    }
+    columns = list(dict.fromkeys(column for o in outcomes for column in o.extras))
+    return RewardOutcome(
+        np.concatenate([o.values for o in outcomes]),
+        {name: sum(means) / len(means) for name, means in metrics.items()},
+        {c: [v for o in outcomes for v in o.extras.get(c, [None] * len(o.values))] for c in columns},
+    )
+
+
+def same_answer(text: str, answer: str) -> bool:
+    """Two answers are equal but for case and outer or repeated blanks."""
+    return text.casefold().split() == answer.casefold().split()
+
+
+def accuracy(completions: Sequence[Sequence[Message]], answer: Sequence[str], **kwargs: Any) -> list[float]:
+    """Built-in reward: did the last tool response give the answer?
+
+    | completion | reward |
+    |---|---|
+    | no tool call | 0.0 |
+    | a tool call, and the last tool response is not the answer | 0.1 |
+    | the last tool response is the answer (`same_answer`) | 1.0 |
+
+    Args:
+        completions: [B] the messages after each prompt.
+        answer: [B] what the tool should return.
+
+    Returns:
+        [B] rewards.
+    """
+    return [_accuracy(messages, expected) for messages, expected in zip(completions, answer, strict=True)]
+
+
+def _accuracy(messages: Sequence[Message], answer: str) -> float:
+    responses = [m["content"] for m in messages if m["role"] == "tool" and m.get("name") != PARSER_NAME]
+    if not responses:
+        # A call without a response: the row's budget ended before it.
+        return 0.1 if any(m.get("tool_calls") for m in messages) else 0.0
+    return 1.0 if same_answer(responses[-1], answer) else 0.1
+
+
+BUILT_IN: dict[str, Callable] = {"accuracy": accuracy}
+
+
+def load_rewards(files: Sequence[str] | None, names: Sequence[str] | None) -> list[RewardFunction]:
+    """Load `reward_func` from each file, else the built-ins of that name, else `accuracy`.
+
+    Args:
+        files: Python files exporting `reward_func`; when given, `names` is not read.
+        names: built-in rewards.
+
+    Raises:
+        ValueError: a missing or failing file, no `reward_func` in it or one that is not callable,
+            an unknown built-in, or two rewards of one name.
+    """
+    rewards = [_from_file(f) for f in files] if files else [_built_in(n) for n in names or ["accuracy"]]
+    for i, reward in enumerate(rewards):
+        for other in rewards[:i]:
+            if other.name == reward.name:
+                raise ValueError(
+                    f"two reward functions are called {reward.name!r} ({other.source} and {reward.source}); "
+                    "metrics would mix them: rename a file or drop one"
+                )
+    return rewards
+
+
+def call_rewards(
+    rewards: Sequence[RewardFunction],
+    *,
+    completions: Sequence[Sequence[Message]],
+    answer: Sequence[str],
+    prompts: Sequence[Sequence[Message]],
+    completion_ids: Sequence[Sequence[int]],
+    trainer_state: Any,
+    columns: Mapping[str, Sequence],
+) -> RewardOutcome:
+    """Score a batch with every reward function; async ones run concurrently.
+
+    A function without `**kwargs` gets only the keywords that it names. What the functions print
+    is logged at INFO when all have returned, so that it does not tear a progress bar.
+
+    Args:
+        rewards: the functions.
+        completions: [B] the messages after each prompt.
+        answer: [B] expected answers.
+        prompts: [B] each prompt as messages.
+        completion_ids: [B] token ids after each prompt.
+        trainer_state: passed on as it is.
+        columns: the data set's other columns, [B] values each.
+
+    Raises:
+        RewardError: a function raises, lacks a keyword, or returns or logs something else than one
+            finite number or None per row.
+    """
+    batch = {
+        **columns,
+        "completions": completions,
+        "answer": answer,
+        "prompts": prompts,
+        "completion_ids": completion_ids,
+    }
+    log = _Log()
+    with _printing_to_log():
+        results = _run([_bound(reward, batch, trainer_state, log) for reward in rewards])
+        for reward, result in zip(rewards, results, strict=True):
+            if isinstance(result, _Raised):
+                raise _failure(reward, result.error, batch, trainer_state) from result.error
+    n = len(completions)
+    values = np.full((n, len(rewards)), np.nan)
+    for k, (reward, result) in enumerate(zip(rewards, results, strict=True)):
+        values[:, k] = _checked(reward, result, n)
+    return RewardOutcome(values, log.means(), log.columns(n))
+
+
+# Loading
+
+
+def _built_in(name: str) -> RewardFunction:
+    if name not in BUILT_IN:
+        raise ValueError(
+            f"Unknown reward function: {name}. Available: {', '.join(BUILT_IN)}. "
+            "For your own, set reward_fn to a Python file that exports reward_func."
+        )
+    return RewardFunction(name, BUILT_IN[name], "built-in")
+
+
+def _from_file(file: str) -> RewardFunction:
+    module, path = import_file(file, "reward_fn")
+    found = vars(module).get("reward_func")
+    if found is None:
+        raise ValueError(f"No reward_func found in {file}; end it with reward_func = your_function")
+    if not callable(found):
+        raise ValueError(
+            f"reward_func must be callable, got {found!r} in {file}; end it with reward_func = your_function"
+        )
+    return RewardFunction(path.stem, found, str(file))
+
+
+# Calling
+
+
+@dataclasses.dataclass(frozen=True)
+class _Raised:
+    error: BaseException
+
+
+class _Log:
+    """Collects what the functions give to `log_metric` and `log_extra`."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, list[float]] = {}
+        self._extras: dict[str, list] = {}
+
+    def metric(self, name: str, value: Any) -> None:
+        if not _is_number(value) or not math.isfinite(value):
+            raise ValueError(f"log_metric({name!r}, …) takes a finite number, got {value!r}")
+        self._metrics.setdefault(name, []).append(float(value))
+
+    def extra(self, column: str, values: Iterable) -> None:
+        self._extras.setdefault(column, []).extend(values)
+
+    def means(self) -> dict[str, float]:
+        return {name: sum(values) / len(values) for name, values in self._metrics.items()}
+
+    def columns(self, n: int) -> dict[str, list]:
+        for column, values in self._extras.items():
+            if len(values) != n:
+                raise RewardError(f"log_extra({column!r}, …) got {len(values)} values for {n} completions")
+        return self._extras
+
+
+def _bound(
+    reward: RewardFunction, batch: Mapping[str, Sequence], trainer_state: Any, log: _Log
+) -> Callable[[], Any]:
+    """The function with the keywords that it takes."""
+    keywords = {
+        **batch,
+        "trainer_state": trainer_state,
+        "log_metric": log.metric,
+        "log_extra": log.extra,
+    }
+    parameters = inspect.signature(reward.function).parameters.values()
+    for p in parameters:
+        is_variadic = p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        if p.name not in keywords and p.default is p.empty and not is_variadic:
+            raise RewardError(
+                f"reward function {reward} needs {p.name!r}, which is no column of the data; "
+                f"available: {', '.join(keywords)}"
+            )
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        keywords = {p.name: keywords[p.name] for p in parameters if p.name in keywords}
+    return lambda: reward.function(**keywords)
+
+
+def _run(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each call returns, or `_Raised`; plain ones in order, then all awaitables together."""
+    results = [_attempt(call) for call in calls]
+    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+    if waiting:
+        for i, result in zip(waiting, asyncio.run(_gather([results[i] for i in waiting])), strict=True):
+            results[i] = result
+    return results
+
+
+def _attempt(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except (Exception, SystemExit) as error:
+        return _Raised(error)
+
+
+async def _gather(awaitables: Sequence[Awaitable]) -> list[Any]:
+    return await asyncio.gather(*map(_attempt_async, awaitables))
+
+
+async def _attempt_async(awaitable: Awaitable) -> Any:
+    try:
+        return await awaitable
+    except (Exception, SystemExit) as error:
+        return _Raised(error)
+
+
+def _failure(
+    reward: RewardFunction, error: BaseException, batch: Mapping[str, Sequence], trainer_state: Any
+) -> RewardError:
+    row = _failing_row(reward, error, batch, trainer_state)
+    where = "on no single row, only on the batch"
+    if row is not None:
+        where = f"on row {row} (answer {batch['answer'][row]!r})"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return RewardError(
+        f"reward function {reward} raised {where}: {error_text(error)} "
+        f"({frame.filename}:{frame.lineno}: {frame.line})"
+    )
+
+
+def _failing_row(
+    reward: RewardFunction, error: BaseException, batch: Mapping[str, Sequence], trainer_state: Any
+) -> int | None:
+    """The first row on which the function, called with it alone, raises the same kind of error."""
+    for row in range(len(batch["completions"])):
+        alone = {name: values[row : row + 1] for name, values in batch.items()}
+        with _silent():
+            (result,) = _run([_bound(reward, alone, trainer_state, _Log())])
+        if isinstance(result, _Raised) and type(result.error) is type(error):
+            return row
+    return None
+
+
+@contextlib.contextmanager
+def _printing_to_log():
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            _log.info("reward function prints: %s", line)
+
+
+@contextlib.contextmanager
+def _silent():
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+# Checking
+
+
+def _checked(reward: RewardFunction, result: Any, n: int) -> list[float]:
+    if hasattr(result, "tolist"):  # numpy and other array libraries
+        result = result.tolist()
+    if not isinstance(result, list | tuple):
+        raise RewardError(
+            f"reward function {reward} must return a list with one number or None for each of the {n} "
+            f"completions, got {type(result).__name__}: {_short(result)}"
+        )
+    if len(result) != n:
+        raise RewardError(
+            f"reward function {reward} must return one value for each of the {n} completions, "
+            f"got {len(result)} values"
+        )
+    return [_value(reward, row, value) for row, value in enumerate(result)]
+
+
+def _value(reward: RewardFunction, row: int, value: Any) -> float:
+    if value is None:
+        return math.nan
+    try:
+        number = float(value) if _is_number(value) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RewardError(
+            f"reward function {reward} must return finite numbers, or None where it does not apply to a "
+            f"row; row {row} got {_short(value)}"
+        )
+    return number
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real | np.bool_)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:99] + "…"

@@ -1,0 +1,470 @@
+"""The one jitted update: log-probabilities on the prefix tree, an objective, AdamW.
+
+GRPO and supervised fine-tuning differ in their objective only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from grpo_jax.models import cost
+from grpo_jax.models.logprobs import first_positions, token_logprobs
+from grpo_jax.models.lora import Frozen, dropout_keys, fold_in, join
+from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
+from grpo_jax.models.sharding import Layout
+from grpo_jax.types import StepBatch, TrainState
+from grpo_jax.update import losses
+from grpo_jax.update.batch import Tree
+from grpo_jax.update.optimizer import in_float32, round_like
+
+Metrics = dict[str, Array]
+
+
+class Learned(NamedTuple):
+    """What an objective sees of a micro-batch, on loss positions.
+
+    Args:
+        logprobs: [b, J] nats, differentiable.
+        entropies: [b, J] nats.
+        mask: [b, J] bool, False entries are padding.
+        sampler_logprobs: [b, J] nats.
+        old_logprobs: [b, J] nats, or None for the current ones.
+        ref_logprobs: [b, J] nats, or None.
+        advantages: [b].
+    """
+
+    logprobs: Float[Array, "b J"]
+    entropies: Float[Array, "b J"]
+    mask: Bool[Array, "b J"]
+    sampler_logprobs: Float[Array, "b J"]
+    old_logprobs: Float[Array, "b J"] | None
+    ref_logprobs: Float[Array, "b J"] | None
+    advantages: Float[Array, " b"]
+
+
+class Totals(NamedTuple):
+    """What the shares of micro-batches are divided by.
+
+    Args:
+        tokens: learned tokens of the whole batch.
+        rows: of the whole batch.
+        present: learned tokens of the groups that the update was given, for means over them.
+    """
+
+    tokens: Array
+    rows: Array
+    present: Array
+
+
+Objective = Callable[[Learned, Totals], tuple[Array, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelStep:
+    """How the model is run in training.
+
+    Args:
+        cfg: sizes.
+        layout: the training column.
+        dtype: of activations.
+        remat: recompute layers in the backward pass (`gradient_checkpointing`).
+        temperature: of the sampling distribution; log-probabilities are taken under it.
+        micro_batches: parts that the completions are run in, one after the other; the
+            result does not depend on it.
+    """
+
+    cfg: ModelConfig
+    layout: Layout
+    dtype: Any
+    remat: bool = True
+    temperature: float = 1.0
+    micro_batches: int = 1
+
+    def extend(self, params, levels, segments=(), keep_kv=False):
+        """`qwen.extend` with these settings."""
+        return extend(
+            params,
+            levels,
+            segments,
+            cfg=self.cfg,
+            dtype=self.dtype,
+            remat=self.remat,
+            keep_kv=keep_kv,
+            constrain=self.layout.constrain,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoObjective:
+    """Clipped surrogate with group-relative advantages, plus β · KL to the reference.
+
+    Below 1, `top_entropy_quantile` is the share of the batch's sampled tokens that the surrogate acts on, those
+    of highest entropy; the KL acts on all, and all are divided by, as in TRL. `entropy_floor` is what they
+    reach; None: what those of this call reach, which is the same where it sees the whole batch.
+
+    Source: Shao et al. 2024, "DeepSeekMath", equation 3; `losses` has the formulas.
+    """
+
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
+    delta: float | None = None
+    beta: float = 0.0
+    loss_type: str = "dapo"
+    importance_sampling_level: str = "token"
+    max_completion_length: int = 256
+    top_entropy_quantile: float = 1.0
+    entropy_floor: Array | None = None
+
+    def __call__(self, x: Learned, totals: Totals) -> tuple[Array, Metrics]:
+        """The micro-batch's share of the loss and of each metric."""
+        old = jax.lax.stop_gradient(x.logprobs) if x.old_logprobs is None else x.old_logprobs
+        log_ratio = losses.importance_ratio_log(x.logprobs, old, x.mask, self.importance_sampling_level)
+        clip = (self.epsilon, self.epsilon_high)
+        per_token = losses.clipped_surrogate(log_ratio, x.advantages, *clip, self.delta)
+        if self.top_entropy_quantile < 1:
+            floor = self.entropy_floor
+            if floor is None:
+                floor = losses.entropy_floor(x.entropies, x.mask, self.top_entropy_quantile)
+            per_token = jnp.where(x.entropies >= floor, per_token, 0)
+        metrics = losses.clip_fractions(log_ratio, x.advantages, x.mask, *clip, tokens=totals.tokens)
+        if self.beta:
+            kl = losses.k3_kl(x.logprobs, x.ref_logprobs)
+            per_token = per_token + self.beta * kl
+            metrics["kl"] = _mean(kl, x.mask, totals)
+        metrics["entropy"] = _mean(x.entropies, x.mask, totals)
+        gap = jnp.where(x.mask, jnp.abs(x.logprobs - x.sampler_logprobs), 0)
+        metrics["sampling/sampling_logp_difference/mean"] = _mean(gap, x.mask, totals)
+        metrics["sampling/sampling_logp_difference/max"] = gap.max()
+        loss = losses.aggregate(
+            per_token,
+            x.mask,
+            self.loss_type,
+            tokens=totals.tokens,
+            rows=totals.rows,
+            max_completion_length=self.max_completion_length,
+        )
+        return loss, metrics
+
+
+def sft_objective(x: Learned, totals: Totals) -> tuple[Array, Metrics]:
+    """Mean negative log-likelihood of the gold tokens, in nats."""
+    return -_mean(x.logprobs, x.mask, totals), {"entropy": _mean(x.entropies, x.mask, totals)}
+
+
+def _mean(values, mask, totals):
+    return jnp.where(mask, values, 0).sum() / jnp.maximum(totals.present, 1)
+
+
+def make_update(
+    step: ModelStep,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    state: TrainState,
+    frozen: Frozen | None = None,
+) -> Callable[[TrainState, StepBatch], tuple[TrainState, Metrics]]:
+    """The jitted, sharded update: (state, batch) -> (state, metrics). The state is donated.
+
+    A step whose loss or gradient is not finite changes nothing but the step count and
+    reports `skipped` = 1.
+
+    Args:
+        step: how the model runs.
+        optimizer: from `optimizer.make_optimizer`.
+        objective: `GrpoObjective(...)` or `sft_objective`.
+        state: the state (or its shapes), for the shardings.
+        frozen: what the trained adapters sit on; None when all weights are trained.
+    """
+
+    def update(state: TrainState, batch: StepBatch, frozen: Frozen | None = None):
+        keys = dropout_keys(frozen, state.step, batch.completions.shape[0])
+        batch = dataclasses.replace(batch, dropout_keys=keys)
+        loss_fn = lambda trained: batch_loss(step, objective, join(trained, frozen), batch)  # noqa: E731
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        grads = in_float32(grads)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        weights = in_float32(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, weights, finite=finite)
+        weights = round_like(optax.apply_updates(weights, updates), state.params, state.step, 0)
+        metrics |= {"loss": loss, "grad_norm": norm, "skipped": ~finite}
+        return TrainState(state.step + 1, weights, opt_state), metrics
+
+    shardings = state_shardings(step.layout, state)
+    options = dict(
+        out_shardings=(shardings, step.layout.replicated), donate_argnums=0, compiler_options=ALL_ROUNDINGS
+    )
+    if frozen is None:
+        return jax.jit(update, in_shardings=(shardings, None), **options)
+    jitted = jax.jit(update, in_shardings=(shardings, None, None), **options)
+    return lambda state, batch: jitted(state, batch, frozen)  # an argument: a constant would be copied
+
+
+def state_shardings(layout: Layout, state: TrainState) -> TrainState:
+    """NamedShardings of a TrainState: moments lie where their weights lie."""
+    return layout.params(state)
+
+
+def make_score(step: ModelStep) -> Callable[[Params, StepBatch], Float[Array, "B T2"]]:
+    """Jitted log-probabilities [B, T2] of the sampled tokens, 0 elsewhere (reference and old policy)."""
+
+    def score(params: Params, batch: StepBatch) -> Array:
+        index, mask = first_positions(batch.sampled_mask, batch.loss_positions)
+
+        def gather(x: Learned, totals: Totals):
+            return x.logprobs
+
+        logprobs = _over_micro_batches(step, params, batch, gather, stack=True)
+        rows = jnp.arange(index.shape[0])[:, None]
+        return jnp.zeros(batch.completions.shape).at[rows, index].add(jnp.where(mask, logprobs, 0))
+
+    return jax.jit(score, compiler_options=ALL_ROUNDINGS)
+
+
+def batch_loss(step: ModelStep, objective: Objective, params: Params, batch: StepBatch):
+    """(loss, metrics) of a whole batch; differentiable in params."""
+    chooses = isinstance(objective, GrpoObjective) and objective.top_entropy_quantile < 1
+    if chooses and step.micro_batches > 1:  # no micro-batch knows the others' entropies: a forward pass more
+        seen = _over_micro_batches(
+            step, jax.lax.stop_gradient(params), batch, lambda x, _: (x.entropies, x.mask), stack=True
+        )
+        floor = losses.entropy_floor(*seen, objective.top_entropy_quantile)
+        objective = dataclasses.replace(objective, entropy_floor=floor)
+    return _over_micro_batches(step, params, batch, objective, stack=False)
+
+
+def _over_micro_batches(step, params, batch, function, stack):
+    """Run `function(Learned, Totals)` over the micro-batches; sum its results, or stack rows again.
+
+    With one micro-batch all three levels go through the model layer by layer
+    together. With several, the trunk's keys and values are computed once, kept in fp32,
+    and differentiation pulls their summed cotangent back once.
+    """
+    P, B = batch.prompts.shape[0], batch.completions.shape[0]
+    totals = Totals(batch.loss_tokens, batch.loss_rows, batch.sampled_mask.sum())
+    trunk = trunk_levels(batch)
+    if step.micro_batches == 1:
+        hidden, _ = step.extend(params, (*trunk, completion_level(batch)))
+        return function(_learn(step, params, hidden[-1], batch), totals)
+    split = _Split.of(P, B // P, step.micro_batches)
+    kvs = step.extend(params, trunk, keep_kv=True)[1] if trunk else ()
+    kvs = jax.tree.map(lambda x: x.astype(jnp.float32), kvs)
+
+    @jax.checkpoint
+    def one(params, kvs, part, prompt_part):
+        segments = tuple(
+            (
+                _slice_prompts(kv, prompt_part, split, step.dtype, P),
+                _slice_valid(lv.valid, prompt_part, split, P),
+            )
+            for kv, lv in zip(kvs, trunk, strict=True)
+        )
+        hidden, _ = step.extend(params, (completion_level(part),), segments)
+        return function(_learn(step, params, hidden[-1], part), totals)
+
+    parts = _per_row(batch, split.apart)
+    prompt_parts = jnp.arange(step.micro_batches) // split.generations
+
+    def scan_step(carry, x):
+        out = one(params, kvs, _with_rows(batch, x[0]), x[1])
+        return (carry, out) if stack else (_accumulate(carry, out), None)
+
+    if stack:
+        stacked = jax.lax.scan(scan_step, None, (parts, prompt_parts))[1]
+        return jax.tree.map(split.together, stacked)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zero = jax.eval_shape(lambda: one(params, kvs, _with_rows(batch, first), prompt_parts[0]))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zero)
+    return jax.lax.scan(scan_step, zero, (parts, prompt_parts))[0]
+
+
+def _accumulate(carry, out):
+    """Shares add up; a maximum stays a maximum."""
+
+    def combine(path, a, b):
+        return jnp.maximum(a, b) if jax.tree_util.keystr(path).endswith("max']") else a + b
+
+    return jax.tree_util.tree_map_with_path(combine, carry, out)
+
+
+class _Split(NamedTuple):
+    """Micro-batches: `prompts` groups of prompts × `generations` groups of generations."""
+
+    prompts: int
+    generations: int
+    P: int
+    G: int
+
+    @classmethod
+    def of(cls, P: int, G: int, micro_batches: int):
+        """Split generations first: every micro-batch then uses every prompt's keys and values."""
+        generations = math.gcd(micro_batches, G)
+        prompts = micro_batches // generations
+        if P % prompts:
+            raise ValueError(
+                f"micro_batches {micro_batches} cannot split {P} prompts × {G} generations evenly"
+            )
+        return cls(prompts, generations, P, G)
+
+    def apart(self, x):
+        """[B, …] -> [M, B/M, …]."""
+        shape = (self.prompts, self.P // self.prompts, self.generations, self.G // self.generations)
+        x = x.reshape(*shape, *x.shape[1:]).swapaxes(1, 2)
+        return x.reshape(self.prompts * self.generations, -1, *x.shape[4:])
+
+    def together(self, x):
+        """The inverse of `apart`."""
+        shape = (self.prompts, self.generations, self.P // self.prompts, self.G // self.generations)
+        return x.reshape(*shape, *x.shape[2:]).swapaxes(1, 2).reshape(self.P * self.G, *x.shape[2:])
+
+
+def _slice_prompts(kv: KV, part, split: _Split, dtype, P: int) -> KV:
+    """The part's own prompts; the preamble's single row serves everyone."""
+
+    def pick(x):
+        if split.prompts > 1 and x.shape[1] == P and P > 1:
+            size = P // split.prompts
+            x = jax.lax.dynamic_slice_in_dim(x, part * size, size, 1)
+        return x.astype(dtype)
+
+    return jax.tree.map(pick, kv)
+
+
+def _slice_valid(valid, part, split: _Split, P: int):
+    if split.prompts > 1 and valid.shape[0] == P and P > 1:
+        size = P // split.prompts
+        return jax.lax.dynamic_slice_in_dim(valid, part * size, size, 0)
+    return valid
+
+
+ROW_FIELDS = (
+    "completions",
+    "completions_positions",
+    "completions_valid",
+    "targets",
+    "sampled_mask",
+    "sampler_logprobs",
+    "old_logprobs",
+    "ref_logprobs",
+    "advantages",
+    "dropout_keys",
+)
+
+
+def _per_row(batch, function):
+    return {name: jax.tree.map(function, getattr(batch, name)) for name in ROW_FIELDS}
+
+
+def _with_rows(batch, rows):
+    return dataclasses.replace(batch, **rows)
+
+
+def trunk_levels(batch: StepBatch) -> tuple[Level, ...]:
+    """Preamble and prompts; a level without tokens is left out."""
+    T0 = batch.preamble.shape[1]
+    positions = jnp.arange(T0, dtype=jnp.int32)[None]
+    preamble, prompts = (_level_keys(batch, i, len(x)) for i, x in enumerate((batch.preamble, batch.prompts)))
+    levels = (
+        Level(batch.preamble, positions, batch.preamble_valid, True, preamble),
+        Level(batch.prompts, batch.prompts_positions, batch.prompts_valid, True, prompts),
+    )
+    return tuple(level for level in levels if level.tokens.shape[1])
+
+
+def completion_level(batch: StepBatch) -> Level:
+    """The completions, or a micro-batch of them."""
+    keys = _level_keys(batch, 2, len(batch.completions))
+    return Level(batch.completions, batch.completions_positions, batch.completions_valid, dropout_keys=keys)
+
+
+def _level_keys(batch: StepBatch, level: int, rows: int):
+    """Dropout keys of a level's rows: each takes that of the first completion below it."""
+    keys = batch.dropout_keys
+    return None if keys is None else fold_in(keys[:: len(keys) // rows], level)
+
+
+def _learn(step: ModelStep, params: Params, hidden, batch: StepBatch) -> Learned:
+    """Gather each row's loss positions and take their log-probabilities."""
+    index, mask = first_positions(batch.sampled_mask, batch.loss_positions)
+    hidden = jnp.take_along_axis(hidden, index[..., None], 1)
+
+    def at(x):
+        return None if x is None else jnp.take_along_axis(x, index, 1)
+
+    logprobs, entropies = token_logprobs(
+        hidden,
+        head_weights(params),
+        at(batch.targets),
+        step.temperature,
+        shards=step.layout.head_shards(step.cfg.V),
+        constrain=step.layout.constrain,
+    )
+    return Learned(
+        logprobs,
+        entropies,
+        mask,
+        at(batch.sampler_logprobs),
+        at(batch.old_logprobs),
+        at(batch.ref_logprobs),
+        batch.advantages,
+    )
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+    """The state before the first update; moments lie where their weights lie."""
+    state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+    return jax.device_put(state, state_shardings(layout, state))
+
+
+def place_batch(layout: Layout, batch: StepBatch) -> StepBatch:
+    """A host batch, the same in every process, on the devices."""
+    return jax.tree.map(layout.put, batch, batch_shardings(layout, batch))
+
+
+def batch_shardings(layout: Layout, batch: StepBatch) -> StepBatch:
+    """NamedShardings of a StepBatch: completions lie over rows, shared levels everywhere."""
+
+    def sharding(path, x):
+        return layout.rows(x) if path[0].name in ROW_FIELDS else layout.replicated
+
+    return jax.tree_util.tree_map_with_path(sharding, batch)
+
+
+def update_sizes(step: ModelStep, P: int, G: int) -> tuple[int, ...]:
+    """Numbers of prompts that an update of P × G rows may shrink to: a half and a quarter.
+
+    Those whose rows fill the devices and split into the micro-batches. Each is a program more.
+    """
+    devices = step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"]
+    prompts = step.micro_batches // math.gcd(step.micro_batches, G)
+    return tuple(P // n for n in (2, 4) if P % (n * prompts) == 0 and P // n * G % devices == 0)
+
+
+def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
+    """The fewest micro-batches whose completions' activations fit in a third of the memory.
+
+    An estimate, see `cost.activation_bytes`. One micro-batch is best where it fits: the trunk
+    is then never kept.
+
+    Args:
+        step: how the model runs.
+        tree: the lengths.
+        P: prompts per update.
+        G: completions per prompt.
+    """
+    tokens = tree.budget / (step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"])
+    itemsize = jnp.dtype(step.dtype).itemsize
+    return cost.micro_batches(step.cfg, P, G, tokens, itemsize, step.remat, _memory_bytes())
+
+
+def _memory_bytes() -> int:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

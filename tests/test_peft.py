@@ -1,0 +1,69 @@
+"""The PEFT folder, without PEFT: its names, shapes and values. `test_lora_torch.py` loads it with PEFT."""
+
+import json
+
+import helpers
+import numpy as np
+from safetensors.numpy import load_file
+from test_update import CFG, weights
+
+from grpo_jax.models.lora import LoraConfig
+from grpo_jax.models.peft import save_adapter
+
+
+def written(folder, modules, alpha=6.0):
+    config = LoraConfig.of(3, alpha, 0.05, modules)
+    adapters = helpers.random_adapters(weights()["layers"], config)
+    save_adapter(folder, adapters, config, "Qwen/Qwen3-0.6B")
+    return adapters, load_file(folder / "adapter_model.safetensors")
+
+
+def test_names_and_shapes_are_pefts(tmp_path):
+    """Of one layer with D 16, F 24, N·H = 4·4, K·H = 2·4 and rank 3."""
+    _, tensors = written(tmp_path / "adapter", ["all-linear"])
+    sizes = {  # inputs, outputs
+        "self_attn.q_proj": (16, 16),
+        "self_attn.k_proj": (16, 8),
+        "self_attn.v_proj": (16, 8),
+        "self_attn.o_proj": (16, 16),
+        "mlp.gate_proj": (16, 24),
+        "mlp.up_proj": (16, 24),
+        "mlp.down_proj": (24, 16),
+    }
+    want = {}
+    for i in range(CFG.L):
+        for name, (inputs, outputs) in sizes.items():
+            want[f"base_model.model.model.layers.{i}.{name}.lora_A.weight"] = (3, inputs)
+            want[f"base_model.model.model.layers.{i}.{name}.lora_B.weight"] = (outputs, 3)
+    assert {name: x.shape for name, x in tensors.items()} == want
+    assert {x.dtype for x in tensors.values()} == {np.dtype("float32")}
+
+
+def test_heads_lie_one_after_the_other(tmp_path):
+    """Row 4·head + h of B, and column 4·head + h of o_proj's A."""
+    adapters, tensors = written(tmp_path / "adapter", ["k_proj", "o_proj"])
+    prefix = "base_model.model.model.layers.1.self_attn"
+    B, A = tensors[f"{prefix}.k_proj.lora_B.weight"], tensors[f"{prefix}.o_proj.lora_A.weight"]
+    assert (B[5] == adapters["k_lora_b"][1, :, 1, 1]).all()
+    assert (A[:, 14] == adapters["o_lora_a"][1, 3, 2]).all()
+
+
+def test_the_config_is_what_peft_reads_and_a_folder_is_replaced(tmp_path):
+    written(tmp_path / "adapter", None, alpha=4.5)
+    written(tmp_path / "adapter", ["down_proj"])
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (
+        config.items()
+        >= {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": "Qwen/Qwen3-0.6B",
+            "r": 3,
+            "lora_alpha": 6,
+            "lora_dropout": 0.05,
+            "target_modules": ["down_proj"],
+            "bias": "none",
+        }.items()
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 4
