@@ -20,9 +20,9 @@ from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
 from grpo_jax.models.scratch import make_tiny_checkpoint
 from grpo_jax.models.sharding import Layout, make_mesh
+from grpo_jax.rollout import sampler as sampler_module
 from grpo_jax.rollout.conversation import Conversation, load_conversation
 from grpo_jax.rollout.loop import ToolLoop, prefill_preamble, run_rollout
-from grpo_jax.rollout.loop import sampler as sampler_module
 from grpo_jax.rollout.sampler import Sampler, Sampling, make_sampler
 from grpo_jax.tools import Toolbox, ToolRunner, get_schema
 from grpo_jax.types import Message, ToolCall, Trajectory

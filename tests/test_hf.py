@@ -14,6 +14,7 @@ import pytest
 from parity import CASES, QWEN2, QWEN3, load, random_tensors, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
+from grpo_jax.models import hf
 from grpo_jax.models.hf import read_config, save_model
 from grpo_jax.models.qwen import check_params
 
