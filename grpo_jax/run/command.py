@@ -10,7 +10,6 @@ from collections.abc import Callable
 import jax
 
 from grpo_jax import hosts
-from grpo_jax.models.sharding import join_processes
 from grpo_jax.run.config import ResolvedConfig, parse_config, print_config
 from grpo_jax.run.console import Console, setup_logging
 
@@ -41,7 +40,7 @@ def run_command(
         if resolved.config.plan is not None and name != "train":
             raise ValueError(f"plan belongs to python -m grpo_jax.train; leave it out of grpo_jax.{name}")
         if resolved.config.plan is None:  # a plan is for a machine that need not be here
-            join_processes()
+            hosts.join_processes()
         if not hosts.is_first():
             console.mute()
         setup_logging(console, resolved.config.log_level)
