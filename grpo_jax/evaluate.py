@@ -30,14 +30,8 @@ from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import Prompts, Session, load_prompts, open_session
-from grpo_jax.run.log import (
-    EVALUATED,
-    PhaseTimer,
-    bootstrap_interval,
-    interval_text,
-    wilson_interval,
-    write_json_atomic,
-)
+from grpo_jax.run.log import EVALUATED, PhaseTimer, interval_text, write_json_atomic
+from grpo_jax.scoring.intervals import bootstrap_interval, wilson_interval
 from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.types import Example, Outcome, ToolCall, Trajectory
 

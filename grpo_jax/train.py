@@ -44,13 +44,13 @@ from grpo_jax.run.log import (
     PhaseTimer,
     RolloutLog,
     read_summary,
-    trajectory_metrics,
     write_json_atomic,
 )
 from grpo_jax.run.options import Config
 from grpo_jax.run.weights import adapters_meta, check_resumable
 from grpo_jax.scoring.advantages import combine_rewards, group_advantages, group_std
-from grpo_jax.scoring.rewards import RewardOutcome, call_rewards, joined
+from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
+from grpo_jax.scoring.rewards import RewardOutcome, TrainerState, call_rewards, joined
 from grpo_jax.sft import fine_tune
 from grpo_jax.types import Example, StepBatch, TrainState, Trajectory
 from grpo_jax.update.batch import step_batch
@@ -194,7 +194,10 @@ def _check(config: Config, console: Console) -> int:
             data = load_prompts(session, config.required("dataset_id_or_path"))
             source = config.eval_dataset_id_or_path
             evaluation = None if source is None else load_prompts(session, source)
-            status = check_job(session, data, evaluation, lambda e, t: score_rewards(session, e, t, 0, 1))
+            start = TrainerState(
+                global_step=0, max_steps=1, epoch=0.0, num_train_epochs=config.num_train_epochs
+            )
+            status = check_job(session, data, evaluation, lambda e, t: score_rewards(session, e, t, start))
             _say_plan(console, make_plan(config, len(data.ids), session.row_devices), data)
     return status
 
@@ -252,6 +255,7 @@ def _grpo(
     first = int(state.step)
     records = _Records(config, resume_step=first or None)
     names = [reward.name for reward in session.rewards]
+    first_calls = FirstCalls(batches=min(3, plan.batches))
     with console.progress("GRPO", plan.batches) as bar:
         bar.advance(first // plan.updates_per_batch)
         for _ in range(first // plan.updates_per_batch, plan.batches):
@@ -265,11 +269,15 @@ def _grpo(
             if session.purity is not None:  # beside what follows, which needs no tools
                 session.purity.start(call for t in hosts.share(trajectories) for call in t.calls)
             with timer("reward"):
-                outcome = _score_shares(session, examples, trajectories, int(state.step), plan.updates)
+                epoch = cursor.epoch + cursor.next_index / len(data.ids)
+                now = TrainerState(
+                    int(state.step), plan.updates, epoch, plan.batches / plan.batches_per_epoch
+                )
+                outcome = _score_shares(session, examples, trajectories, now)
                 rewards = combine_rewards(outcome.values, config.reward_weights or [1.0] * len(names))
                 advantages = group_advantages(rewards, plan.G, config.scale_rewards)
                 trajectories = [
-                    dataclasses.replace(t, rewards=tuple(None if math.isnan(v) else float(v) for v in values))
+                    dataclasses.replace(t, rewards=tuple(map(float, values)))
                     for t, values in zip(trajectories, outcome.values, strict=True)
                 ]
             with timer("update"):
@@ -297,6 +305,8 @@ def _grpo(
             records.write(step, record, examples, trajectories, advantages, names, outcome.extras)
             bar.advance(1, reward=record["reward"], spread=record["reward_std"])
             _print_step(session, step, plan, record, examples, trajectories)
+            if hint := first_calls.hint(trajectories):
+                console.line(hint)
             meta = {**meta, "cursor": cursor.to_json(), "num_tokens": num_tokens, "timings": timer.seconds}
             done = step >= plan.updates
             # several hosts stop after the same update: one that is asked after its rollout stops after the next
@@ -362,13 +372,13 @@ def _sample(
 
 
 def _score_shares(
-    session: Session, examples: Sequence[Example], trajectories: Sequence[Trajectory], step: int, updates: int
+    session: Session, examples: Sequence[Example], trajectories: Sequence[Trajectory], now: TrainerState
 ) -> RewardOutcome:
     """The rewards of a batch: each host scores the rows whose tools it ran, and all get them all."""
     own = hosts.share(list(zip(examples, trajectories, strict=True)))
 
     def score() -> tuple[RewardOutcome, float]:
-        return score_rewards(session, *zip(*own, strict=True), step, updates), session.runner.cache_hit_rate
+        return score_rewards(session, *zip(*own, strict=True), now), session.runner.cache_hit_rate
 
     outcomes, hit_rates = zip(*hosts.gather(score), strict=True)
     outcome = joined(outcomes)
@@ -377,7 +387,7 @@ def _score_shares(
 
 
 def score_rewards(
-    session: Session, examples: Sequence[Example], trajectories: Sequence[Trajectory], step: int, updates: int
+    session: Session, examples: Sequence[Example], trajectories: Sequence[Trajectory], now: TrainerState
 ) -> RewardOutcome:
     """Call the user's reward functions on a batch, with every column of its rows."""
     columns = {name for example in examples for name in example.extra}
@@ -387,7 +397,7 @@ def score_rewards(
         answer=[e.answer for e in examples],
         prompts=[e.messages for e in examples],
         completion_ids=[t.completion_ids for t in trajectories],
-        trainer_state={"global_step": step, "max_steps": updates},
+        trainer_state=now,
         columns={name: [e.extra.get(name) for e in examples] for name in sorted(columns)},
     )
 

@@ -181,7 +181,7 @@ def _print_samples(
     console: Console, example: Example, conversations: Sequence[Trajectory], values: np.ndarray
 ) -> None:
     scored = [
-        dataclasses.replace(c, rewards=tuple(None if np.isnan(v) else float(v) for v in value))
+        dataclasses.replace(c, rewards=tuple(map(float, value)))
         for c, value in zip(conversations, values, strict=True)
     ]
     console.line(f"{example.source} asks {quoted(example.messages[-1]['content'])}")
