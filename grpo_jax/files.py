@@ -1,9 +1,15 @@
-"""Files that are whole or not there, and the whole lines of one that may not be."""
+"""Files that are whole or not there, the whole lines of one that may not be, and values as JSON has them."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
+from typing import Any
+
+from grpo_jax.text import replace_lone_surrogates
+
+MAX_DEPTH = 100  # of a structure that is written as JSON; a deeper one probably holds itself
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
@@ -22,3 +28,44 @@ def whole_lines(path: Path) -> list[str]:
     """
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [line + "\n" for line in lines if line.endswith("}")]
+
+
+def plain(value: Any) -> Any:
+    """The same value in JSON's types.
+
+    Numbers are taken out of arrays, what is not finite becomes null, and what JSON has no type for (a set, a
+    date, an object, a structure that holds itself) becomes its text.
+    """
+    try:
+        return _plain(value)
+    except Exception:  # too deep, or one of its own methods fails
+        return _text(value)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise RecursionError
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return replace_lone_surrogates(value)
+    if isinstance(value, dict):
+        return {_text(key): _plain(one, depth + 1) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one, depth + 1) for one in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, int) and value.bit_length() < 1000:  # json refuses those of over 4300 digits
+        return int(value)
+    if hasattr(value, "tolist"):  # arrays and their scalars
+        listed = value.tolist()
+        if listed is None or isinstance(listed, list | str | float | int):
+            return _plain(listed, depth + 1)
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    try:
+        return replace_lone_surrogates(str(value))
+    except Exception:  # its own __str__ fails
+        return f"<{type(value).__name__}>"

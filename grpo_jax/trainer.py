@@ -31,11 +31,12 @@ from grpo_jax.run.console import Console
 from grpo_jax.run.evaluation import compare, evaluate
 from grpo_jax.run.job import DataSet, Job, load_data, open_job, steps_of
 from grpo_jax.run.learner import Learner, make_learner
-from grpo_jax.run.log import PhaseTimer, Records, read_summary, trajectory_metrics, write_json_atomic
+from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
 from grpo_jax.run.options import Config
 from grpo_jax.run.weights import adapters_meta, check_resumable
 from grpo_jax.scoring.advantages import combine_rewards, group_advantages, group_std
-from grpo_jax.scoring.rewards import RewardOutcome, joined
+from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
+from grpo_jax.scoring.rewards import RewardOutcome, TrainerState, joined
 from grpo_jax.types import Example, Message, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.update import TrainState, place_batch, state_shardings
@@ -182,6 +183,7 @@ class GRPOTrainer:
         names = [reward.name for reward in job.rewards]
         weights = config.reward_weights or [1.0] * len(names)
         records = Records(config, resume_step=first or None)
+        first_calls = FirstCalls(batches=min(3, steps.batches))
 
         def due(every: int | None) -> bool:
             """Whether this batch reached a multiple of `every`; several updates per batch may step over it."""
@@ -212,7 +214,11 @@ class GRPOTrainer:
                 if job.purity is not None:  # while what follows runs, which needs no tools
                     job.purity.start(call for t in hosts.share(rollout.trajectories) for call in t.calls)
                 with timer("reward"):
-                    outcome = _scored(job, rollout.trajectories, int(state.step), steps.updates)
+                    epoch = cursor.epoch + cursor.next_index / len(data.prompts)
+                    now = TrainerState(
+                        int(state.step), steps.updates, epoch, steps.batches / steps.batches_per_epoch
+                    )
+                    outcome = _scored(job, rollout.trajectories, now)
                     rewards = combine_rewards(outcome.values, weights)
                     advantages = group_advantages(rewards, steps.G, config.scale_rewards)
                     trajectories = [
@@ -248,7 +254,7 @@ class GRPOTrainer:
                     **outcome.metrics,
                     **metrics,
                     "learning_rate": float(learner.schedule(step - 1)),
-                    "epoch": cursor.epoch + cursor.next_index / len(data.prompts),
+                    "epoch": epoch,
                     "num_tokens": num_tokens,
                     "rollout/wasted_decode": rollout.wasted_decode,
                 }
@@ -261,6 +267,8 @@ class GRPOTrainer:
                     record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
                 records.write(step, record, trajectories, names, outcome.extras)
                 bar.advance(1, reward=record["reward"], spread=record["reward_std"])
+                if hint := first_calls.hint(trajectories):
+                    job.console.line(hint)
                 if record["skipped"]:
                     job.console.line(
                         f"Warning: update {step} was skipped: its loss or gradient is not finite"
@@ -356,10 +364,10 @@ class GRPOTrainer:
         hosts.of_first(lambda: write_json_atomic(path, {**summary, "timings": seconds}))
 
 
-def _scored(job: Job, trajectories: Sequence[Trajectory], step: int, updates: int) -> RewardOutcome:
+def _scored(job: Job, trajectories: Sequence[Trajectory], state: TrainerState) -> RewardOutcome:
     """The rewards of a batch: each host scores the completions whose tools it ran, and all get them all."""
     own = hosts.share(trajectories)
-    score = lambda: (job.score(own, step, updates), job.runner.cache_hit_rate)  # noqa: E731
+    score = lambda: (job.score(own, state), job.runner.cache_hit_rate)  # noqa: E731
     outcomes, hit_rates = zip(*hosts.gather(score), strict=True)
     outcome = joined(outcomes)
     outcome.metrics["tools/cache_hit_rate"] = sum(hit_rates) / len(hit_rates)

@@ -30,6 +30,7 @@ from grpo_jax.run.cold_start import gold_trajectories, written_trajectory
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import DataSet, Job
 from grpo_jax.scoring.advantages import combine_rewards
+from grpo_jax.scoring.rewards import TrainerState
 from grpo_jax.types import Example, Outcome, Prompt, ToolCall, ToolResult, Trajectory
 
 SECONDS = 30.0  # of running gold calls; what a large file or slow tools leave over is said
@@ -158,7 +159,8 @@ def _score_by_hand(job: Job, rows: Sequence[Gold], gold: Sequence[Gold], last: s
     """
     kinds = ("no call", "wrong call", last)
     conversations = [c for row in rows for c in _conversations(job, row, gold)]
-    values = job.score(conversations, 0, 1).values
+    start = TrainerState(0, 1, 0.0, job.config.num_train_epochs)
+    values = job.score(conversations, start).values
     weights = job.config.reward_weights or [1.0] * len(job.rewards)
     combined = combine_rewards(values, weights).reshape(len(rows), len(kinds))
     by_name = {r.name: v.reshape(combined.shape) for r, v in zip(job.rewards, values.T, strict=True)}

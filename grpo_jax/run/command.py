@@ -11,7 +11,7 @@ import jax
 
 from grpo_jax import hosts
 from grpo_jax.run.config import ResolvedConfig, parse_config, print_config
-from grpo_jax.run.console import Console, setup_logging
+from grpo_jax.run.console import Console, note_dependencies, setup_logging
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 
@@ -30,6 +30,8 @@ def run_command(
     and all end when one fails.
     """
     console = Console()
+    if argv is None:  # started from a shell: no code of the user's has run since the imports
+        note_dependencies()
     try:
         argv = sys.argv[1:] if argv is None else argv
         resolved = parse_config(

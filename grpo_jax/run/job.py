@@ -36,7 +36,7 @@ from grpo_jax.run.console import Console
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.options import Config, compute_dtype
 from grpo_jax.run.weights import restore_weights
-from grpo_jax.scoring.rewards import RewardFunction, RewardOutcome, call_rewards, load_rewards
+from grpo_jax.scoring.rewards import RewardFunction, RewardOutcome, TrainerState, call_rewards, load_rewards
 from grpo_jax.tools import Toolbox, ToolRunner, load_tools, signature_line
 from grpo_jax.tools.purity import PurityCheck
 from grpo_jax.types import Example, Prompt, Schema, Trajectory
@@ -158,7 +158,7 @@ class Job:
         schemas = schemas_of(example, self.toolbox)
         return Prompt(example, self.conversation.prompt_ids(example.messages, schemas), schemas)
 
-    def score(self, trajectories: Sequence[Trajectory], step: int, updates: int) -> RewardOutcome:
+    def score(self, trajectories: Sequence[Trajectory], state: TrainerState) -> RewardOutcome:
         """The reward functions on a batch, with every column of its examples."""
         examples = [t.prompt.example for t in trajectories]
         columns = {name for example in examples for name in example.extra}
@@ -168,7 +168,7 @@ class Job:
             answer=[e.answer for e in examples],
             prompts=[e.messages for e in examples],
             completion_ids=[t.completion_ids for t in trajectories],
-            trainer_state={"global_step": step, "max_steps": updates},
+            trainer_state=state,
             columns={name: [e.extra.get(name) for e in examples] for name in sorted(columns)},
         )
 

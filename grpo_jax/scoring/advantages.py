@@ -1,7 +1,7 @@
 """From rewards to advantages: plain numpy functions, run on the host in float64.
 
 NaN means "no reward applies to this row" throughout: such a row is left out of
-every mean and deviation and learns nothing.
+every mean and deviation and has zero advantage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def combine_rewards(values: ArrayLike, weights: ArrayLike) -> Float[np.ndarray, 
     """Weighted sum of the reward functions' values: r_i = Σ_k w_k · R_ik over the k that apply.
 
     Args:
-        values: [B, n] one column per reward function; NaN or None where it does not apply.
+        values: [B, n] one column per reward function; NaN where it does not apply.
         weights: [n] one per reward function.
 
     Returns:
