@@ -256,7 +256,8 @@ def users_code(function: Callable | None = None) -> Iterator[None]:
     main thread also `sys.stdout`, `sys.stderr`, signal handlers (but those of the timers, which stay the
     user's), a timer left on, warning filters, numpy's handling of floating-point errors, and the event loop
     policy. Not restored, since the run never reads them: the global random generators of `random` and numpy,
-    which are the user's to seed. In blocks of several threads at once, all go back to what the first found.
+    which are the user's to seed. Where blocks of several threads overlap, the last
+    one restores what the first found.
 
     Args:
         function: that runs in the block; it finds the working directory and the variables that its file set
@@ -283,7 +284,8 @@ def users_code(function: Callable | None = None) -> Iterator[None]:
             _restore_main(own)
         with _lock:
             _inside -= 1
-            _set_shared(*shared)
+            if not _inside:
+                _set_shared(*shared)
 
 
 def _home_of(function: Callable | None) -> _Home | None:
