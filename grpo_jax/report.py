@@ -21,7 +21,7 @@ import yaml
 
 from grpo_jax.files import whole_lines, write_text_atomic
 from grpo_jax.run.log import EVALUATED, interval_text, read_summary
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig
 
 WINDOW = 10  # updates of a running mean
 WIDTH = 10.0  # inches of a picture
@@ -184,7 +184,7 @@ def _options(path: Path) -> str:
     if not path.is_file():
         return ""
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    default = Config()
+    default = GRPOConfig()
     changed = [(k, json.dumps(v)) for k, v in given.items() if v != getattr(default, k, None)]
     return f"<details><summary>{len(changed)} options that are not the defaults</summary>{_table(changed)}</details>"
 

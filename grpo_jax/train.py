@@ -47,7 +47,7 @@ from grpo_jax.run.log import (
     trajectory_metrics,
     write_json_atomic,
 )
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.run.weights import adapters_meta, check_resumable
 from grpo_jax.scoring.advantages import combine_rewards, group_advantages, group_std
 from grpo_jax.scoring.rewards import RewardOutcome, call_rewards, joined
@@ -112,7 +112,7 @@ class Plan:
         return self.batches * self.updates_per_batch
 
 
-def make_plan(config: Config, rows: int, row_devices: int) -> Plan:
+def make_plan(config: GRPOConfig, rows: int, row_devices: int) -> Plan:
     """Derive batches and updates.
 
     Raises:
@@ -186,7 +186,7 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
             return _train(session, resolved, data, summary)
 
 
-def _check(config: Config, console: Console) -> int:
+def _check(config: GRPOConfig, console: Console) -> int:
     """Check the job; nothing is left in output_dir, so a scratch model is made elsewhere."""
     with tempfile.TemporaryDirectory() as elsewhere:
         session = open_session(dataclasses.replace(config, output_dir=elsewhere), console, PhaseTimer())
@@ -314,7 +314,7 @@ def _grpo(
 class _Records:
     """What the first host writes of every step; nothing in the others."""
 
-    def __init__(self, config: Config, resume_step: int | None):
+    def __init__(self, config: GRPOConfig, resume_step: int | None):
         self._files = None
         if hosts.is_first():
             options = dataclasses.asdict(config)
@@ -393,7 +393,7 @@ def score_rewards(
 
 
 def _make_batch(
-    config: Config,
+    config: GRPOConfig,
     data: Prompts,
     trajectories: Sequence[Trajectory],
     plan: Plan,
@@ -486,7 +486,7 @@ def _start(
     return learner, state, {**saved, **_machine(), "param_dtype": meta["param_dtype"]}
 
 
-def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints) -> tuple[Path, int] | None:
+def _checkpoint_to_resume(config: GRPOConfig, checkpoints: Checkpoints) -> tuple[Path, int] | None:
     """(folder, step) of the checkpoint that `resume_from_checkpoint` means; None for a fresh start."""
     wanted, newest = config.resume_from_checkpoint, checkpoints.latest()
     if wanted == "none" and newest is not None:
@@ -612,7 +612,7 @@ def _say_plan(console: Console, plan: Plan, data: Prompts) -> None:
     )
 
 
-def _sampling(config: Config) -> Sampling:
+def _sampling(config: GRPOConfig) -> Sampling:
     return Sampling(config.temperature, config.top_k, config.top_p, config.min_p or 0.0)
 
 
@@ -627,7 +627,7 @@ def _row_counter(bar) -> Callable[[int, int], None]:
     return on_turn
 
 
-def _save_due(config: Config, step: int, cursor: Cursor, done: bool, plan: Plan) -> bool:
+def _save_due(config: GRPOConfig, step: int, cursor: Cursor, done: bool, plan: Plan) -> bool:
     if config.save_strategy == "no":
         return False
     if done:

@@ -22,7 +22,7 @@ from grpo_jax.models import hf
 from grpo_jax.models.qwen import abstract_params
 from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.config import parse_config
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.tools import load_tools
 
 LEAVINGS = {
@@ -463,7 +463,7 @@ def test_the_smoke_run_is_short(tmp_path):
 
 def plan(rows: int, **options) -> train.Plan:
     sizes = {"per_device_train_batch_size": 8, "num_generations": 4}
-    return train.make_plan(Config(**(sizes | options)), rows, row_devices=1)
+    return train.make_plan(GRPOConfig(**(sizes | options)), rows, row_devices=1)
 
 
 def test_a_plan_counts_full_batches():

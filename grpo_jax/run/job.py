@@ -35,7 +35,7 @@ from grpo_jax.rollout.sampler import Sampler, Sampling, make_sampler
 from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
 from grpo_jax.run.log import PhaseTimer
-from grpo_jax.run.options import Config, compute_dtype
+from grpo_jax.run.options import GRPOConfig, compute_dtype
 from grpo_jax.run.weights import restore_weights
 from grpo_jax.scoring.rewards import RewardFunction, load_rewards
 from grpo_jax.tools import Toolbox, ToolRunner, load_tools, signature_line
@@ -69,7 +69,7 @@ class Session:
         purity: runs a sample of the calls again; None when that is not asked for.
     """
 
-    config: Config
+    config: GRPOConfig
     console: Console
     timer: PhaseTimer
     toolbox: Toolbox
@@ -207,7 +207,7 @@ class Prompts:
     tree: Tree
 
 
-def setup_jax(config: Config, console: Console) -> None:
+def setup_jax(config: GRPOConfig, console: Console) -> None:
     """The persistent compile cache, and a loud line when an accelerator is present and unused."""
     if config.compilation_cache_dir not in (None, "none"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
@@ -221,7 +221,7 @@ def setup_jax(config: Config, console: Console) -> None:
         )
 
 
-def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session:
+def open_session(config: GRPOConfig, console: Console, timer: PhaseTimer) -> Session:
     """Load and check tools, rewards, model and tokenizer, and say what was found.
 
     Raises:
@@ -280,7 +280,7 @@ def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session
     )
 
 
-def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[Path, Path | None]:
+def _model_folder(config: GRPOConfig, toolbox: Toolbox, console: Console) -> tuple[Path, Path | None]:
     """The model's HF folder, and the checkpoint when its name is one's folder.
 
     `scratch` makes a small HF folder in output_dir once.
@@ -298,7 +298,7 @@ def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[P
     return folder, None
 
 
-def _make_scratch(folder: Path, config: Config, toolbox: Toolbox, console: Console) -> None:
+def _make_scratch(folder: Path, config: GRPOConfig, toolbox: Toolbox, console: Console) -> None:
     if not folder.exists():
         examples = read_rows(config, config.required("dataset_id_or_path"))
         make_tiny_checkpoint(folder, _texts(examples, toolbox), seed=config.seed)
@@ -324,7 +324,7 @@ def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
     return [schema for schema in toolbox.schemas if schema["function"]["name"] in names]
 
 
-def read_rows(config: Config, source: str) -> list[Example]:
+def read_rows(config: GRPOConfig, source: str) -> list[Example]:
     """The rows of a training or evaluation set, read as the options say; see `load_examples`."""
     return load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
 
