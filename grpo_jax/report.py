@@ -21,7 +21,7 @@ import yaml
 
 from grpo_jax.files import whole_lines, write_text_atomic
 from grpo_jax.run.log import EVALUATED, interval_text, read_summary
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.scoring.rewards import ROW_COLUMNS
 
 WINDOW = 10  # updates of a running mean
@@ -186,7 +186,7 @@ def _options(path: Path) -> str:
     if not path.is_file():
         return ""
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    default = Config()
+    default = GRPOConfig()
     changed = [(k, json.dumps(v)) for k, v in given.items() if v != getattr(default, k, None)]
     return f"<details><summary>{len(changed)} options that are not the defaults</summary>{_table(changed)}</details>"
 

@@ -32,7 +32,7 @@ from grpo_jax.run.evaluation import compare, evaluate
 from grpo_jax.run.job import DataSet, Job, load_data, open_job, steps_of
 from grpo_jax.run.learner import Learner, make_learner
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.run.weights import adapters_meta, check_resumable
 from grpo_jax.scoring.advantages import combine_rewards, group_advantages, group_std
 from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
@@ -103,13 +103,13 @@ class GRPOTrainer:
         self,
         model: str | None = None,
         reward_funcs: Any = None,
-        args: Config | None = None,
+        args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         tools: Sequence[Callable] | None = None,
         console: Console | None = None,
     ):
-        config = Config() if args is None else args
+        config = GRPOConfig() if args is None else args
         self.output_dir = Path(config.output_dir)
         self._learned: tuple[Learner, TrainState] | None = None
         console, timer = console or Console(), PhaseTimer()
@@ -451,7 +451,7 @@ def _start(
     return learner, state, {**saved, **_machine(), "param_dtype": meta["param_dtype"]}
 
 
-def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints) -> tuple[Path, int] | None:
+def _checkpoint_to_resume(config: GRPOConfig, checkpoints: Checkpoints) -> tuple[Path, int] | None:
     """(folder, step) of the checkpoint that `resume_from_checkpoint` means; None for a fresh start."""
     wanted, newest = config.resume_from_checkpoint, checkpoints.latest()
     if wanted == "none" and newest is not None:

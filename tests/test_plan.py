@@ -21,7 +21,7 @@ from grpo_jax.preflight.plan_inputs import (
     model_sizes,
     read_machine,
 )
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig
 
 ROOT = Path(__file__).parents[1]
 # 30 weights of matrices and 6 of norms a layer, 10 of the table, 2 of the last norm: 84
@@ -31,7 +31,7 @@ OPTIONS = {"per_device_train_batch_size": 4, "num_generations": 2, "max_grpo_com
 
 
 def plan(machine="1GB x 1", model=TINY, data=DATA, **options):
-    return plan_step(Config(**(OPTIONS | options)), model, data, read_machine(machine))
+    return plan_step(GRPOConfig(**(OPTIONS | options)), model, data, read_machine(machine))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_an_evaluation_has_a_prompt_a_row():
     x = plan(eval_dataset_id_or_path="rows.jsonl", eval_batch_size=10).bytes
     assert x.evaluation == 10 * 32 * 8 + 10 * 5 * 12
     assert x.rollout == 336 + 672 + 168 + 128 + x.evaluation
-    many = Config(**OPTIONS, eval_dataset_id_or_path="rows.jsonl", eval_batch_size=1000)
+    many = GRPOConfig(**OPTIONS, eval_dataset_id_or_path="rows.jsonl", eval_batch_size=1000)
     assert find_remedies(many, TINY, DATA, read_machine("100000 x 1"))[0][0] == {"eval_batch_size": 250}
 
 
@@ -147,18 +147,18 @@ def test_a_remedy_can_be_run():
     with pytest.raises(ValueError, match="micro_batches 8 cannot split 2 prompts × 2 generations"):
         plan(micro_batches=8)
     for memory in range(1_000, 60_000, 1_000):
-        for changes, _ in find_remedies(Config(**OPTIONS), TINY, DATA, read_machine(f"{memory} x 1")):
+        for changes, _ in find_remedies(GRPOConfig(**OPTIONS), TINY, DATA, read_machine(f"{memory} x 1")):
             assert changes.get("micro_batches", 1) <= 4
 
 
 def test_a_remedy_changes_the_verdict():
     model, data = PUBLISHED["Qwen3-0.6B"], DataLengths(100, 1000, 50, True)
-    config, machine = Config(per_device_train_batch_size=8), read_machine("12GB x 2")
+    config, machine = GRPOConfig(per_device_train_batch_size=8), read_machine("12GB x 2")
     assert not fits(plan_step(config, model, data, machine), machine)
     remedies = find_remedies(config, model, data, machine)
     assert any("mesh_fsdp" in changes for changes, _ in remedies)
     for changes, peak in remedies:
-        step = plan_step(Config(**({"per_device_train_batch_size": 8} | changes)), model, data, machine)
+        step = plan_step(GRPOConfig(**({"per_device_train_batch_size": 8} | changes)), model, data, machine)
         assert fits(step, machine)
         assert step.bytes.peak == peak
 
@@ -167,17 +167,19 @@ def test_remat_is_the_remedy_for_activations():
     model, data = PUBLISHED["Qwen3-0.6B"], DataLengths(100, 6000, 50, True)
     options = {"gradient_checkpointing": False, "micro_batches": 1}
     machine = read_machine("40GB x 1")
-    assert not fits(plan_step(Config(**options), model, data, machine), machine)
-    assert find_remedies(Config(**options), model, data, machine)[0][0] == {"gradient_checkpointing": True}
+    assert not fits(plan_step(GRPOConfig(**options), model, data, machine), machine)
+    assert find_remedies(GRPOConfig(**options), model, data, machine)[0][0] == {
+        "gradient_checkpointing": True
+    }
 
 
 def test_nothing_helps_where_nothing_can():
-    config, machine = Config(), read_machine("100MB x 1")
+    config, machine = GRPOConfig(), read_machine("100MB x 1")
     assert find_remedies(config, PUBLISHED["Qwen3-8B"], DATA, machine) == []
 
 
 def test_hours_follow_the_rates():
-    config, model = Config(**OPTIONS), PUBLISHED["Qwen3-0.6B"]
+    config, model = GRPOConfig(**OPTIONS), PUBLISHED["Qwen3-0.6B"]
     hours = {}
     for name in ("h100", "h100-2", "80GB x 1"):
         machine = read_machine(name)
@@ -206,7 +208,7 @@ def test_published_sizes_have_the_published_number_of_parameters():
 
 def test_an_unknown_model_asks_for_a_folder():
     with pytest.raises(ValueError, match=r"'other/model' are not known here: give a local folder"):
-        model_sizes(Config(model_name_or_path="other/model"))
+        model_sizes(GRPOConfig(model_name_or_path="other/model"))
 
 
 COMMAND = """

@@ -7,7 +7,7 @@ import pytest
 
 from grpo_jax.report import main, read_run, write_report
 from grpo_jax.run.config import write_resolved
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig
 
 EVIL = '<script>alert("&amp;")</script>\u2028\x85end'  # separators that end no line of JSONL
 
@@ -84,7 +84,7 @@ def leave_a_run(folder, steps=12):
         "timings": {"update": 61.0, "save": 0.01},
     }
     (folder / "summary.json").write_text(json.dumps(summary))
-    write_resolved(Config(learning_rate=5e-4, system_prompt=EVIL), folder / "resolved_config.yaml")
+    write_resolved(GRPOConfig(learning_rate=5e-4, system_prompt=EVIL), folder / "resolved_config.yaml")
 
 
 def test_the_page_shows_the_run_and_needs_nothing_else(tmp_path):

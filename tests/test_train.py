@@ -24,7 +24,7 @@ from grpo_jax.models.qwen import abstract_params
 from grpo_jax.run import job
 from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.config import parse_config
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.tools import load_tools
 
 LEAVINGS = {
@@ -465,7 +465,7 @@ def test_the_smoke_run_is_short(tmp_path):
 
 def steps_of(rows: int, **options) -> Steps:
     sizes = {"per_device_train_batch_size": 8, "num_generations": 4}
-    return job.steps_of(Config(**(sizes | options)), rows, row_devices=1)
+    return job.steps_of(GRPOConfig(**(sizes | options)), rows, row_devices=1)
 
 
 def test_steps_count_full_batches():

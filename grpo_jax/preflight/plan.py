@@ -32,7 +32,7 @@ from grpo_jax.preflight.plan_inputs import (
 )
 from grpo_jax.rollout.sampler import compaction_pays, part_sizes
 from grpo_jax.run.console import Console
-from grpo_jax.run.options import Config, compute_dtype
+from grpo_jax.run.options import GRPOConfig, compute_dtype
 from grpo_jax.update.batch import bucket, completion_bucket
 
 USABLE = 0.9  # of what jax takes of a device's memory: the rest is the programs' own, and holes
@@ -134,7 +134,7 @@ class JobPlan:
         return fits(self.step, self.machine)
 
 
-def plan_job(config: Config, make_plan: Callable[[Config, int, int], Any]) -> JobPlan:
+def plan_job(config: GRPOConfig, make_plan: Callable[[GRPOConfig, int, int], Any]) -> JobPlan:
     """Reckon what a configuration's steps need on the machine of its option `plan`.
 
     Args:
@@ -161,11 +161,11 @@ def fits(step: Step, machine: Machine) -> bool:
     return step.bytes.peak <= USABLE * machine.memory
 
 
-def _dtype(config: Config, machine: Machine) -> jnp.dtype:
+def _dtype(config: GRPOConfig, machine: Machine) -> jnp.dtype:
     return jnp.dtype(compute_dtype(config.dtype, machine.is_cpu))
 
 
-def plan_step(config: Config, model: ModelConfig, data: DataLengths, machine: Machine) -> Step:
+def plan_step(config: GRPOConfig, model: ModelConfig, data: DataLengths, machine: Machine) -> Step:
     """Lengths, mesh, micro-batches and bytes of one step.
 
     Raises:
@@ -195,7 +195,7 @@ def plan_step(config: Config, model: ModelConfig, data: DataLengths, machine: Ma
 
 
 def step_bytes(
-    config: Config,
+    config: GRPOConfig,
     model: ModelConfig,
     x: cost.Lengths,
     sizes: tuple[int, int, int],
@@ -315,7 +315,7 @@ def _head_bytes(layout, model, x, parts, item, cast, on_cpu):
 
 
 def find_remedies(
-    config: Config, model: ModelConfig, data: DataLengths, machine: Machine
+    config: GRPOConfig, model: ModelConfig, data: DataLengths, machine: Machine
 ) -> list[tuple[dict[str, Any], float]]:
     """Options that make it fit, each alone; if none does, the first ones together that do.
 
@@ -346,7 +346,7 @@ def find_remedies(
     return []
 
 
-def _changes(config: Config, devices: int) -> Iterator[list[dict[str, Any]]]:
+def _changes(config: GRPOConfig, devices: int) -> Iterator[list[dict[str, Any]]]:
     """What may be changed, by option, the mildest first; ahead what changes no result."""
     if not config.gradient_checkpointing:
         yield [{"gradient_checkpointing": True}]
@@ -370,7 +370,7 @@ def _halves(n: int, least: int) -> list[int]:
     return [n >> i for i in range(1, n.bit_length()) if n >> i >= least]
 
 
-def step_hours(config: Config, model: ModelConfig, step: Step, machine: Machine) -> float | None:
+def step_hours(config: GRPOConfig, model: ModelConfig, step: Step, machine: Machine) -> float | None:
     """Hours of one batch at the assumed shares of the peak rates; every completion uses its whole budget.
 
     Tool calls, rewards and the network between devices take no time here.
@@ -396,7 +396,7 @@ def step_hours(config: Config, model: ModelConfig, step: Step, machine: Machine)
     return seconds / 3600
 
 
-def show_plan(config: Config, console: Console, make_plan: Callable[[Config, int, int], Any]) -> int:
+def show_plan(config: GRPOConfig, console: Console, make_plan: Callable[[GRPOConfig, int, int], Any]) -> int:
     """Print the plan of `plan_job`; returns 0 where it fits, else 1."""
     plan = plan_job(config, make_plan)
     machine, step, x = plan.machine, plan.step, plan.step.lengths

@@ -19,7 +19,7 @@ from grpo_jax.models import hf
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.rollout.conversation import load_conversation
 from grpo_jax.run.job import read_rows, schemas_of
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.tools import Toolbox, load_tools
 from grpo_jax.types import Example
 from grpo_jax.update.batch import common_prefix
@@ -136,7 +136,7 @@ PUBLISHED = {
 SCRATCH_SIZES = ModelConfig("qwen3", 700, 128, 384, 4, 4, 2, 32, 1e3, 1e-6, True)  # make_tiny_checkpoint's
 
 
-def model_sizes(config: Config) -> tuple[ModelConfig, Path | None]:
+def model_sizes(config: GRPOConfig) -> tuple[ModelConfig, Path | None]:
     """The model's sizes, and its local folder if there is one.
 
     Raises:
@@ -180,7 +180,7 @@ class DataLengths(NamedTuple):
     exact: bool
 
 
-def data_lengths(config: Config, folder: Path | None) -> DataLengths:
+def data_lengths(config: GRPOConfig, folder: Path | None) -> DataLengths:
     """Read the data and the tools, and count or estimate the tokens of the prompts.
 
     Args:
@@ -199,7 +199,7 @@ def data_lengths(config: Config, folder: Path | None) -> DataLengths:
     return _lengths(config, ids, 1)
 
 
-def _tokenizer_folder(config: Config, folder: Path | None) -> Path | None:
+def _tokenizer_folder(config: GRPOConfig, folder: Path | None) -> Path | None:
     name = config.tokenizer_name_or_path
     if name is not None:
         folder = Path(name) if Path(name).is_dir() else _cached(name, "main", "tokenizer.json")
@@ -214,7 +214,7 @@ def _characters(example: Example, toolbox: Toolbox) -> str:
     return "\n".join(texts[:first] + schemas + texts[first:])
 
 
-def _lengths(config: Config, prompts: Sequence[Sequence], per_token: float) -> DataLengths:
+def _lengths(config: GRPOConfig, prompts: Sequence[Sequence], per_token: float) -> DataLengths:
     limit = config.max_prompt_length
     if limit is not None:
         prompts = [p for p in prompts if len(p) / per_token <= limit]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import traceback
@@ -37,17 +38,19 @@ def run_command(
         resolved = parse_config(
             argv, prog=f"python -m grpo_jax.{name}", default_config=default_config, description=description
         )
-        if resolved.config.check and name != "train":
-            raise ValueError(f"check belongs to python -m grpo_jax.train; leave it out of grpo_jax.{name}")
-        if resolved.config.plan is not None and name != "train":
-            raise ValueError(f"plan belongs to python -m grpo_jax.train; leave it out of grpo_jax.{name}")
+        for option in ("check", "plan"):
+            if getattr(resolved.config, option) and name != "train":
+                raise ValueError(f"{option} is an option of grpo_jax.train; leave it out of grpo_jax.{name}")
         if resolved.config.plan is None:  # a plan is for a machine that need not be here
             hosts.join_processes()
         if not hosts.is_first():
             console.mute()
         setup_logging(console, resolved.config.log_level)
+        console.line(resolved.sources())
         if resolved.config.print_config and hosts.is_first():
             print_config(resolved)
+        # before any code of the user runs, which may change the working directory
+        resolved = dataclasses.replace(resolved, config=resolved.config.with_absolute_paths())
         status = run(resolved, console) or 0
     except hosts.HostError as error:  # every host has it; the one that failed has the traceback
         if error.__cause__ is not None:
@@ -71,7 +74,7 @@ def run_command(
 
 
 def _end_all(status: int) -> int:
-    """The exit status of an error that the other hosts do not know of: they may wait for this one forever."""
+    """The exit status of an error that the other hosts do not know of; without this they might wait forever."""
     if hosts.alone():
         return status
     sys.stdout.flush()

@@ -34,7 +34,7 @@ from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
 from grpo_jax.run.log import PhaseTimer
-from grpo_jax.run.options import Config, compute_dtype
+from grpo_jax.run.options import GRPOConfig, compute_dtype
 from grpo_jax.run.weights import restore_weights
 from grpo_jax.scoring.rewards import RewardFunction, RewardOutcome, TrainerState, call_rewards, load_rewards
 from grpo_jax.tools import Toolbox, ToolRunner, load_tools, signature_line
@@ -93,7 +93,7 @@ class Job:
         purity: runs a sample of the calls again; None when that is not asked for.
     """
 
-    config: Config
+    config: GRPOConfig
     console: Console
     timer: PhaseTimer
     toolbox: Toolbox
@@ -242,7 +242,7 @@ def _sampler(model, mesh, dtype, sampling, stop_ids, budget) -> Sampler:
     return make_sampler(model, layout, dtype=dtype, sampling=sampling, stop_ids=stop_ids, budget=budget)
 
 
-def setup_jax(config: Config, console: Console) -> None:
+def setup_jax(config: GRPOConfig, console: Console) -> None:
     """The persistent compile cache, and a loud line when an accelerator is present and unused."""
     if config.compilation_cache_dir not in (None, "none"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
@@ -256,7 +256,7 @@ def setup_jax(config: Config, console: Console) -> None:
         )
 
 
-def open_job(config: Config, console: Console, timer: PhaseTimer, given: Given = Given()) -> Job:
+def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, given: Given = Given()) -> Job:
     """Load and check tools, rewards, model and tokenizer, and print what was found.
 
     Raises:
@@ -315,7 +315,7 @@ def open_job(config: Config, console: Console, timer: PhaseTimer, given: Given =
     )
 
 
-def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[Path, Path | None]:
+def _model_folder(config: GRPOConfig, toolbox: Toolbox, console: Console) -> tuple[Path, Path | None]:
     """The model's HF folder, and the checkpoint when its name is one's folder.
 
     `scratch` makes a small HF folder in output_dir once.
@@ -333,7 +333,7 @@ def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[P
     return folder, None
 
 
-def _make_scratch(folder: Path, config: Config, toolbox: Toolbox, console: Console) -> None:
+def _make_scratch(folder: Path, config: GRPOConfig, toolbox: Toolbox, console: Console) -> None:
     if not folder.exists():
         examples = read_rows(config, config.required("dataset_id_or_path"))
         make_tiny_checkpoint(folder, _texts(examples, toolbox), seed=config.seed)
@@ -359,12 +359,12 @@ def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
     return [schema for schema in toolbox.schemas if schema["function"]["name"] in names]
 
 
-def read_rows(config: Config, source: str) -> list[Example]:
+def read_rows(config: GRPOConfig, source: str) -> list[Example]:
     """The rows of a training or evaluation set, read as the options say; see `load_examples`."""
     return load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
 
 
-def steps_of(config: Config, rows: int, row_devices: int) -> Steps:
+def steps_of(config: GRPOConfig, rows: int, row_devices: int) -> Steps:
     """The steps of a job over so many rows of data, on so many devices along data and fsdp."""
     return count_steps(
         rows,

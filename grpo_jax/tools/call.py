@@ -203,7 +203,9 @@ def _no_running_loop() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # it is for the main thread only, as the warning
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # it is for the main thread only, as the warning
         yield
         return
     with warnings.catch_warnings():
