@@ -38,7 +38,7 @@ from grpo_jax.run.command import INTERRUPTED, run_command
 from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import ResolvedConfig, write_resolved
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import Prompts, Session, load_prompts, open_session
+from grpo_jax.run.job import Prompts, Session, grpo_objective, load_prompts, open_session
 from grpo_jax.run.log import (
     MetricsWriter,
     PhaseTimer,
@@ -49,14 +49,13 @@ from grpo_jax.run.log import (
 )
 from grpo_jax.run.options import Config
 from grpo_jax.run.weights import adapters_meta, check_resumable
-from grpo_jax.scoring.advantages import combine_rewards, group_advantages, group_std
+from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
 from grpo_jax.scoring.rewards import RewardOutcome, call_rewards, joined
 from grpo_jax.sft import fine_tune
 from grpo_jax.types import Example, StepBatch, TrainState, Trajectory
 from grpo_jax.update.batch import step_batch
 from grpo_jax.update.optimizer import make_schedule
 from grpo_jax.update.update import (
-    GrpoObjective,
     ModelStep,
     init_state,
     make_score,
@@ -266,8 +265,16 @@ def _grpo(
                 session.purity.start(call for t in hosts.share(trajectories) for call in t.calls)
             with timer("reward"):
                 outcome = _score_shares(session, examples, trajectories, int(state.step), plan.updates)
-                rewards = combine_rewards(outcome.values, config.reward_weights or [1.0] * len(names))
-                advantages = group_advantages(rewards, plan.G, config.scale_rewards)
+                weights = config.reward_weights or [1.0] * len(names)
+                rewards = combine_rewards(outcome.values, weights)
+                advantages = batch_advantages(
+                    outcome.values,
+                    weights,
+                    plan.G,
+                    scale=config.scale_rewards,
+                    aggregation=config.multi_objective_aggregation,
+                    estimator=config.advantage_estimator,
+                )
                 trajectories = [
                     dataclasses.replace(t, rewards=tuple(None if math.isnan(v) else float(v) for v in values))
                     for t, values in zip(trajectories, outcome.values, strict=True)
@@ -436,23 +443,12 @@ def _start(
     if parts > 1:
         session.console.line(f"The update runs its {plan.P * plan.G} completions in {parts} micro-batches")
     step = dataclasses.replace(step, micro_batches=parts)
-    objective = GrpoObjective(
-        config.epsilon,
-        config.epsilon if config.epsilon_high is None else config.epsilon_high,
-        config.delta,
-        config.beta,
-        config.loss_type,
-        config.importance_sampling_level,
-        config.max_grpo_completion_length,
-        config.top_entropy_quantile,
-    )
+    objective = grpo_objective(config)
     reference = None
     if config.beta:
         reference = frozen.base if frozen else session.load_params(dtype=session.dtype)
     update = make_update(step, optimizer, objective, state, frozen)
-    # with a KL every row has a gradient, and a quantile is one of all rows' tokens
-    all_rows = config.beta or config.top_entropy_quantile < 1
-    sizes = () if all_rows else update_sizes(step, plan.P, plan.G)
+    sizes = () if objective.needs_all_rows else update_sizes(step, plan.P, plan.G)
     log.debug("Updates of %s prompts", " or ".join(map(str, (plan.P, *sizes))))
     learner = Learner(step, schedule, update, make_score(step), reference, frozen, sizes)
     meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(session.folder.absolute())}

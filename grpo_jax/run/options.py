@@ -1,8 +1,8 @@
 """The options: one frozen dataclass, with the checks of their values.
 
 Names, meanings and defaults are those of TRL 1.16's GRPOConfig where the option
-exists there, and of the original recipe's arguments otherwise. Three depart from
-TRL: `dtype` (auto), `loss_type` (no cispo, sapo, luspo, vespo) and `log_level`.
+exists there, and of the original recipe's arguments otherwise. Two depart from
+TRL: `dtype` (auto) and `log_level`.
 """
 
 # ruff: noqa: RUF009 (_opt makes a dataclasses.field, new for each option)
@@ -28,6 +28,7 @@ ONE_OR_MORE: Rule = (">= 1", lambda v: v >= 1)
 ZERO_OR_MORE: Rule = (">= 0", lambda v: v >= 0)
 ABOVE_ZERO: Rule = ("> 0", lambda v: v > 0)
 SHARE: Rule = ("in (0, 1]", lambda v: 0 < v <= 1)
+VESPO_LAMBDA: Rule = (">= 1e-4, below which TRL cuts it", lambda v: v >= 1e-4)
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DECAY: Rule = ("in [0, 1)", lambda v: 0 <= v < 1)
 COLUMN_NAMES: Rule = (
@@ -149,14 +150,18 @@ class Config:
     )
     beta: float = _opt(0.0, "Weight of the KL to the frozen first model; 0: no reference.", ZERO_OR_MORE)
     epsilon: float = _opt(0.2, "Lower clip of the ratio: 1 - epsilon.", ABOVE_ZERO)
-    epsilon_high: float | None = _opt(None, "Upper clip: 1 + epsilon_high; unset: epsilon.", ABOVE_ZERO)
+    epsilon_high: float | None = _opt(
+        None, "Upper clip: 1 + epsilon_high, in cispo epsilon_high itself; unset: epsilon.", ABOVE_ZERO
+    )
     delta: float | None = _opt(
         None,
         "Ceiling of the ratio of rows worse than their group; unset: no ceiling.",
         ("> 1, the ratio of an unchanged policy", lambda v: v > 1),
     )
     loss_type: str = _opt(
-        "dapo", "How token losses are averaged.", choices=("grpo", "bnpo", "dr_grpo", "dapo")
+        "dapo",
+        "The loss of a token, and how tokens are averaged.",
+        choices=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
     )
     scale_rewards: str = _opt(
         "group",
@@ -171,6 +176,40 @@ class Config:
         1.0, "Learn from this share of a batch's sampled tokens, those of highest entropy.", SHARE
     )
     num_iterations: int = _opt(1, "Updates per batch of completions.", ONE_OR_MORE)
+    use_bias_correction_kl: bool = _opt(True, "Multiply the KL by the importance ratio.")
+    sapo_temperature_pos: float = _opt(1.0, "Gate of loss_type sapo for advantages above 0.", ABOVE_ZERO)
+    sapo_temperature_neg: float = _opt(1.05, "Gate of loss_type sapo for the others.", ABOVE_ZERO)
+    vespo_k_pos: float = _opt(2.0, "Exponent of loss_type vespo for advantages >= 0.", ZERO_OR_MORE)
+    vespo_lambda_pos: float = _opt(3.0, "Decay of loss_type vespo for advantages >= 0.", VESPO_LAMBDA)
+    vespo_k_neg: float = _opt(3.0, "Exponent of loss_type vespo for the others.", ZERO_OR_MORE)
+    vespo_lambda_neg: float = _opt(2.0, "Decay of loss_type vespo for the others.", VESPO_LAMBDA)
+    entropy_coef: float = _opt(0.0, "Weight of the mean entropy, which the loss is lowered by.")
+    off_policy_mask_threshold: float | None = _opt(
+        None,
+        "Leave out rows of advantage below 0 whose mean log-probability fell by more than this since sampling.",
+        ABOVE_ZERO,
+    )
+    sampler_correction: str = _opt(
+        "none",
+        "Weigh tokens, or sequences, by trainer's over sampler's probability; outside the bounds: cut or 0.",
+        choices=("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    )
+    sampler_correction_min: float | None = _opt(
+        None, "Lower bound of that weight; unset: none.", ("in [0, 1]", lambda v: 0 <= v <= 1)
+    )
+    sampler_correction_max: float | None = _opt(
+        3.0, "Upper bound of that weight; none: no bound.", (">= 1", lambda v: v >= 1)
+    )
+    multi_objective_aggregation: str = _opt(
+        "sum_then_normalize",
+        "Sum the rewards and rank the sums, or rank each reward and sum the ranks (GDPO).",
+        choices=("sum_then_normalize", "normalize_then_sum"),
+    )
+    advantage_estimator: str = _opt(
+        "group",
+        "Baseline of a reward: its group's mean, the mean of the group's others, or 0.",
+        choices=("group", "loo", "none"),
+    )
 
     learning_rate: float = _opt(1e-6, "Peak learning rate.", ZERO_OR_MORE)
     lr_scheduler_type: str = _opt(
@@ -254,6 +293,7 @@ class Config:
                 f"reward_weights needs one weight per reward function: {len(rewards)} functions "
                 f"({', '.join(rewards)}), got {self.reward_weights}"
             )
+        _check_loss(self)
 
     def batch_size(self, devices: int) -> int:
         """Completions per update: B = per device × devices × accumulation.
@@ -310,6 +350,52 @@ GROUPS = {
     "mesh_data": "mesh",
     "output_dir": "run",
 }
+
+
+def _check_loss(config: Config) -> None:
+    """Refuse an option of the loss or the advantages that the others leave without effect or meaning."""
+    loss, default = config.loss_type, {name: field.default for name, field in OPTIONS.items()}
+    clipped = loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+    belongs = {
+        "epsilon": (clipped, "a loss_type with a lower clip (not cispo, sapo or vespo)"),
+        "epsilon_high": (clipped or loss == "cispo", "a loss_type with an upper clip (not sapo or vespo)"),
+        "delta": (clipped, "a clipped loss_type (not cispo, sapo or vespo)"),
+        **{name: (loss == "sapo", "loss_type sapo") for name in OPTIONS if name.startswith("sapo_")},
+        **{name: (loss == "vespo", "loss_type vespo") for name in OPTIONS if name.startswith("vespo_")},
+    }
+    for name, (acts, needs) in belongs.items():
+        if not acts and getattr(config, name) != default[name]:
+            raise ValueError(
+                f"{name} {getattr(config, name)} has no effect with loss_type {loss}: it needs {needs}"
+            )
+    if loss == "luspo" and config.importance_sampling_level != "sequence":
+        raise ValueError(
+            "loss_type luspo weighs a sequence's ratio by its length; set importance_sampling_level to sequence"
+        )
+    if loss == "vespo" and config.importance_sampling_level == "sequence" and not config.beta:
+        raise ValueError(
+            "importance_sampling_level sequence has no effect with loss_type vespo, whose ratio is the "
+            "sequence's already; leave it out"
+        )
+    if config.sampler_correction.endswith("truncate") and (
+        config.sampler_correction_min is None and config.sampler_correction_max is None
+    ):
+        raise ValueError(
+            f"sampler_correction {config.sampler_correction} needs sampler_correction_min or _max to cut at"
+        )
+    if config.multi_objective_aggregation == "normalize_then_sum":
+        for name in ("scale_rewards", "advantage_estimator"):
+            if getattr(config, name) != "group":
+                raise ValueError(
+                    f"{name} {getattr(config, name)} has no effect with multi_objective_aggregation "
+                    "normalize_then_sum, which scales each reward by its group and their sum by the batch; "
+                    "leave it out"
+                )
+    if config.advantage_estimator == "none" and config.scale_rewards != "none":
+        raise ValueError(
+            f"advantage_estimator none with scale_rewards {config.scale_rewards} would divide rewards by a "
+            "deviation of 0 where they are equal; set scale_rewards to none"
+        )
 
 
 def compute_dtype(option: str, on_cpu: bool) -> str:

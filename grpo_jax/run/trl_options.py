@@ -21,6 +21,8 @@ SUPPORTED = (
     # GRPOConfig
     "learning_rate num_generations temperature top_p top_k min_p chat_template_kwargs beta num_iterations "
     "epsilon delta epsilon_high importance_sampling_level reward_weights scale_rewards loss_type "
+    "use_bias_correction_kl sapo_temperature_pos sapo_temperature_neg vespo_k_pos vespo_lambda_pos vespo_k_neg "
+    "vespo_lambda_neg entropy_coef off_policy_mask_threshold multi_objective_aggregation "
     "top_entropy_quantile mask_truncated_completions max_tool_calling_iterations log_completions "
     # TrainingArguments
     "output_dir per_device_train_batch_size num_train_epochs max_steps lr_scheduler_type warmup_steps "
@@ -54,7 +56,7 @@ WARNINGS = {
         "vllm_max_model_length vllm_tensor_parallel_size use_transformers_continuous_batching "
         "transformers_continuous_batching_config use_transformers_paged cache_implementation use_cache"
     ),
-    "sampler and trainer compute the same log-probabilities; there is no mismatch to correct": (
+    "sampler and trainer are one program; sampler_correction corrects what rounding leaves between them": (
         "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
         "vllm_importance_sampling_clip_min vllm_importance_sampling_cap"
     ),
@@ -116,9 +118,7 @@ WARNINGS = {
     "a debugging aid of torch's DDP": "ignore_bias_buffers",
 }
 
-_ENTROPY = "the loss has no entropy term"
-_SAPO = "loss_type sapo is not supported; use grpo, bnpo, dr_grpo or dapo"
-_VESPO = "loss_type vespo is not supported; use grpo, bnpo, dr_grpo or dapo"
+_ENTROPY = "the weight of the entropy is constant; use entropy_coef"
 _REFERENCE = "the reference model stays frozen"
 _DATA = "give one data set as dataset_id_or_path"
 
@@ -137,27 +137,14 @@ ERRORS: dict[str, tuple[tuple[Any, ...], str]] = {
     "repetition_penalty": ((1, None), "sampling knows temperature, top_p, top_k and min_p"),
     "vllm_structured_outputs_regex": ((None,), "sampling is not constrained by a pattern"),
     "vllm_guided_decoding_regex": ((None,), "sampling is not constrained by a pattern"),
-    "sapo_temperature_neg": ((1.05,), _SAPO),
-    "sapo_temperature_pos": ((1,), _SAPO),
-    "vespo_k_pos": ((2,), _VESPO),
-    "vespo_lambda_pos": ((3,), _VESPO),
-    "vespo_k_neg": ((3,), _VESPO),
-    "vespo_lambda_neg": ((2,), _VESPO),
-    "multi_objective_aggregation": (
-        ("sum_then_normalize",),
-        "rewards are summed with reward_weights, then normalised",
-    ),
     "sync_ref_model": ((False,), _REFERENCE),
     "ref_model_mixup_alpha": ((0.6,), _REFERENCE),
     "ref_model_sync_steps": ((512,), _REFERENCE),
-    "entropy_coef": ((0,), _ENTROPY),
     "use_adaptive_entropy": ((False,), _ENTROPY),
     "entropy_coef_min": ((0,), _ENTROPY),
     "entropy_coef_max": ((1,), _ENTROPY),
     "entropy_coef_delta": ((0.005,), _ENTROPY),
     "entropy_target": ((0.2,), _ENTROPY),
-    "off_policy_mask_threshold": ((None,), "every sequence is learned; use delta to bound the ratio"),
-    "use_bias_correction_kl": ((False,), "the KL term is k3, not weighted by the ratio"),
     "reward_model_name_or_path": ((None,), "rewards are Python functions; use reward_fn"),
     "reward_funcs": ((None, []), "use reward_fn for a file or reward_function_name for a built-in"),
     "optim": (
