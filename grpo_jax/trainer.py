@@ -34,7 +34,7 @@ from grpo_jax.run.learner import Learner, make_learner
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
 from grpo_jax.run.options import GRPOConfig
 from grpo_jax.run.weights import adapters_meta, check_resumable
-from grpo_jax.scoring.advantages import combine_rewards, group_advantages, group_std
+from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
 from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
 from grpo_jax.scoring.rewards import RewardOutcome, TrainerState, joined
 from grpo_jax.types import Example, Message, Trajectory
@@ -220,7 +220,14 @@ class GRPOTrainer:
                     )
                     outcome = _scored(job, rollout.trajectories, now)
                     rewards = combine_rewards(outcome.values, weights)
-                    advantages = group_advantages(rewards, steps.G, config.scale_rewards)
+                    advantages = batch_advantages(
+                        outcome.values,
+                        weights,
+                        steps.G,
+                        scale=config.scale_rewards,
+                        aggregation=config.multi_objective_aggregation,
+                        estimator=config.advantage_estimator,
+                    )
                     trajectories = [
                         dataclasses.replace(t, rewards=tuple(values), advantage=advantage)
                         for t, values, advantage in zip(

@@ -311,7 +311,11 @@ def test_missing_config_file_is_named():
         ("beta", -1, "must be >= 0, got -1"),
         ("tool_timeout", 0, "must be > 0, got 0"),
         ("seed", -1, "must be in [0, 2**32 - 1], got -1"),
-        ("loss_type", "cispo", "must be one of grpo, bnpo, dr_grpo, dapo, got 'cispo'"),
+        (
+            "loss_type",
+            "ppo",
+            "must be one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, got 'ppo'",
+        ),
         (
             "lr_scheduler_type",
             "cosine_with_restarts",
@@ -378,7 +382,7 @@ steps_per_generation: 3
         "c.yaml:3: load_in_4bit True is not supported: weights are not quantised; use dtype bfloat16",
         "c.yaml:4: repetition_penalty 1.1 is not supported: sampling knows temperature, top_p, top_k and min_p",
         "c.yaml:5: save_steps must be a number, got 'often'",
-        "c.yaml:6: loss_type must be one of grpo, bnpo, dr_grpo, dapo, got 'gpo'; nearest: grpo",
+        "c.yaml:6: loss_type must be one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, got 'gpo'; nearest: grpo",
         "c.yaml:7: temperature must be > 0, got 0",
         "c.yaml:8: reward_weights needs one weight per reward function: 1 functions (accuracy), got [1.0, 2.0]",
         "c.yaml:10: bf16 must be true or false, got 'maybe'",

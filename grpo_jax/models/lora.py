@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Int, UInt32
 
 Params = dict[str, Any]
@@ -78,7 +77,8 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Adapters:
     """The adapters of all layers, or of one, and how they are applied.
 
@@ -88,10 +88,11 @@ class Adapters:
     """
 
     weights: Params
-    config: LoraConfig = struct.field(pytree_node=False)
+    config: LoraConfig = dataclasses.field(metadata={"static": True})
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Frozen:
     """What an update of adapters reads and does not change.
 
@@ -103,7 +104,7 @@ class Frozen:
 
     base: Params
     seed: Int[Array, ""] | UInt32[Array, ""]
-    config: LoraConfig = struct.field(pytree_node=False)
+    config: LoraConfig = dataclasses.field(metadata={"static": True})
 
 
 def init_adapters(layers: Params, config: LoraConfig, seed: int) -> Params:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grpo_jax.models import lora
@@ -99,7 +99,8 @@ class ModelConfig:
             raise ValueError(f"{source}: the key {error} is missing") from error
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Level:
     """Tokens of one level of the prefix tree.
 
@@ -114,7 +115,7 @@ class Level:
     tokens: Int[AnyArray, "n T"]
     positions: Int[AnyArray, "n T"]
     valid: Bool[AnyArray, "n T"]
-    shared: bool = struct.field(pytree_node=False, default=False)
+    shared: bool = dataclasses.field(default=False, metadata={"static": True})
     dropout_keys: UInt32[Array, "n 2"] | None = None
 
 

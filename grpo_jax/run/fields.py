@@ -1,8 +1,8 @@
 """The options: their types, defaults, help and the values that each may have.
 
 Names, meanings and defaults are those of TRL 1.16's GRPOConfig where the option
-exists there, and of the original's arguments otherwise. Four depart from TRL: `dtype`
-(auto), `loss_type` (no cispo, sapo, luspo, vespo), `eval_strategy` and `log_level`.
+exists there, and of the original's arguments otherwise. Three depart from TRL: `dtype`
+(auto), `eval_strategy` and `log_level`.
 """
 
 from __future__ import annotations
@@ -190,7 +190,9 @@ class Options:
     )
     epsilon: float = _opt(0.2, "Lower clipping bound of the importance ratio: 1 - epsilon.", gt=0)
     epsilon_high: float | None = _opt(
-        None, "Upper clipping bound of the ratio: 1 + epsilon_high; unset: epsilon.", gt=0
+        None,
+        "Upper clipping bound of the ratio: 1 + epsilon_high (cispo: epsilon_high itself); unset: epsilon.",
+        gt=0,
     )
     delta: float | None = _opt(
         None,
@@ -198,7 +200,29 @@ class Options:
         gt=1,
         why="the ratio of an unchanged policy",
     )
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = _opt("dapo", "How token losses are averaged.")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = _opt(
+        "dapo", "Loss of a token, and how token losses are averaged."
+    )
+    sapo_temperature_pos: float = _opt(1.0, "loss_type sapo: temperature where the advantage is > 0.", gt=0)
+    sapo_temperature_neg: float = _opt(1.05, "loss_type sapo: temperature elsewhere.", gt=0)
+    vespo_k_pos: float = _opt(2.0, "loss_type vespo: exponent where the advantage is >= 0.", ge=0)
+    vespo_lambda_pos: float = _opt(3.0, "loss_type vespo: decay where the advantage is >= 0.", ge=1e-4)
+    vespo_k_neg: float = _opt(3.0, "loss_type vespo: exponent elsewhere.", ge=0)
+    vespo_lambda_neg: float = _opt(2.0, "loss_type vespo: decay elsewhere.", ge=1e-4)
+    entropy_coef: float = _opt(0.0, "Weight of the mean entropy, which is subtracted from the loss.")
+    off_policy_mask_threshold: float | None = _opt(
+        None,
+        "Exclude completions of negative advantage whose mean log-probability fell by more since sampling.",
+        gt=0,
+    )
+    sampler_correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = _opt(
+        "none",
+        "Weight by trainer/sampler probability, truncated or masked beyond the bounds.",
+    )
+    sampler_correction_min: float | None = _opt(None, "Lower bound of that weight; unset: none.", ge=0, le=1)
+    sampler_correction_max: float | None = _opt(3.0, "Upper bound of that weight; none: no bound.", ge=1)
     scale_rewards: Literal["group", "batch", "none"] = _opt(
         "group",
         "Divide advantages by the standard deviation of the group, of the batch, or not at all.",
@@ -211,6 +235,12 @@ class Options:
         1.0, "Share of a batch's sampled tokens that enter the loss, those of highest entropy.", gt=0, le=1
     )
     num_iterations: int = _opt(1, "Updates per batch of completions.", ge=1)
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = _opt(
+        "sum_then_normalize", "Normalize the sum of the rewards, or sum normalized rewards (GDPO)."
+    )
+    advantage_estimator: Literal["group", "loo", "none"] = _opt(
+        "group", "Baseline of a reward: its group's mean, the mean of the group's others, or 0."
+    )
 
     learning_rate: float = _opt(1e-6, "Peak learning rate.", ge=0)
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = _opt(

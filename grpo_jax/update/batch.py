@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from flax import struct
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax.models.qwen import AnyArray, Level
@@ -122,7 +121,8 @@ def prompts_level(tree: Tree, prompts: Sequence[Sequence[int]]) -> Level:
     return Level(tokens, positions, valid, shared=True)
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Completions:
     """What an update learns: one row per completion.
 
@@ -149,7 +149,8 @@ class Completions:
     ref_logprobs: Float[AnyArray, "b T2"] | None = None
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """What one update sees: the three levels of the prefix tree, and what its loss divides by.
 
@@ -168,7 +169,7 @@ class Batch:
     completions: Completions
     tokens: Int[AnyArray, ""]
     rows: Int[AnyArray, ""]
-    J: int = struct.field(pytree_node=False)
+    J: int = dataclasses.field(metadata={"static": True})
 
     @property
     def trunk(self) -> tuple[Level, ...]:
@@ -177,7 +178,7 @@ class Batch:
 
     def with_logprobs(self, **logprobs: jax.Array) -> Batch:
         """The batch with `old_logprobs` or `ref_logprobs`."""
-        return self.replace(completions=self.completions.replace(**logprobs))
+        return dataclasses.replace(self, completions=dataclasses.replace(self.completions, **logprobs))
 
 
 def make_batch(
