@@ -29,7 +29,9 @@ from grpo_jax.run.command import run_command
 from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
+from grpo_jax.run.inputs import check_gold_calls
 from grpo_jax.run.job import Prompts, Session, load_prompts, open_session
+from grpo_jax.run.lock import check_writable
 from grpo_jax.run.log import (
     EVALUATED,
     PhaseTimer,
@@ -174,19 +176,23 @@ def compare(console: Console, summaries: dict[str, dict[str, Any]]) -> None:
     for metric in EVALUATED:
         cells = [interval_text(summary, metric) for summary in summaries.values()]
         rows.append((metric, *cells))
-    n = next(iter(summaries.values()))["n"]
-    console.table(f"Evaluation on {n} rows", ("metric", *summaries), rows)
+    first = next(iter(summaries.values()))
+    errors = first["error_answers"]["n"]
+    left_out = f" ({errors} rows whose answer is an error are not in the figures)" if errors else ""
+    console.table(f"Evaluation on {first['n']} rows{left_out}", ("metric", *summaries), rows)
 
 
 def run(resolved: ResolvedConfig, console: Console) -> None:
     """Evaluate one model folder or checkpoint and write `evaluation.json` to output_dir."""
     config = resolved.config
     timer = PhaseTimer()
+    check_writable(Path(config.output_dir).absolute())
     with watch_compiles(console, timer):
         session = open_session(config, console, timer)
         with session.runner:
             source = config.eval_dataset_id_or_path or config.required("dataset_id_or_path")
             prompts = load_prompts(session, source)
+            check_gold_calls(prompts.examples, session.toolbox.functions)
             sampler = greedy_sampler(session)
             with timer("evaluate"):
                 params = sampler.export(session.load_params())

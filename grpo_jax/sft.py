@@ -25,7 +25,9 @@ from grpo_jax.run.command import run_command
 from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import ResolvedConfig, write_resolved
 from grpo_jax.run.console import Console
+from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import Prompts, Session, load_prompts, open_session
+from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, write_json_atomic
 from grpo_jax.types import Example, Message, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import make_tree, step_batch
@@ -54,12 +56,10 @@ def fine_tune(
         {"steps", "validation"}: updates done and the last validation's figures.
 
     Raises:
-        ValueError: rows without gold calls, too few of them, or a gold conversation over the
-            budget; raised before anything is compiled.
+        ValueError: see `cold_start_rows`, or a gold conversation over the budget; raised before anything is compiled.
     """
     config = session.config
-    train, held_out = _split(session, data)
-    _check_gold_calls(session, train.examples)
+    train, held_out = cold_start_rows(session, data)
     # not in every host: a tool that answers differently would make them run different programs
     gold = hosts.of_first(lambda: gold_trajectories(session, train.examples, train.ids))
     _check_budget(train.examples, gold, config.max_grpo_completion_length)
@@ -79,13 +79,14 @@ def fine_tune(
             if done % every == 0 or done == config.sft_max_steps:
                 params = sampler.export(join(state.params, frozen))
                 report = evaluate(session, sampler, params, held_out, "Validation").summary
+                match = report["exact_answer_match"]  # there is one: `check_stop_rule`
                 session.console.line(
                     f"cold start {done}: loss {float(metrics['loss']):.3f}, "
-                    f"validation exact_answer_match {report['exact_answer_match']:.3f}"
+                    f"validation exact_answer_match {match:.3f}"
                 )
-                if report["exact_answer_match"] >= config.sft_stop_match:
+                if match >= config.sft_stop_match:
                     break
-                if report["exact_answer_match"] >= config.sft_stop_match / 2:
+                if match >= config.sft_stop_match / 2:
                     every = max(1, config.sft_eval_steps // 4)
             bar.advance(1)
     session.save_model(state.params, frozen, folder, adapter)
@@ -162,8 +163,13 @@ def written_trajectory(
     return Trajectory(prompt, ids, mask, [0.0] * len(ids), messages, list(calls), answered(calls))
 
 
-def _split(session: Session, data: Prompts) -> tuple[Prompts, Prompts]:
-    """Training rows, and the validation rows at the end of the file."""
+def cold_start_rows(session: Session, data: Prompts) -> tuple[Prompts, Prompts]:
+    """Training rows, and the validation rows at the end of the file.
+
+    Raises:
+        ValueError: too few rows, a training row without a gold call, or validation rows whose answers
+            are all errors.
+    """
     size = session.config.sft_validation_size
     if len(data.ids) < size + session.config.sft_batch_size:
         raise ValueError(
@@ -175,22 +181,26 @@ def _split(session: Session, data: Prompts) -> tuple[Prompts, Prompts]:
     def part(rows: slice) -> Prompts:
         return Prompts(data.examples[rows], data.ids[rows], make_tree(data.ids[rows], budget, devices))
 
-    return part(slice(None, -size)), part(slice(-size, None))
+    train, held_out = part(slice(None, -size)), part(slice(-size, None))
+    _check_gold_calls(session, train.examples)
+    check_gold_calls(held_out.examples, session.toolbox.functions)
+    check_stop_rule(held_out.examples, session.config.sft_stop_match)
+    return train, held_out
 
 
 def run(resolved: ResolvedConfig, console: Console) -> None:
     """Fine-tune, and leave `model/` and `sft.json` in output_dir; with `use_peft` also `adapter/`."""
     config = resolved.config
-    timer = PhaseTimer()
-    with watch_compiles(console, timer):
-        session = open_session(config, console, timer)
-        with session.runner:
-            data = load_prompts(session, config.required("dataset_id_or_path"))
-            out = Path(config.output_dir)
-            hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
-            with timer("cold_start"):
-                report = fine_tune(session, data, greedy_sampler(session), out / "model", out / "adapter")
-    hosts.of_first(lambda: write_json_atomic(out / "sft.json", report | {"timings": timer.seconds}))
+    timer, out = PhaseTimer(), Path(config.output_dir)
+    with run_lock(out, "grpo_jax.sft"):
+        with watch_compiles(console, timer):
+            session = open_session(config, console, timer)
+            with session.runner:
+                data = load_prompts(session, config.required("dataset_id_or_path"))
+                hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
+                with timer("cold_start"):
+                    report = fine_tune(session, data, greedy_sampler(session), out / "model", out / "adapter")
+        hosts.of_first(lambda: write_json_atomic(out / "sft.json", report | {"timings": timer.seconds}))
     console.line(f"Fine-tuned for {report['steps']} updates; the model is in {out / 'model'}")
 
 

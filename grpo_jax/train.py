@@ -6,12 +6,9 @@ turns, score them, compare each with its group, update; then export what was lea
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
-import os
-import re
 import shutil
 import sys
 import tempfile
@@ -26,19 +23,22 @@ import numpy as np
 from grpo_jax import hosts
 from grpo_jax.data.rows import Cursor, next_batch
 from grpo_jax.evaluate import compare, evaluate, greedy_sampler
-from grpo_jax.models.lora import Frozen, join
+from grpo_jax.models.lora import Frozen, LoraConfig, join
 from grpo_jax.models.qwen import Params
 from grpo_jax.preflight.check import check_job
 from grpo_jax.preflight.plan import show_plan
 from grpo_jax.report import write_report
 from grpo_jax.rollout.loop import Rollout, ToolLoop, prefill_preamble, run_rollout
 from grpo_jax.rollout.sampler import Sampler, Sampling
-from grpo_jax.run.checkpoint import Checkpoints, StopSignal, is_step_folder
+from grpo_jax.run.checkpoint import Checkpoints, Start, StopSignal, find_start, machine_meta
 from grpo_jax.run.command import INTERRUPTED, run_command
 from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import ResolvedConfig, write_resolved
 from grpo_jax.run.console import Console
+from grpo_jax.run.identity import adapters_meta, run_identity
+from grpo_jax.run.inputs import check_gold_calls
 from grpo_jax.run.job import Prompts, Session, load_prompts, open_session
+from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import (
     MetricsWriter,
     PhaseTimer,
@@ -48,10 +48,9 @@ from grpo_jax.run.log import (
     write_json_atomic,
 )
 from grpo_jax.run.options import Config
-from grpo_jax.run.weights import adapters_meta, check_resumable
 from grpo_jax.scoring.advantages import combine_rewards, group_advantages, group_std
 from grpo_jax.scoring.rewards import RewardOutcome, call_rewards, joined
-from grpo_jax.sft import fine_tune
+from grpo_jax.sft import cold_start_rows, fine_tune
 from grpo_jax.types import Example, StepBatch, TrainState, Trajectory
 from grpo_jax.update.batch import step_batch
 from grpo_jax.update.optimizer import make_schedule
@@ -168,22 +167,17 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
     if config.check:
         return _check(config, console)
     out = Path(config.output_dir)
-    if config.overwrite_output_dir:
-        hosts.of_first(lambda: _start_over(out))
-    summary = hosts.of_first(lambda: read_summary(out))
-    if "after" in summary:
-        console.line(
-            f"The run in {out} is finished (summary.json, model/). "
-            "--overwrite_output_dir starts over; another --output_dir keeps both."
-        )
-        return 0
-    timer = PhaseTimer()
-    timer.restore(summary.get("timings", {}))
-    with watch_compiles(console, timer):
-        session = open_session(config, console, timer)
-        with session.runner:
-            data = load_prompts(session, config.required("dataset_id_or_path"))
-            return _train(session, resolved, data, summary)
+    with run_lock(out, "grpo_jax.train"):
+        if config.overwrite_output_dir:
+            hosts.of_first(lambda: _start_over(out))
+        summary = hosts.of_first(lambda: read_summary(out))
+        timer = PhaseTimer()
+        timer.restore(summary.get("timings", {}))
+        with watch_compiles(console, timer):
+            session = open_session(config, console, timer)
+            with session.runner:
+                data = load_prompts(session, config.required("dataset_id_or_path"))
+                return _train(session, resolved, data, summary)
 
 
 def _check(config: Config, console: Console) -> int:
@@ -194,7 +188,7 @@ def _check(config: Config, console: Console) -> int:
             data = load_prompts(session, config.required("dataset_id_or_path"))
             source = config.eval_dataset_id_or_path
             evaluation = None if source is None else load_prompts(session, source)
-            status = check_job(session, data, evaluation, lambda e, t: score_rewards(session, e, t, 0, 1))
+            status = check_job(session, data, evaluation, lambda e, t, n: score_rewards(session, e, t, n, 2))
             _say_plan(console, make_plan(config, len(data.ids), session.row_devices), data)
     return status
 
@@ -203,26 +197,39 @@ def _train(session: Session, resolved: ResolvedConfig, data: Prompts, summary: d
     config, console, out = session.config, session.console, Path(session.config.output_dir)
     plan = make_plan(config, len(data.ids), session.row_devices)
     hosts.share(range(plan.P))  # raises where the prompts do not divide by the hosts
-    _check_inputs(session)
+    greedy = greedy_sampler(session)
+    evaluation = _Evaluation(session, greedy)
+    if config.cold_start and not hosts.of_first((out / "cold_start").exists):
+        cold_start_rows(session, data)
     _say_plan(console, plan, data)
     evaluated = config.eval_batch_size
     log.debug("Rows: P = %d, B = %d; P = B = %d in an evaluation", plan.P, plan.P * plan.G, evaluated)
-    hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
-    greedy = greedy_sampler(session)
     with Checkpoints(out / "checkpoints", keep=config.save_total_limit) as checkpoints:
-        found = _checkpoint_to_resume(config, checkpoints)
+        fresh = _fresh_meta(session, plan, data)
+        start = find_start(
+            checkpoints, config.resume_from_checkpoint, summary, fresh, config.allow_config_change
+        )
+        for note in start.notes:
+            console.line(note)
+        if start.finished is not None:
+            console.line(
+                f"The run in {out} is finished after {start.finished} updates (summary.json, model/). A higher "
+                "--max_steps or --num_train_epochs continues it, --overwrite_output_dir starts over, another "
+                "--output_dir keeps both."
+            )
+            return 0
+        summary.pop("after", None)
+        hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
         if config.cold_start:
             session = _cold_start(session, data, greedy, summary)
-
-        evaluation = _Evaluation(session, greedy)
         sampler = session.sampler(_sampling(config))
         with StopSignal() as stop:
-            learner, state, meta = _start(session, plan, data, checkpoints, found)
+            learner, state = _start(session, plan, data, checkpoints, start)
             if "before" not in summary and evaluation.possible:
                 summary["before"] = evaluation(sampler.export(learner.params(state)), "Evaluation before")
                 _write_summary(session, summary)
             state, stopped = _grpo(
-                session, plan, data, sampler, learner, state, meta, checkpoints, stop, evaluation
+                session, plan, data, sampler, learner, state, start.meta, checkpoints, stop, evaluation
             )
     if stopped:
         _write_summary(session, summary)
@@ -301,6 +308,7 @@ def _grpo(
             done = step >= plan.updates
             # several hosts stop after the same update: one that is asked after its rollout stops after the next
             stopping = stop.requested if hosts.alone() else rollout.stop
+            checkpoints.check()
             if stopping or _save_due(config, step, cursor, done, plan):
                 with timer("save"):
                     checkpoints.save(step, state, meta)
@@ -417,10 +425,33 @@ def _update(
     return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
+def _fresh_meta(session: Session, plan: Plan, data: Prompts) -> dict[str, Any]:
+    """The meta of a run that starts from its model; see `find_start`."""
+    config, source, name = session.config, session.folder.absolute(), session.model_name
+    if config.cold_start:
+        source = (Path(config.output_dir) / "cold_start").absolute()
+        name = str(source)
+    numbers = {"seed": config.seed, "prompts": plan.P, "num_generations": plan.G}
+    numbers |= {"num_iterations": plan.updates_per_batch, "updates": plan.updates}
+    options = dataclasses.asdict(config)
+    meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(source)} | machine_meta()
+    # adapters are float32 always
+    meta["param_dtype"] = "float32" if config.use_peft else config.param_dtype
+    if config.use_peft:
+        lora = LoraConfig.of(
+            config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules
+        )
+        meta |= adapters_meta(lora, name, session.dtype)
+    meta["run"] = run_identity(
+        data.examples, data.ids, session.toolbox, session.rewards, numbers, str(source), options
+    )
+    return meta
+
+
 def _start(
-    session: Session, plan: Plan, data: Prompts, checkpoints: Checkpoints, found: tuple[Path, int] | None
-) -> tuple[Learner, TrainState, dict[str, Any]]:
-    """The learner and the state to go on from: that of the checkpoint that was found, or a fresh one."""
+    session: Session, plan: Plan, data: Prompts, checkpoints: Checkpoints, start: Start
+) -> tuple[Learner, TrainState]:
+    """The learner, and the state to continue from."""
     config, model = session.config, session.model
     schedule = make_schedule(
         config.lr_scheduler_type, config.learning_rate, config.warmup_updates(plan.updates), plan.updates
@@ -455,63 +486,12 @@ def _start(
     sizes = () if all_rows else update_sizes(step, plan.P, plan.G)
     log.debug("Updates of %s prompts", " or ".join(map(str, (plan.P, *sizes))))
     learner = Learner(step, schedule, update, make_score(step), reference, frozen, sizes)
-    meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(session.folder.absolute())}
-    meta["param_dtype"] = "float32" if frozen else config.param_dtype  # adapters are float32 always
-    meta |= _machine()
-    if frozen is not None:
-        meta |= adapters_meta(frozen.config, session.model_name, session.dtype)
-    if found is None:
-        return learner, state, meta
-    directory, number = found
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        state,
-        state_shardings(step.layout, state),
-    )
-    with (
-        Checkpoints(directory)
-        if directory != checkpoints.directory
-        else contextlib.nullcontext(checkpoints) as source
-    ):
-        check_resumable(source, number, meta)
-        state, saved = source.restore(number, shapes)
-    for name, value in _machine().items():
-        if saved.get(name) != value:
-            session.console.line(
-                f"Warning: {name} was {saved.get(name)!r} when step {number} was saved and is {value!r} now; "
-                "sums are then taken in another order, and the run may differ in the last bits"
-            )
-    session.timer.restore(saved.get("timings", {}))
-    session.console.line(f"Continuing from the checkpoint of update {number} in {directory}")
-    return learner, state, {**saved, **_machine(), "param_dtype": meta["param_dtype"]}
-
-
-def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints) -> tuple[Path, int] | None:
-    """(folder, step) of the checkpoint that `resume_from_checkpoint` means; None for a fresh start."""
-    wanted, newest = config.resume_from_checkpoint, checkpoints.latest()
-    if wanted == "none" and newest is not None:
-        raise ValueError(
-            f"resume_from_checkpoint is none, but {checkpoints.directory} holds checkpoints; "
-            "start over with --overwrite_output_dir, or choose another --output_dir"
-        )
-    if wanted in (None, "none"):
-        return None if newest is None else (checkpoints.directory, newest)
-    if not is_step_folder(wanted):
-        raise ValueError(
-            f"resume_from_checkpoint must be a step's folder (RUN/checkpoints/STEP), got {wanted}"
-        )
-    path = Path(wanted).absolute()
-    if newest is not None and (path.parent, int(path.name)) != (checkpoints.directory, newest):
-        raise ValueError(
-            f"cannot resume from {path}: {checkpoints.directory} already holds step {newest}; "
-            "choose another --output_dir, so that what was saved stays saved"
-        )
-    return path.parent, int(path.name)
-
-
-def _machine() -> dict[str, Any]:
-    """What decides the order of sums: resumes are bit for bit only where it is the same."""
-    return {"threads": len(os.sched_getaffinity(0)), "xla_flags": os.environ.get("XLA_FLAGS", "")}
+    if start.checkpoint is not None:
+        state = start.restore(checkpoints, state, state_shardings(step.layout, state))
+        session.timer.restore(start.meta.get("timings", {}))
+        directory, number = start.checkpoint
+        session.console.line(f"Continuing from the checkpoint of update {number} in {directory}")
+    return learner, state
 
 
 def _cold_start(session: Session, data: Prompts, greedy: Sampler, summary: dict[str, Any]) -> Session:
@@ -529,26 +509,27 @@ def _cold_start(session: Session, data: Prompts, greedy: Sampler, summary: dict[
 
 
 class _Evaluation:
-    """Evaluation on the test file, which is read at the first one and not before."""
+    """Evaluation on the test file, which is read and checked at once, so that a bad row costs nothing."""
 
     def __init__(self, session: Session, greedy: Sampler):
         self.session, self.greedy = session, greedy
-        self.source = session.config.eval_dataset_id_or_path
-        self._prompts: Prompts | None = None
+        source = session.config.eval_dataset_id_or_path
+        self._prompts = None if source is None else load_prompts(session, source)
+        if self._prompts is not None:
+            check_gold_calls(self._prompts.examples, session.toolbox.functions)
 
     @property
     def possible(self) -> bool:
         """Whether there is a test file."""
-        return self.source is not None
+        return self._prompts is not None
 
     def __call__(self, params: Any, title: str) -> dict[str, Any]:
         """The figures of rollout weights."""
         with self.session.timer("evaluate"):
-            if self._prompts is None:
-                self._prompts = load_prompts(self.session, self.source)
             summary = evaluate(self.session, self.greedy, params, self._prompts, title).summary
         value = summary["exact_answer_match"]
-        self.session.console.line(f"{title}: exact_answer_match {value:.3f} on {summary['n']} rows")
+        shown = "–" if value is None else f"{value:.3f}"
+        self.session.console.line(f"{title}: exact_answer_match {shown} on {summary['n']} rows")
         return summary
 
 
@@ -564,7 +545,7 @@ def _finish(
     out = Path(session.config.output_dir)
     with session.timer("save"):
         session.save_model(state.params, learner.frozen, out / "model", out / "adapter")
-    summary["after"] = None
+    summary |= {"after": None, "updates": int(state.step)}
     if evaluation.possible:
         summary["after"] = evaluation(sampler.export(learner.params(state)), "Evaluation after")
         compare(session.console, {"before": summary["before"], "after": summary["after"]})
@@ -586,15 +567,6 @@ def _start_over(out: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _check_inputs(session: Session) -> None:
-    # the rows are read only when evaluating, which is too late to find that there is no file
-    path = re.sub(r"\[[^\[\]]*\]$", "", session.config.eval_dataset_id_or_path or "")  # without its slice
-    if path.endswith((".jsonl", ".json")) and not Path(path).expanduser().is_file():
-        raise FileNotFoundError(
-            f"eval_dataset_id_or_path: {path} does not exist; name a JSONL file, or leave the option out"
-        )
 
 
 def _say_plan(console: Console, plan: Plan, data: Prompts) -> None:

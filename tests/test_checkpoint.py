@@ -199,13 +199,13 @@ def empty(folder):
 
 
 @pytest.mark.parametrize("damage", [truncate, empty])
-def test_a_damaged_checkpoint_is_named_with_the_mend(tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_with_the_fix(tmp_path, damage):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, make_state(step), {})
     damage(tmp_path / "2")
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(ValueError, match=r"cannot restore .*/2: it is damaged.* to go on from step 1"):
+        with pytest.raises(ValueError, match=r"cannot restore .*/2: it is damaged.* to continue from step 1"):
             checkpoints.restore(2, abstract(make_state()))
         assert int(checkpoints.restore(1, abstract(make_state()))[0].step) == 1
 
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
 
 
 def test_meta_is_copied_when_saved_and_must_be_json(tmp_path):
-    """The write is in the background: a counter that goes on must not leak into it."""
+    """The write is in the background: a counter that is still running must not leak into it."""
     meta = {"rewards": list(range(100_000))}
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(TypeError, match="float32 is not JSON"):

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.models.hf import read_json_object
 from grpo_jax.rollout.parsing import CallFormat, Schema, assistant_message, call_message, parse_turn
 from grpo_jax.types import Message, ParsedTurn, ToolCall
 
@@ -251,10 +252,17 @@ def _probe_template(tokenizer: Any, kwargs: dict[str, Any], control: re.Pattern[
 
 
 def _configured_eos(folder: Path) -> list[int]:
-    """The end-of-sequence ids of generation_config.json; empty without that file."""
+    """The end-of-sequence ids of generation_config.json; empty without that file.
+
+    Raises:
+        ValueError: the file is no JSON object, or has something else than ids there.
+    """
     path = folder / "generation_config.json"
-    eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-    return [eos] if isinstance(eos, int) else eos or []
+    eos = read_json_object(path).get("eos_token_id") if path.exists() else None
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(one) is not int or one < 0 for one in ids):
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {eos!r}")
+    return ids
 
 
 def _plain_encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:

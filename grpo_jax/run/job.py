@@ -34,6 +34,7 @@ from grpo_jax.rollout.parsing import Schema
 from grpo_jax.rollout.sampler import Sampler, Sampling, make_sampler
 from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
+from grpo_jax.run.inputs import check_context
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.options import Config, compute_dtype
 from grpo_jax.run.weights import restore_weights
@@ -356,6 +357,7 @@ def load_prompts(session: Session, source: str) -> Prompts:
             session.console.line(f"Dropped {len(fits) - len(ids)} of {len(fits)} prompts over {limit} tokens")
         if not ids:
             raise ValueError(f"{source}: every prompt is longer than max_prompt_length {limit}; raise it")
+    check_context(examples, ids, config.max_grpo_completion_length, session.model.positions)
     local = dataclasses.replace(config, compilation_cache_dir=None)  # the one option that hosts may differ in
     hosts.check_alike(f"the options or the prompts of {source}", (local, ids))
     tree = make_tree(ids, config.max_grpo_completion_length, session.row_devices)

@@ -222,6 +222,9 @@ class Config:
     resume_from_checkpoint: str | None = _opt(
         None, "Folder of a step, or none for a fresh start; unset: the newest in output_dir.", keeps_none=True
     )
+    allow_config_change: bool = _opt(
+        False, "Continue a checkpoint although data, tools, rewards, seed or batch differ from its own."
+    )
     logging_steps: int = _opt(10, "Updates between printed lines.", ONE_OR_MORE)
     log_completions: bool = _opt(False, "Print sample conversations at these lines.")
     report_to: str = _opt("none", "Tracker besides metrics.jsonl.", choices=("none", *PACKAGES))
