@@ -38,7 +38,7 @@ from grpo_jax.run.console import Console
 from grpo_jax.run.identity import adapters_meta, run_identity
 from grpo_jax.run.inputs import check_gold_calls
 from grpo_jax.run.job import Prompts, Session, load_prompts, open_session
-from grpo_jax.run.lock import run_lock
+from grpo_jax.run.lock import check_writable, run_lock
 from grpo_jax.run.log import (
     MetricsWriter,
     PhaseTimer,
@@ -182,6 +182,8 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
 
 def _check(config: Config, console: Console) -> int:
     """Check the job; nothing is left in output_dir, so a scratch model is made elsewhere."""
+    out = Path(config.output_dir).absolute()
+    check_writable(next(path for path in (out, *out.parents) if path.exists()))
     with tempfile.TemporaryDirectory() as elsewhere:
         session = open_session(dataclasses.replace(config, output_dir=elsewhere), console, PhaseTimer())
         with session.runner:

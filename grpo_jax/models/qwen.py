@@ -32,6 +32,7 @@ SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
+MAY_BE_NULL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # Compiler options of every program that runs `extend`. By default XLA drops roundings to bfloat16 inside what it
 # fuses, in each program others. All kept, they are the published models' own, and sampler and update round alike:
 # their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_loop.py).
@@ -82,8 +83,9 @@ class ModelConfig:
         if not isinstance(config, dict):
             raise ValueError(f"{source} must hold a JSON object, got {str(config)[:80]}; download it again")
         for key in SIZES:
-            value = config.get(key)
-            if value is not None and (type(value) is not int or value < 1):
+            value = config.get(key, 1)
+            absent = value is None and key in MAY_BE_NULL
+            if not absent and (type(value) is not int or value < 1):
                 raise ValueError(f"{source}: {key} must be a whole number >= 1, got {value!r}")
         kind = config.get("model_type")
         if kind not in SUPPORTED:
@@ -102,7 +104,7 @@ class ModelConfig:
                 F=config["intermediate_size"],
                 L=config["num_hidden_layers"],
                 N=N,
-                K=config.get("num_key_value_heads", N),
+                K=config.get("num_key_value_heads") or N,
                 H=config.get("head_dim") or D // N,
                 rope_theta=theta,
                 norm_eps=float(config["rms_norm_eps"]),

@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from grpo_jax.models.hf import read_json_object
 from grpo_jax.rollout.parsing import CallFormat, Schema, assistant_message, call_message, parse_turn
 from grpo_jax.types import Message, ParsedTurn, ToolCall
@@ -183,7 +185,13 @@ def load_conversation(
     kwargs = dict(chat_template_kwargs or {})
     control_ids = _control_ids(tokenizer)
     control = _any_of(control_ids)
-    prompt, end_of_turn = _probe_template(tokenizer, kwargs, control)
+    try:
+        prompt, end_of_turn = _probe_template(tokenizer, kwargs, control)
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"the chat template in {str(folder)!r} cannot be rendered ({type(error).__name__}: {error}); copy it "
+            "again from the model's repository, or correct chat_template_kwargs"
+        ) from None
     eos = [control_ids[end_of_turn], tokenizer.eos_token_id, *_configured_eos(Path(folder))]
     stop_ids = tuple(dict.fromkeys(token for token in eos if token is not None))
     return Conversation(

@@ -13,8 +13,10 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -60,7 +62,7 @@ class Checkpoints:
         if keep is not None and keep < 1:
             raise ValueError(f"save_total_limit must be >= 1, or none to keep all checkpoints, got {keep}")
         self.directory = Path(directory).absolute()
-        _refuse_foreign(self.directory)
+        _refuse_other_folders(self.directory)
         options = ocp.CheckpointManagerOptions(
             create=False,  # a mistyped folder to read from must not appear
             preservation_policy=LatestN(keep),
@@ -72,6 +74,9 @@ class Checkpoints:
             "meta": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._waiter = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] = Future()
+        self._newest = self.directory  # what is being written, for messages
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves a copy of the state; later changes, donation included, do not reach it.
@@ -100,8 +105,12 @@ class Checkpoints:
             # Through JSON here: the writer's thread would see later changes, and fail late.
             meta=JsonSave(json.loads(json.dumps(meta))),
         )
+        self.wait()
+        self._newest = self.directory / str(step)
         with self._writing():
             self._manager.save(step, args=items)
+        # Orbax says that a save failed only when somebody waits for it
+        self._written = self._waiter.submit(self._manager.wait_until_finished)
 
     def steps(self) -> list[int]:
         """The steps in the folder in rising order; the last may still be being written."""
@@ -152,11 +161,13 @@ class Checkpoints:
     def check(self) -> None:
         """Raises OutputError when a save that is written in the background has failed."""
         with self._writing():
-            self._manager.check_for_errors()
+            if self._written.done():
+                self._written.result()
 
     def close(self) -> None:
         """Waits for the saves and ends the background threads; errors as `save`."""
         with self._writing():
+            self._waiter.shutdown()
             self._manager.close()
 
     def __enter__(self) -> Checkpoints:
@@ -168,7 +179,8 @@ class Checkpoints:
         except OutputError as error:
             if kind is None:
                 raise
-            _log.warning("%s", error)  # what ended the block is raised
+            if not issubclass(kind, OutputError):  # else the block ended because of it
+                _log.warning("%s", error)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -176,7 +188,7 @@ class Checkpoints:
             yield
         # Orbax and TensorStore have no error of their own for a disk that is full or gone.
         except Exception as error:
-            raise cannot_write(self.directory, _first_line(error)) from None
+            raise cannot_write(self._newest, _reason(error)) from None
 
     def _restore(self, step: int, params: Any, **others: CheckpointArgs) -> Composite:
         self.wait()
@@ -397,10 +409,23 @@ class StopSignal:
         self.requested = True
 
 
-def _first_line(error: BaseException) -> str:
-    """What a library says, without its traces."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return shorten(lines[0] if lines else type(error).__name__, 300)
+def _reason(error: BaseException) -> str:
+    """What the system said, as "No space left on device"; else the first line of the library's message."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
+        return os.strerror(int(found[1]))
+    return shorten(next(iter(str(error).splitlines()), "") or type(error).__name__, 300)
+
+
+class _OrbaxTraces(logging.Filter):
+    """Drops what Orbax's threads log of a save that fails, trace by trace: `Checkpoints` raises it once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_OrbaxTraces())
 
 
 def _optimizer_part(state: TrainState) -> dict[str, Any]:
@@ -413,19 +438,19 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
 
 
-def _refuse_foreign(directory: Path) -> None:
+def _refuse_other_folders(directory: Path) -> None:
     """Raises ValueError when the folder holds anything but checkpoints."""
     if not directory.exists():
         return
     if not directory.is_dir():
         raise ValueError(f"{directory} is a file; checkpoints need a folder")
-    foreign = [
+    others = [
         p.name
         for p in directory.iterdir()
         if not p.name.isdigit() and not p.name.endswith(UNFINISHED) and not p.name.startswith(".")
     ]
-    if foreign:
+    if others:
         raise ValueError(
-            f"{directory} holds {sorted(foreign)[0]!r}, which is not a checkpoint of this program "
+            f"{directory} holds {sorted(others)[0]!r}, which is not a checkpoint of this program "
             "(those are folders named by their step). Choose another folder, or move it away"
         )

@@ -193,7 +193,7 @@ def check_adapters(saved: Mapping[str, Any], meta: Mapping[str, Any], where: Pat
                 f"cannot resume from {where}: lora_{option} was {then} there and is {now} in this run (None: "
                 "without use_peft). Use the same, or choose another --output_dir"
             )
-    # a base that was moved cannot be told from another one by its path
+    # a path does not show whether a base was moved or is another one
     if "lora" in saved and saved["source"] != meta["source"] and Path(saved["source"]).exists():
         raise ValueError(
             f"cannot resume from {where}: its adapters were trained on {saved['source']}, this run's model "
