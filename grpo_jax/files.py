@@ -1,9 +1,11 @@
-"""Files that are whole or not there, the whole lines of one that may not be, and values as JSON has them."""
+"""Files that are whole or not there, values as JSON has them, and errors that name the file."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,48 @@ from grpo_jax.text import replace_lone_surrogates
 MAX_DEPTH = 100  # of a structure that is written as JSON; a deeper one probably holds itself
 
 
+class OutputError(RuntimeError):
+    """A file of the results cannot be written; the message names it and the reason in one line."""
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """A block that writes a file: what the system refuses in it becomes an error that names the file.
+
+    Raises:
+        OutputError: no space, no permission, a folder that is gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error.strerror or str(error)) from None
+
+
+def cannot_write(path: str | os.PathLike, reason: str) -> OutputError:
+    """The error for a file that cannot be written."""
+    return OutputError(
+        f"cannot write {path}: {reason}. What was saved before is intact: make the folder writable or free "
+        "space there and run the same command again, or choose another output folder"
+    )
+
+
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write a file whole or not at all: a reader, or a kill, never meets half of it."""
+    """Write a file whole or not at all: a reader, or a kill, never meets half of it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)  # on a full disk, half a file takes space
+            raise
 
 
 def whole_lines(path: Path) -> list[str]:

@@ -13,6 +13,7 @@ from grpo_jax.run.command import INTERRUPTED, run_command
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import steps_of
+from grpo_jax.run.lock import check_writable
 from grpo_jax.trainer import GRPOTrainer, print_steps
 
 
@@ -22,6 +23,8 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
     if config.plan is not None:
         return show_plan(config, console, steps_of)
     if config.check:
+        out = Path(config.output_dir).absolute()
+        check_writable(next(path for path in (out, *out.parents) if path.exists()))
         with tempfile.TemporaryDirectory() as elsewhere:  # nothing is left in output_dir
             trainer = GRPOTrainer(args=dataclasses.replace(config, output_dir=elsewhere), console=console)
             with trainer.job.runner:

@@ -21,12 +21,17 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grpo_jax.models import lora
 from grpo_jax.models.attention import KEPT, Segment, attend, even_block, keep
-from grpo_jax.models.rope import Yarn, frequencies, read_rope
+from grpo_jax.models.rope import Yarn, frequencies, read_position_limit, read_rope
 from grpo_jax.models.target import device_count
 
 Params = dict[str, Any]
 Constrain = Callable[[Any, str], Any]
 SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+MAY_BE_NULL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # Compiler options of every program that runs `extend`. By default XLA drops roundings to bfloat16 inside what it
 # fuses, in each program others. All kept, they are the published models' own, and sampler and update round alike:
 # their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_loop.py).
@@ -38,7 +43,10 @@ FEW_LAYERS = 8  # see `_last_apart`
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The sizes and switches of a Qwen checkpoint (its `config.json`)."""
+    """The sizes and switches of a Qwen checkpoint (its `config.json`).
+
+    `positions` is the longest sequence that it was made for, None where the file does not say.
+    """
 
     model_type: str
     V: int
@@ -52,6 +60,7 @@ class ModelConfig:
     norm_eps: float
     tied: bool
     yarn: Yarn | None = None
+    positions: int | None = None
 
     @property
     def qkv_bias(self) -> bool:
@@ -69,8 +78,15 @@ class ModelConfig:
 
         Raises:
             ValueError: an architecture, activation or rope type that this port does not have,
-                or a missing key; names the key and what is supported.
+                or a key that is missing or no number; names the key and what is supported.
         """
+        if not isinstance(config, dict):
+            raise ValueError(f"{source} must hold a JSON object, got {str(config)[:80]}; download it again")
+        for key in SIZES:
+            value = config.get(key, 1)
+            absent = value is None and key in MAY_BE_NULL
+            if not absent and (type(value) is not int or value < 1):
+                raise ValueError(f"{source}: {key} must be a whole number >= 1, got {value!r}")
         kind = config.get("model_type")
         if kind not in SUPPORTED:
             raise ValueError(f"{source}: model_type must be one of {sorted(SUPPORTED)}, got {kind!r}")
@@ -88,15 +104,20 @@ class ModelConfig:
                 F=config["intermediate_size"],
                 L=config["num_hidden_layers"],
                 N=N,
-                K=config.get("num_key_value_heads", N),
+                K=config.get("num_key_value_heads") or N,
                 H=config.get("head_dim") or D // N,
                 rope_theta=theta,
-                norm_eps=config["rms_norm_eps"],
+                norm_eps=float(config["rms_norm_eps"]),
                 tied=config.get("tie_word_embeddings", False),
                 yarn=yarn,
+                positions=read_position_limit(config, yarn),
             )
         except KeyError as error:
             raise ValueError(f"{source}: the key {error} is missing") from error
+        except (TypeError, AttributeError) as error:  # null, or text where a number or object belongs
+            raise ValueError(
+                f"{source} holds a value of the wrong type ({error}); download it again"
+            ) from None
 
 
 @jax.tree_util.register_dataclass

@@ -20,6 +20,7 @@ from grpo_jax.rollout.conversation import Conversation
 from grpo_jax.rollout.loop import answered
 from grpo_jax.rollout.parsing import call_message
 from grpo_jax.run.evaluation import evaluate
+from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import DataSet, Job
 from grpo_jax.types import Message, Prompt, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
@@ -45,12 +46,11 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
         {"steps", "validation"}: updates done and the last validation's figures.
 
     Raises:
-        ValueError: rows without gold calls, too few of them, or a gold conversation over the
-            budget; raised before anything is compiled.
+        ValueError: see `cold_start_rows`, or a gold conversation over the budget; raised before anything
+            is compiled.
     """
     config = job.config
-    train, held_out = _split(job, data)
-    _check_gold_calls(job, train.prompts)
+    train, held_out = cold_start_rows(job, data)
     # not in every host: a tool that answers differently would make them run different programs
     gold = hosts.of_first(lambda: gold_trajectories(job, train.prompts))
     _check_budget(gold, config.max_grpo_completion_length)
@@ -69,13 +69,14 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
             if done % every == 0 or done == config.sft_max_steps:
                 params = job.greedy.export(join(state.params, frozen))
                 report = evaluate(job, params, held_out, "Validation").summary
+                match = report["exact_answer_match"]  # there is one: `check_stop_rule`
                 job.console.line(
                     f"cold start {done}: loss {float(metrics['loss']):.3f}, "
-                    f"validation exact_answer_match {report['exact_answer_match']:.3f}"
+                    f"validation exact_answer_match {match:.3f}"
                 )
-                if report["exact_answer_match"] >= config.sft_stop_match:
+                if match >= config.sft_stop_match:
                     break
-                if report["exact_answer_match"] >= config.sft_stop_match / 2:
+                if match >= config.sft_stop_match / 2:
                     every = max(1, config.sft_eval_steps // 4)
             bar.advance(1)
     job.save_model(state.params, frozen, folder, adapter)
@@ -149,8 +150,13 @@ def written_trajectory(
     return Trajectory(prompt, ids, mask, [0.0] * len(ids), messages, list(calls), answered(calls))
 
 
-def _split(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
-    """Training rows, and the validation rows at the end of the file."""
+def cold_start_rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
+    """Training rows, and the validation rows at the end of the file.
+
+    Raises:
+        ValueError: too few rows, a training row without a gold call, or validation rows whose answers
+            are all errors.
+    """
     size = job.config.sft_validation_size
     if len(data.prompts) < size + job.config.sft_batch_size:
         raise ValueError(
@@ -163,4 +169,8 @@ def _split(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
         budget = job.config.max_grpo_completion_length
         return DataSet(prompts, make_tree([p.ids for p in prompts], budget, job.row_devices))
 
-    return part(slice(None, -size)), part(slice(-size, None))
+    train, held_out = part(slice(None, -size)), part(slice(-size, None))
+    _check_gold_calls(job, train.prompts)
+    check_gold_calls(held_out.prompts, job.toolbox.functions)
+    check_stop_rule(held_out.prompts, job.config.sft_stop_match)
+    return train, held_out

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 
 from grpo_jax import hosts
+from grpo_jax.files import OutputError
 from grpo_jax.run.config import ResolvedConfig, parse_config, print_config
 from grpo_jax.run.console import Console, note_dependencies, setup_logging
 
@@ -26,8 +27,8 @@ def run_command(
 ) -> int:
     """Parse the options and run a command; returns its exit status.
 
-    Bad input (ValueError, FileNotFoundError) is printed in one line with status 2; anything
-    else, as a reward function that raises, keeps its traceback. Of several hosts the first prints,
+    Bad input (ValueError, FileNotFoundError) is printed in one line with status 2, results that
+    cannot be written (OutputError) in one line with status 1; anything else, as a reward function that raises, keeps its traceback. Of several hosts the first prints,
     and all end when one fails.
     """
     console = Console()
@@ -60,6 +61,9 @@ def run_command(
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return _end_all(2)
+    except OutputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return _end_all(1)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return _end_all(INTERRUPTED)

@@ -61,5 +61,7 @@ def compare(console: Console, summaries: dict[str, dict[str, Any]]) -> None:
     rows: Sequence = [
         (metric, *(interval_text(summary, metric) for summary in summaries.values())) for metric in EVALUATED
     ]
-    n = next(iter(summaries.values()))["n"]
-    console.table(f"Evaluation on {n} rows", ("metric", *summaries), rows)
+    first = next(iter(summaries.values()))
+    errors = first["error_answers"]["n"]
+    left_out = f" ({errors} rows whose answer is an error are not in the figures)" if errors else ""
+    console.table(f"Evaluation on {first['n']} rows{left_out}", ("metric", *summaries), rows)

@@ -293,6 +293,9 @@ class Options:
         path="file",
         spellings={"true": None, "false": "none"},
     )
+    allow_config_change: bool = _opt(
+        False, "Continue a checkpoint although data, tools, rewards, seed or batch differ from its own."
+    )
     logging_steps: Interval = _opt(10, "Updates between printed lines; below 1: a share of all updates.")
     log_completions: bool = _opt(False, "Print sample conversations with these lines.")
     report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = _opt(

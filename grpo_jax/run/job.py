@@ -33,6 +33,7 @@ from grpo_jax.rollout.sampler import Sampler, make_sampler
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
+from grpo_jax.run.inputs import check_context
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.options import GRPOConfig, compute_dtype
 from grpo_jax.run.weights import restore_weights
@@ -404,6 +405,7 @@ def load_data(job: Job, source: str) -> DataSet:
             )
         prompts = kept
     ids = [p.ids for p in prompts]
+    check_context(prompts, config.max_grpo_completion_length, job.model.positions)
     local = dataclasses.replace(config, compilation_cache_dir=None)  # the one option that hosts may differ in
     hosts.check_alike(f"the options or the prompts of {source}", (local, ids))
     tree = make_tree(ids, config.max_grpo_completion_length, job.row_devices)

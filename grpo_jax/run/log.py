@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax import hosts
-from grpo_jax.files import plain, whole_lines, write_text_atomic
+from grpo_jax.files import cannot_write, plain, whole_lines, write_text_atomic, writing
 from grpo_jax.run.trackers import open_tracker
 from grpo_jax.types import Trajectory
 
@@ -64,10 +64,16 @@ class MetricsWriter:
         Args:
             step: updates done.
             metrics: name -> number (or anything of JSON's types).
+
+        Raises:
+            OutputError: the file is gone, or the disk full.
         """
         values = plain(metrics)
-        self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        if not self.path.exists():  # what is written to a file that was removed is lost
+            raise cannot_write(self.path, "it, or its folder, was removed while the run is writing it")
+        with writing(self.path):
+            self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+            self._file.flush()
         if self._tracker is not None:
             self._tracker.log(step, {k: float(v) for k, v in values.items() if isinstance(v, int | float)})
 
