@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Int, UInt32
 
 Params = dict[str, Any]
@@ -77,8 +78,7 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Adapters:
     """The adapters of all layers, or of one, and how they are applied.
 
@@ -88,11 +88,10 @@ class Adapters:
     """
 
     weights: Params
-    config: LoraConfig = dataclasses.field(metadata={"static": True})
+    config: LoraConfig = struct.field(pytree_node=False)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Frozen:
     """What an update of adapters reads and does not change.
 
@@ -104,7 +103,7 @@ class Frozen:
 
     base: Params
     seed: Int[Array, ""] | UInt32[Array, ""]
-    config: LoraConfig = dataclasses.field(metadata={"static": True})
+    config: LoraConfig = struct.field(pytree_node=False)
 
 
 def init_adapters(layers: Params, config: LoraConfig, seed: int) -> Params:

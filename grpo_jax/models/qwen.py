@@ -11,16 +11,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models import lora
 from grpo_jax.models.attention import KEPT, Segment, attend, even_block, keep
+from grpo_jax.models.level import KV, Level
 from grpo_jax.models.rope import Yarn, frequencies, read_position_limit, read_rope
 from grpo_jax.models.target import device_count
 
@@ -36,7 +37,6 @@ MAY_BE_NULL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # fuses, in each program others. All kept, they are the published models' own, and sampler and update round alike:
 # their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_loop.py).
 ALL_ROUNDINGS = {"xla_allow_excess_precision": False}
-AnyArray = Array | np.ndarray  # of what is numpy on the host and becomes a jax array on the devices
 MLP_TOKENS = 2048  # of a block, see `in_token_blocks`
 FEW_LAYERS = 8  # see `_last_apart`
 
@@ -118,33 +118,6 @@ class ModelConfig:
             raise ValueError(
                 f"{source} holds a value of the wrong type ({error}); download it again"
             ) from None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Level:
-    """Tokens of one level of the prefix tree.
-
-    Args:
-        tokens: [n, T] ids.
-        positions: [n, T] int32 logical positions.
-        valid: [n, T] bool; invalid tokens are never attended to.
-        shared: True for levels that many rows share (they shard over tokens, not rows).
-        dropout_keys: [n, 2] a key per row for the adapters' dropout; None drops nothing.
-    """
-
-    tokens: Int[AnyArray, "n T"]
-    positions: Int[AnyArray, "n T"]
-    valid: Bool[AnyArray, "n T"]
-    shared: bool = dataclasses.field(default=False, metadata={"static": True})
-    dropout_keys: UInt32[Array, "n 2"] | None = None
-
-
-class KV(NamedTuple):
-    """Keys and values of a level in every layer: [L, n, K, T, H], or lists of [n, K, T, H]."""
-
-    k: Any
-    v: Any
 
 
 def rms_norm(x, scale, eps: float):

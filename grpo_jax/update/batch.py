@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from flax import struct
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.models.qwen import AnyArray, Level
+from grpo_jax.models.level import AnyArray, Level
 from grpo_jax.types import Trajectory
 
 SMALLEST_COMPLETION = 64  # shorter completions are padded to it: a second program costs more
@@ -121,8 +122,7 @@ def prompts_level(tree: Tree, prompts: Sequence[Sequence[int]]) -> Level:
     return Level(tokens, positions, valid, shared=True)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Completions:
     """What an update learns: one row per completion.
 
@@ -149,8 +149,7 @@ class Completions:
     ref_logprobs: Float[AnyArray, "b T2"] | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Batch:
     """What one update sees: the three levels of the prefix tree, and what its loss divides by.
 
@@ -169,7 +168,7 @@ class Batch:
     completions: Completions
     tokens: Int[AnyArray, ""]
     rows: Int[AnyArray, ""]
-    J: int = dataclasses.field(metadata={"static": True})
+    J: int = struct.field(pytree_node=False)
 
     @property
     def trunk(self) -> tuple[Level, ...]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from grpo_jax.models import cost
@@ -26,8 +27,7 @@ from grpo_jax.update.batch import Batch, Completions, Tree
 from grpo_jax.update.optimizer import in_float32, round_like
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class TrainState:
     """All that an update changes.
 
