@@ -95,10 +95,14 @@ def test_rollout_log_holds_one_object_a_row(tmp_path):
         {"role": "user", "content": "What is 15 + 27?"},
     ]
     said = [{"role": "assistant", "content": "42"}]
-    row = trajectory(rewards=(0.5, math.nan), messages=said, status=Status.OVERLONG)
-    path = RolloutLog(tmp_path).write(
-        12, [Example(chat, "Sum: 42")], [row], np.array([-0.25]), ["accuracy", "style"]
+    row = trajectory(
+        example=Example(chat, "Sum: 42"),
+        rewards=(0.5, math.nan),
+        messages=said,
+        status=Status.OVERLONG,
+        advantage=-0.25,
     )
+    path = RolloutLog(tmp_path).write(12, [row], ["accuracy", "style"])
     assert path == tmp_path / "rollouts" / "step_000012.jsonl"
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {
@@ -114,20 +118,20 @@ def test_rollout_log_holds_one_object_a_row(tmp_path):
 
 def test_the_columns_of_a_row_are_those_that_rewards_cannot_take(tmp_path):
     """ROW_COLUMNS keeps what rewards log away from a row's own columns, so it must name all of these."""
-    path = RolloutLog(tmp_path).write(1, [Example([], "a")], [trajectory()], [0.0], ["accuracy"])
+    path = RolloutLog(tmp_path).write(1, [trajectory()], ["accuracy"])
     assert set(json.loads(path.read_text())) == ROW_COLUMNS
 
 
 def test_what_rewards_log_stands_next_to_a_rows_own_columns(tmp_path):
     extras = {"logged/status": ["scored"], "words": ["{1, 2}"]}
-    path = RolloutLog(tmp_path).write(1, [Example([], "a")], [trajectory()], [0.0], ["accuracy"], extras)
+    path = RolloutLog(tmp_path).write(1, [trajectory()], ["accuracy"], extras)
     row = json.loads(path.read_text())
     assert (row["status"], row["logged/status"], row["words"]) == ("answered", "scored", "{1, 2}")
 
 
-def test_rollout_log_refuses_lists_of_different_lengths(tmp_path):
+def test_rollout_log_refuses_rewards_without_a_name(tmp_path):
     with pytest.raises(ValueError):
-        RolloutLog(tmp_path).write(1, [Example([], "a")], [trajectory(), trajectory()], [0.0], ["accuracy"])
+        RolloutLog(tmp_path).write(1, [trajectory(rewards=(1.0, 0.5))], ["accuracy"])
 
 
 # --- time ---

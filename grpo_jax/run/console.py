@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,9 +21,7 @@ from rich.text import Text
 
 import grpo_jax
 from grpo_jax.text import shorten
-
-if TYPE_CHECKING:  # types imports jax
-    from grpo_jax.types import Trajectory
+from grpo_jax.types import Trajectory
 
 SECONDS_BETWEEN_LINES = 5.0
 SAMPLE_CHARACTERS = 400  # of a message, in the table of samples

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo_jax.files import plain, whole_lines, write_text_atomic
 from grpo_jax.run.trackers import open_tracker
-
-if TYPE_CHECKING:  # types imports jax
-    from grpo_jax.types import Example, Trajectory
+from grpo_jax.types import Trajectory
 
 EVALUATED = ("response_validity", "exact_answer_match", "tool_call_schema_match")  # see `evaluate`
 PHASES = ("compile", "cold_start", "rollout", "reward", "update", "evaluate", "save")
@@ -97,9 +96,7 @@ class RolloutLog:
     def write(
         self,
         step: int,
-        examples: Sequence[Example],
         trajectories: Sequence[Trajectory],
-        advantages: Sequence[float],
         reward_names: Sequence[str],
         extras: dict[str, Sequence[Any]] | None = None,
     ) -> Path:
@@ -107,9 +104,7 @@ class RolloutLog:
 
         Args:
             step: the update that these rows are for.
-            examples: [B] the row's example (a group repeats it).
             trajectories: [B].
-            advantages: [B].
             reward_names: one per value of a trajectory's rewards.
             extras: more columns, [B] values each (what rewards gave to `log_extra`); none has the name of a
                 row's own column, see `scoring.rewards.ROW_COLUMNS`.
@@ -119,21 +114,51 @@ class RolloutLog:
         """
         rows = [
             {
-                "prompt": last_user_message(example.messages),
+                "prompt": last_user_message(one.prompt.example.messages),
                 "messages": one.messages,
-                "answer": example.answer,
+                "answer": one.prompt.example.answer,
                 "rewards": dict(zip(reward_names, one.rewards, strict=True)),
                 "status": one.status.value,
-                "advantage": advantage,
+                "advantage": one.advantage,
                 **{name: values[i] for name, values in (extras or {}).items()},
             }
-            for i, (example, one, advantage) in enumerate(
-                zip(examples, trajectories, advantages, strict=True)
-            )
+            for i, one in enumerate(trajectories)
         ]
         path = self.folder / f"step_{step:06d}.jsonl"
         write_text_atomic(path, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
         return path
+
+
+class Records:
+    """What the first host writes of every step; nothing in the others. A context manager.
+
+    Args:
+        config: the options of the run.
+        resume_step: updates done at the checkpoint that the run continues from; None for a new run.
+    """
+
+    def __init__(self, config: Any, resume_step: int | None):
+        from grpo_jax import hosts  # imports jax, which those who only read a run need not wait for
+
+        self._files = None
+        if hosts.is_first():
+            options = dataclasses.asdict(config)
+            metrics = MetricsWriter(config.output_dir, config.report_to, resume_step, options)
+            self._files = metrics, RolloutLog(config.output_dir)
+
+    def write(self, step: int, record: dict[str, Any], *completions: Any) -> None:
+        """A step's metrics, and its completions as `RolloutLog.write` takes them."""
+        if self._files is not None:
+            metrics, rollouts = self._files
+            metrics.write(step, record)
+            rollouts.write(step, *completions)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._files is not None:
+            self._files[0].close()
 
 
 def last_user_message(messages: Sequence[dict[str, Any]]) -> str:
