@@ -26,7 +26,7 @@ from grpo_jax.run.checkpoint import Checkpoints, StopSignal, find_start, machine
 from grpo_jax.run.cold_start import cold_start_rows, fine_tune
 from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import write_resolved
-from grpo_jax.run.console import Console
+from grpo_jax.run.console import Console, note_dependencies, setup_logging
 from grpo_jax.run.evaluation import compare, evaluate
 from grpo_jax.run.identity import adapters_meta, run_identity
 from grpo_jax.run.inputs import check_gold_calls
@@ -41,6 +41,8 @@ from grpo_jax.scoring.rewards import RewardOutcome, TrainerState, joined
 from grpo_jax.types import Example, Message, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.update import TrainState, place_batch, state_shardings
+
+note_dependencies()
 
 # What a run leaves in output_dir, and all that --overwrite_output_dir removes.
 LEAVINGS = (
@@ -114,6 +116,7 @@ class GRPOTrainer:
         self.output_dir = Path(config.output_dir)
         self._learned: tuple[Learner, TrainState] | None = None
         console, timer = console or Console(), PhaseTimer()
+        setup_logging(console, config.log_level)
         if config.overwrite_output_dir:
             with run_lock(self.output_dir, "GRPOTrainer"):
                 hosts.of_first(lambda: _start_over(self.output_dir))
@@ -212,6 +215,12 @@ class GRPOTrainer:
             bar.advance(first // steps.updates_per_batch)
             for _ in range(first // steps.updates_per_batch, steps.batches):
                 began = time.perf_counter()
+                now = TrainerState(
+                    global_step=int(state.step),
+                    max_steps=steps.updates,
+                    epoch=cursor.epoch + cursor.next_index / len(data.prompts),
+                    num_train_epochs=steps.batches / steps.batches_per_epoch,
+                )
 
                 # The next prompts, in an order that only seed and epoch decide.
                 draws, cursor = next_batch(len(data.prompts), steps.P, cursor, config.seed)
@@ -233,10 +242,6 @@ class GRPOTrainer:
                 if job.purity is not None:  # while what follows runs, which needs no tools
                     job.purity.start(call for t in hosts.share(rollout.trajectories) for call in t.calls)
                 with timer("reward"):
-                    epoch = cursor.epoch + cursor.next_index / len(data.prompts)
-                    now = TrainerState(
-                        int(state.step), steps.updates, epoch, steps.batches / steps.batches_per_epoch
-                    )
                     outcome = _scored(job, rollout.trajectories, now)
                     rewards = combine_rewards(outcome.values, weights)
                     advantages = batch_advantages(
@@ -280,7 +285,7 @@ class GRPOTrainer:
                     **outcome.metrics,
                     **metrics,
                     "learning_rate": float(learner.schedule(step - 1)),
-                    "epoch": epoch,
+                    "epoch": cursor.epoch + cursor.next_index / len(data.prompts),
                     "num_tokens": num_tokens,
                     "rollout/wasted_decode": rollout.wasted_decode,
                 }
@@ -413,10 +418,10 @@ class GRPOTrainer:
         hosts.of_first(lambda: write_json_atomic(path, {**summary, "timings": seconds}))
 
 
-def _scored(job: Job, trajectories: Sequence[Trajectory], state: TrainerState) -> RewardOutcome:
+def _scored(job: Job, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
     """The rewards of a batch: each host scores the completions whose tools it ran, and all get them all."""
     own = hosts.share(trajectories)
-    score = lambda: (job.score(own, state), job.runner.cache_hit_rate)  # noqa: E731
+    score = lambda: (job.score(own, now), job.runner.cache_hit_rate)  # noqa: E731
     outcomes, hit_rates = zip(*hosts.gather(score), strict=True)
     outcome = joined(outcomes)
     outcome.metrics["tools/cache_hit_rate"] = sum(hit_rates) / len(hit_rates)

@@ -1,6 +1,5 @@
 """Files of a run and its timers."""
 
-import dataclasses
 import json
 import math
 import os
@@ -96,9 +95,13 @@ def test_rollout_log_holds_one_object_a_row(tmp_path):
         {"role": "user", "content": "What is 15 + 27?"},
     ]
     said = [{"role": "assistant", "content": "42"}]
-    row = trajectory(rewards=(0.5, math.nan), messages=said, status=Status.OVERLONG)
-    prompt = dataclasses.replace(row.prompt, example=Example(chat, "Sum: 42"))
-    row = dataclasses.replace(row, prompt=prompt, advantage=-0.25)
+    row = trajectory(
+        example=Example(chat, "Sum: 42"),
+        rewards=(0.5, math.nan),
+        messages=said,
+        status=Status.OVERLONG,
+        advantage=-0.25,
+    )
     path = RolloutLog(tmp_path).write(12, [row], ["accuracy", "style"])
     assert path == tmp_path / "rollouts" / "step_000012.jsonl"
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
@@ -124,6 +127,11 @@ def test_what_rewards_log_stands_next_to_a_rows_own_columns(tmp_path):
     path = RolloutLog(tmp_path).write(1, [trajectory()], ["accuracy"], extras)
     row = json.loads(path.read_text())
     assert (row["status"], row["logged/status"], row["words"]) == ("answered", "scored", "{1, 2}")
+
+
+def test_rollout_log_refuses_rewards_without_a_name(tmp_path):
+    with pytest.raises(ValueError):
+        RolloutLog(tmp_path).write(1, [trajectory(rewards=(1.0, 0.5))], ["accuracy"])
 
 
 # --- time ---

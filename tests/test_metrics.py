@@ -12,10 +12,12 @@ from grpo_jax.types import Outcome, Status
 def test_trajectory_metrics_by_hand():
     """Two groups of two: rewards 1, 0 and 0.5, 0.5; the second function applies to one row."""
     rows = [
-        trajectory(3, Status.ANSWERED, [Outcome.OK], (1.0, 4.0)),
-        trajectory(5, Status.OVERLONG, [], (0.0, math.nan)),
-        trajectory(2, Status.TOOL_TIMEOUT, [Outcome.OK, Outcome.TIMEOUT], (0.5, math.nan)),
-        trajectory(6, Status.OVERLONG_TOOL_RESPONSE, [Outcome.CRASH, Outcome.ERROR], (0.5, math.nan)),
+        trajectory(3, [Outcome.OK], rewards=(1.0, 4.0)),
+        trajectory(5, status=Status.OVERLONG, rewards=(0.0, math.nan)),
+        trajectory(2, [Outcome.OK, Outcome.TIMEOUT], status=Status.TOOL_TIMEOUT, rewards=(0.5, math.nan)),
+        trajectory(
+            6, [Outcome.CRASH, Outcome.ERROR], status=Status.OVERLONG_TOOL_RESPONSE, rewards=(0.5, math.nan)
+        ),
     ]
     metrics = trajectory_metrics(rows, [1.0, 0.0, 0.5, 0.5], [math.sqrt(0.5), 0.0], ["accuracy", "style"])
     assert metrics == pytest.approx(

@@ -159,7 +159,7 @@ class Job:
         schemas = schemas_of(example, self.toolbox)
         return Prompt(example, self.conversation.prompt_ids(example.messages, schemas), schemas)
 
-    def score(self, trajectories: Sequence[Trajectory], state: TrainerState) -> RewardOutcome:
+    def score(self, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
         """The reward functions on a batch, with every column of its examples."""
         examples = [t.prompt.example for t in trajectories]
         columns = {name for example in examples for name in example.extra}
@@ -169,7 +169,7 @@ class Job:
             answer=[e.answer for e in examples],
             prompts=[e.messages for e in examples],
             completion_ids=[t.completion_ids for t in trajectories],
-            trainer_state=state,
+            trainer_state=now,
             columns={name: [e.extra.get(name) for e in examples] for name in sorted(columns)},
         )
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_jax import hosts
 from grpo_jax.files import cannot_write, plain, whole_lines, write_text_atomic, writing
 from grpo_jax.run.trackers import open_tracker
 from grpo_jax.types import Trajectory
@@ -134,101 +130,3 @@ class RolloutLog:
         path = self.folder / f"step_{step:06d}.jsonl"
         write_text_atomic(path, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
         return path
-
-
-def last_user_message(messages: Sequence[dict[str, Any]]) -> str:
-    """Text of the last user message; empty when there is none."""
-    return next((m.get("content") or "" for m in reversed(messages) if m.get("role") == "user"), "")
-
-
-# --- time ---
-
-
-class PhaseTimer:
-    """Seconds by phase: `with timer("rollout"): …`; a phase inside another is charged only to itself.
-
-    Args:
-        clock: seconds from any origin.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        self._clock = clock
-        self._running: list[str] = []
-        self._since = 0.0
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Charge the block to a phase.
-
-        Raises:
-            ValueError: for a name that is not in PHASES.
-        """
-        if phase not in PHASES:
-            raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
-        self._charge()
-        self._running.append(phase)
-        try:
-            yield
-        finally:
-            self._charge()
-            self._running.pop()
-
-    def move(self, phase: str, seconds: float) -> None:
-        """Charge seconds that have just passed to another phase than the one that is running."""
-        if self._running:
-            self.seconds[self._running[-1]] -= seconds
-            self.seconds[phase] += seconds
-
-    def restore(self, seconds: dict[str, float]) -> None:
-        """Start from the seconds of an interrupted run."""
-        self.seconds |= {phase: float(seconds.get(phase, 0.0)) for phase in PHASES}
-
-    def _charge(self) -> None:
-        now = self._clock()
-        if self._running:
-            self.seconds[self._running[-1]] += now - self._since
-        self._since = now
-
-
-# --- figures of an evaluation ---
-
-
-def interval_text(summary: dict[str, Any], name: str) -> str:
-    """One of an evaluation's figures with its 95 % interval; "–" for what could not be computed."""
-    value, interval = summary[name], summary["intervals"][name]
-    if value is None:
-        return "–"
-    return f"{value:.3f} (–)" if interval is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
-
-
-class Records:
-    """What the first host writes of every step; nothing in the others. A context manager.
-
-    Args:
-        config: the options of the run.
-        resume_step: updates done at the checkpoint that the run continues from; None for a new run.
-    """
-
-    def __init__(self, config: Any, resume_step: int | None):
-        self._files = None
-        if hosts.is_first():
-            options = dataclasses.asdict(config)
-            metrics = MetricsWriter(config.output_dir, config.report_to, resume_step, options)
-            self._files = metrics, RolloutLog(config.output_dir)
-
-    def write(
-        self, step: int, record: dict[str, Any], trajectories: Sequence[Trajectory], *columns: Any
-    ) -> None:
-        """A step's metrics, and its completions with their columns as `RolloutLog.write` takes them."""
-        if self._files is not None:
-            metrics, rollouts = self._files
-            metrics.write(step, record)
-            rollouts.write(step, trajectories, *columns)
-
-    def __enter__(self) -> Records:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._files is not None:
-            self._files[0].close()
