@@ -63,14 +63,19 @@ class Machine(NamedTuple):
     count: int
 
     @property
+    def kind(self) -> str:
+        """A name in `DEVICES`, "cpu" for this computer's own processor, or no known one."""
+        return self.name.split("-")[0]
+
+    @property
     def is_cpu(self) -> bool:
-        """This computer's own processor."""
-        return self.name.startswith("cpu")
+        """Whether programs are made for a CPU."""
+        return self.kind == "cpu"
 
     @property
     def is_gpu(self) -> bool:
         """An NVIDIA card."""
-        return self.name.startswith("h")
+        return self.kind in ("h100", "h200")
 
     @property
     def memory(self) -> float:
