@@ -259,7 +259,7 @@ def save_model(
 ) -> None:
     """Write an HF folder: safetensors, and the source's config and tokenizer files byte for byte.
 
-    Written to a temporary folder beside it and renamed, so that a folder of that name is whole.
+    Written to a temporary folder next to it and renamed, so that a folder of that name is whole.
     Tensors have the source's types where these hold the weights exactly, as those of an untrained
     run: its tensors are the source's bit for bit. Else they have the type of `params`, and the type
     that config.json names is changed to it.
@@ -292,7 +292,7 @@ def save_model(
 
 
 def put_in_place(part: Path, folder: Path) -> None:
-    """Rename a finished temporary folder beside `folder`, which is replaced when it exists."""
+    """Rename a finished temporary folder next to `folder`, which is replaced when it exists."""
     aside = folder.with_name(folder.name + ".old")  # at no moment is there neither the old nor the new
     shutil.rmtree(aside, ignore_errors=True)
     if folder.exists():

@@ -45,7 +45,7 @@ from grpo_jax.update.optimizer import make_optimizer
 from grpo_jax.update.update import GrpoObjective, ModelStep, batch_shardings, make_update, state_shardings
 
 USABLE = 0.9  # of what jax takes of a device's memory: the rest is the programs' own, and holes
-LARGEST_SHARE = 0.95  # of a GPU's memory that jax may be told to take; the driver and kernels need the rest
+LARGEST_SHARE = 0.95  # of a GPU's memory that jax may be asked to take; the driver and kernels need the rest
 FLOP_SHARE, BYTES_SHARE = 0.4, 0.5  # of the peak rates, assumed
 GB = 1e9
 
@@ -79,16 +79,9 @@ AS_ESTIMATED = Temporary(1.0, 1.0)
 class StepBytes:
     """Bytes of a step on one device, by item.
 
-    Args:
-        weights: the model, adapters included.
-        reference: the frozen weights of a KL; 0 where they are the model's own.
-        moments: AdamW's two.
-        gradients: of what is trained.
-        activations: what else the update needs while it runs.
-        rollout_copy: the weights that the rollout reads.
-        preamble_cache, prompts_cache, own_cache: keys and values.
-        decode: what decode needs while it runs.
-        evaluation: caches of its rows and prompts, and an estimate of its decode; 0 without a test file.
+    Gradients and activations are there in an update only, what follows them in a rollout only. `reference` is 0
+    where its weights are the model's own; `evaluation` is the caches of its rows and prompts and an estimate of
+    its decode, 0 without a test file.
     """
 
     weights: float
