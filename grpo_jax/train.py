@@ -12,7 +12,6 @@ from grpo_jax.preflight.plan import show_plan
 from grpo_jax.run.command import INTERRUPTED, run_command
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import steps_of
 from grpo_jax.run.lock import check_writable
 from grpo_jax.trainer import GRPOTrainer, print_steps
 
@@ -21,7 +20,7 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
     """Train as configured, or only say what training would meet (`check`, `plan`); returns the exit status."""
     config = resolved.config
     if config.plan is not None:
-        return show_plan(config, console, steps_of)
+        return show_plan(config, console)
     if config.check:
         out = Path(config.output_dir).absolute()
         check_writable(next(path for path in (out, *out.parents) if path.exists()))

@@ -38,7 +38,7 @@ MAY_BE_NULL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_loop.py).
 ALL_ROUNDINGS = {"xla_allow_excess_precision": False}
 MLP_TOKENS = 2048  # of a block, see `in_token_blocks`
-FEW_LAYERS = 8  # see `_last_apart`
+FEW_LAYERS = 8  # see `_last_unrolled`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def linear(x: Float[Array, "n T *inputs"], w: Float[Array, "*inputs_outputs"], i
     On one device rows and tokens are merged first, so that the product and its gradients are of matrices.
     For a weight's gradient over two dimensions XLA's CPU backend writes the whole cotangent transposed,
     inside the loop that computes it: an MLP of 8,192 × 128 tokens, forward and backward, takes 111 instead
-    of 48 ms (docs/log.md). On several devices either rows or tokens are sharded, and stay apart.
+    of 48 ms (docs/log.md). On several devices either rows or tokens are sharded, and are not merged.
     """
     if device_count() > 1:
         return jnp.tensordot(x, w, inputs)
@@ -166,7 +166,7 @@ def biased_heads(x_BTD, w_DNH, bias_NH):
     """x · w + bias with one rounding, as the published models' kernels do it.
 
     With two roundings our bf16 logits lie 1.1 to 1.25 times as far from torch's as its attention kernels
-    (eager, sdpa) lie apart; with one, 0.7 to 1.0 times: tests/test_qwen_torch.py.
+    (eager, sdpa) lie from each other; with one, 0.7 to 1.0 times: tests/test_qwen_torch.py.
     """
     y = jnp.einsum("btd,dnh->btnh", x_BTD, w_DNH, preferred_element_type=jnp.float32)
     return (y + bias_NH).astype(x_BTD.dtype)
@@ -369,7 +369,7 @@ def extend(
     layer's keys and values of the upper levels need not outlive it.
 
     Args:
-        params: stacked layers run under `lax.scan`, the last apart where that pays; a list of layers is unrolled. With
+        params: stacked layers run under `lax.scan`, the last on its own where that pays; a list of layers is unrolled. With
             adapters under "lora" (see `lora.join`) the layers are stacked.
         levels: from the most shared to the least; rows of each divide the rows of the next.
         segments: (keys and values of every layer, valid [n, S]) of earlier calls.
@@ -413,7 +413,7 @@ def extend(
     kvs = tuple(kv for kv, _ in segments)
     keys = tuple(_layer_keys(level.dropout_keys, cfg.L) for level in levels)
     if isinstance(layers, dict):
-        xs, new = _scan(run_layer, xs, layers, kvs, keys, _last_apart(levels, cfg.L))
+        xs, new = _scan(run_layer, xs, layers, kvs, keys, _last_unrolled(levels, cfg.L))
     else:
         xs, new = _unroll(run_layer, xs, layers, kvs, keys)
     scale = params["norm"]["scale"].astype(dtype)
@@ -432,26 +432,26 @@ def _embed(table, levels, dtype):
     return tuple(x.reshape(*lv.tokens.shape, -1) for x, lv in zip(parts, levels, strict=True))
 
 
-def _scan(run_layer, xs, layers, kvs, keys, last_apart):
-    """Layers under one loop; with `last_apart` the last one is code of its own behind it."""
+def _scan(run_layer, xs, layers, kvs, keys, last_unrolled):
+    """Layers under one loop; with `last_unrolled` the last one is code of its own behind it."""
 
     def step(xs, per_layer):
         return run_layer(xs, *per_layer)
 
     per_layer = (layers, kvs, keys)
-    if not last_apart:
+    if not last_unrolled:
         return jax.lax.scan(step, xs, per_layer)
     xs, new = jax.lax.scan(step, xs, jax.tree.map(lambda x: x[:-1], per_layer))
     xs, new_last = step(xs, jax.tree.map(lambda x: x[-1], per_layer))
     return xs, jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), new, new_last)
 
 
-def _last_apart(levels, L: int) -> bool:
+def _last_unrolled(levels, L: int) -> bool:
     """Whether the last layer leaves the loop over layers, at the price of a longer compilation.
 
     Of shared levels it then makes keys and values alone, since nobody reads their output; inside the loop it
     must do all. That pays where they hold most of the tokens and a layer is a good part of the model: the
-    recipe's update of 1 × 8 rows 2.97 -> 2.68 s, compiled in 13.0 instead of 11.5 s (docs/log.md). Weights are
+    original's update of 1 × 8 rows 2.97 -> 2.68 s, compiled in 13.0 instead of 11.5 s (docs/log.md). Weights are
     copied when cut from their stack, so deep models, who would gain little, keep one loop.
     """
     shared = sum(level.tokens.size for level in levels if level.shared)

@@ -158,9 +158,9 @@ class Layout:
             return jax.device_get(tree)
         return jax.tree.map(lambda x: self._own_rows(x) if x.ndim else jax.device_get(x), tree)
 
-    def shard_shape(self, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-        """What one device holds of an activation of a kind."""
-        return self._named(ACTIVATIONS[kind][self.rollout], shape).shard_shape(shape)
+    def activation(self, shape: tuple[int, ...], kind: str) -> NamedSharding:
+        """Sharding of an activation of a kind."""
+        return self._named(ACTIVATIONS[kind][self.rollout], shape)
 
     def head_shards(self, V: int) -> int:
         """Parts that the V rows of the head are sharded into."""
@@ -183,8 +183,7 @@ class Layout:
             drop = () if self.rollout else ("fsdp",)
             specs = jax.tree_util.tree_map_with_path(lambda path, w: self._weight(path, w, drop), x)
             return jax.lax.with_sharding_constraint(x, specs)
-        spec = ACTIVATIONS[kind][self.rollout]
-        return jax.lax.with_sharding_constraint(x, self._named(spec, x.shape))
+        return jax.lax.with_sharding_constraint(x, self.activation(x.shape, kind))
 
     def _own_rows(self, x) -> np.ndarray:
         x = jax.device_put(x, self._named((ROWS,), x.shape))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_jax import hosts
 from grpo_jax.files import cannot_write, plain, whole_lines, write_text_atomic, writing
 from grpo_jax.run.trackers import open_tracker
 from grpo_jax.types import Trajectory
@@ -103,10 +107,10 @@ class RolloutLog:
         reward_names: Sequence[str],
         extras: dict[str, Sequence[Any]] | None = None,
     ) -> Path:
-        """Write a step's completions.
+        """Write a step's rows.
 
         Args:
-            step: the update that they are for.
+            step: the update that these rows are for.
             trajectories: [B].
             reward_names: one per value of a trajectory's rewards.
             extras: more columns, [B] values each (what rewards gave to `log_extra`); none has the name of a
@@ -130,3 +134,99 @@ class RolloutLog:
         path = self.folder / f"step_{step:06d}.jsonl"
         write_text_atomic(path, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
         return path
+
+
+class Records:
+    """What the first host writes of every step; nothing in the others. A context manager.
+
+    Args:
+        config: the options of the run.
+        resume_step: updates done at the checkpoint that the run continues from; None for a new run.
+    """
+
+    def __init__(self, config: Any, resume_step: int | None):
+        self._files = None
+        if hosts.is_first():
+            options = dataclasses.asdict(config)
+            metrics = MetricsWriter(config.output_dir, config.report_to, resume_step, options)
+            self._files = metrics, RolloutLog(config.output_dir)
+
+    def write(self, step: int, record: dict[str, Any], *completions: Any) -> None:
+        """A step's metrics, and its completions as `RolloutLog.write` takes them."""
+        if self._files is not None:
+            metrics, rollouts = self._files
+            metrics.write(step, record)
+            rollouts.write(step, *completions)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._files is not None:
+            self._files[0].close()
+
+
+def last_user_message(messages: Sequence[dict[str, Any]]) -> str:
+    """Text of the last user message; empty when there is none."""
+    return next((m.get("content") or "" for m in reversed(messages) if m.get("role") == "user"), "")
+
+
+# --- time ---
+
+
+class PhaseTimer:
+    """Seconds by phase: `with timer("rollout"): …`; a phase inside another is charged only to itself.
+
+    Args:
+        clock: seconds from any origin.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._clock = clock
+        self._running: list[str] = []
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Charge the block to a phase.
+
+        Raises:
+            ValueError: for a name that is not in PHASES.
+        """
+        if phase not in PHASES:
+            raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
+        self._charge()
+        self._running.append(phase)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._running.pop()
+
+    def move(self, phase: str, seconds: float) -> None:
+        """Charge seconds that have just passed to another phase than the one that is running."""
+        if self._running:
+            self.seconds[self._running[-1]] -= seconds
+            self.seconds[phase] += seconds
+
+    def restore(self, seconds: dict[str, float]) -> None:
+        """Start from the seconds of an interrupted run."""
+        self.seconds |= {phase: float(seconds.get(phase, 0.0)) for phase in PHASES}
+
+    def _charge(self) -> None:
+        now = self._clock()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+
+# --- figures of an evaluation ---
+
+
+def interval_text(summary: dict[str, Any], name: str) -> str:
+    """One of an evaluation's figures with its 95 % interval; "–" for what could not be computed."""
+    value, interval = summary[name], summary["intervals"][name]
+    if value is None:
+        return "–"
+    return f"{value:.3f} (–)" if interval is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"

@@ -284,7 +284,9 @@ def make_update(
     if frozen is None:
         return jax.jit(update, in_shardings=(shardings, None), **options)
     jitted = jax.jit(update, in_shardings=(shardings, None, None), **options)
-    return lambda state, batch: jitted(state, batch, frozen)  # an argument: a constant would be copied
+    run = lambda state, batch: jitted(state, batch, frozen)  # noqa: E731 an argument: a constant would be copied
+    run.lower = lambda state, batch: jitted.lower(state, batch, frozen)
+    return run
 
 
 def make_score(step: ModelStep) -> Callable[[Params, Batch], Float[Array, "B T2"]]:
@@ -489,7 +491,7 @@ def update_sizes(step: ModelStep, P: int, G: int) -> tuple[int, ...]:
 def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
     """The fewest micro-batches whose completions' activations fit in a third of the memory.
 
-    An estimate, see `cost.activation_bytes`. One micro-batch is best where it fits: the trunk
+    An estimate, see `cost.micro_batches`. One micro-batch is best where it fits: the trunk
     is then never kept.
 
     Args:
