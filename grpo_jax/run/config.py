@@ -89,7 +89,8 @@ def read_yaml(path: str) -> list[tuple[str, Any, int]]:
             raise ValueError(f"{path}:1: a config file must hold `option: value` lines")
         values = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
-        raise ValueError(f"{path}:{error.problem_mark.line + 1}: not YAML: {error.problem}") from None
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{path}:{line}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
     return [(key.value, values.get(key.value), key.start_mark.line + 1) for key, _ in root.value]

@@ -66,7 +66,7 @@ FileSize = Annotated[
     str,
     _rule(
         "a number above 0 and its unit KB, MB, GB or TB, as 5GB or 500MB",
-        lambda v: re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", v, re.IGNORECASE),
+        lambda v: re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", v, re.IGNORECASE) is not None,
     ),
 ]
 ColumnNames = Annotated[
@@ -356,7 +356,7 @@ KINDS = {
     str: "text",
     dict: "a JSON object",
 }
-OPTIONS = Options.__pydantic_fields__
+OPTIONS: dict[str, Any] = vars(Options)["__pydantic_fields__"]  # name -> pydantic's FieldInfo
 
 # The first option of each group, for --help and the resolved config.
 GROUPS = {

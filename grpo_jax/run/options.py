@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError
@@ -35,6 +35,7 @@ class GRPOConfig(Options):
         UnknownOption: one of the keywords names no option; has the nearest name too.
     """
 
+    __signature__: ClassVar = inspect.signature(Options)  # what notebooks and help() show
     _given: ClassVar[dict[str, Any]] = {}  # the paths as they were before with_absolute_paths
 
     def __init__(self, **options: Any):
@@ -92,10 +93,10 @@ class GRPOConfig(Options):
         steps = {"save": self.save_steps, "eval": self.eval_steps, "logging": self.logging_steps}[event]
         if strategy == "steps" and steps is None:
             steps = self.logging_steps  # as in transformers
-        if strategy == "no" or (steps is None and strategy != "epoch"):
-            return None
         if strategy == "epoch":
             return per_epoch
+        if strategy == "no" or steps is None:
+            return None
         return (
             int(steps) if steps >= 1 else math.ceil(total * steps - 1e-9)
         )  # 0.1 · 30 is 3, whatever its last bit
@@ -127,20 +128,15 @@ class GRPOConfig(Options):
         return dataclasses.asdict(self) | self._given
 
 
-GRPOConfig.__signature__ = inspect.signature(Options)  # what notebooks and help() show
-
-
 def _absolute(value: Any, kind: str) -> Any:
     if isinstance(value, list):
         return [_absolute(one, kind) for one in value]
     if value in ("none", "scratch") or value.startswith("tfds:"):
         return value
-    path, part = value, ""
-    if kind == "data":
-        path, part = re.fullmatch(r"(.*?)(\[[^\[\]]*\])?", value, re.DOTALL).groups(default="")
+    path = re.sub(r"\[[^\[\]]*\]$", "", value) if kind == "data" else value  # without a slice
     if kind != "file" and not os.path.exists(os.path.expanduser(path)):
         return value
-    return os.path.abspath(os.path.expanduser(path)) + part
+    return os.path.abspath(os.path.expanduser(path)) + value[len(path) :]
 
 
 # --- from names and values to options ---
@@ -223,7 +219,7 @@ def _checked(values: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, st
     return {n: v for n, v in values.items() if n not in wrong}, problems
 
 
-def _rule_of(name: str, error: dict[str, Any]) -> str:
+def _rule_of(name: str, error: Mapping[str, Any]) -> str:
     """What an option must be and is not, in words."""
     got = f", got {show(error['input'])}"
     field, kind = OPTIONS[name], error["type"]
