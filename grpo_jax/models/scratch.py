@@ -161,7 +161,7 @@ def _config(
         "hidden_size": hidden,
         "initializer_range": 0.02,
         "intermediate_size": mlp,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 32768,
         "max_window_layers": layers,
         "model_type": "qwen3",
         "num_attention_heads": heads,
