@@ -346,7 +346,7 @@ def test_damaged_model_files_are_named(tmp_path, model):
         (
             "config.json",
             '{"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": null}',
-            "wrong type",
+            "num_attention_heads must be a whole number",
         ),
         ("tokenizer.json", "{nope", "cannot be loaded"),
         ("tokenizer_config.json", "{nope", "cannot be loaded"),

@@ -257,6 +257,48 @@ def test_an_allowed_change_is_said_and_other_rows_are_read_from_their_start(tmp_
     assert line["epoch"] == 2 / 24
 
 
+def test_an_output_dir_that_vanishes_ends_the_run_in_one_line(tmp_path):
+    """It is not made again with half of a run in it."""
+    folder = tmp_path / "run"
+    reward = launch.write(
+        tmp_path / "spread.py",
+        "import shutil\n\n\ndef reward_func(completions, completion_ids, trainer_state, **kwargs):\n"
+        "    if trainer_state['global_step'] == 2:\n"
+        f"        shutil.rmtree({str(folder)!r}, ignore_errors=True)\n"
+        f"    return {launch.SPREAD_VALUE}\n",
+    )
+    ran = launch.small_run(folder, reward_fn=reward)
+    assert ran.status == 1
+    assert ran.err.startswith(
+        f"Error: cannot write {folder}/metrics.jsonl: it, or its folder, was removed while"
+    )
+    assert ran.err.count("\n") == 1
+    assert not (folder / "model").exists()
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_the_same_command_continues(tmp_path):
+    """A limit on the size of files, set by the reward after update 2, stands for the disk."""
+    folder = tmp_path / "run"
+    reward = launch.write(
+        tmp_path / "spread.py",
+        "import resource\nfrom pathlib import Path\n\n\n"
+        "def reward_func(completions, completion_ids, trainer_state, **kwargs):\n"
+        "    once = Path(__file__).with_name('full')\n"
+        "    if trainer_state['global_step'] == 2 and not once.exists():\n"
+        "        once.touch()\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+        f"    return {launch.SPREAD_VALUE}\n",
+    )
+    argv = launch.options(folder, reward_fn=reward, save_total_limit=1)
+    full = launch.finish(launch.start("train", argv), folder)
+    assert full.status == 1, full.err
+    assert full.err.count("\n") == 1
+    assert full.err.startswith(f"Error: cannot write {folder}/") and "File too large" in full.err
+    again = launch.small_run(folder, reward_fn=reward, save_total_limit=1)
+    assert "Continuing from the checkpoint of update 2" in again.out
+    assert_equals_the_whole_run(again)
+
+
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_alive(tmp_path):
     """Also with --overwrite_output_dir; the first continues as if nothing had been."""
     folder = tmp_path / "run"

@@ -162,7 +162,7 @@ def _config(sizes: Sizes) -> dict[str, Any]:
         "hidden_size": sizes.hidden,
         "initializer_range": 0.02,
         "intermediate_size": sizes.mlp,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 32768,
         "max_window_layers": sizes.layers,
         "model_type": "qwen3",
         "num_attention_heads": sizes.heads,
