@@ -68,6 +68,9 @@ class Config:
     )
     tool_timeout: float = _opt(5.0, "Seconds until a tool call is stopped.", ABOVE_ZERO)
     tool_memory_limit: int = _opt(1024, "Memory of a tool worker in MB.", ONE_OR_MORE)
+    tool_result_limit: int = _opt(
+        20_000, "Characters of a tool's result; a longer one becomes an error.", ONE_OR_MORE
+    )
     tool_cache: bool = _opt(True, "Run equal calls of a step once: tools are pure.")
     verify_purity: bool = _opt(
         False, "Run up to 8 calls of a training step twice and report tools whose results differ."

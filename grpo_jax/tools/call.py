@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _MESSAGE_LIMIT = 1000  # characters of an exception's message that a model gets to see
 _NAMES_LISTED = 20
+OUT_OF_MEMORY = "ran out of memory"
 
 
 def run_tool(
@@ -96,7 +97,7 @@ def _attempt(functions: Mapping[str, Callable], name: Any, arguments: Any, lax: 
     except SystemExit as error:
         return f"Error: {name} called sys.exit({error.code!r})", "crash"
     except MemoryError:
-        return f"Error: {name} ran out of memory", "crash"
+        return f"Error: {name} {OUT_OF_MEMORY}", "crash"
     except BaseException as error:  # cancelled tasks and pytest's outcomes are not Exceptions
         return f"Error: {name} raised {shorten(error_text(error), _MESSAGE_LIMIT)}", "error"
 
@@ -203,7 +204,9 @@ def _no_running_loop() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # it is for the main thread only, as the warning
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # it is for the main thread only, as the warning
         yield
         return
     with warnings.catch_warnings():
