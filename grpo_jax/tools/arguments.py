@@ -1,6 +1,6 @@
 """Checks a call's arguments against the tool's signature, and makes them what the signature says.
 
-All problems of a call come in one message, in the words of the schema, so that a model can mend them at once.
+All problems of a call come in one message, in the words of the schema, so that a model can fix them at once.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import inspect
 import json
 import sys
@@ -99,6 +100,8 @@ def _attempt(functions: Mapping[str, Callable], name: Any, arguments: Any, lax: 
     except MemoryError:
         return f"Error: {name} {OUT_OF_MEMORY}", "crash"
     except BaseException as error:  # cancelled tasks and pytest's outcomes are not Exceptions
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # from mmap or fork
+            return f"Error: {name} {OUT_OF_MEMORY}", "crash"
         return f"Error: {name} raised {shorten(error_text(error), _MESSAGE_LIMIT)}", "error"
 
 

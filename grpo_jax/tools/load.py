@@ -153,13 +153,17 @@ def named_functions(functions: Any, source: str) -> dict[str, Callable]:
 def _without_bound(partial: functools.partial) -> Callable:
     """A partial as a function whose signature lacks the bound arguments: no model may change them."""
 
+    if not (inspect.isroutine(partial.func) or hasattr(partial.func, "__wrapped__")):
+        return partial  # which is refused: a class or a callable object
+
     @functools.wraps(partial.func)
     def tool(**arguments: Any) -> Any:
         return partial(**arguments)
 
-    if not hasattr(partial.func, "__name__"):
-        return partial.func  # a callable object, which is refused as such
-    signature = inspect.signature(partial)
+    try:
+        signature = inspect.signature(partial, eval_str=True)
+    except Exception:  # whatever reading the text of a hint raises; the schema will say what is wrong
+        signature = inspect.signature(partial)
     free = [p for name, p in signature.parameters.items() if name not in partial.keywords]
     kept = {p.name for p in free} | {"return"}
     tool.__signature__ = signature.replace(parameters=free)
