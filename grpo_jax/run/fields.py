@@ -98,6 +98,9 @@ class Options:
     )
     tool_timeout: float = _opt(5.0, "Seconds after which a tool call is stopped.", gt=0)
     tool_memory_limit: int = _opt(1024, "Memory that a tool worker may use, in MB.", ge=1)
+    tool_result_limit: int = _opt(
+        20_000, "Maximum length of a tool's result in characters; a longer one becomes an error.", ge=1
+    )
     tool_cache: bool = _opt(True, "Reuse the result of an equal tool call within a step.")
     verify_purity: bool = _opt(
         False, "Run up to 8 calls of each training step twice and report tools whose results differ."

@@ -38,8 +38,7 @@ from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.options import GRPOConfig, compute_dtype
 from grpo_jax.run.weights import restore_weights
 from grpo_jax.scoring.rewards import RewardFunction, RewardOutcome, TrainerState, call_rewards, load_rewards
-from grpo_jax.tools import Toolbox, ToolRunner, load_tools, signature_line
-from grpo_jax.tools.purity import PurityCheck
+from grpo_jax.tools import PurityCheck, Toolbox, ToolRunner, load_tools, signature_line
 from grpo_jax.types import Example, Prompt, Schema, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.update.optimizer import make_optimizer
@@ -295,6 +294,7 @@ def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, given: Giv
         executor=config.tool_executor,
         timeout=config.tool_timeout,
         memory_limit_mb=config.tool_memory_limit,
+        result_limit=config.tool_result_limit,
         lax=config.tool_arg_validation == "lax",
         cache=config.tool_cache,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import inspect
 import json
 import sys
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _MESSAGE_LIMIT = 1000  # characters of an exception's message that a model gets to see
 _NAMES_LISTED = 20
+OUT_OF_MEMORY = "ran out of memory"
 
 
 def run_tool(
@@ -96,8 +98,10 @@ def _attempt(functions: Mapping[str, Callable], name: Any, arguments: Any, lax: 
     except SystemExit as error:
         return f"Error: {name} called sys.exit({error.code!r})", "crash"
     except MemoryError:
-        return f"Error: {name} ran out of memory", "crash"
+        return f"Error: {name} {OUT_OF_MEMORY}", "crash"
     except BaseException as error:  # cancelled tasks and pytest's outcomes are not Exceptions
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # from mmap or fork
+            return f"Error: {name} {OUT_OF_MEMORY}", "crash"
         return f"Error: {name} raised {shorten(error_text(error), _MESSAGE_LIMIT)}", "error"
 
 

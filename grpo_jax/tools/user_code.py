@@ -179,10 +179,7 @@ class _Home:
         own = PathFinder.find_spec(top, self.path + added)
         if own is None:
             return False
-        try:
-            usual = importlib.util.find_spec(top)
-        except (ImportError, ValueError):
-            usual = None
+        usual = _usual_spec(top, [entry for entry in sys.path if entry not in added])
         if usual is not None and own.origin is not None and own.origin == importer:
             return False
         owns = usual is None or (own.loader is not None and not _same_file(own.origin, usual.origin))
@@ -224,6 +221,14 @@ def _home(folder: str) -> _Home:
     if folder not in _homes:
         _homes[folder] = _Home(folder)
     return _homes[folder]
+
+
+def _usual_spec(top: str, path: list[str]) -> ModuleSpec | None:
+    """What everybody else's `import` of a top-level name finds, given sys.path."""
+    if top in sys.modules:
+        return getattr(sys.modules[top], "__spec__", None)
+    specs = (one.find_spec(top, path if one is PathFinder else None) for one in sys.meta_path)
+    return next((spec for spec in specs if spec is not None), None)
 
 
 def _state(path: str) -> tuple[int, int] | None:
