@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax import hosts
-from grpo_jax.data.rows import gold_calls
+from grpo_jax.data.gold import gold_calls
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.loop import prefill_preamble, run_rollout
 from grpo_jax.rollout.sampler import Sampler, Sampling

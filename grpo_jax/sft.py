@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_jax import hosts
-from grpo_jax.data.rows import Cursor, gold_calls, next_batch
+from grpo_jax.data.batches import Cursor, next_batch
+from grpo_jax.data.gold import failed_call, gold_calls, run_gold_calls, show_call
 from grpo_jax.evaluate import evaluate, greedy_sampler
 from grpo_jax.models.lora import join
 from grpo_jax.rollout.conversation import Conversation
@@ -27,6 +28,7 @@ from grpo_jax.run.config import ResolvedConfig, write_resolved
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import Prompts, Session, load_prompts, open_session
 from grpo_jax.run.log import PhaseTimer, write_json_atomic
+from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.types import Example, Message, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import make_tree, step_batch
 from grpo_jax.update.optimizer import make_schedule
@@ -54,14 +56,12 @@ def fine_tune(
         {"steps", "validation"}: updates done and the last validation's figures.
 
     Raises:
-        ValueError: rows without gold calls, too few of them, or a gold conversation over the
+        ValueError: rows without gold calls, too few whose calls run, or a gold conversation over the
             budget; raised before anything is compiled.
     """
     config = session.config
     train, held_out = _split(session, data)
-    _check_gold_calls(session, train.examples)
-    # not in every host: a tool that answers differently would make them run different programs
-    gold = hosts.of_first(lambda: gold_trajectories(session, train.examples, train.ids))
+    train, gold = _with_gold(session, train)
     _check_budget(train.examples, gold, config.max_grpo_completion_length)
     schedule = make_schedule("constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps)
     optimizer = session.optimizer(schedule)
@@ -92,13 +92,37 @@ def fine_tune(
     return {"steps": done, "validation": report}
 
 
-def _check_gold_calls(session: Session, examples: Sequence[Example]) -> None:
-    for example in examples:
+def _with_gold(session: Session, train: Prompts) -> tuple[Prompts, list[Trajectory]]:
+    """The rows whose gold calls run, with their trajectories; refused calls are nothing to imitate."""
+    for example in train.examples:
         if not gold_calls(example, session.toolbox.functions):
             raise ValueError(
                 f"{example.source}: fine-tuning needs a gold call in column tool_call or ground_truth, "
                 "got none"
             )
+    # not in every host: a tool that answers differently would make them run different programs
+    gold = hosts.of_first(lambda: gold_trajectories(session, train.examples, train.ids))
+    runs, failed = [], {}
+    for i, (example, trajectory) in enumerate(zip(train.examples, gold, strict=True)):
+        answers = same_answer(trajectory.calls[-1][1].text, example.answer)
+        if (pair := failed_call(trajectory.calls, answers)) is None:
+            runs.append(i)
+        else:
+            failed[i] = pair
+    if not failed:
+        return train, gold
+    first, pair = next(iter(failed.items()))
+    shown = f"the first, {train.examples[first].source}: {show_call(*pair)}; correct the call or the tool"
+    if not runs:
+        raise ValueError(f"no gold call of the {len(gold)} rows to fine-tune on runs; {shown}")
+    found = f"the gold calls of {len(failed)} of {len(gold)} rows do not run"
+    if len(runs) < (size := session.config.sft_batch_size):
+        raise ValueError(
+            f"{found}, and the {len(runs)} others are fewer than sft_batch_size, {size}; lower it, or correct the "
+            f"rows: {shown}"
+        )
+    session.console.line(f"Warning: {found}, and fine-tuning leaves these rows out; {shown}")
+    return _part(session, train, runs), [gold[i] for i in runs]
 
 
 def _check_budget(examples: Sequence[Example], gold: Sequence[Trajectory], budget: int) -> None:
@@ -117,13 +141,7 @@ def gold_trajectories(
 
     Every row must hold a gold call. The budget is not looked at.
     """
-    gold = [gold_calls(e, session.toolbox.functions) for e in examples]
-    flat = [(i, call) for i, calls in enumerate(gold) for call in calls]
-    session.runner.start_step()
-    results = session.runner.run([call for _, call in flat], [i for i, _ in flat])
-    made: list[list[tuple[ToolCall, ToolResult]]] = [[] for _ in examples]
-    for (i, call), result in zip(flat, results, strict=True):
-        made[i].append((call, result))
+    made = run_gold_calls(examples, session.toolbox.functions, session.runner)
     return [
         written_trajectory(session.conversation, prompt, calls, calls[-1][1].text)
         for prompt, calls in zip(prompts, made, strict=True)
@@ -170,12 +188,14 @@ def _split(session: Session, data: Prompts) -> tuple[Prompts, Prompts]:
             f"the cold start needs sft_validation_size + sft_batch_size rows, "
             f"{size} + {session.config.sft_batch_size}, got {len(data.ids)}; lower one of them"
         )
-    budget, devices = session.config.max_grpo_completion_length, session.row_devices
+    rows = range(len(data.ids))
+    return _part(session, data, rows[:-size]), _part(session, data, rows[-size:])
 
-    def part(rows: slice) -> Prompts:
-        return Prompts(data.examples[rows], data.ids[rows], make_tree(data.ids[rows], budget, devices))
 
-    return part(slice(None, -size)), part(slice(-size, None))
+def _part(session: Session, data: Prompts, rows: Sequence[int]) -> Prompts:
+    ids = [data.ids[i] for i in rows]
+    tree = make_tree(ids, session.config.max_grpo_completion_length, session.row_devices)
+    return Prompts([data.examples[i] for i in rows], ids, tree)
 
 
 def run(resolved: ResolvedConfig, console: Console) -> None:

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from grpo_jax import hosts
-from grpo_jax.data.rows import Cursor, next_batch
+from grpo_jax.data.batches import Cursor, next_batch
 from grpo_jax.evaluate import compare, evaluate, greedy_sampler
 from grpo_jax.models.lora import Frozen, join
 from grpo_jax.models.qwen import Params

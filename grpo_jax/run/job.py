@@ -21,7 +21,8 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax import hosts
-from grpo_jax.data.rows import gold_calls, load_examples, row_tools
+from grpo_jax.data.gold import gold_calls, gold_texts
+from grpo_jax.data.rows import load_examples, row_tools
 from grpo_jax.models import hf
 from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join, merge
 from grpo_jax.models.peft import save_adapter
@@ -312,9 +313,7 @@ def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
     for example in examples:
         texts += [m["content"] for m in example.messages if isinstance(m.get("content"), str)]
         texts.append(example.answer)
-        if "tool_call" in example.extra or "ground_truth" in example.extra:
-            calls = gold_calls(example, toolbox.functions)
-            texts += [json.dumps({"name": c.name, "arguments": c.arguments}) for c in calls]
+        texts += gold_texts(example, toolbox.functions)
     return texts
 
 
