@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.data.batches import Cursor, epoch_order, next_batch
+from grpo_jax.data.batches import Cursor, Steps, count_steps, epoch_order, next_batch
 
 
 def test_epoch_order_is_fixed_by_seed_and_epoch():
@@ -61,3 +61,31 @@ def test_a_stored_cursor_continues_the_same_draws(n, seed, data):
 def test_a_batch_that_the_data_cannot_fill_is_an_error(size):
     with pytest.raises(ValueError, match=f"between 1 prompt and the data set's 5 rows, got {size}"):
         next_batch(5, size, Cursor(), seed=0)
+
+
+# Steps
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "updates"),
+    [
+        ({"epochs": 3}, 15, 15),
+        ({"epochs": 0.5}, 3, 3),  # 2.5 batches
+        ({"epochs": 1, "updates_per_batch": 3}, 5, 15),
+        ({"epochs": 1, "max_updates": -1}, 5, 5),
+        ({"epochs": 1, "max_updates": 40}, 40, 40),  # goes through the data again
+        ({"epochs": 9, "max_updates": 7, "updates_per_batch": 3}, 3, 9),  # whole batches
+    ],
+)
+def test_steps_follow_from_epochs_or_updates(options, batches, updates):
+    """22 rows are 5 batches of 4 prompts, and 2 rows are left out."""
+    steps = count_steps(22, P=4, G=8, **options)
+    assert steps == Steps(4, 8, 5, batches, options.get("updates_per_batch", 1))
+    assert steps.updates == updates
+
+
+def test_fewer_rows_than_a_batch_has_prompts_are_an_error():
+    with pytest.raises(
+        ValueError, match=r"one update needs 4 prompts \(4 × 8 completions\), the data has 3 rows;"
+    ):
+        count_steps(3, P=4, G=8, epochs=1)

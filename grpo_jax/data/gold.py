@@ -65,8 +65,12 @@ def _gold_call(call: Any, functions: Mapping[str, Callable], original: bool) -> 
     name, arguments = read["name"], read["arguments"]
     if name not in functions:
         raise ValueError(f"unknown tool {name!r}; the tools are {', '.join(functions)}")
-    parameters, hints = signature(functions[name]).parameters, _hints(functions[name])
-    free = any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
+    parameters, hints = dict(signature(functions[name]).parameters), _hints(functions[name])
+    free = [
+        key for key, p in parameters.items() if p.kind is Parameter.VAR_KEYWORD
+    ]  # takes every name but its own
+    for key in free:
+        del parameters[key]
     kept = {}
     for key, value in arguments.items():
         parameter, hint = parameters.get(key), hints.get(key, Any)
