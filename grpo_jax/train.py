@@ -30,7 +30,9 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
                 status = check_job(trainer.job, trainer.data, trainer.evaluation)
             print_steps(console, trainer.steps, trainer.data)
             return status
-    return 0 if GRPOTrainer(args=config, console=console).train().finished else INTERRUPTED
+    trainer = GRPOTrainer(args=config, console=console)
+    with trainer.job.runner:
+        return 0 if trainer.train().finished else INTERRUPTED
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 
 from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor, Steps, next_batch
-from grpo_jax.data.messages import read_prompt
+from grpo_jax.data.rows import read_prompt
 from grpo_jax.models.lora import LoraConfig
 from grpo_jax.models.qwen import Params
 from grpo_jax.report import write_report
@@ -28,9 +29,10 @@ from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import write_resolved
 from grpo_jax.run.console import Console, note_dependencies, setup_logging
 from grpo_jax.run.evaluation import compare, evaluate
+from grpo_jax.run.fields import DEFAULT_TOOLS
 from grpo_jax.run.identity import adapters_meta, run_identity
 from grpo_jax.run.inputs import check_gold_calls
-from grpo_jax.run.job import DataSet, Job, load_data, open_job, steps_of
+from grpo_jax.run.job import DataSet, Job, load_data, open_job, read_inputs, steps_of
 from grpo_jax.run.learner import Learner, make_learner
 from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
@@ -113,18 +115,26 @@ class GRPOTrainer:
         console: Console | None = None,
     ):
         config = GRPOConfig() if args is None else args
-        self.output_dir = Path(config.output_dir)
-        self._learned: tuple[Learner, TrainState] | None = None
+        if model is not None:
+            config = dataclasses.replace(config, model_name_or_path=str(model))
         console, timer = console or Console(), PhaseTimer()
         setup_logging(console, config.log_level)
+        self.output_dir = Path(config.output_dir)
+        self._learned: tuple[Learner, TrainState] | None = None
+        by_options = config.tools_script or config.tool_functions_module != DEFAULT_TOOLS
+        if tools is None and not by_options and (train_dataset is not None or reward_funcs is not None):
+            raise ValueError("tools must be a list with at least one function, got None")
+        train = config.required("dataset_id_or_path") if train_dataset is None else train_dataset
+        evaluation = config.eval_dataset_id_or_path if eval_dataset is None else eval_dataset
+        inputs = read_inputs(config, train, evaluation, tools, reward_funcs)  # before anything is written
         if config.overwrite_output_dir:
             with run_lock(self.output_dir, "GRPOTrainer"):
                 hosts.of_first(lambda: _start_over(self.output_dir))
         with watch_compiles(console, timer):
-            self.job = open_job(config, console, timer)
-            self.data = load_data(self.job, config.required("dataset_id_or_path"))
-            source = config.eval_dataset_id_or_path
-            self.evaluation = None if source is None else load_data(self.job, source)
+            self.job = open_job(config, console, timer, inputs)
+            self.data = load_data(self.job, inputs.train)
+            self.evaluation = inputs.evaluation and load_data(self.job, inputs.evaluation)
+        weakref.finalize(self, self.job.runner.close)
         if self.evaluation is not None:
             check_gold_calls(self.evaluation.prompts, self.job.toolbox.functions)
         self.steps = steps_of(config, len(self.data.prompts), self.job.row_devices)
@@ -136,7 +146,7 @@ class GRPOTrainer:
         A run that was interrupted continues from its newest checkpoint; a finished one returns its figures.
         """
         job, config, out = self.job, self.job.config, self.output_dir
-        with run_lock(out, "grpo_jax.train"), watch_compiles(job.console, job.timer), job.runner:
+        with run_lock(out, "grpo_jax.train"), watch_compiles(job.console, job.timer):
             summary = hosts.of_first(lambda: read_summary(out))
             job.timer.restore(summary.get("timings", {}))
             if config.cold_start and not hosts.of_first((out / "cold_start").exists):
@@ -329,7 +339,7 @@ class GRPOTrainer:
         """
         if self.evaluation is None:
             raise ValueError("evaluate needs eval_dataset, got none; give it to GRPOTrainer")
-        with watch_compiles(self.job.console, self.job.timer), self.job.runner:
+        with watch_compiles(self.job.console, self.job.timer):
             return self._evaluated("Evaluation")
 
     def generate(self, prompt: str | list[Message]) -> list[Message]:
@@ -346,7 +356,7 @@ class GRPOTrainer:
         shared = self.data.tree.preamble
         tree = make_tree([asked.ids, [*shared, *asked.ids[-1:]]], self.data.tree.budget, self.job.row_devices)
         loop = self.job.tool_loop(self.job.greedy, tree)
-        with watch_compiles(self.job.console, self.job.timer), self.job.runner:
+        with watch_compiles(self.job.console, self.job.timer):
             rollout = roll_out(loop, make_policy(loop, self._weights()), [asked])
         return messages + rollout.trajectories[0].messages
 

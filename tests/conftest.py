@@ -8,6 +8,7 @@ import os
 import sys
 
 import hypothesis
+import pytest
 from jaxtyping import install_import_hook
 
 if "jax" in sys.modules:
@@ -27,3 +28,15 @@ install_import_hook([f"grpo_jax.{name}" for name in CHECKED], "beartype.beartype
 
 hypothesis.settings.register_profile("jax", deadline=None)  # a first call compiles
 hypothesis.settings.load_profile("jax")
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """Writes the lines to rows.jsonl and gives its path."""
+
+    def write(*lines: str) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return str(path)
+
+    return write

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
 from grpo_jax import hosts
-from grpo_jax.data.rows import Cursor, next_batch
+from grpo_jax.data.batches import Cursor, next_batch
 from grpo_jax.models import sharding
 
 # A process's part of a batch

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from grpo_jax.data.rows import epoch_order, gold_calls
+from grpo_jax.data.batches import epoch_order
+from grpo_jax.data.gold import gold_calls
 from grpo_jax.preflight.diagnosis import (
     Gold,
     Hint,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.data.gold import failed_call
 from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.text import shorten
 from grpo_jax.types import Example, Outcome, ToolCall, ToolResult, Trajectory
@@ -76,8 +77,7 @@ class Gold:
     @property
     def failed(self) -> tuple[ToolCall, ToolResult] | None:
         """The first call that did not run, unless its error is the answer."""
-        errors = [pair for pair in self.trajectory.calls if pair[1].outcome is not Outcome.OK]
-        return errors[0] if errors and not self.answers else None
+        return failed_call(self.trajectory.calls, self.answers)
 
 
 # Gold calls

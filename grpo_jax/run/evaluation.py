@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpo_jax import hosts
-from grpo_jax.data.rows import gold_calls
+from grpo_jax.data.gold import gold_calls
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.loop import make_policy, roll_out
 from grpo_jax.run.console import Console

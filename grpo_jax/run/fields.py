@@ -80,6 +80,7 @@ FloatType = Literal["float32", "bfloat16"]
 LoraModule = Literal[
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"
 ]
+DEFAULT_TOOLS = "tools_funcs.financial_tools_complex"  # the original's
 NONE_IS_A_VALUE = {"resume_from_checkpoint", "compilation_cache_dir"}  # elsewhere the text none unsets
 
 
@@ -91,7 +92,7 @@ class Options:
         None, "Python file exporting TOOL_FUNCTIONS; used instead of the module.", path="file"
     )
     tool_functions_module: str = _opt(
-        "tools_funcs.financial_tools_complex", "Python module exporting TOOL_FUNCTIONS."
+        DEFAULT_TOOLS, "Python module exporting TOOL_FUNCTIONS."
     )
     tool_executor: Literal["process", "inline"] = _opt(
         "process", "Run tools in worker processes, or inline in the main process."
@@ -340,7 +341,8 @@ class Options:
         spellings = OPTIONS[name].json_schema_extra["spellings"]
         if word in spellings:
             return spellings[word]
-        if word in ("none", "null") and name not in NONE_IS_A_VALUE and (optional or kind is dict):
+        if word in ("none", "null") and name not in DEFAULT_TOOLS = "tools_funcs.financial_tools_complex"  # the original's
+NONE_IS_A_VALUE and (optional or kind is dict):
             value = None
         if value is None:
             return {} if kind is dict else None

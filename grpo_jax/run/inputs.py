@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from grpo_jax.data.rows import gold_calls
+from grpo_jax.data.gold import gold_calls
 from grpo_jax.types import Prompt
 
 

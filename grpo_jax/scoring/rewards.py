@@ -168,13 +168,41 @@ def load_rewards(files: Sequence[str] | None, names: Sequence[str] | None) -> li
         ValueError: a missing or failing file, no `reward_func` in it or one that is not callable,
             an unknown built-in, or two rewards of one name.
     """
-    rewards = [_from_file(f) for f in files] if files else [_built_in(n) for n in names or ["accuracy"]]
+    return _distinct(
+        [_from_file(f) for f in files] if files else [_built_in(n) for n in names or ["accuracy"]]
+    )
+
+
+def rewards_of(given: Callable | str | Sequence[Callable | str]) -> list[RewardFunction]:
+    """Rewards given in Python: functions, and names of built-in ones; one alone or several.
+
+    Raises:
+        TypeError: something else.
+        ValueError: no reward, an unknown built-in, or two of one name.
+    """
+    several = [given] if isinstance(given, str) or callable(given) else list(given)
+    if not several:
+        raise ValueError("reward_funcs needs at least one reward, got none")
+    return _distinct([_built_in(one) if isinstance(one, str) else _from_function(one) for one in several])
+
+
+def _from_function(function: Any) -> RewardFunction:
+    if not callable(function):
+        raise TypeError(
+            f"reward_func must be callable, got {_short(function)}; give a function or the name of a built-in "
+            f"reward ({', '.join(BUILT_IN)})"
+        )
+    name = getattr(function, "__name__", type(function).__name__)
+    return RewardFunction(name, function, f"given in Python, {getattr(function, '__module__', '?')}")
+
+
+def _distinct(rewards: list[RewardFunction]) -> list[RewardFunction]:
     for i, reward in enumerate(rewards):
         for other in rewards[:i]:
             if other.name == reward.name:
                 raise ValueError(
                     f"two reward functions are called {reward.name!r} ({other.source} and {reward.source}); "
-                    "metrics would mix them: rename a file or drop one"
+                    "metrics would mix them: rename one or drop one"
                 )
     return rewards
 
