@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from grpo_jax.run.checkpoint import Checkpoints, Start, StopSignal, find_start
-from grpo_jax.types import TrainState
+from grpo_jax.update.update import TrainState
 
 META = {"cursor": {"epoch": 1, "next_index": 40}, "threads": 2, "timings": {"rollout": 1.5}}
 ROOT = Path(__file__).parents[1]
@@ -123,7 +123,7 @@ def test_a_save_that_is_cut_off_leaves_the_previous_step(tmp_path):
         import os, sys
         import jax.numpy as jnp, numpy as np
         from grpo_jax.run.checkpoint import Checkpoints
-        from grpo_jax.types import TrainState
+        from grpo_jax.update.update import TrainState
         def state(step):
             w = jnp.asarray(np.random.default_rng(step).random((5000, 1000), np.float32))
             return TrainState(step=jnp.int32(step), params={"w": w}, opt_state=())
@@ -155,7 +155,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_step(tmp_path):
         import jax.numpy as jnp, numpy as np
         from grpo_jax.files import OutputError
         from grpo_jax.run.checkpoint import Checkpoints
-        from grpo_jax.types import TrainState
+        from grpo_jax.update.update import TrainState
         def state(step, n):
             w = jnp.asarray(np.random.default_rng(step).random((n, 1000), np.float32))
             return TrainState(step=jnp.int32(step), params={"w": w}, opt_state=())
@@ -409,7 +409,7 @@ def test_sigterm_lets_the_step_end_and_the_state_be_saved(tmp_path):
         import sys, time
         import jax.numpy as jnp
         from grpo_jax.run.checkpoint import Checkpoints, StopSignal
-        from grpo_jax.types import TrainState
+        from grpo_jax.update.update import TrainState
         step = 0
         with Checkpoints(sys.argv[1]) as checkpoints, StopSignal() as stop:
             while not stop.requested:

@@ -18,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from grpo_jax.models import hf
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.rollout.conversation import load_conversation
-from grpo_jax.run.job import read_rows, schemas_of
+from grpo_jax.run.job import read_examples, schemas_of
 from grpo_jax.run.options import GRPOConfig
 from grpo_jax.tools import load_tools
 from grpo_jax.update.batch import common_prefix
@@ -179,7 +179,7 @@ def data_lengths(config: GRPOConfig, folder: Path | None) -> DataLengths:
         folder: the model's, if there is one.
     """
     toolbox = load_tools(config.tools_script, config.tool_functions_module)
-    examples = read_rows(config, config.required("dataset_id_or_path"))
+    examples = read_examples(config, config.required("dataset_id_or_path"))
     name, per_token = config.tokenizer_name_or_path, 1.0
     if name is not None:
         folder = Path(name) if Path(name).is_dir() else _cached(name, "main", "tokenizer.json")

@@ -91,9 +91,7 @@ class Options:
     tools_script: str | None = _opt(
         None, "Python file exporting TOOL_FUNCTIONS; used instead of the module.", path="file"
     )
-    tool_functions_module: str = _opt(
-        DEFAULT_TOOLS, "Python module exporting TOOL_FUNCTIONS."
-    )
+    tool_functions_module: str = _opt(DEFAULT_TOOLS, "Python module exporting TOOL_FUNCTIONS.")
     tool_executor: Literal["process", "inline"] = _opt(
         "process", "Run tools in worker processes, or inline in the main process."
     )
@@ -341,8 +339,7 @@ class Options:
         spellings = OPTIONS[name].json_schema_extra["spellings"]
         if word in spellings:
             return spellings[word]
-        if word in ("none", "null") and name not in DEFAULT_TOOLS = "tools_funcs.financial_tools_complex"  # the original's
-NONE_IS_A_VALUE and (optional or kind is dict):
+        if word in ("none", "null") and name not in NONE_IS_A_VALUE and (optional or kind is dict):
             value = None
         if value is None:
             return {} if kind is dict else None

@@ -264,6 +264,11 @@ def setup_jax(config: GRPOConfig, console: Console) -> None:
         )
 
 
+def read_examples(config: GRPOConfig, source: Any) -> list[Example]:
+    """A data set, read as the options say; see `load_examples`."""
+    return load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
+
+
 def read_inputs(
     config: GRPOConfig, train: Any, evaluation: Any = None, tools: Any = None, rewards: Any = None
 ) -> Inputs:
@@ -283,10 +288,9 @@ def read_inputs(
     toolbox = load_tools(script, module) if tools is None else tools_of(tools)
     files, names = config.reward_fn, config.reward_function_name
     functions = load_rewards(files, names) if rewards is None else rewards_of(rewards)
-    read = functools.partial(
-        load_examples, system_prompt=config.system_prompt, columns=config.dataset_columns
-    )
-    return Inputs(toolbox, functions, read(train), None if evaluation is None else read(evaluation))
+    examples = read_examples(config, train)
+    evaluated = None if evaluation is None else read_examples(config, evaluation)
+    return Inputs(toolbox, functions, examples, evaluated)
 
 
 def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: Inputs) -> Job:
