@@ -39,11 +39,11 @@ pytest.importorskip("trl")
 
 P, G, BUDGET, UPDATES = 4, 4, 32, 3
 EOS, PAD, TRUNCATED = 1, 0, {(0, 1), (1, 0), (1, 2), (3, 0), (3, 1), (3, 2), (3, 3)}
-ATOL, CHANGE_RTOL = 1e-5, 1e-4
+CHANGE_RTOL = 1e-4
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SPLIT = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
-TWICE = {"num_iterations": 3, "learning_rate": 5e-3}
+AGAIN = {"num_iterations": 3, "learning_rate": 5e-3}
 GSPO = {"importance_sampling_level": "sequence"}
 MODELS = {
     "qwen3": parity.CASES["qwen3-tied"] | {"hidden_size": 32, "intermediate_size": 48},
@@ -74,6 +74,7 @@ class Case:
         truncated: the completions of `TRUNCATED` do not end with the end-of-turn token.
         correction: `sampler_correction` and its bounds.
         micro_batches: ours alone.
+        atol: of losses, log-probabilities and gradient norms (relative).
     """
 
     options: dict
@@ -83,6 +84,7 @@ class Case:
     truncated: bool = False
     correction: tuple[str, float | None, float | None] = ("none", None, 3.0)
     micro_batches: int = 1
+    atol: float = 1e-5
 
     @property
     def iterations(self):
@@ -101,6 +103,7 @@ class Case:
             "adam_epsilon": 1e-5,
             "lr_scheduler_type": "constant",
             "reward_function_name": ["accuracy"] * len(self.rewards),
+            "gradient_checkpointing": False,
         }
         return Config(**base | self.options | ours)
 
@@ -111,107 +114,67 @@ def kl(beta=0.04, **options):
 
 CASES = {
     "dapo": Case({}),
-    "grpo, 3 iterations, qwen2": Case({"loss_type": "grpo", **TWICE}, "qwen2"),
-    "bnpo, old, epsilon_high, scale batch": Case(
-        {"loss_type": "bnpo", "epsilon_high": 0.28, "scale_rewards": "batch"}, old=True
+    "grpo, 3 iterations, accumulation, qwen2": Case({"loss_type": "grpo", **SPLIT, **AGAIN}, "qwen2"),
+    "bnpo, old, epsilon_high, scale batch, groups of 0 and 1 reward": Case(
+        {"loss_type": "bnpo", "epsilon_high": 0.28, "scale_rewards": "batch"}, rewards=("few",), old=True
     ),
-    "dr_grpo, old, delta, scale none, qwen2": Case(
-        {"loss_type": "dr_grpo", "delta": 1.5, "scale_rewards": "none"}, "qwen2", old=True
+    "dr_grpo, old, delta, scale none, truncated rows learned, qwen2": Case(
+        {"loss_type": "dr_grpo", "delta": 1.5, "scale_rewards": "none"}, "qwen2", old=True, truncated=True
     ),
-    "sequence, grpo, 3 iterations": Case({"loss_type": "grpo", "epsilon": 3e-4, **GSPO, **TWICE}),
-    "sequence, dapo, old, KL": Case(kl(**GSPO), old=True),
-    "sequence, dr_grpo, old, KL without the ratio": Case(
-        kl(loss_type="dr_grpo", use_bias_correction_kl=False, **GSPO), old=True
+    "sequence, grpo, 3 iterations": Case({"loss_type": "grpo", "epsilon": 0.02, "num_iterations": 3, **GSPO}),
+    "sequence, dapo, old, KL, truncated rows masked": Case(
+        kl(mask_truncated_completions=True, **GSPO), old=True, truncated=True
     ),
-    "dapo, KL, 3 iterations": Case(kl(**TWICE)),
+    "dapo, KL, 3 iterations": Case(kl(**AGAIN)),
     "dapo, KL without the ratio, 3 iterations, qwen2": Case(
-        kl(use_bias_correction_kl=False, **TWICE), "qwen2"
+        kl(use_bias_correction_kl=False, **AGAIN), "qwen2"
     ),
-    "grpo, old, KL, truncated rows masked": Case(
-        kl(loss_type="grpo", mask_truncated_completions=True), old=True, truncated=True
-    ),
-    "dapo, truncated rows masked, weighted rewards": Case(
-        {"mask_truncated_completions": True, "reward_weights": [0.7, 2.0]},
+    "grpo, KL, truncated rows masked, weighted rewards": Case(
+        kl(loss_type="grpo", mask_truncated_completions=True, reward_weights=[0.7, 2.0]),
         rewards=("some_none", "lengths"),
         truncated=True,
     ),
-    "bnpo, KL, truncated rows learned, groups of 0 and 1 reward, scale batch": Case(
-        kl(loss_type="bnpo", scale_rewards="batch"), rewards=("few",), truncated=True
-    ),
-    "dr_grpo, three rewards, all None in some rows, scale none": Case(
-        {"loss_type": "dr_grpo", "scale_rewards": "none", "reward_weights": [1.0, 0.5, -1.0]},
+    "dr_grpo, KL without the ratio, three rewards, all None in some rows, scale none, accumulation": Case(
+        kl(
+            loss_type="dr_grpo",
+            use_bias_correction_kl=False,
+            scale_rewards="none",
+            reward_weights=[1.0, 0.5, -1.0],
+            **SPLIT,
+        ),
         rewards=("some_none", "few", "some_none_too"),
     ),
-    "temperature 0.7, old, KL": Case(kl(temperature=0.7), old=True),
-    "entropy quantile 0.2, temperature 1.5": Case({"top_entropy_quantile": 0.2, "temperature": 1.5}),
-    "entropy quantile 0.5, grpo, KL, truncated, micro-batches": Case(
-        kl(loss_type="grpo", top_entropy_quantile=0.5, mask_truncated_completions=True),
-        truncated=True,
-        micro_batches=2,
+    "temperature 0.7, old, KL, entropy quantile": Case(
+        kl(temperature=0.7, top_entropy_quantile=0.2), old=True, micro_batches=2
     ),
-    "accumulation, dapo, 3 iterations, micro-batches": Case({**SPLIT, **TWICE}, micro_batches=2),
-    "accumulation, dr_grpo, KL": Case(kl(loss_type="dr_grpo", **SPLIT)),
-    "accumulation, grpo, truncated rows masked": Case(
-        {**SPLIT, "loss_type": "grpo", "mask_truncated_completions": True}, truncated=True
-    ),
+    "accumulation, dapo, 3 iterations, micro-batches": Case({**SPLIT, **AGAIN}, micro_batches=2),
     "LoRA on q and v, KL": Case({**LORA, **kl()}),
     "LoRA on all, 3 iterations, weight decay, qwen2": Case(
-        {**LORA, **TWICE, "lora_target_modules": ALL_LINEAR, "weight_decay": 0.5}, "qwen2"
+        {**LORA, **AGAIN, "lora_target_modules": ALL_LINEAR, "weight_decay": 0.5}, "qwen2"
     ),
     "two groups of equal rewards, weight decay, small norm": Case(
         {"weight_decay": 0.5, "max_grad_norm": 0.01}, rewards=("equal_groups",)
     ),
-    "cispo, old, TRL's default ceiling": Case({"loss_type": "cispo"}, old=True),
-    "cispo 1.2, KL, 3 iterations": Case(kl(loss_type="cispo", epsilon_high=1.2, **TWICE)),
-    "cispo, sequence, old": Case({"loss_type": "cispo", "epsilon_high": 1.05, **GSPO}, old=True),
-    "sapo, old": Case({"loss_type": "sapo"}, old=True),
-    "sapo 2 and 3, KL, 3 iterations, truncated rows masked": Case(
-        kl(
-            loss_type="sapo",
-            sapo_temperature_pos=2.0,
-            sapo_temperature_neg=3.0,
-            mask_truncated_completions=True,
-            **TWICE,
-        ),
+    "cispo, KL, 3 iterations": Case(kl(loss_type="cispo", epsilon_high=1.2, **AGAIN)),
+    "sapo, old, KL, truncated rows masked": Case(
+        kl(loss_type="sapo", sapo_temperature_neg=3.0, mask_truncated_completions=True),
+        old=True,
         truncated=True,
     ),
-    "luspo, old, accumulation": Case({"loss_type": "luspo", **GSPO, **SPLIT}),
-    "luspo, KL, entropy quantile, 3 iterations": Case(
-        kl(loss_type="luspo", top_entropy_quantile=0.5, **GSPO, **TWICE)
+    "luspo, KL, accumulation": Case(kl(loss_type="luspo", **GSPO, **SPLIT)),
+    "vespo, token_truncate, 3 iterations": Case(  # its ratio is a product: the tokens' rounding errors add up
+        {"loss_type": "vespo", "num_iterations": 3}, correction=("token_truncate", 0.9, 1.1), atol=1e-4
     ),
-    "vespo, old": Case({"loss_type": "vespo"}, old=True),
-    "vespo, KL, token_truncate, 3 iterations": Case(
-        kl(loss_type="vespo", vespo_k_pos=1.5, vespo_lambda_neg=1.0, **TWICE),
-        correction=("token_truncate", 0.9, 1.1),
-    ),
-    "vespo, sequence_mask": Case({"loss_type": "vespo"}, correction=("sequence_mask", None, 1.5)),
-    "entropy bonus, dapo": Case({"entropy_coef": 0.05}),
     "entropy bonus, grpo, entropy quantile, micro-batches": Case(
         {"loss_type": "grpo", "entropy_coef": 0.05, "top_entropy_quantile": 0.5}, micro_batches=2
     ),
-    "entropy penalty, KL, truncated rows masked, LoRA": Case(
-        {**LORA, **kl(entropy_coef=-0.05, mask_truncated_completions=True)}, truncated=True
+    "off-policy rows left out, entropy penalty, LoRA": Case(
+        {**LORA, **AGAIN, "off_policy_mask_threshold": 0.02, "entropy_coef": -0.05}
     ),
-    "off-policy rows left out, KL": Case(kl(off_policy_mask_threshold=0.02, **TWICE)),
-    "off-policy rows left out, sequence, grpo": Case(
-        {"off_policy_mask_threshold": 0.05, "loss_type": "grpo", **GSPO}
-    ),
-    "sampler correction token_truncate, KL, 3 iterations": Case(
-        kl(**TWICE), correction=("token_truncate", 0.8, 1.1)
-    ),
-    "sampler correction token_mask": Case({}, correction=("token_mask", 0.8, 1.3)),
-    "sampler correction sequence_truncate, grpo": Case(
-        {"loss_type": "grpo"}, correction=("sequence_truncate", None, 1.2)
-    ),
-    "sampler correction sequence_mask, sapo": Case(
-        {"loss_type": "sapo"}, correction=("sequence_mask", 0.3, 3.0)
-    ),
+    "sequence_mask": Case({}, correction=("sequence_mask", 0.3, 3.0)),
     "GDPO, weights, None": Case(
         {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [0.7, 2.0]},
-        rewards=("some_none", "lengths"),
-    ),
-    "GDPO, equal groups, groups of 0 and 1 reward": Case(
-        {"multi_objective_aggregation": "normalize_then_sum"}, rewards=("equal_groups", "few")
+        rewards=("some_none", "few"),
     ),
 }
 
@@ -266,6 +229,15 @@ class Record:
     weights: list = dataclasses.field(default_factory=list)  # before, and after each update
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More would wait for each other: the matrices are tiny."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """HF folders of the models, norms and biases included."""
@@ -291,7 +263,7 @@ def run_ours(case, folder):
         cfg, Layout(make_mesh()), jnp.float32, False, config.temperature, micro_batches=case.micro_batches
     )
     score = scorer(dataclasses.replace(step, micro_batches=1))
-    trained, frozen = params, None
+    trained, frozen = jax.tree.map(jnp.copy, params), None  # the state is donated
     if config.use_peft:
         targets = config.lora_target_modules
         lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
@@ -312,12 +284,14 @@ def run_ours(case, folder):
     sizes = () if objective.needs_all_rows else update_sizes(step, P, G)
 
     def published(tree):
-        tree = jax.tree.map(np.array, tree)  # the state is donated
+        tree = jax.tree.map(np.array, tree)
         return peft_tensors(tree, lora) if frozen else parity.in_published_layout(cfg, tree)
 
-    def by_row(batch, values, rows):
+    def by_row(values, rows, learned):
         values = np.asarray(values)
-        return {tuple(ids): values[i, : len(ids)][mask] for i, (_, _, ids, mask) in enumerate(rows)}
+        return {
+            tuple(ids): values[i, : len(ids)][mask] for i, (_, _, ids, mask) in enumerate(rows) if learned[i]
+        }
 
     record.weights.append(published(state.params))
     for number in range(UPDATES // case.iterations):
@@ -354,14 +328,14 @@ def run_ours(case, folder):
             batch = dataclasses.replace(batch, ref_logprobs=score(params, batch))
         if case.old:
             old = np.zeros(batch.completions.shape, np.float32)
-            for i, row in enumerate(rows):
-                old[i, : len(row[2])] = old_logprobs(case, row[2])
+            for i, (ids, valid) in enumerate(zip(batch.targets, batch.completions_valid, strict=True)):
+                old[i, : valid.sum()] = old_logprobs(case, ids[valid].tolist())
             batch = dataclasses.replace(batch, old_logprobs=jnp.asarray(old))
         elif case.iterations > 1:
             batch = dataclasses.replace(batch, old_logprobs=score(join(state.params, frozen), batch))
         for _ in range(case.iterations):
             logprobs = score(join(state.params, frozen), whole)
-            record.logprobs.append(by_row(whole, logprobs, rows))
+            record.logprobs.append(by_row(logprobs, rows, learned))
             state, metrics = update(state, batch)
             record.losses.append(float(metrics["loss"]))
             record.norms.append(float(metrics["grad_norm"]))
@@ -488,9 +462,10 @@ def run_trl(case, folder, adapters, tmp_path):
 
         def _compute_loss(self, model, inputs):
             loss = super()._compute_loss(model, inputs)
-            sampled = {tuple(ids): mask for _, _, ids, mask in all_rows}
-            for key, row in zip(self.keys(inputs), self.last[0].detach().numpy(), strict=True):
-                record.logprobs[-1][key] = row[: len(key)][sampled[key]]
+            masks = (inputs["completion_mask"] * inputs["tool_mask"]).bool().numpy()
+            for key, row, mask in zip(self.keys(inputs), self.last[0].detach().numpy(), masks, strict=True):
+                if mask.any():
+                    record.logprobs[-1][key] = row[mask]
             record.losses[-1] += loss.item()
             return loss
 
@@ -508,7 +483,6 @@ def run_trl(case, folder, adapters, tmp_path):
     def trained(model):
         return {name: p.detach().numpy().copy() for name, p in parameters(model)}
 
-    all_rows = [row for number in range(UPDATES) for row in rows_of(case, number)]
     with warnings.catch_warnings(), contextlib.redirect_stdout(None):
         warnings.simplefilter("ignore")
         trainer = Recorder(
@@ -565,8 +539,8 @@ def test_one_whole_update_equals_trls(name, folders, tmp_path):
         "losses": max(np.abs(np.subtract(ours.losses, theirs.losses))),
         "log-probabilities": largest(ours.logprobs[0], theirs.logprobs[0]),
         "a tenth of the last ones": largest(ours.logprobs[-1], theirs.logprobs[-1]) / 10,
-        "gradient norms": max(abs(a / b - 1) for a, b in zip(ours.norms, theirs.norms, strict=True)),
+        "gradient norms": max(abs(a - b) / b for a, b in zip(ours.norms, theirs.norms, strict=True)),
     }
-    assert max(figures.values()) <= ATOL, figures
+    assert max(figures.values()) <= case.atol, figures
     changes = [change_error(ours.weights, theirs.weights, after) for after in (1, UPDATES)]
     assert max(changes) <= CHANGE_RTOL, (changes, figures)
