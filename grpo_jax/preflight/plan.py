@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from grpo_jax.models import cost
 from grpo_jax.models.attention import score_block_bytes
 from grpo_jax.models.logprobs import head_blocks
-from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join
+from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters
 from grpo_jax.models.qwen import MLP_TOKENS, Level, ModelConfig, abstract_params
 from grpo_jax.models.sharding import AXES, Layout, mesh_sizes
 from grpo_jax.models.target import SLICES, compiling_for, tpu_devices
@@ -189,21 +190,16 @@ def _state(job: Job, layout: Layout) -> tuple[TrainState, Frozen | None]:
     return _placed(state, state_shardings(layout, state)), _placed(frozen, layout.params(frozen))
 
 
-def _sampler(job: Job, mesh: Mesh | AbstractMesh) -> Sampler:
-    """The rollout's functions, without the jits that may not stand within another."""
-    budget, layout = job.config.max_grpo_completion_length, Layout(mesh, rollout=True)
-    return make_sampler(job.model, layout, dtype=job.dtype, sampling=Sampling(), stop_ids=(0,), budget=budget)
+def _sampler(model: ModelConfig, dtype: jnp.dtype, budget: int, mesh: Mesh | AbstractMesh) -> Sampler:
+    layout = Layout(mesh, rollout=True)
+    return make_sampler(model, layout, dtype=dtype, sampling=Sampling(), stop_ids=(0,), budget=budget)
 
 
-def _rollout_weights(job: Job, mesh: Mesh | AbstractMesh) -> Any:
-    sampler, (state, frozen) = _sampler(job, mesh), _state(job, Layout(mesh))
-    params = jax.eval_shape(sampler.export.__wrapped__, join(state.params, frozen))
-    return _placed(params, sampler.layout.params(params))
+def _rollout(sampler: Sampler, model: ModelConfig, x: cost.Lengths) -> tuple[Any, tuple, Cache]:
+    """What decode is given: weights, the trunk's (keys and values, valid) of levels with tokens, the rows' own cache.
 
-
-def _caches(job: Job, x: cost.Lengths, mesh: Mesh | AbstractMesh, params: Any) -> tuple[tuple, Cache]:
-    """The trunk's (keys and values, valid) by level, and the rows' own cache."""
-    sampler, trunk = _sampler(job, mesh), ()
+    The functions are traced without their jits, which name compiler options and may not stand within another.
+    """
 
     def kv(tree, kind):
         return _placed(tree, jax.tree.map(lambda a: sampler.layout.activation(a.shape, kind), tree))
@@ -211,35 +207,42 @@ def _caches(job: Job, x: cost.Lengths, mesh: Mesh | AbstractMesh, params: Any) -
     def prefill(params, trunk, ids, valid):
         return sampler.prefill.__wrapped__(params, trunk, Level(ids, ids, valid, shared=True))
 
-    for n, T in ((1, x.T0), (x.P, x.T1)):
+    params = jax.eval_shape(sampler.export.__wrapped__, abstract_params(model))
+    params, trunk = _placed(params, sampler.layout.params(params)), ()
+    for n, T in ((n, T) for n, T in ((1, x.T0), (x.P, x.T1)) if T):
         ids, valid = (jax.ShapeDtypeStruct((n, T), kind) for kind in (jnp.int32, bool))
         trunk = (*trunk, (kv(jax.eval_shape(prefill, params, trunk, ids, valid), "shared_kv"), valid))
     rows = jax.ShapeDtypeStruct((x.B,), jnp.int32)
     cache = jax.eval_shape(sampler.begin.__wrapped__, rows, rows)
-    return trunk, cache._replace(kv=kv(cache.kv, "rows_kv"))
+    return params, trunk, cache._replace(kv=kv(cache.kv, "rows_kv"))
 
 
-def _rollout_bytes(job: Job, x: cost.Lengths, mesh: AbstractMesh) -> list[int]:
+@functools.cache
+def _rollout_bytes(
+    model: ModelConfig, dtype: jnp.dtype, budget: int, x: cost.Lengths, sizes: tuple[int, int, int]
+) -> tuple[int, ...]:
     """Weights, then keys and values of the preamble, the prompts and the rows: one layer's, times the layers."""
-    L, one = job.model.L, dataclasses.replace(job, model=dataclasses.replace(job.model, L=1))
-    params = _rollout_weights(one, mesh)
-    ((preamble, _), (prompts, _)), cache = _caches(one, x, mesh, params)
-    weights = _held(params) + (L - 1) * _held(params["layers"])
-    return [weights, *(L * _held(kv) for kv in (preamble, prompts, cache.kv))]
+    one = dataclasses.replace(model, L=1)
+    sampler = _sampler(one, dtype, budget, AbstractMesh(sizes, AXES))
+    params, trunk, cache = _rollout(sampler, one, x)
+    weights, levels = _held(params) + (model.L - 1) * _held(params["layers"]), iter(trunk)
+    preamble, prompts = (next(levels)[0] if T else () for T in (x.T0, x.T1))
+    return weights, *(model.L * _held(kv) for kv in (preamble, prompts, cache.kv))
 
 
 def step_bytes(job: Job, step: Step, temporary: Temporary) -> StepBytes:
     """Bytes of one step on one device, given what its two programs need while they run."""
     mesh, config, reference, evaluation = AbstractMesh(step.sizes, AXES), job.config, 0, 0
+    rollout = job.model, job.dtype, config.max_grpo_completion_length
     state, frozen = _state(job, Layout(mesh))
     if config.beta and frozen is None:
         shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, job.dtype), state.params)
         reference = _held(_placed(shapes, Layout(mesh).params(shapes)))
     if config.eval_dataset_id_or_path is not None:  # a prompt a row, taken to be as long as training's
         rows = dataclasses.replace(step.lengths, P=config.eval_batch_size, G=1)
-        evaluation = sum(_rollout_bytes(job, rows, mesh)[2:])
+        evaluation = sum(_rollout_bytes(*rollout, rows, step.sizes)[2:])
         evaluation += estimate(job, dataclasses.replace(step, lengths=rows)).decode
-    copy, preamble, prompts, own = _rollout_bytes(job, step.lengths, mesh)
+    copy, preamble, prompts, own = _rollout_bytes(*rollout, step.lengths, step.sizes)
     gradients = _held(state.params)
     return StepBytes(
         weights=_held(state.params) + _held(frozen),
@@ -295,9 +298,7 @@ def temporary_bytes(lowered: jax.stages.Lowered) -> float:
     """What XLA says that a program needs next to its arguments, on one device."""
     try:
         return lowered.compile().memory_analysis().temp_size_in_bytes
-    except (
-        jax.errors.JaxRuntimeError
-    ) as error:  # XLA for a TPU refuses what cannot fit, and says what it takes
+    except jax.errors.JaxRuntimeError as error:  # XLA refuses what a TPU cannot hold, and says what it takes
         needed = re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", str(error))
         if needed is None:
             raise
@@ -306,12 +307,11 @@ def temporary_bytes(lowered: jax.stages.Lowered) -> float:
 
 def lower_decode(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
     """A decode to the end of a turn, for shapes."""
-    params = _rollout_weights(job, mesh)
-    trunk, cache = _caches(job, step.lengths, mesh, params)
+    sampler = _sampler(job.model, job.dtype, job.config.max_grpo_completion_length, mesh)
+    params, trunk, cache = _rollout(sampler, job.model, step.lengths)
     rows = jax.ShapeDtypeStruct((step.lengths.B,), jnp.int32)
     keys, live = jax.ShapeDtypeStruct((*rows.shape, 2), jnp.uint32), jax.ShapeDtypeStruct(rows.shape, bool)
-    trunk = tuple((kv, valid) for kv, valid in trunk if valid.shape[1])
-    return _sampler(job, mesh).decode.lower(params, trunk, cache, keys, live, rows)
+    return sampler.decode.lower(params, trunk, cache, keys, live, rows)
 
 
 def lower_update(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
@@ -335,10 +335,11 @@ def lower_update(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
 def estimate(job: Job, step: Step) -> Temporary:
     """About what XLA takes on an accelerator: tests/test_plan.py compares with its buffers, within 15 %.
 
-    Update: gradients, of micro-batches also their sum; activations as `cost` has them, with four arrays of a
-    block of scores (two once they are cut); or where it is more, three arrays of a block of logits and copies of
-    the head. With micro-batches also the trunk's fp32 keys and values and their cotangents, on several devices
-    what each needs whole. Decode: three arrays of logits; on several devices a layer's cache is laid out anew.
+    Update: gradients, of micro-batches also their sum; activations as `cost` has them, with three arrays of scores
+    (four on several devices, two of a block once they are cut); or where it is more, three arrays of a block of logits (two where there is
+    one block) and copies of the head. With micro-batches also the trunk's fp32 keys and values and their
+    cotangents, on several devices what each needs whole. Decode: three arrays of logits; on several devices the
+    caches of a layer are laid out anew.
     """
     model, x, parts, item = job.model, step.lengths, step.micro_batches, job.dtype.itemsize
     (data, fsdp, tensor), remat = step.sizes, job.config.gradient_checkpointing
@@ -347,7 +348,7 @@ def estimate(job: Job, step: Step) -> Temporary:
     shared, rows = (x.T0 + x.P * x.T1) / row_devices, x.B * x.T2 / row_devices / parts
 
     scores = 4 * model.N / tensor * max(shared, rows) * max(x.T0, x.T1, x.T2)
-    scores = min(4 * scores, 2 * score_block_bytes(on_cpu=False))
+    scores = min((3 if alone else 4) * scores, 2 * score_block_bytes(on_cpu=False))
     blocks = MLP_TOKENS if alone and remat else math.inf
     waiting = min(shared, rows) if remat else 0
     layer = cost.layer_bytes(model, max(shared, rows), waiting, tensor, scores, blocks)
@@ -365,7 +366,9 @@ def estimate(job: Job, step: Step) -> Temporary:
         )
     )
     cast = not job.config.use_peft and job.dtype != jnp.dtype(job.config.param_dtype)
-    head = 3 * logits + (1 + cast + padded) * item * model.V * model.D / shards
+    head = (2 if shards * width == model.V else 3) * logits + (
+        1 + cast + padded
+    ) * item * model.V * model.D / shards
 
     gradients = _held(_state(job, training)[0].params) * (1 if parts == 1 else 2)
     kept = cost.kept_bytes(model, item, remat, tensor) * (shared + rows)
