@@ -15,17 +15,9 @@ import pytest
 from grpo_jax.models import cost
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.models.sharding import make_mesh
-from grpo_jax.preflight import plan
-from grpo_jax.preflight.plan import (
-    Job,
-    Temporary,
-    estimate,
-    find_remedies,
-    fits,
-    plan_step,
-    step_bytes,
-    step_hours,
-)
+from grpo_jax.preflight import memory
+from grpo_jax.preflight.memory import Job, Temporary, estimate, plan_step, step_bytes
+from grpo_jax.preflight.plan import find_remedies, fits, step_hours
 from grpo_jax.preflight.plan_inputs import (
     GPU_SHARE,
     PUBLISHED,
@@ -173,8 +165,8 @@ def test_a_remedy_can_be_run():
     """Four rows split into four micro-batches at most."""
     with pytest.raises(ValueError, match="micro_batches 8 cannot split 2 prompts × 2 generations"):
         plan_step(job_of(micro_batches=8))
-    for memory in (3_000, 10_000, 30_000):
-        for changes, _ in find_remedies(job_of(f"{memory} x 1")):
+    for size in (3_000, 10_000, 30_000):
+        for changes, _ in find_remedies(job_of(f"{size} x 1")):
             assert changes.get("micro_batches", 1) <= 4
 
 
@@ -229,9 +221,9 @@ def test_what_xla_refuses_does_not_fit():
     refused = SimpleNamespace(
         compile=raising("the total memory required for HLO temporaries (28.50G) exceeds")
     )
-    assert plan.temporary_bytes(refused) == 28.5 * 2**30
+    assert memory.temporary_bytes(refused) == 28.5 * 2**30
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        plan.temporary_bytes(SimpleNamespace(compile=raising("something else")))
+        memory.temporary_bytes(SimpleNamespace(compile=raising("something else")))
 
 
 def raising(message):
@@ -289,9 +281,9 @@ def test_the_command_compiles_for_this_cpu_and_for_more_devices_of_it():
 def test_decode_of_a_deep_model_is_linear_in_its_layers():
     """Six layers, compiled whole and from two and four."""
     job = job_of("cpu", dataclasses.replace(TINY, D=64, F=128, H=16, L=6), max_grpo_completion_length=255)
-    step, devices = plan_step(job), plan.devices_of(job.machine)
-    whole = plan.temporary_bytes(plan.lower_decode(job, step, make_mesh()))
-    assert plan.compile_step(job, step, devices).decode == pytest.approx(whole, rel=0.05)
+    step, devices = plan_step(job), memory.devices_of(job.machine)
+    whole = memory.temporary_bytes(memory.lower_decode(job, step, make_mesh()))
+    assert memory.compile_step(job, step, devices).decode == pytest.approx(whole, rel=0.05)
 
 
 SMALL = "qwen3 2000 128 384 4 4 2 32"  # V D F L N K H
