@@ -14,12 +14,12 @@ from unittest import mock
 
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.models.target import compiling_for
-from grpo_jax.preflight import plan
+from grpo_jax.preflight import memory
 from grpo_jax.preflight.plan_inputs import DataLengths, read_machine
 from grpo_jax.run.options import GRPOConfig
 
 
-def job_of(mesh, model, lengths, remat, parts) -> plan.Job:
+def job_of(mesh, model, lengths, remat, parts) -> memory.Job:
     (data, fsdp, tensor), (P, G, T0, T1, budget) = mesh, lengths
     kind, *numbers = model.split()
     config = GRPOConfig(
@@ -33,19 +33,19 @@ def job_of(mesh, model, lengths, remat, parts) -> plan.Job:
         mesh_tensor=tensor,
     )
     sizes = ModelConfig(kind, *map(int, numbers), rope_theta=1e4, norm_eps=1e-6, tied=True)
-    return plan.Job(config, sizes, DataLengths(100, T0, T1, True), read_machine(f"cpu-{math.prod(mesh)}"))
+    return memory.Job(config, sizes, DataLengths(100, T0, T1, True), read_machine(f"cpu-{math.prod(mesh)}"))
 
 
 def main(cases: list[str]) -> None:
     """Compile each case's two programs; nothing runs."""
     for case in cases:
         job = job_of(*json.loads(case))
-        step, devices = plan.plan_step(job), plan.devices_of(job.machine)
+        step, devices = memory.plan_step(job), memory.devices_of(job.machine)
         accelerators = [types.SimpleNamespace(platform="gpu")] * len(devices)
-        with mock.patch.object(plan, "compiling_for", lambda _, named=accelerators: compiling_for(named)):
-            compiled = plan.compile_step(job, step, devices)
-        estimate = plan.estimate(job, step)
-        held = plan.step_bytes(job, step, plan.Temporary(0, 0))
+        with mock.patch.object(memory, "compiling_for", lambda _, named=accelerators: compiling_for(named)):
+            compiled = memory.compile_step(job, step, devices)
+        estimate = memory.estimate(job, step)
+        held = memory.step_bytes(job, step, memory.Temporary(0, 0))
         before = held.weights + held.moments, held.rollout - held.weights - held.moments
         print(
             json.dumps([[b + x for b, x in zip(before, y, strict=True)] for y in (estimate, compiled)]),
