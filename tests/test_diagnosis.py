@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import prompt
 
 from grpo_jax.preflight.diagnosis import (
     BY_CASE,
@@ -25,7 +26,7 @@ def row(line=1, *, answer="Sum: 42", results=("Sum: 42",), outcome=Outcome.OK, c
     calls = [(ToolCall("add", {"a": 15}), ToolResult(text, outcome, 0.0)) for text in results]
     mask = ([True] * call + [False] * response) * len(calls) + [True] * last
     zeros = [0] * len(mask)
-    trajectory = Trajectory([1], zeros, mask, zeros, [], calls, Status.ANSWERED)
+    trajectory = Trajectory(prompt([1]), zeros, mask, zeros, [], calls, Status.ANSWERED)
     return Gold(Example([{"role": "user", "content": "?"}], answer, {}, f"rows.jsonl:{line}"), trajectory)
 
 

@@ -21,7 +21,7 @@ from grpo_jax.run.log import (
     wilson_interval,
     write_json_atomic,
 )
-from grpo_jax.types import Example, Outcome, Status, ToolCall, ToolResult, Trajectory
+from grpo_jax.types import Example, Outcome, Prompt, Status, ToolCall, ToolResult, Trajectory
 
 
 def trajectory(sampled=3, status=Status.ANSWERED, outcomes=(), rewards=(1.0,), messages=()):
@@ -30,7 +30,7 @@ def trajectory(sampled=3, status=Status.ANSWERED, outcomes=(), rewards=(1.0,), m
     mask = [True] * sampled + [False] * 2
     calls = [(ToolCall("add", {"a": 1}), ToolResult("Sum: 1", outcome, 0.1)) for outcome in outcomes]
     return Trajectory(
-        prompt_ids=[1, 2],
+        prompt=Prompt(Example([], ""), [1, 2], []),
         completion_ids=ids,
         sampled_mask=mask,
         logprobs=[0.0] * len(ids),

@@ -17,9 +17,11 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from grpo_jax import export, train
+from grpo_jax import export, train, trainer
+from grpo_jax.data.batches import Steps
 from grpo_jax.models import hf
 from grpo_jax.models.qwen import abstract_params
+from grpo_jax.run import job
 from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.options import Config
@@ -283,7 +285,7 @@ def test_mapped_columns_and_the_tools_of_a_row_reach_rollout_and_rewards(tmp_pat
         "        assert (a[:4], call['name'], names) == ('Sum:', 'add', ['add'])\n"
         "    return [0.0] * len(completions)\n",
     )
-    with mock.patch.object(train, "run_rollout", wraps=train.run_rollout) as rollout:
+    with mock.patch.object(trainer, "roll_out", wraps=trainer.roll_out) as rollout:
         ran = launch.small_run(
             tmp_path / "run",
             dataset_id_or_path=launch.write_rows(tmp_path / "train.jsonl", data),
@@ -296,7 +298,7 @@ def test_mapped_columns_and_the_tools_of_a_row_reach_rollout_and_rewards(tmp_pat
     assert ran.status == 0, ran.err
     assert ran.jsonl("metrics.jsonl")[0]["tools/impure"] == 0
     schemas = load_tools(module="tools_funcs.math_tools").schemas
-    assert rollout.call_args.kwargs["schemas"] == [schemas[:1]] * 2
+    assert [prompt.schemas for prompt in rollout.call_args.args[2]] == [schemas[:1]] * 2
 
 
 def test_rule_6_one_compile_per_shape():
@@ -461,22 +463,22 @@ def test_the_smoke_run_is_short(tmp_path):
 # How the steps follow from options and data
 
 
-def plan(rows: int, **options) -> train.Plan:
+def steps_of(rows: int, **options) -> Steps:
     sizes = {"per_device_train_batch_size": 8, "num_generations": 4}
-    return train.make_plan(Config(**(sizes | options)), rows, row_devices=1)
+    return job.steps_of(Config(**(sizes | options)), rows, row_devices=1)
 
 
-def test_a_plan_counts_full_batches():
-    assert plan(11, num_train_epochs=1.5) == train.Plan(
+def test_steps_count_full_batches():
+    assert steps_of(11, num_train_epochs=1.5) == Steps(
         P=2, G=4, batches_per_epoch=5, batches=8, updates_per_batch=1
     )
-    assert plan(11, num_train_epochs=1, num_iterations=3).updates == 15
+    assert steps_of(11, num_train_epochs=1, num_iterations=3).updates == 15
 
 
 def test_max_steps_counts_updates():
-    assert plan(11, max_steps=5).batches == 5
-    assert plan(11, max_steps=5, num_iterations=2).updates == 6  # the third batch is used twice as well
+    assert steps_of(11, max_steps=5).batches == 5
+    assert steps_of(11, max_steps=5, num_iterations=2).updates == 6  # the third batch is used twice as well
 
 
 def test_accumulation_makes_the_batch_larger():
-    assert plan(11, gradient_accumulation_steps=2).P == 4
+    assert steps_of(11, gradient_accumulation_steps=2).P == 4

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from grpo_jax.models import lora
 from grpo_jax.models.attention import KEPT, Segment, attend, even_block, keep
 from grpo_jax.models.rope import Yarn, frequencies, read_rope
 from grpo_jax.models.target import device_count
-from grpo_jax.types import pytree_dataclass
 
 Params = dict[str, Any]
 Constrain = Callable[[Any, str], Any]
@@ -32,6 +31,7 @@ SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # fuses, in each program others. All kept, they are the published models' own, and sampler and update round alike:
 # their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_loop.py).
 ALL_ROUNDINGS = {"xla_allow_excess_precision": False}
+AnyArray = Array | np.ndarray  # of what is numpy on the host and becomes a jax array on the devices
 MLP_TOKENS = 2048  # of a block, see `in_token_blocks`
 FEW_LAYERS = 8  # see `_last_apart`
 
@@ -99,7 +99,7 @@ class ModelConfig:
             raise ValueError(f"{source}: the key {error} is missing") from error
 
 
-@pytree_dataclass("shared")
+@struct.dataclass
 class Level:
     """Tokens of one level of the prefix tree.
 
@@ -111,10 +111,10 @@ class Level:
         dropout_keys: [n, 2] a key per row for the adapters' dropout; None drops nothing.
     """
 
-    tokens: Int[Array, "n T"]
-    positions: Int[Array, "n T"]
-    valid: Bool[Array, "n T"]
-    shared: bool = False
+    tokens: Int[AnyArray, "n T"]
+    positions: Int[AnyArray, "n T"]
+    valid: Bool[AnyArray, "n T"]
+    shared: bool = struct.field(pytree_node=False, default=False)
     dropout_keys: UInt32[Array, "n 2"] | None = None
 
 

@@ -26,11 +26,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.rollout.parsing import CallFormat, Schema, assistant_message, call_message, parse_turn
-from grpo_jax.types import Message, ParsedTurn, ToolCall
+from grpo_jax.rollout.parsing import CallFormat, assistant_message, call_message, parse_turn
+from grpo_jax.text import replace_lone_surrogates
+from grpo_jax.types import Message, ParsedTurn, Schema, ToolCall
 
 _SENTINEL = "SENTINEL"  # stands for the text of an assistant turn
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _plain_encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
     @functools.lru_cache(maxsize=4096)
     def encode(text: str) -> tuple[int, ...]:
         # A lone surrogate, which a tool may return, has no UTF-8 form.
-        return tuple(plain.encode(_SURROGATE.sub("\ufffd", text), add_special_tokens=False).ids)
+        return tuple(plain.encode(replace_lone_surrogates(text), add_special_tokens=False).ids)
 
     return encode
 

@@ -28,7 +28,7 @@ from orbax.checkpoint.args import (
 )
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from grpo_jax.types import TrainState
+from grpo_jax.update.update import TrainState
 
 UNFINISHED = ".orbax-checkpoint-tmp"
 

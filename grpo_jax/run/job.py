@@ -1,17 +1,15 @@
-"""What every command needs before it starts: the job's parts, loaded and checked, and the devices.
-
-Bad input is met here, before anything is compiled.
-"""
+"""The one place where options are read: it builds a job's parts and checks them before anything compiles."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax import hosts
+from grpo_jax.data.batches import Steps, count_steps
 from grpo_jax.data.rows import gold_calls, load_examples, row_tools
 from grpo_jax.models import hf
 from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join, merge
@@ -30,16 +29,16 @@ from grpo_jax.models.scratch import make_tiny_checkpoint
 from grpo_jax.models.sharding import Layout, make_mesh
 from grpo_jax.rollout.conversation import Conversation, load_conversation
 from grpo_jax.rollout.loop import ToolLoop
-from grpo_jax.rollout.parsing import Schema
-from grpo_jax.rollout.sampler import Sampler, Sampling, make_sampler
+from grpo_jax.rollout.sampler import Sampler, make_sampler
+from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.options import Config, compute_dtype
 from grpo_jax.run.weights import restore_weights
-from grpo_jax.scoring.rewards import RewardFunction, load_rewards
-from grpo_jax.tools import PurityCheck, Toolbox, ToolRunner, load_tools, signature_line
-from grpo_jax.types import Example
+from grpo_jax.scoring.rewards import RewardFunction, RewardOutcome, call_rewards, load_rewards
+from grpo_jax.tools import Limits, PurityCheck, Toolbox, ToolRunner, load_tools, signature_line
+from grpo_jax.types import Example, Prompt, Schema, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.update.optimizer import make_optimizer
 
@@ -48,7 +47,32 @@ SCRATCH = "scratch"
 
 
 @dataclasses.dataclass(frozen=True)
-class Session:
+class DataSet:
+    """The prompts of a data set in its order, and their prefix tree."""
+
+    prompts: list[Prompt]
+    tree: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a Python caller hands over as objects; None takes what the options name.
+
+    Args:
+        tools: functions.
+        rewards: functions, and names of built-in ones.
+        train: the training rows, as `load_examples` takes them.
+        evaluation: the evaluation rows.
+    """
+
+    tools: Sequence[Callable] | None = None
+    rewards: Sequence[Callable | str] | None = None
+    train: Any = None
+    evaluation: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
     """The parts of a job.
 
     Args:
@@ -94,15 +118,14 @@ class Session:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def sampler(self, sampling: Sampling) -> Sampler:
-        """The jitted rollout functions for one way of sampling."""
-        return make_sampler(
-            self.model,
-            Layout(self.mesh, rollout=True),
-            dtype=self.dtype,
-            sampling=sampling,
-            stop_ids=self.conversation.stop_ids,
-            budget=self.config.max_grpo_completion_length,
-        )
+        """The jitted rollout functions for one way of sampling, made once."""
+        stop_ids, budget = self.conversation.stop_ids, self.config.max_grpo_completion_length
+        return _sampler(self.model, self.mesh, self.dtype, sampling, stop_ids, budget)
+
+    @property
+    def greedy(self) -> Sampler:
+        """The sampler of every evaluation."""
+        return self.sampler(Sampling(temperature=0))
 
     def optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformation:
         """AdamW with the job's options and a schedule."""
@@ -117,20 +140,35 @@ class Session:
             moments_dtype=jnp.dtype(config.optim_dtype),
         )
 
-    def schemas_of(self, example: Example) -> list[Schema]:
-        """What a row's prompt shows of the tools: all, or those that its column `tools` names."""
-        return schemas_of(example, self.toolbox)
-
     def tool_loop(self, sampler: Sampler, tree: Tree) -> ToolLoop:
         """The multi-turn loop over a data set's prefix tree."""
+        config = self.config
         return ToolLoop(
             sampler,
             self.conversation,
-            self.toolbox.schemas,
             self.runner,
             tree,
-            self.config.max_tool_calling_iterations,
-            self.config.malformed_call_feedback,
+            config.max_tool_calling_iterations,
+            config.malformed_call_feedback,
+        )
+
+    def prompt(self, example: Example) -> Prompt:
+        """An example with its token ids and the schemas of the tools that it shows."""
+        schemas = schemas_of(example, self.toolbox)
+        return Prompt(example, self.conversation.prompt_ids(example.messages, schemas), schemas)
+
+    def score(self, trajectories: Sequence[Trajectory], step: int, updates: int) -> RewardOutcome:
+        """The reward functions on a batch, with every column of its examples."""
+        examples = [t.prompt.example for t in trajectories]
+        columns = {name for example in examples for name in example.extra}
+        return call_rewards(
+            self.rewards,
+            completions=[t.messages for t in trajectories],
+            answer=[e.answer for e in examples],
+            prompts=[e.messages for e in examples],
+            completion_ids=[t.completion_ids for t in trajectories],
+            trainer_state={"global_step": step, "max_steps": updates},
+            columns={name: [e.extra.get(name) for e in examples] for name in sorted(columns)},
         )
 
     def load_params(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
@@ -197,13 +235,10 @@ class Session:
             hosts.of_first(lambda: save_adapter(adapter, adapters, frozen.config, self.model_name))
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """A data set with its prompts as token ids, in the same order, and their prefix tree."""
-
-    examples: list[Example]
-    ids: list[list[int]]
-    tree: Tree
+@functools.cache  # its jitted functions hold what they compiled
+def _sampler(model, mesh, dtype, sampling, stop_ids, budget) -> Sampler:
+    layout = Layout(mesh, rollout=True)
+    return make_sampler(model, layout, dtype=dtype, sampling=sampling, stop_ids=stop_ids, budget=budget)
 
 
 def setup_jax(config: Config, console: Console) -> None:
@@ -220,11 +255,11 @@ def setup_jax(config: Config, console: Console) -> None:
         )
 
 
-def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session:
-    """Load and check tools, rewards, model and tokenizer, and say what was found.
+def open_job(config: Config, console: Console, timer: PhaseTimer, given: Given = Given()) -> Job:
+    """Load and check tools, rewards, model and tokenizer, and print what was found.
 
     Raises:
-        ValueError, FileNotFoundError: bad input; says what, where, and the mend.
+        ValueError, FileNotFoundError: bad input; says what, where, and the fix.
     """
     toolbox = load_tools(config.tools_script, config.tool_functions_module)
     rewards = load_rewards(config.reward_fn, config.reward_function_name)
@@ -256,13 +291,11 @@ def open_session(config: Config, console: Console, timer: PhaseTimer) -> Session
     runner = ToolRunner(
         toolbox,
         executor=config.tool_executor,
-        timeout=config.tool_timeout,
-        memory_limit_mb=config.tool_memory_limit,
-        result_limit=config.tool_result_limit,
+        limits=Limits(config.tool_timeout, config.tool_memory_limit, config.tool_result_limit),
         lax=config.tool_arg_validation == "lax",
         cache=config.tool_cache,
     )
-    return Session(
+    return Job(
         config,
         console,
         timer,
@@ -319,7 +352,7 @@ def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
 
 
 def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
-    """What a row's prompt shows of the tools; see `Session.schemas_of`."""
+    """What an example's prompt shows of the tools: all, or those that its column `tools` names."""
     names = row_tools(example, toolbox.functions)
     return [schema for schema in toolbox.schemas if schema["function"]["name"] in names]
 
@@ -329,39 +362,52 @@ def read_rows(config: Config, source: str) -> list[Example]:
     return load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
 
 
-def load_prompts(session: Session, source: str) -> Prompts:
+def steps_of(config: Config, rows: int, row_devices: int) -> Steps:
+    """The steps of a job over so many rows of data, on so many devices along data and fsdp."""
+    return count_steps(
+        rows,
+        P=config.batch_size(row_devices) // config.num_generations,
+        G=config.num_generations,
+        epochs=config.num_train_epochs,
+        max_updates=config.max_steps,
+        updates_per_batch=config.num_iterations,
+    )
+
+
+def load_data(job: Job, source: str) -> DataSet:
     """Read a data set and encode its prompts.
 
     Raises:
         ValueError: a row is not usable, or longer than max_prompt_length (and overlong_prompts is "error").
     """
-    config = session.config
-    examples = read_rows(config, source)
-    ids = [session.conversation.prompt_ids(e.messages, session.schemas_of(e)) for e in examples]
-    for example in examples:
-        if example.extra.get("tools") is not None:  # a gold call outside of them could never be made
-            gold_calls(example, session.toolbox.functions)
+    config = job.config
+    prompts = [job.prompt(example) for example in read_rows(config, source)]
+    for prompt in prompts:
+        if prompt.example.extra.get("tools") is not None:  # a gold call outside of them could never be made
+            gold_calls(prompt.example, job.toolbox.functions)
     limit = config.max_prompt_length
     if limit is not None:
-        fits = [len(i) <= limit for i in ids]
-        if not all(fits) and config.overlong_prompts == "error":
-            first = fits.index(False)
+        kept = [p for p in prompts if len(p.ids) <= limit]
+        if len(kept) < len(prompts) and config.overlong_prompts == "error":
+            first = next(p for p in prompts if len(p.ids) > limit)
             raise ValueError(
-                f"{examples[first].source}: the prompt has {len(ids[first])} tokens, max_prompt_length is "
+                f"{first.example.source}: the prompt has {len(first.ids)} tokens, max_prompt_length is "
                 f"{limit}; raise it, shorten the prompt, or set overlong_prompts to drop"
             )
-        examples = [e for e, fit in zip(examples, fits, strict=True) if fit]
-        ids = [i for i, fit in zip(ids, fits, strict=True) if fit]
-        if len(ids) < len(fits):
-            session.console.line(f"Dropped {len(fits) - len(ids)} of {len(fits)} prompts over {limit} tokens")
-        if not ids:
+        if not kept:
             raise ValueError(f"{source}: every prompt is longer than max_prompt_length {limit}; raise it")
+        if len(kept) < len(prompts):
+            job.console.line(
+                f"Dropped {len(prompts) - len(kept)} of {len(prompts)} prompts over {limit} tokens"
+            )
+        prompts = kept
+    ids = [p.ids for p in prompts]
     local = dataclasses.replace(config, compilation_cache_dir=None)  # the one option that hosts may differ in
     hosts.check_alike(f"the options or the prompts of {source}", (local, ids))
-    tree = make_tree(ids, config.max_grpo_completion_length, session.row_devices)
+    tree = make_tree(ids, config.max_grpo_completion_length, job.row_devices)
     log.debug(
         "Shapes of %s: preamble [1, %d], prompts [P, %d], tool responses [B, one of %s], completions [B, T2] "
         "with J loss positions a row, (T2, J) one of %s",
         *(source, tree.T0, tree.T1, response_shapes(tree.budget), update_shapes(tree.budget)),
     )
-    return Prompts(examples, ids, tree)
+    return DataSet(prompts, tree)

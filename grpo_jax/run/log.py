@@ -6,6 +6,7 @@ Metric names are TRL's where TRL has the metric.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grpo_jax import hosts
 from grpo_jax.files import whole_lines, write_text_atomic
 from grpo_jax.run.trackers import open_tracker
 
@@ -346,3 +348,36 @@ def bootstrap_interval(values: Sequence[float], seed: int, resamples: int = 1000
     means = [rows[rng.integers(rows.size, size=rows.size)].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+class Records:
+    """What the first host writes of every step; nothing in the others. A context manager.
+
+    Args:
+        config: the options of the run.
+        resume_step: updates done at the checkpoint that the run continues from; None for a new run.
+    """
+
+    def __init__(self, config: Any, resume_step: int | None):
+        self._files = None
+        if hosts.is_first():
+            options = dataclasses.asdict(config)
+            metrics = MetricsWriter(config.output_dir, config.report_to, resume_step, options)
+            self._files = metrics, RolloutLog(config.output_dir)
+
+    def write(
+        self, step: int, record: dict[str, Any], trajectories: Sequence[Trajectory], *names: Any
+    ) -> None:
+        """A step's metrics, and its completions as `RolloutLog.write` takes them."""
+        if self._files is not None:
+            metrics, rollouts = self._files
+            metrics.write(step, record)
+            examples = [t.prompt.example for t in trajectories]
+            rollouts.write(step, examples, trajectories, [t.advantage for t in trajectories], *names)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._files is not None:
+            self._files[0].close()

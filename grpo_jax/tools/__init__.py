@@ -3,9 +3,11 @@
 from grpo_jax.tools.arguments import check_arguments
 from grpo_jax.tools.call import run_tool
 from grpo_jax.tools.load import Toolbox, load_tools, tools_of
+from grpo_jax.tools.runner import Limits, PurityCheck, ToolRunner
 from grpo_jax.tools.schema import get_schema, signature_line
 
 __all__ = [
+    "Limits",
     "PurityCheck",
     "ToolRunner",
     "Toolbox",
@@ -16,12 +18,3 @@ __all__ = [
     "signature_line",
     "tools_of",
 ]
-
-
-def __getattr__(name: str):
-    # The worker program imports this package, and must not pay for what the runner's result types import.
-    if name in ("PurityCheck", "ToolRunner"):
-        from grpo_jax.tools import runner
-
-        return getattr(runner, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
