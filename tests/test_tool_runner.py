@@ -539,6 +539,15 @@ def test_what_async_tools_keep_works_in_the_next_call(asynchronous, executor):
         assert [r.text for r in runner.run(_MIX, [0] * len(_MIX))] == _MIXED
 
 
+def test_an_async_tool_that_hangs_inline_is_cancelled_and_its_loop_stays(tmp_path):
+    (tmp_path / "stuck.py").write_text(ASYNC.replace("asyncio.sleep(0.001)", "asyncio.sleep(n - 3)"))
+    runner = ToolRunner(load_tools(tmp_path / "stuck.py"), "inline", Limits(seconds=0.3), cache=False)
+    calls = [call("one_by_one", n=3), call("one_by_one", n=60), call("one_by_one", n=3)]
+    with runner:
+        results = runner.run(calls, [0, 0, 0])
+    assert [r.text for r in results] == ["3", "Error: one_by_one did not finish within 0.3 s", "3"]
+
+
 def test_a_notebooks_running_loop_rests_for_a_call(asynchronous):
     """Its task and its loop are current again afterwards; a tool may itself run tools."""
 

@@ -22,13 +22,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from grpo_jax.text import shorten
-from grpo_jax.tools.call import close_loops, execute
+from grpo_jax.tools.call import execute, thread_loops
 from grpo_jax.tools.load import Toolbox, pickled
 from grpo_jax.tools.user_code import error_text, users_code
 from grpo_jax.types import Outcome, ToolCall, ToolResult
 
 EXECUTORS = ("process", "inline")
 PURITY_SAMPLE = 8  # calls a step that `verify_purity` runs again
+_CANCEL_GRACE = 0.2  # seconds for an async tool to end when it is cancelled
 _START_LIMIT = 120.0  # seconds for importing the user's tools, which may pull in heavy libraries
 
 
@@ -413,7 +414,7 @@ def _overtime(name: str, timeout: float) -> str:
 
 
 class _InlineLane:
-    """One thread of this process. A tool that hangs keeps its thread; the next call gets a new one.
+    """One thread of this process. A tool that hangs keeps its thread, unless it is async; the next call gets a new one.
 
     Args:
         functions_of: row → its functions by name.
@@ -437,14 +438,18 @@ class _InlineLane:
     def call(self, name: str, line: str, row: Hashable) -> tuple[str, str]:
         """Run one call, given as a JSON line; returns the text for the model and the outcome."""
         if self._inbox is None:
-            self._inbox, self._outbox = queue.SimpleQueue(), queue.SimpleQueue()
+            self._inbox, self._outbox, self._loops = queue.SimpleQueue(), queue.SimpleQueue(), None
             threading.Thread(target=self._serve, args=(self._inbox, self._outbox), daemon=True).start()
         with users_code(self._sample):  # on this side: a tool that hangs in its thread must not hold it open
             self._inbox.put((line, row))
             try:
                 return self._outbox.get(timeout=self._timeout)
             except queue.Empty:
-                self.close()
+                try:  # an async tool ends here, and keeps the loop in which what it holds is of use
+                    cancelled = self._loops is not None and self._loops.cancel()
+                    self._outbox.get(timeout=_CANCEL_GRACE if cancelled else 0)
+                except queue.Empty:
+                    self.close()
                 return _overtime(name, self._timeout), "timeout"
 
     def stop(self) -> None:
@@ -457,6 +462,7 @@ class _InlineLane:
         self._inbox = None
 
     def _serve(self, inbox: queue.SimpleQueue, outbox: queue.SimpleQueue) -> None:
+        self._loops = loops = thread_loops()
         while (request := inbox.get()) is not None:
             line, row = request
             try:
@@ -465,4 +471,4 @@ class _InlineLane:
             except BaseException as error:  # make_tools() failed, or the tool raised KeyboardInterrupt
                 outbox.put((f"Error: {error_text(error)}", "crash"))
             del line, row, request
-        close_loops()
+        loops.close()
