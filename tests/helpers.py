@@ -25,7 +25,7 @@ from grpo_jax.rollout.conversation import Conversation, load_conversation
 from grpo_jax.rollout.loop import Rollout, ToolLoop, make_policy, roll_out
 from grpo_jax.rollout.sampler import Sampler, make_sampler
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.tools import Toolbox, ToolRunner, get_schema
+from grpo_jax.tools import Limits, Toolbox, ToolRunner, get_schema
 from grpo_jax.types import Example, Message, Prompt, Schema, Status, ToolCall, Trajectory
 from grpo_jax.update.batch import Tree, make_tree
 from tools_funcs.math_tools import add, multiply
@@ -155,7 +155,7 @@ def new_sampler(dtype=FLOAT32, compact=False, **sampling) -> Sampler:
 def tool_loop(sampler: Sampler, **settings) -> ToolLoop:
     """A tool loop with `TOOLS`, run in this process with 0.2 s for a call."""
     toolbox = Toolbox({f.__name__: f for f in TOOLS}, SCHEMAS, "tests/helpers.py")
-    runner = ToolRunner(toolbox, "inline", timeout=0.2)
+    runner = ToolRunner(toolbox, "inline", Limits(seconds=0.2))
     return ToolLoop(sampler, conversation(), runner, tree(), **settings)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
 
-from grpo_jax.tools import Toolbox, ToolRunner
+from grpo_jax.tools import Limits, Toolbox, ToolRunner
 from grpo_jax.types import Outcome, Status
 from grpo_jax.update.batch import make_batch, response_bucket, update_shapes
 from grpo_jax.update.optimizer import make_optimizer
@@ -340,7 +340,7 @@ def test_tools_run_while_other_rows_decode(script):
         return script.sampler.decode(*args)
 
     script.load([call_ids("nap", seconds=5.0), [], [0] * 60, [0] * 50])
-    runner = ToolRunner(Toolbox({"nap": nap}, SCHEMAS, "a test"), "inline", timeout=10)
+    runner = ToolRunner(Toolbox({"nap": nap}, SCHEMAS, "a test"), "inline", Limits(seconds=10))
     sampler = dataclasses.replace(script.sampler, decode=decode)
     loop = dataclasses.replace(helpers.tool_loop(sampler), runner=runner)
     with runner:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.tools import Toolbox, ToolRunner, load_tools, run_tool, tools_of
+from grpo_jax.tools import Limits, Toolbox, ToolRunner, load_tools, run_tool, tools_of
 from grpo_jax.types import Outcome, ToolCall
 from tools_funcs import math_tools
 
@@ -169,7 +169,7 @@ def toolbox(tmp_path_factory, log):
 
 @pytest.fixture(scope="module")
 def runner(toolbox):
-    with ToolRunner(toolbox, timeout=1.0, workers=2, memory_limit_mb=256, result_limit=100) as runner:
+    with ToolRunner(toolbox, limits=Limits(1.0, 256, 100), workers=2) as runner:
         yield runner
 
 
@@ -318,7 +318,7 @@ def test_submitted_calls_run_while_others_are_submitted():
         return f"{n} {proceed.wait(5)}"
 
     toolbox = Toolbox(functions={"wait": wait}, schemas=[], source="a test")
-    with ToolRunner(toolbox, executor="inline", workers=2, timeout=10) as runner:
+    with ToolRunner(toolbox, executor="inline", workers=2, limits=Limits(seconds=10)) as runner:
         first = runner.submit([call("wait", n=1)])
         second = runner.submit([call("wait", n=1), call("wait", n=2)])
         assert not any(future.done() for future in [*first, *second])
@@ -329,7 +329,7 @@ def test_submitted_calls_run_while_others_are_submitted():
 
 
 def test_closing_ends_the_calls_under_way(toolbox):
-    runner = ToolRunner(toolbox, workers=1, timeout=30)
+    runner = ToolRunner(toolbox, workers=1, limits=Limits(seconds=30))
     runner.run([call("where")])  # the worker is up
     futures = runner.submit([call("hang", n=1), call("square", n=3)])
     runner.close()
@@ -445,7 +445,7 @@ TOOL_FUNCTIONS = [threads, hold, reserve, in_thread]
 def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("memory") / "memory_tools.py"
     path.write_text(MEMORY)
-    with ToolRunner(load_tools(script=path), workers=1, memory_limit_mb=100) as runner:
+    with ToolRunner(load_tools(script=path), workers=1, limits=Limits(memory_mb=100)) as runner:
         yield runner
 
 
@@ -539,6 +539,15 @@ def test_what_async_tools_keep_works_in_the_next_call(asynchronous, executor):
         assert [r.text for r in runner.run(_MIX, [0] * len(_MIX))] == _MIXED
 
 
+def test_an_async_tool_that_hangs_inline_is_cancelled_and_its_loop_stays(tmp_path):
+    (tmp_path / "stuck.py").write_text(ASYNC.replace("asyncio.sleep(0.001)", "asyncio.sleep(n - 3)"))
+    runner = ToolRunner(load_tools(tmp_path / "stuck.py"), "inline", Limits(seconds=0.3), cache=False)
+    calls = [call("one_by_one", n=3), call("one_by_one", n=60), call("one_by_one", n=3)]
+    with runner:
+        results = runner.run(calls, [0, 0, 0])
+    assert [r.text for r in results] == ["3", "Error: one_by_one did not finish within 0.3 s", "3"]
+
+
 def test_a_notebooks_running_loop_rests_for_a_call(asynchronous):
     """Its task and its loop are current again afterwards; a tool may itself run tools."""
 
@@ -569,7 +578,9 @@ def test_a_tool_may_use_a_process_pool(tmp_path, executor, method):
         "        return f'{pool.submit(double, n).result()} {pool.submit(triple, n).result()}'\n"
         "TOOL_FUNCTIONS = [both]\n"
     )
-    with ToolRunner(load_tools(tmp_path / "pool_tools.py"), executor, timeout=60, workers=1) as runner:
+    with ToolRunner(
+        load_tools(tmp_path / "pool_tools.py"), executor, limits=Limits(seconds=60), workers=1
+    ) as runner:
         assert runner.run([call("both", n=2)])[0].text == "4 6"
 
 
@@ -648,7 +659,7 @@ def test_inline_gives_every_row_its_own_object_until_the_step_ends(account):
 
 
 def test_inline_leaves_a_hanging_tool_behind(account):
-    with ToolRunner(account, executor="inline", timeout=0.1) as runner:
+    with ToolRunner(account, executor="inline", limits=Limits(seconds=0.1)) as runner:
         results = runner.run(
             [call("wait"), call("deposit", amount=1), call("deposit", amount="1")], rows=[0, 0, 0]
         )
@@ -760,12 +771,16 @@ def test_an_inline_tool_leaves_the_runs_folder_alone(tmp_path):
     [
         ({}, "have state, which worker processes do not share; set tool_executor to inline"),
         ({"executor": "thread"}, "tool_executor must be one of process, inline, got 'thread'"),
-        ({"executor": "inline", "timeout": 0}, "timeout must be positive, got 0"),
     ],
 )
 def test_options_that_cannot_work_are_errors(account, options, message):
     with pytest.raises(ValueError, match=message):
         ToolRunner(account, **options)
+
+
+def test_a_limit_is_positive():
+    with pytest.raises(ValueError, match="the limit on a tool's memory_mb must be positive, got 0"):
+        Limits(memory_mb=0)
 
 
 # --- fuzz ------------------------------------------------------------------------------------------------

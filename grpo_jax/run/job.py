@@ -46,7 +46,7 @@ from grpo_jax.scoring.rewards import (
     load_rewards,
     rewards_of,
 )
-from grpo_jax.tools import PurityCheck, Toolbox, ToolRunner, load_tools, signature_line, tools_of
+from grpo_jax.tools import Limits, PurityCheck, Toolbox, ToolRunner, load_tools, signature_line, tools_of
 from grpo_jax.types import Example, Prompt, Schema, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.update.optimizer import make_optimizer
@@ -328,9 +328,7 @@ def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: In
     runner = ToolRunner(
         toolbox,
         executor=config.tool_executor,
-        timeout=config.tool_timeout,
-        memory_limit_mb=config.tool_memory_limit,
-        result_limit=config.tool_result_limit,
+        limits=Limits(config.tool_timeout, config.tool_memory_limit, config.tool_result_limit),
         lax=config.tool_arg_validation == "lax",
         cache=config.tool_cache,
     )

@@ -3,10 +3,11 @@
 from grpo_jax.tools.arguments import check_arguments
 from grpo_jax.tools.call import run_tool
 from grpo_jax.tools.load import Toolbox, load_tools, tools_of
-from grpo_jax.tools.runner import PurityCheck, ToolRunner
+from grpo_jax.tools.runner import Limits, PurityCheck, ToolRunner
 from grpo_jax.tools.schema import get_schema, signature_line
 
 __all__ = [
+    "Limits",
     "PurityCheck",
     "ToolRunner",
     "Toolbox",

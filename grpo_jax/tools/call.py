@@ -119,6 +119,8 @@ def _unknown_tool(name: Any, names: list[str]) -> str:
 class _Loops(list):
     """The event loops of a thread: one for all its calls, and one for each call inside of a call."""
 
+    task = None  # the async function that runs
+
     def idle(self):
         """The thread's current loop, made on first use; another where that one is running or was closed."""
         import asyncio
@@ -134,6 +136,26 @@ class _Loops(list):
             loop = asyncio.new_event_loop()
         self.append(loop)
         return loop
+
+    def run(self, awaitable: Any) -> Any:
+        """Wait for an async function's result in an idle loop."""
+        import asyncio
+
+        loop, outer = self.idle(), self.task
+        asyncio.set_event_loop(loop)
+        self.task = loop.create_task(_finish(awaitable))
+        try:
+            return loop.run_until_complete(self.task)
+        finally:
+            self.task = outer
+
+    def cancel(self) -> bool:
+        """Cancel the async function that runs, for another thread to call; returns whether one did."""
+        task = self.task
+        if task is not None:
+            with contextlib.suppress(RuntimeError):  # its loop was closed just now
+                task.get_loop().call_soon_threadsafe(task.cancel)
+        return task is not None
 
     def close(self) -> None:
         """End the loops, and the tasks that still wait in them."""
@@ -168,20 +190,16 @@ def call_users(function: Callable, **arguments: Any) -> Any:
         if "asyncio" in sys.modules:  # whoever has not imported it has no use for a loop, which takes 50 ms
             sys.modules["asyncio"].set_event_loop(_thread.loops.idle())
         result = function(**arguments)
-        if inspect.isawaitable(result):
-            loop = _thread.loops.idle()
-            sys.modules["asyncio"].set_event_loop(loop)
-            result = loop.run_until_complete(_finish(result))
-        return result
+        return _thread.loops.run(result) if inspect.isawaitable(result) else result
 
 
 async def _finish(awaitable: Any) -> Any:
     return await awaitable
 
 
-def close_loops() -> None:
-    """End this thread's event loops."""
-    _thread.loops.close()
+def thread_loops() -> _Loops:
+    """This thread's event loops, for whoever ends the thread or its calls."""
+    return _thread.loops
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ _GOOGLE = GoogleParser(
     ]
 )
 _REMEMBERED = "__grpo_jax_fields__"
+_GOOGLE_RETURNS = re.compile(r"^[ \t]*Returns:[ \t]*\n(.*?)(?=^[ \t]*Raises:|\Z)", re.MULTILINE | re.DOTALL)
 _CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)
 
 # A hint's container → what a tool is given for a JSON array.
@@ -113,6 +114,8 @@ def read_docstring(doc: str) -> Docstring:
         for name in parameter.arg_name.lstrip("*").split(","):  # NumPy's `width, height : int`
             arguments[name.strip()] = _one_line(parameter.description)
     returns = best.returns and _one_line(best.returns.description)
+    if google := _GOOGLE_RETURNS.search(doc):  # as transformers gives it, with its type and its lines
+        returns = google[1].strip()
     return Docstring((best.description or "").strip(), {k: v for k, v in arguments.items() if v}, returns)
 
 

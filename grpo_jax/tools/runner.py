@@ -7,6 +7,7 @@ A lane never raises for what a tool does, and one whose tool hangs or crashes is
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -21,14 +22,38 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from grpo_jax.text import shorten
-from grpo_jax.tools.call import close_loops, execute
+from grpo_jax.tools.call import execute, thread_loops
 from grpo_jax.tools.load import Toolbox, pickled
 from grpo_jax.tools.user_code import error_text, users_code
 from grpo_jax.types import Outcome, ToolCall, ToolResult
 
 EXECUTORS = ("process", "inline")
 PURITY_SAMPLE = 8  # calls a step that `verify_purity` runs again
+_CANCEL_GRACE = 0.2  # seconds for an async tool to end when it is cancelled
 _START_LIMIT = 120.0  # seconds for importing the user's tools, which may pull in heavy libraries
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one tool call may take.
+
+    Args:
+        seconds: of wall time (`tool_timeout`).
+        memory_mb: MiB of data that a worker process may hold on top of its start (`tool_memory_limit`).
+        characters: of a result (`tool_result_limit`); a longer one becomes an error that says so.
+
+    Raises:
+        ValueError: one is not positive.
+    """
+
+    seconds: float = 5.0
+    memory_mb: int = 2048
+    characters: int = 20_000
+
+    def __post_init__(self):
+        for name, limit in dataclasses.asdict(self).items():
+            if limit <= 0:
+                raise ValueError(f"the limit on a tool's {name} must be positive, got {limit}")
 
 
 class ToolRunner:
@@ -38,40 +63,40 @@ class ToolRunner:
         toolbox: the tools.
         executor: "process" (isolated worker processes) or "inline" (threads of this process, for tools with
             state; a tool that hangs or eats memory is then not stopped, only left behind).
-        timeout: seconds per call.
+        limits: of a call; the one on memory holds for "process" only.
         workers: calls that run at once; default the CPU count, at least 2, and 1 inline, where tools may
             share state.
-        memory_limit_mb: MiB of data that a worker may hold on top of its start (`tool_memory_limit`); "process"
-            only.
-        result_limit: characters of a result (`tool_result_limit`); a longer one becomes an error that says so.
         lax: strings may stand for numbers and booleans.
         cache: equal calls of a step run once. Tools with state are never cached.
 
     Raises:
-        ValueError: an unknown executor, a limit that is not positive, tools with state in processes, or
-            functions given in Python that cannot be copied into them.
+        ValueError: an unknown executor, tools with state in processes, or functions given in Python that
+            cannot be copied into them.
     """
 
     def __init__(
         self,
         toolbox: Toolbox,
         executor: str = "process",
-        timeout: float = 5.0,
+        limits: Limits = Limits(),
         workers: int | None = None,
-        memory_limit_mb: int = 2048,
-        result_limit: int = 20_000,
         lax: bool = False,
         cache: bool = True,
     ):
-        limits = {"memory_limit_mb": memory_limit_mb, "result_limit": result_limit}
-        _check(toolbox, executor, timeout=timeout, workers=workers, **limits)
+        if executor not in EXECUTORS:
+            raise ValueError(f"tool_executor must be one of {', '.join(EXECUTORS)}, got {executor!r}")
+        if executor == "process" and toolbox.stateful:
+            raise ValueError(
+                f"the tools of {toolbox.source} have state, which worker processes do not share; "
+                "set tool_executor to inline"
+            )
         self._toolbox = toolbox
         self._rows: Mapping[Hashable, Mapping[str, Any]] = {}
         self._row_functions: dict[Hashable, dict[str, Callable]] = {}
         workers = workers or (1 if executor == "inline" else max(2, os.cpu_count() or 2))
         if executor == "inline":
             self._lanes = [
-                _InlineLane(self._functions_of, _first(toolbox), timeout, lax, result_limit)
+                _InlineLane(self._functions_of, next(iter(toolbox.functions.values()), None), limits, lax)
                 for _ in range(workers)
             ]
         else:
@@ -79,12 +104,10 @@ class ToolRunner:
                 "script": toolbox.script,
                 "module": toolbox.module,
                 "pickled": None if toolbox.script or toolbox.module else pickled(toolbox.functions),
-                "timeout": timeout,
-                "memory_limit_mb": memory_limit_mb,
-                "result_limit": result_limit,
+                "limits": dataclasses.asdict(limits),
                 "lax": lax,
             }
-            self._lanes = [_ProcessLane(setup, timeout) for _ in range(workers)]
+            self._lanes = [_ProcessLane(setup, limits.seconds) for _ in range(workers)]
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tools")
         self._free: queue.LifoQueue = queue.LifoQueue()  # the lane used last comes first: its worker is up
         for lane in reversed(self._lanes):
@@ -210,23 +233,6 @@ def _encode(call: ToolCall) -> str:
         return json.dumps([call.name, call.arguments])
     except (TypeError, ValueError, RecursionError):
         return json.dumps([str(call.name), None])
-
-
-def _check(toolbox: Toolbox, executor: str, **limits: float | None) -> None:
-    if executor not in EXECUTORS:
-        raise ValueError(f"tool_executor must be one of {', '.join(EXECUTORS)}, got {executor!r}")
-    for name, limit in limits.items():
-        if limit is not None and limit <= 0:
-            raise ValueError(f"{name} must be positive, got {limit}")
-    if executor == "process" and toolbox.stateful:
-        raise ValueError(
-            f"the tools of {toolbox.source} have state, which worker processes do not share; "
-            "set tool_executor to inline"
-        )
-
-
-def _first(toolbox: Toolbox) -> Callable | None:
-    return next(iter(toolbox.functions.values()), None)
 
 
 class PurityCheck:
@@ -408,40 +414,42 @@ def _overtime(name: str, timeout: float) -> str:
 
 
 class _InlineLane:
-    """One thread of this process. A tool that hangs keeps its thread; the next call gets a new one.
+    """One thread of this process. A tool that hangs keeps its thread, unless it is async; the next call gets a new one.
 
     Args:
         functions_of: row → its functions by name.
         sample: one of the functions, which says from which file they come.
-        timeout: seconds per call.
+        limits: of a call.
         lax: strings may stand for numbers and booleans.
-        result_limit: characters.
     """
 
     def __init__(
         self,
         functions_of: Callable[[Hashable], dict[str, Callable]],
         sample: Callable | None,
-        timeout: float,
+        limits: Limits,
         lax: bool,
-        result_limit: int,
     ):
         self._functions_of, self._sample = functions_of, sample
-        self._timeout = timeout
-        self._options = (lax, result_limit)
+        self._timeout = limits.seconds
+        self._options = (lax, limits.characters)
         self._inbox: queue.SimpleQueue | None = None
 
     def call(self, name: str, line: str, row: Hashable) -> tuple[str, str]:
         """Run one call, given as a JSON line; returns the text for the model and the outcome."""
         if self._inbox is None:
-            self._inbox, self._outbox = queue.SimpleQueue(), queue.SimpleQueue()
+            self._inbox, self._outbox, self._loops = queue.SimpleQueue(), queue.SimpleQueue(), None
             threading.Thread(target=self._serve, args=(self._inbox, self._outbox), daemon=True).start()
         with users_code(self._sample):  # on this side: a tool that hangs in its thread must not hold it open
             self._inbox.put((line, row))
             try:
                 return self._outbox.get(timeout=self._timeout)
             except queue.Empty:
-                self.close()
+                try:  # an async tool ends here, and keeps the loop in which what it holds is of use
+                    cancelled = self._loops is not None and self._loops.cancel()
+                    self._outbox.get(timeout=_CANCEL_GRACE if cancelled else 0)
+                except queue.Empty:
+                    self.close()
                 return _overtime(name, self._timeout), "timeout"
 
     def stop(self) -> None:
@@ -454,6 +462,7 @@ class _InlineLane:
         self._inbox = None
 
     def _serve(self, inbox: queue.SimpleQueue, outbox: queue.SimpleQueue) -> None:
+        self._loops = loops = thread_loops()
         while (request := inbox.get()) is not None:
             line, row = request
             try:
@@ -462,4 +471,4 @@ class _InlineLane:
             except BaseException as error:  # make_tools() failed, or the tool raised KeyboardInterrupt
                 outbox.put((f"Error: {error_text(error)}", "crash"))
             del line, row, request
-        close_loops()
+        loops.close()

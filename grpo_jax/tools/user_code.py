@@ -145,6 +145,7 @@ class _Home:
             for name in names:
                 del sys.modules[name]
             self._known.clear()
+            self.left = None
 
     def _import(self, name, globals=None, locals=None, fromlist=(), level=0):
         top = name.partition(".")[0]

@@ -30,7 +30,7 @@ def main() -> None:
     user_code.has_own_process = True
     try:
         functions = load_functions(setup["script"], setup["module"], setup["pickled"])
-        _limit_memory(setup["memory_limit_mb"])
+        _limit_memory(setup["limits"]["memory_mb"])
     except Exception as error:
         answers.write(json.dumps(["error", str(error)]) + "\n")
         return
@@ -38,7 +38,7 @@ def main() -> None:
     worker = os.getpid()
     for line in calls:
         # Should the parent be gone, nobody else ends a hanging tool: SIGALRM's default action does.
-        signal.setitimer(signal.ITIMER_REAL, setup["timeout"] + _ORPHAN_GRACE)
+        signal.setitimer(signal.ITIMER_REAL, setup["limits"]["seconds"] + _ORPHAN_GRACE)
         answer = _answer(functions, line, setup)
         if os.getpid() != worker:  # a child that the tool forked: one call must not be answered twice
             os._exit(0)
@@ -99,7 +99,7 @@ def _answer(functions: dict, line: str, setup: dict) -> str:
         name, arguments = json.loads(line)
     except (ValueError, RecursionError) as error:
         return json.dumps(["error", f"Error: the call cannot be read: {error}"])
-    text, outcome = execute(functions, name, arguments, setup["lax"], setup["result_limit"])
+    text, outcome = execute(functions, name, arguments, setup["lax"], setup["limits"]["characters"])
     if text == f"Error: {name} {OUT_OF_MEMORY}":
-        text += f"; tool_memory_limit is {setup['memory_limit_mb']} MB"
+        text += f"; tool_memory_limit is {setup['limits']['memory_mb']} MB"
     return json.dumps([outcome, text])
