@@ -11,17 +11,23 @@ from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
 from grpo_jax.run.evaluation import compare, evaluate
-from grpo_jax.run.job import load_data, open_job
+from grpo_jax.run.inputs import check_gold_calls
+from grpo_jax.run.job import load_data, open_job, read_inputs
+from grpo_jax.run.lock import check_writable
 from grpo_jax.run.log import PhaseTimer, write_json_atomic
 
 
 def run(resolved: ResolvedConfig, console: Console) -> None:
     """Evaluate one model folder or checkpoint and write `evaluation.json` to output_dir."""
     config, timer = resolved.config, PhaseTimer()
+    check_writable(Path(config.output_dir).absolute())
     with watch_compiles(console, timer):
-        job = open_job(config, console, timer)
+        source = config.eval_dataset_id_or_path or config.required("dataset_id_or_path")
+        inputs = read_inputs(config, source)
+        job = open_job(config, console, timer, inputs)
         with job.runner:
-            data = load_data(job, config.eval_dataset_id_or_path or config.required("dataset_id_or_path"))
+            data = load_data(job, inputs.train)
+            check_gold_calls(data.prompts, job.toolbox.functions)
             with timer("evaluate"):
                 result = evaluate(job, job.greedy.export(job.load_params()), data, "Evaluation")
     console.samples(result.trajectories, [p.example.answer for p in data.prompts])

@@ -11,7 +11,8 @@ from grpo_jax.run.command import run_command
 from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import ResolvedConfig, write_resolved
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import load_data, open_job
+from grpo_jax.run.job import load_data, open_job, read_inputs
+from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, write_json_atomic
 
 
@@ -19,14 +20,16 @@ def run(resolved: ResolvedConfig, console: Console) -> None:
     """Fine-tune, and leave `model/` and `sft.json` in output_dir; with `use_peft` also `adapter/`."""
     config, timer = resolved.config, PhaseTimer()
     out = Path(config.output_dir)
-    with watch_compiles(console, timer):
-        job = open_job(config, console, timer)
-        with job.runner:
-            data = load_data(job, config.required("dataset_id_or_path"))
-            hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
-            with timer("cold_start"):
-                report = fine_tune(job, data, out / "model", out / "adapter")
-    hosts.of_first(lambda: write_json_atomic(out / "sft.json", report | {"timings": timer.seconds}))
+    with run_lock(out, "grpo_jax.sft"):
+        with watch_compiles(console, timer):
+            inputs = read_inputs(config, config.required("dataset_id_or_path"))
+            job = open_job(config, console, timer, inputs)
+            with job.runner:
+                data = load_data(job, inputs.train)
+                hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
+                with timer("cold_start"):
+                    report = fine_tune(job, data, out / "model", out / "adapter")
+        hosts.of_first(lambda: write_json_atomic(out / "sft.json", report | {"timings": timer.seconds}))
     console.line(f"Fine-tuned for {report['steps']} updates; the model is in {out / 'model'}")
 
 

@@ -12,7 +12,7 @@ from grpo_jax.preflight.plan import show_plan
 from grpo_jax.run.command import INTERRUPTED, run_command
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import steps_of
+from grpo_jax.run.lock import check_writable
 from grpo_jax.trainer import GRPOTrainer, print_steps
 
 
@@ -20,15 +20,19 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
     """Train as configured, or only say what training would meet (`check`, `plan`); returns the exit status."""
     config = resolved.config
     if config.plan is not None:
-        return show_plan(config, console, steps_of)
+        return show_plan(config, console)
     if config.check:
+        out = Path(config.output_dir).absolute()
+        check_writable(next(path for path in (out, *out.parents) if path.exists()))
         with tempfile.TemporaryDirectory() as elsewhere:  # nothing is left in output_dir
             trainer = GRPOTrainer(args=dataclasses.replace(config, output_dir=elsewhere), console=console)
             with trainer.job.runner:
                 status = check_job(trainer.job, trainer.data, trainer.evaluation)
             print_steps(console, trainer.steps, trainer.data)
             return status
-    return 0 if GRPOTrainer(args=config, console=console).train().finished else INTERRUPTED
+    trainer = GRPOTrainer(args=config, console=console)
+    with trainer.job.runner:
+        return 0 if trainer.train().finished else INTERRUPTED
 
 
 def main(argv: list[str] | None = None) -> int:

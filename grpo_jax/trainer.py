@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,27 +17,34 @@ import jax
 
 from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor, Steps, next_batch
-from grpo_jax.data.messages import read_prompt
+from grpo_jax.data.rows import read_prompt
+from grpo_jax.models.lora import LoraConfig
 from grpo_jax.models.qwen import Params
 from grpo_jax.report import write_report
 from grpo_jax.rollout.loop import make_policy, roll_out
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.run.checkpoint import Checkpoints, StopSignal, is_step_folder
-from grpo_jax.run.cold_start import fine_tune
+from grpo_jax.run.checkpoint import Checkpoints, StopSignal, find_start, machine_meta
+from grpo_jax.run.cold_start import cold_start_rows, fine_tune
 from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import write_resolved
-from grpo_jax.run.console import Console
+from grpo_jax.run.console import Console, note_dependencies, setup_logging
 from grpo_jax.run.evaluation import compare, evaluate
-from grpo_jax.run.job import DataSet, Job, load_data, open_job, steps_of
+from grpo_jax.run.fields import DEFAULT_TOOLS
+from grpo_jax.run.identity import adapters_meta, run_identity
+from grpo_jax.run.inputs import check_gold_calls
+from grpo_jax.run.job import DataSet, Job, load_data, open_job, read_inputs, steps_of
 from grpo_jax.run.learner import Learner, make_learner
-from grpo_jax.run.log import PhaseTimer, Records, read_summary, trajectory_metrics, write_json_atomic
-from grpo_jax.run.options import Config
-from grpo_jax.run.weights import adapters_meta, check_resumable
-from grpo_jax.scoring.advantages import combine_rewards, group_advantages, group_std
-from grpo_jax.scoring.rewards import RewardOutcome, joined
+from grpo_jax.run.lock import run_lock
+from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
+from grpo_jax.run.options import GRPOConfig
+from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
+from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
+from grpo_jax.scoring.rewards import RewardOutcome, TrainerState, joined
 from grpo_jax.types import Example, Message, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.update import TrainState, place_batch, state_shardings
+
+note_dependencies()
 
 # What a run leaves in output_dir, and all that --overwrite_output_dir removes.
 LEAVINGS = (
@@ -102,23 +108,35 @@ class GRPOTrainer:
         self,
         model: str | None = None,
         reward_funcs: Any = None,
-        args: Config | None = None,
+        args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         tools: Sequence[Callable] | None = None,
         console: Console | None = None,
     ):
-        config = Config() if args is None else args
+        config = GRPOConfig() if args is None else args
+        if model is not None:
+            config = dataclasses.replace(config, model_name_or_path=str(model))
+        console, timer = console or Console(), PhaseTimer()
+        setup_logging(console, config.log_level)
         self.output_dir = Path(config.output_dir)
         self._learned: tuple[Learner, TrainState] | None = None
-        console, timer = console or Console(), PhaseTimer()
+        by_options = config.tools_script or config.tool_functions_module != DEFAULT_TOOLS
+        if tools is None and not by_options and (train_dataset is not None or reward_funcs is not None):
+            raise ValueError("tools must be a list with at least one function, got None")
+        train = config.required("dataset_id_or_path") if train_dataset is None else train_dataset
+        evaluation = config.eval_dataset_id_or_path if eval_dataset is None else eval_dataset
+        inputs = read_inputs(config, train, evaluation, tools, reward_funcs)  # before anything is written
         if config.overwrite_output_dir:
-            hosts.of_first(lambda: _start_over(self.output_dir))
+            with run_lock(self.output_dir, "GRPOTrainer"):
+                hosts.of_first(lambda: _start_over(self.output_dir))
         with watch_compiles(console, timer):
-            self.job = open_job(config, console, timer)
-            self.data = load_data(self.job, config.required("dataset_id_or_path"))
-            source = config.eval_dataset_id_or_path
-            self.evaluation = None if source is None else load_data(self.job, source)
+            self.job = open_job(config, console, timer, inputs)
+            self.data = load_data(self.job, inputs.train)
+            self.evaluation = inputs.evaluation and load_data(self.job, inputs.evaluation)
+        weakref.finalize(self, self.job.runner.close)
+        if self.evaluation is not None:
+            check_gold_calls(self.evaluation.prompts, self.job.toolbox.functions)
         self.steps = steps_of(config, len(self.data.prompts), self.job.row_devices)
         hosts.share(range(self.steps.P))  # raises where the prompts do not divide by the hosts
 
@@ -127,49 +145,64 @@ class GRPOTrainer:
 
         A run that was interrupted continues from its newest checkpoint; a finished one returns its figures.
         """
-        job, config, console, out = self.job, self.job.config, self.job.console, self.output_dir
-        summary = hosts.of_first(lambda: read_summary(out))
-        if "after" in summary:
-            console.line(
-                f"The run in {out} is finished (summary.json, model/). "
-                "--overwrite_output_dir starts over; another --output_dir keeps both."
+        job, config, out = self.job, self.job.config, self.output_dir
+        with run_lock(out, "grpo_jax.train"), watch_compiles(job.console, job.timer):
+            summary = hosts.of_first(lambda: read_summary(out))
+            job.timer.restore(summary.get("timings", {}))
+            if config.cold_start and not hosts.of_first((out / "cold_start").exists):
+                cold_start_rows(job, self.data)  # raises where it would, before anything compiles
+            print_steps(job.console, self.steps, self.data)
+            with Checkpoints(out / "checkpoints", keep=config.save_total_limit) as checkpoints:
+                return self._train(summary, checkpoints)
+
+    def _train(self, summary: dict[str, Any], checkpoints: Checkpoints) -> TrainResult:
+        """Start, learn, finish."""
+        job, config, out = self.job, self.job.config, self.output_dir
+        line = job.console.line
+        wanted, allowed = config.resume_from_checkpoint, config.allow_config_change
+        start = find_start(checkpoints, wanted, summary, self._fresh_meta(), allowed)
+        for note in start.notes:
+            line(note)
+        if start.finished is not None:
+            line(
+                f"The run in {out} is finished after {start.finished} updates (summary.json, model/). A higher "
+                "--max_steps or --num_train_epochs continues it, --overwrite_output_dir starts over, another "
+                "--output_dir keeps both."
             )
             self.job = dataclasses.replace(job, folder=out / "model", checkpoint=None)
-            return TrainResult(self.steps.updates, True, summary)
-        job.timer.restore(summary.get("timings", {}))
-        print_steps(console, self.steps, self.data)
+            return TrainResult(start.finished, True, summary)
+        summary.pop("after", None)
         hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
-        keep = config.save_total_limit
-        with (
-            watch_compiles(console, job.timer),
-            job.runner,
-            Checkpoints(out / "checkpoints", keep=keep) as checkpoints,
-        ):
-            found = _checkpoint_to_resume(config, checkpoints)
-            if config.cold_start:
-                job = self.job = self._cold_started(summary)
-            with StopSignal() as stop:
-                learner, state, meta = _start(job, self.data, self.steps, checkpoints, found)
-                self._learned = learner, state
-                if "before" not in summary and self.evaluation is not None:
-                    summary["before"] = self._evaluated("Evaluation before")
-                    self._write_summary(summary)
-                stopped = self._learn(meta, checkpoints, stop)
-            step = int(self._learned[1].step)
-            if stopped:
+        if config.cold_start:
+            job = self.job = self._cold_started(summary)
+        with StopSignal() as stop:
+            learner, state = make_learner(job, self.data.tree, self.steps.P, self.steps.updates)
+            if start.checkpoint is not None:
+                state = start.restore(checkpoints, state, state_shardings(learner.step.layout, state))
+                job.timer.restore(start.meta.get("timings", {}))
+                line(
+                    f"Continuing from the checkpoint of update {start.checkpoint[1]} in {start.checkpoint[0]}"
+                )
+            self._learned = learner, state
+            if "before" not in summary and self.evaluation is not None:
+                summary["before"] = self._evaluated("Evaluation before")
                 self._write_summary(summary)
-                hosts.of_first(lambda: write_report(out))
-                console.line(f"Stopped after update {step}, which is saved. The same command continues.")
-                return TrainResult(step, False, summary)
-            self.save_model(out / "model", out / "adapter")
-            summary["after"] = None
-            if self.evaluation is not None:
-                summary["after"] = self._evaluated("Evaluation after")
-                compare(console, {"before": summary["before"], "after": summary["after"]})
+            stopped = self._learn(start.meta, checkpoints, stop)
+        step = int(self._learned[1].step)
+        if stopped:
+            self._write_summary(summary)
+            hosts.of_first(lambda: write_report(out))
+            line(f"Stopped after update {step}, which is saved. The same command continues.")
+            return TrainResult(step, False, summary)
+        self.save_model(out / "model", out / "adapter")
+        summary |= {"after": None, "updates": step}
+        if self.evaluation is not None:
+            summary["after"] = self._evaluated("Evaluation after")
+            compare(job.console, {"before": summary["before"], "after": summary["after"]})
         self._write_summary(summary)
         report = hosts.of_first(lambda: write_report(out))
-        console.line(f"Finished: {step} updates; the model is in {out / 'model'}")
-        console.line(f"Curves and conversations: {report}")
+        line(f"Finished: {step} updates; the model is in {out / 'model'}")
+        line(f"Curves and conversations: {report}")
         return TrainResult(step, True, summary)
 
     def _learn(self, meta: dict[str, Any], checkpoints: Checkpoints, stop: StopSignal) -> bool:
@@ -182,6 +215,7 @@ class GRPOTrainer:
         names = [reward.name for reward in job.rewards]
         weights = config.reward_weights or [1.0] * len(names)
         records = Records(config, resume_step=first or None)
+        first_calls = FirstCalls(batches=min(3, steps.batches))
 
         def due(every: int | None) -> bool:
             """Whether this batch reached a multiple of `every`; several updates per batch may step over it."""
@@ -191,6 +225,12 @@ class GRPOTrainer:
             bar.advance(first // steps.updates_per_batch)
             for _ in range(first // steps.updates_per_batch, steps.batches):
                 began = time.perf_counter()
+                now = TrainerState(
+                    global_step=int(state.step),
+                    max_steps=steps.updates,
+                    epoch=cursor.epoch + cursor.next_index / len(data.prompts),
+                    num_train_epochs=steps.batches / steps.batches_per_epoch,
+                )
 
                 # The next prompts, in an order that only seed and epoch decide.
                 draws, cursor = next_batch(len(data.prompts), steps.P, cursor, config.seed)
@@ -212,9 +252,16 @@ class GRPOTrainer:
                 if job.purity is not None:  # while what follows runs, which needs no tools
                     job.purity.start(call for t in hosts.share(rollout.trajectories) for call in t.calls)
                 with timer("reward"):
-                    outcome = _scored(job, rollout.trajectories, int(state.step), steps.updates)
+                    outcome = _scored(job, rollout.trajectories, now)
                     rewards = combine_rewards(outcome.values, weights)
-                    advantages = group_advantages(rewards, steps.G, config.scale_rewards)
+                    advantages = batch_advantages(
+                        outcome.values,
+                        weights,
+                        steps.G,
+                        scale=config.scale_rewards,
+                        aggregation=config.multi_objective_aggregation,
+                        estimator=config.advantage_estimator,
+                    )
                     trajectories = [
                         dataclasses.replace(t, rewards=tuple(values), advantage=advantage)
                         for t, values, advantage in zip(
@@ -261,6 +308,8 @@ class GRPOTrainer:
                     record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
                 records.write(step, record, trajectories, names, outcome.extras)
                 bar.advance(1, reward=record["reward"], spread=record["reward_std"])
+                if hint := first_calls.hint(trajectories):
+                    job.console.line(hint)
                 if record["skipped"]:
                     job.console.line(
                         f"Warning: update {step} was skipped: its loss or gradient is not finite"
@@ -271,6 +320,7 @@ class GRPOTrainer:
                 # Save and stop when due. Several hosts stop after the same update: one that is asked after its
                 # rollout stops after the next.
                 stopping = stop.requested if hosts.alone() else rollout.stop
+                checkpoints.check()
                 by_strategy = {"no": False, "epoch": cursor.next_index == 0, "steps": due(config.save_steps)}
                 saves = by_strategy[config.save_strategy] or (done and config.save_strategy != "no")
                 if stopping or saves:
@@ -289,7 +339,7 @@ class GRPOTrainer:
         """
         if self.evaluation is None:
             raise ValueError("evaluate needs eval_dataset, got none; give it to GRPOTrainer")
-        with watch_compiles(self.job.console, self.job.timer), self.job.runner:
+        with watch_compiles(self.job.console, self.job.timer):
             return self._evaluated("Evaluation")
 
     def generate(self, prompt: str | list[Message]) -> list[Message]:
@@ -306,7 +356,7 @@ class GRPOTrainer:
         shared = self.data.tree.preamble
         tree = make_tree([asked.ids, [*shared, *asked.ids[-1:]]], self.data.tree.budget, self.job.row_devices)
         loop = self.job.tool_loop(self.job.greedy, tree)
-        with watch_compiles(self.job.console, self.job.timer), self.job.runner:
+        with watch_compiles(self.job.console, self.job.timer):
             rollout = roll_out(loop, make_policy(loop, self._weights()), [asked])
         return messages + rollout.trajectories[0].messages
 
@@ -335,7 +385,8 @@ class GRPOTrainer:
         with self.job.timer("evaluate"):
             summary = evaluate(self.job, self._weights(), self.evaluation, title).summary
         value = summary["exact_answer_match"]
-        self.job.console.line(f"{title}: exact_answer_match {value:.3f} on {summary['n']} rows")
+        shown = "–" if value is None else f"{value:.3f}"
+        self.job.console.line(f"{title}: exact_answer_match {shown} on {summary['n']} rows")
         return summary
 
     def _cold_started(self, summary: dict[str, Any]) -> Job:
@@ -351,15 +402,36 @@ class GRPOTrainer:
             self._write_summary(summary)
         return dataclasses.replace(job, folder=folder, checkpoint=None, model_name=str(folder.absolute()))
 
+    def _fresh_meta(self) -> dict[str, Any]:
+        """What a checkpoint of a run that starts from its model says; see `find_start`."""
+        job, config, steps = self.job, self.job.config, self.steps
+        source, name = job.folder.absolute(), job.model_name
+        if config.cold_start:
+            source = (self.output_dir / "cold_start").absolute()
+            name = str(source)
+        numbers = {"seed": config.seed, "prompts": steps.P, "num_generations": steps.G}
+        numbers |= {"num_iterations": steps.updates_per_batch, "updates": steps.updates}
+        meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(source)} | machine_meta()
+        # adapters are float32 always
+        meta["param_dtype"] = "float32" if config.use_peft else config.param_dtype
+        if config.use_peft:
+            targets = config.lora_target_modules
+            lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
+            meta |= adapters_meta(lora, name, job.dtype)
+        options = dataclasses.asdict(config)
+        prompts, toolbox = self.data.prompts, job.toolbox
+        meta["run"] = run_identity(prompts, toolbox, job.rewards, numbers, str(source), options)
+        return meta
+
     def _write_summary(self, summary: dict[str, Any]) -> None:
         path, seconds = self.output_dir / "summary.json", self.job.timer.seconds
         hosts.of_first(lambda: write_json_atomic(path, {**summary, "timings": seconds}))
 
 
-def _scored(job: Job, trajectories: Sequence[Trajectory], step: int, updates: int) -> RewardOutcome:
+def _scored(job: Job, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
     """The rewards of a batch: each host scores the completions whose tools it ran, and all get them all."""
     own = hosts.share(trajectories)
-    score = lambda: (job.score(own, step, updates), job.runner.cache_hit_rate)  # noqa: E731
+    score = lambda: (job.score(own, now), job.runner.cache_hit_rate)  # noqa: E731
     outcomes, hit_rates = zip(*hosts.gather(score), strict=True)
     outcome = joined(outcomes)
     outcome.metrics["tools/cache_hit_rate"] = sum(hit_rates) / len(hit_rates)
@@ -401,71 +473,3 @@ def _print_update(
     )
     if job.config.log_completions:
         job.console.samples(trajectories, [t.prompt.example.answer for t in trajectories])
-
-
-# --- where a run starts ---
-
-
-def _start(
-    job: Job, data: DataSet, steps: Steps, checkpoints: Checkpoints, found: tuple[Path, int] | None
-) -> tuple[Learner, TrainState, dict[str, Any]]:
-    """The learner and the state to continue from: that of the checkpoint that was found, or a fresh one."""
-    learner, state = make_learner(job, data.tree, steps.P, steps.updates)
-    frozen = learner.frozen
-    meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(job.folder.absolute())}
-    meta["param_dtype"] = "float32" if frozen else job.config.param_dtype  # adapters are float32 always
-    meta |= _machine()
-    if frozen is not None:
-        meta |= adapters_meta(frozen.config, job.model_name, job.dtype)
-    if found is None:
-        return learner, state, meta
-    directory, number = found
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        state,
-        state_shardings(learner.step.layout, state),
-    )
-    with (
-        Checkpoints(directory)
-        if directory != checkpoints.directory
-        else contextlib.nullcontext(checkpoints) as source
-    ):
-        check_resumable(source, number, meta)
-        state, saved = source.restore(number, shapes)
-    for name, value in _machine().items():
-        if saved.get(name) != value:
-            job.console.line(
-                f"Warning: {name} was {saved.get(name)!r} when step {number} was saved and is {value!r} now; "
-                "sums are then taken in another order, and the run may differ in the last bits"
-            )
-    job.timer.restore(saved.get("timings", {}))
-    job.console.line(f"Continuing from the checkpoint of update {number} in {directory}")
-    return learner, state, {**saved, **_machine(), "param_dtype": meta["param_dtype"]}
-
-
-def _checkpoint_to_resume(config: Config, checkpoints: Checkpoints) -> tuple[Path, int] | None:
-    """(folder, step) of the checkpoint that `resume_from_checkpoint` means; None for a fresh start."""
-    wanted, newest = config.resume_from_checkpoint, checkpoints.latest()
-    if wanted == "none" and newest is not None:
-        raise ValueError(
-            f"resume_from_checkpoint is none, but {checkpoints.directory} holds checkpoints; "
-            "start over with --overwrite_output_dir, or choose another --output_dir"
-        )
-    if wanted in (None, "none"):
-        return None if newest is None else (checkpoints.directory, newest)
-    if not is_step_folder(wanted):
-        raise ValueError(
-            f"resume_from_checkpoint must be a step's folder (RUN/checkpoints/STEP), got {wanted}"
-        )
-    path = Path(wanted).absolute()
-    if newest is not None and (path.parent, int(path.name)) != (checkpoints.directory, newest):
-        raise ValueError(
-            f"cannot resume from {path}: {checkpoints.directory} already holds step {newest}; "
-            "choose another --output_dir, so that what was saved stays saved"
-        )
-    return path.parent, int(path.name)
-
-
-def _machine() -> dict[str, Any]:
-    """What decides the order of sums: resumes are bit for bit only where it is the same."""
-    return {"threads": len(os.sched_getaffinity(0)), "xla_flags": os.environ.get("XLA_FLAGS", "")}

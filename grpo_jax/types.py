@@ -56,6 +56,11 @@ class Example:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The row, as `make_tools(row)` gets it."""
+        return {"prompt": self.messages, "answer": self.answer, **self.extra}
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:

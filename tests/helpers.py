@@ -18,7 +18,7 @@ import numpy as np
 
 from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
-from grpo_jax.models.scratch import make_tiny_checkpoint
+from grpo_jax.models.scratch import Sizes, make_tiny_checkpoint
 from grpo_jax.models.sharding import Layout, make_mesh
 from grpo_jax.rollout import sampler as sampler_module
 from grpo_jax.rollout.conversation import Conversation, load_conversation
@@ -78,7 +78,7 @@ def _tiny() -> tuple[Conversation, ModelConfig]:
     texts = [json.dumps(SCHEMAS), *QUESTIONS, "You may call one or more functions. assistant user system"] * 3
     with tempfile.TemporaryDirectory() as folder:
         shape = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 64}
-        model = make_tiny_checkpoint(Path(folder) / "model", texts, vocab_size=512, **shape)
+        model = make_tiny_checkpoint(Path(folder) / "model", texts, Sizes(vocab_size=512, **shape))
         config = json.loads((model / "config.json").read_text())
         return load_conversation(model), ModelConfig.from_hf(config)
 

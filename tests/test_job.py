@@ -10,7 +10,7 @@ from grpo_jax.rollout.loop import Rollout
 from grpo_jax.run import evaluation
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import load_data, open_job
+from grpo_jax.run.job import load_data, open_job, read_inputs
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.types import Trajectory
 
@@ -23,7 +23,8 @@ def opened(tmp_path):
     def open_one(**changes):
         argv = launch.options(tmp_path / "run", compilation_cache_dir="none", **changes)
         config = parse_config(argv, prog="test").config
-        jobs.append(open_job(config, Console(io.StringIO()), PhaseTimer()))
+        inputs = read_inputs(config, config.dataset_id_or_path)
+        jobs.append(open_job(config, Console(io.StringIO()), PhaseTimer(), inputs))
         return jobs[-1]
 
     yield open_one
@@ -42,7 +43,7 @@ def mixed(opened, tmp_path):
     theirs = [{"question": row.pop("prompt"), **row} for row in rows]
     path = launch.write_rows(tmp_path / "rows.jsonl", theirs)
     job = opened(dataset_columns={"prompt": "question"})
-    return job, load_data(job, str(path))
+    return job, load_data(job, read_inputs(job.config, str(path)).train)
 
 
 def test_a_prompt_shows_the_tools_of_its_row_in_the_loaded_order(mixed):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 import helpers
 import jax
@@ -25,7 +26,7 @@ from grpo_jax.models.lora import (
 )
 from grpo_jax.rollout.sampler import make_sampler
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.run.options import LORA_MODULES
+from grpo_jax.run.fields import LoraModule
 from grpo_jax.update.update import (
     batch_loss,
     init_state,
@@ -83,9 +84,9 @@ def merged(config=ALL):
 
 
 def test_modules_are_hfs_names_and_defaults_are_pefts():
-    assert tuple(MODULES) == LORA_MODULES
+    assert (*MODULES, "all-linear") == typing.get_args(LoraModule)
     assert LoraConfig.of(8, 16, 0.1, None).modules == ("q_proj", "v_proj")
-    assert LoraConfig.of(8, 16, 0.1, ["all-linear"]).modules == LORA_MODULES
+    assert LoraConfig.of(8, 16, 0.1, ["all-linear"]).modules == tuple(MODULES)
     assert LoraConfig.of(8, 16, 0.1, ["up_proj", "k_proj"]).modules == ("k_proj", "up_proj")
     assert LoraConfig.of(8, 16, 0.1, None).scale == 2
 

@@ -1,6 +1,7 @@
 """The cold start: what is learned of a gold row, the rule that ends it, and the command by itself."""
 
 import contextlib
+import dataclasses
 import io
 import re
 
@@ -15,7 +16,7 @@ from grpo_jax import sft
 from grpo_jax.run import cold_start
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import load_data, open_job
+from grpo_jax.run.job import load_data, open_job, read_inputs
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.types import Example
 
@@ -25,9 +26,10 @@ def opened(folder, **changes):
     """The job of a small run, and the training rows."""
     argv = launch.options(folder, compilation_cache_dir="none", **changes)
     config = parse_config(argv, prog="test").config
-    job = open_job(config, Console(io.StringIO()), PhaseTimer())
+    inputs = read_inputs(config, config.dataset_id_or_path)
+    job = open_job(config, Console(io.StringIO()), PhaseTimer(), inputs)
     with job.runner:
-        yield job, load_data(job, config.dataset_id_or_path)
+        yield job, load_data(job, inputs.train)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +175,108 @@ def test_too_few_rows_for_training_and_validation_are_an_error(tmp_path):
         pytest.raises(ValueError, match=r"sft_batch_size rows, 17 \+ 8, got 24; lower one of them"),
     ):
         cold_start.fine_tune(job, data, tmp_path / "model")
+
+
+# Gold calls that do not run
+
+
+def with_bad_calls(folder, bad: range, arguments: dict) -> str:
+    """Rows 10 to 33, some with other arguments of their gold call; the last 4 are the validation."""
+    rows = launch.rows(10, 24)
+    for i in bad:
+        rows[i]["tool_call"]["arguments"] = rows[i]["tool_call"]["arguments"] | arguments
+    return str(launch.write_rows(folder / "rows.jsonl", rows))
+
+
+def record_lines(job, monkeypatch) -> list[str]:
+    lines = []
+    monkeypatch.setattr(job.console, "line", lines.append)
+    return lines
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The last messages of the rows that updates see."""
+    seen, make = [], cold_start.make_batch
+
+    def recorded(tree, trajectories, **rest):
+        seen.extend(trajectory.messages[-1]["content"] for trajectory in trajectories)
+        return make(tree, trajectories, **rest)
+
+    monkeypatch.setattr(cold_start, "make_batch", recorded)
+    return seen
+
+
+def test_rows_whose_gold_call_does_not_run_are_left_out_with_a_warning(
+    tmp_path, validations, trained, monkeypatch
+):
+    validations[1].append(1.0)
+    path = with_bad_calls(tmp_path, range(3, 7), {"city": "Bonn"})
+    with opened(tmp_path / "run", dataset_id_or_path=path, sft_max_steps=2, sft_eval_steps=2) as (
+        job,
+        data,
+    ):
+        lines = record_lines(job, monkeypatch)
+        cold_start.fine_tune(job, data, tmp_path / "model")
+    (warning,) = [line for line in lines if line.startswith("Warning: ")]
+    assert re.fullmatch(
+        rf"Warning: the gold calls of 4 of 20 rows do not run, and fine-tuning leaves these rows out; the first, "
+        rf"{path}:4: \w+\(.*city='Bonn'\) returns \"Error: wrong arguments for .*; correct the call or the tool",
+        warning,
+    )
+    answers = [row["answer"] for row in launch.rows(10, 20)]
+    assert sorted(trained) == sorted(answers[:3] + answers[7:])  # 2 batches of 8: each of them once
+
+
+def test_nulls_of_other_tools_are_no_reason_to_leave_a_row_out(tmp_path, validations, trained, monkeypatch):
+    validations[1].append(1.0)
+    path = with_bad_calls(tmp_path, range(24), {"city": None})
+    with opened(tmp_path / "run", dataset_id_or_path=path, sft_max_steps=2, sft_eval_steps=2) as (
+        job,
+        data,
+    ):
+        lines = record_lines(job, monkeypatch)
+        cold_start.fine_tune(job, data, tmp_path / "model")
+    assert lines and not any("Warning" in line for line in lines)
+    assert set(trained) <= {row["answer"] for row in launch.rows(10, 20)}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (
+            range(24),
+            r"no gold call of the 20 rows to fine-tune on runs; the first, .*:1: .* returns \"Error: wrong",
+        ),
+        (
+            range(13),
+            r"the gold calls of 13 of 20 rows do not run, and the 7 others are fewer than sft_batch_size, 8",
+        ),
+    ],
+)
+def test_too_few_gold_calls_that_run_are_an_error(tmp_path, bad, message):
+    path = with_bad_calls(tmp_path, bad, {"city": "Bonn"})
+    with (
+        opened(tmp_path / "run", dataset_id_or_path=path) as (job, data),
+        pytest.raises(ValueError, match=message),
+    ):
+        cold_start.fine_tune(job, data, tmp_path / "model")
+
+
+def test_an_error_that_is_the_answer_is_learned(tmp_path, validations, trained):
+    """A row may ask for what the tool refuses."""
+    validations[1].append(1.0)
+    path = with_bad_calls(tmp_path, range(24), {"city": "Bonn"})
+    options = {"sft_max_steps": 1, "max_grpo_completion_length": 200}
+    with opened(tmp_path / "run", dataset_id_or_path=path, **options) as (job, data):
+        results = cold_start.gold_trajectories(job, data.prompts)
+        answers = [trajectory.calls[-1][1].text for trajectory in results]
+        prompts = [
+            dataclasses.replace(p, example=dataclasses.replace(p.example, answer=a))
+            for p, a in zip(data.prompts, answers, strict=True)
+        ]
+        cold_start.fine_tune(job, dataclasses.replace(data, prompts=prompts), tmp_path / "model")
+    assert len(trained) == 8 and all(text.startswith("Error: ") for text in trained)
 
 
 # The command

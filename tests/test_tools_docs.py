@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.tools import ToolRunner, load_tools
 from grpo_jax.types import ToolCall
 
@@ -58,4 +58,4 @@ def test_the_example_in_python_runs(tmp_path):
 def test_every_example_is_tested_and_the_defaults_are_those_of_the_options():
     assert len(BLOCKS) == 8
     for option, default in re.findall(r"^\| `(\w+)` \| (\d+)", PAGE, re.MULTILINE):
-        assert getattr(Config(), option) == float(default)
+        assert getattr(GRPOConfig(), option) == float(default)

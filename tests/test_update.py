@@ -64,7 +64,7 @@ def trajectories(prompts=PROMPTS, turns=TURNS, seed=0):
 
 def with_rows(batch, **fields):
     """The batch with other fields of its completions."""
-    return batch.replace(completions=batch.completions.replace(**fields))
+    return dataclasses.replace(batch, completions=dataclasses.replace(batch.completions, **fields))
 
 
 def make_batch(rows=None, tree=None, learned=None):
@@ -72,6 +72,7 @@ def make_batch(rows=None, tree=None, learned=None):
     rows = rows or trajectories()
     tree = tree or make_tree([row.prompt.ids for row in rows], BUDGET)
     status = {True: Status.ANSWERED, False: Status.OVERLONG}
+    learned = [True] * len(rows) if learned is None else learned
     marked = [
         dataclasses.replace(row, status=status[is_in]) for row, is_in in zip(rows, learned, strict=True)
     ]
@@ -150,7 +151,7 @@ def numpy_entropies(params, rows, shape):
 
 
 def numpy_loss(params, rows, batch, advantages=ADVANTAGES, learns=None):
-    """Clipped surrogate + beta * k3 averaged over all sampled tokens, token by token; and metrics.
+    """Clipped surrogate + beta * ratio * k3 averaged over all sampled tokens, token by token; and metrics.
 
     `learns` [B, T2]: where the surrogate acts; None: everywhere.
     """
@@ -162,7 +163,7 @@ def numpy_loss(params, rows, batch, advantages=ADVANTAGES, learns=None):
         ratio = np.exp(new - float(batch.completions.old_logprobs[i, t]))
         clipped = min(max(ratio, 1 - EPSILON), 1 + EPSILON_HIGH)
         difference = float(batch.completions.ref_logprobs[i, t]) - new
-        k3 = np.exp(difference) - difference - 1
+        k3 = ratio * (np.exp(difference) - difference - 1)
         total += -min(ratio * A, clipped * A) * learns[i, t] + BETA * k3
         kl, tokens = kl + k3, tokens + 1
         low, high = low + (A < 0 and ratio < 1 - EPSILON), high + (A > 0 and ratio > 1 + EPSILON_HIGH)
@@ -407,7 +408,10 @@ def test_rule_2_a_tool_responses_content_changes_what_follows():
     where[0, 4] = True
     assert batch.completions.level.valid[0, 4] and not batch.completions.trained[0, 3]
     others = with_rows(
-        batch, level=batch.completions.level.replace(tokens=changed(batch.completions.level.tokens, where))
+        batch,
+        level=dataclasses.replace(
+            batch.completions.level, tokens=changed(batch.completions.level.tokens, where)
+        ),
     )
     before, after = score(batch), score(others)
     assert (before[1:] == after[1:]).all() and (before[0, :3] == after[0, :3]).all()

@@ -1,4 +1,4 @@
-"""LoRA: adapters beside frozen weights, as PEFT defines them.
+"""LoRA: adapters next to frozen weights, as PEFT defines them.
 
 A target module computes y = x·W + (alpha / rank)·B(A(dropout(x))): A random, B zero, both
 float32 and trained; W is the frozen base. Adapters are a tree of their own, stacked [L, …]:

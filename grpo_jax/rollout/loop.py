@@ -157,7 +157,7 @@ def roll_out(
         put(np.array([f.trajectory.prompt.ids[-1] for f in flights], np.int32)),
         put(np.array([len(f.trajectory.prompt.ids) - 1 for f in flights], np.int32)),
     )
-    loop.runner.start_step()
+    loop.runner.start_step([f.trajectory.prompt.example.columns for f in flights])
     row_steps, failure, stopped = 0, hosts.Failure(), False
     speaking = sum(prompt is not None for prompt in prompts) * G  # on all hosts
 

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax import hosts
-from grpo_jax.data.rows import Cursor, gold_calls, next_batch
+from grpo_jax.data.batches import Cursor, next_batch
+from grpo_jax.data.gold import failed_call, gold_calls, run_gold_calls, show_call
 from grpo_jax.models.lora import join
 from grpo_jax.rollout.conversation import Conversation
 from grpo_jax.rollout.loop import answered
 from grpo_jax.rollout.parsing import call_message
 from grpo_jax.run.evaluation import evaluate
+from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import DataSet, Job
+from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.types import Message, Prompt, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.optimizer import make_schedule
@@ -45,14 +48,12 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
         {"steps", "validation"}: updates done and the last validation's figures.
 
     Raises:
-        ValueError: rows without gold calls, too few of them, or a gold conversation over the
-            budget; raised before anything is compiled.
+        ValueError: see `cold_start_rows`; too few rows whose gold calls run, or a gold conversation over
+            the budget; raised before anything is compiled.
     """
     config = job.config
-    train, held_out = _split(job, data)
-    _check_gold_calls(job, train.prompts)
-    # not in every host: a tool that answers differently would make them run different programs
-    gold = hosts.of_first(lambda: gold_trajectories(job, train.prompts))
+    train, held_out = cold_start_rows(job, data)
+    train, gold = _with_gold(job, train)
     _check_budget(gold, config.max_grpo_completion_length)
     schedule = make_schedule("constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps)
     optimizer = job.optimizer(schedule)
@@ -69,13 +70,14 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
             if done % every == 0 or done == config.sft_max_steps:
                 params = job.greedy.export(join(state.params, frozen))
                 report = evaluate(job, params, held_out, "Validation").summary
+                match = report["exact_answer_match"]  # there is one: `check_stop_rule`
                 job.console.line(
                     f"cold start {done}: loss {float(metrics['loss']):.3f}, "
-                    f"validation exact_answer_match {report['exact_answer_match']:.3f}"
+                    f"validation exact_answer_match {match:.3f}"
                 )
-                if report["exact_answer_match"] >= config.sft_stop_match:
+                if match >= config.sft_stop_match:
                     break
-                if report["exact_answer_match"] >= config.sft_stop_match / 2:
+                if match >= config.sft_stop_match / 2:
                     every = max(1, config.sft_eval_steps // 4)
             bar.advance(1)
     job.save_model(state.params, frozen, folder, adapter)
@@ -89,6 +91,34 @@ def _check_gold_calls(job: Job, prompts: Sequence[Prompt]) -> None:
                 f"{prompt.example.source}: fine-tuning needs a gold call in column tool_call or ground_truth, "
                 "got none"
             )
+
+
+def _with_gold(job: Job, train: DataSet) -> tuple[DataSet, list[Trajectory]]:
+    """The rows whose gold calls run, with their trajectories; refused calls are nothing to imitate."""
+    # not in every host: a tool that answers differently would make them run different programs
+    gold = hosts.of_first(lambda: gold_trajectories(job, train.prompts))
+    runs, failed = [], {}
+    for i, trajectory in enumerate(gold):
+        answers = same_answer(trajectory.calls[-1][1].text, trajectory.prompt.example.answer)
+        if (pair := failed_call(trajectory.calls, answers)) is None:
+            runs.append(i)
+        else:
+            failed[i] = pair
+    if not failed:
+        return train, gold
+    first, pair = next(iter(failed.items()))
+    source = train.prompts[first].example.source
+    shown = f"the first, {source}: {show_call(*pair)}; correct the call or the tool"
+    if not runs:
+        raise ValueError(f"no gold call of the {len(gold)} rows to fine-tune on runs; {shown}")
+    found = f"the gold calls of {len(failed)} of {len(gold)} rows do not run"
+    if len(runs) < (size := job.config.sft_batch_size):
+        raise ValueError(
+            f"{found}, and the {len(runs)} others are fewer than sft_batch_size, {size}; lower it, or correct the "
+            f"rows: {shown}"
+        )
+    job.console.line(f"Warning: {found}, and fine-tuning leaves these rows out; {shown}")
+    return _part(job, [train.prompts[i] for i in runs]), [gold[i] for i in runs]
 
 
 def _check_budget(gold: Sequence[Trajectory], budget: int) -> None:
@@ -105,13 +135,7 @@ def gold_trajectories(job: Job, prompts: Sequence[Prompt]) -> list[Trajectory]:
 
     Every row must hold a gold call. The budget is not looked at.
     """
-    gold = [gold_calls(p.example, job.toolbox.functions) for p in prompts]
-    flat = [(i, call) for i, calls in enumerate(gold) for call in calls]
-    job.runner.start_step()
-    results = job.runner.run([call for _, call in flat], [i for i, _ in flat])
-    made: list[list[tuple[ToolCall, ToolResult]]] = [[] for _ in prompts]
-    for (i, call), result in zip(flat, results, strict=True):
-        made[i].append((call, result))
+    made = run_gold_calls([p.example for p in prompts], job.toolbox.functions, job.runner)
     return [
         written_trajectory(job.conversation, prompt, calls, calls[-1][1].text)
         for prompt, calls in zip(prompts, made, strict=True)
@@ -149,8 +173,13 @@ def written_trajectory(
     return Trajectory(prompt, ids, mask, [0.0] * len(ids), messages, list(calls), answered(calls))
 
 
-def _split(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
-    """Training rows, and the validation rows at the end of the file."""
+def cold_start_rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
+    """Training rows, and the validation rows at the end of the file.
+
+    Raises:
+        ValueError: too few rows, a training row without a gold call, or validation rows whose answers
+            are all errors.
+    """
     size = job.config.sft_validation_size
     if len(data.prompts) < size + job.config.sft_batch_size:
         raise ValueError(
@@ -158,9 +187,13 @@ def _split(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
             f"{size} + {job.config.sft_batch_size}, got {len(data.prompts)}; lower one of them"
         )
 
-    def part(rows: slice) -> DataSet:
-        prompts = data.prompts[rows]
-        budget = job.config.max_grpo_completion_length
-        return DataSet(prompts, make_tree([p.ids for p in prompts], budget, job.row_devices))
+    train, held_out = _part(job, data.prompts[:-size]), _part(job, data.prompts[-size:])
+    _check_gold_calls(job, train.prompts)
+    check_gold_calls(held_out.prompts, job.toolbox.functions)
+    check_stop_rule(held_out.prompts, job.config.sft_stop_match)
+    return train, held_out
 
-    return part(slice(None, -size)), part(slice(-size, None))
+
+def _part(job: Job, prompts: list[Prompt]) -> DataSet:
+    budget = job.config.max_grpo_completion_length
+    return DataSet(prompts, make_tree([p.ids for p in prompts], budget, job.row_devices))

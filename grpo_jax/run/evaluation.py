@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpo_jax import hosts
-from grpo_jax.data.rows import gold_calls
+from grpo_jax.data.gold import gold_calls
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.loop import make_policy, roll_out
 from grpo_jax.run.console import Console
@@ -61,5 +61,7 @@ def compare(console: Console, summaries: dict[str, dict[str, Any]]) -> None:
     rows: Sequence = [
         (metric, *(interval_text(summary, metric) for summary in summaries.values())) for metric in EVALUATED
     ]
-    n = next(iter(summaries.values()))["n"]
-    console.table(f"Evaluation on {n} rows", ("metric", *summaries), rows)
+    first = next(iter(summaries.values()))
+    errors = first["error_answers"]["n"]
+    left_out = f" ({errors} rows whose answer is an error are not in the figures)" if errors else ""
+    console.table(f"Evaluation on {first['n']} rows{left_out}", ("metric", *summaries), rows)

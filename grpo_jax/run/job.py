@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 
 from grpo_jax import hosts
 from grpo_jax.data.batches import Steps, count_steps
-from grpo_jax.data.rows import gold_calls, load_examples, row_tools
+from grpo_jax.data.gold import gold_calls, gold_texts
+from grpo_jax.data.rows import load_examples, row_tools
 from grpo_jax.models import hf
 from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join, merge
 from grpo_jax.models.peft import save_adapter
@@ -33,11 +34,19 @@ from grpo_jax.rollout.sampler import Sampler, make_sampler
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
+from grpo_jax.run.inputs import check_context
 from grpo_jax.run.log import PhaseTimer
-from grpo_jax.run.options import Config, compute_dtype
+from grpo_jax.run.options import GRPOConfig, compute_dtype
 from grpo_jax.run.weights import restore_weights
-from grpo_jax.scoring.rewards import RewardFunction, RewardOutcome, call_rewards, load_rewards
-from grpo_jax.tools import Limits, PurityCheck, Toolbox, ToolRunner, load_tools, signature_line
+from grpo_jax.scoring.rewards import (
+    RewardFunction,
+    RewardOutcome,
+    TrainerState,
+    call_rewards,
+    load_rewards,
+    rewards_of,
+)
+from grpo_jax.tools import Limits, PurityCheck, Toolbox, ToolRunner, load_tools, signature_line, tools_of
 from grpo_jax.types import Example, Prompt, Schema, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.update.optimizer import make_optimizer
@@ -55,20 +64,20 @@ class DataSet:
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
-    """What a Python caller hands over as objects; None takes what the options name.
+class Inputs:
+    """What the user brings, loaded and checked.
 
     Args:
-        tools: functions.
-        rewards: functions, and names of built-in ones.
-        train: the training rows, as `load_examples` takes them.
-        evaluation: the evaluation rows.
+        toolbox: the tools.
+        rewards: the reward functions.
+        train: the training examples, or what else a command reads.
+        evaluation: the evaluation's examples; None for no evaluation.
     """
 
-    tools: Sequence[Callable] | None = None
-    rewards: Sequence[Callable | str] | None = None
-    train: Any = None
-    evaluation: Any = None
+    toolbox: Toolbox
+    rewards: list[RewardFunction]
+    train: list[Example]
+    evaluation: list[Example] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Job:
         purity: runs a sample of the calls again; None when that is not asked for.
     """
 
-    config: Config
+    config: GRPOConfig
     console: Console
     timer: PhaseTimer
     toolbox: Toolbox
@@ -157,7 +166,7 @@ class Job:
         schemas = schemas_of(example, self.toolbox)
         return Prompt(example, self.conversation.prompt_ids(example.messages, schemas), schemas)
 
-    def score(self, trajectories: Sequence[Trajectory], step: int, updates: int) -> RewardOutcome:
+    def score(self, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
         """The reward functions on a batch, with every column of its examples."""
         examples = [t.prompt.example for t in trajectories]
         columns = {name for example in examples for name in example.extra}
@@ -167,7 +176,7 @@ class Job:
             answer=[e.answer for e in examples],
             prompts=[e.messages for e in examples],
             completion_ids=[t.completion_ids for t in trajectories],
-            trainer_state={"global_step": step, "max_steps": updates},
+            trainer_state=now,
             columns={name: [e.extra.get(name) for e in examples] for name in sorted(columns)},
         )
 
@@ -241,7 +250,7 @@ def _sampler(model, mesh, dtype, sampling, stop_ids, budget) -> Sampler:
     return make_sampler(model, layout, dtype=dtype, sampling=sampling, stop_ids=stop_ids, budget=budget)
 
 
-def setup_jax(config: Config, console: Console) -> None:
+def setup_jax(config: GRPOConfig, console: Console) -> None:
     """The persistent compile cache, and a loud line when an accelerator is present and unused."""
     if config.compilation_cache_dir not in (None, "none"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
@@ -255,21 +264,49 @@ def setup_jax(config: Config, console: Console) -> None:
         )
 
 
-def open_job(config: Config, console: Console, timer: PhaseTimer, given: Given = Given()) -> Job:
-    """Load and check tools, rewards, model and tokenizer, and print what was found.
+def read_examples(config: GRPOConfig, source: Any) -> list[Example]:
+    """A data set, read as the options say; see `load_examples`."""
+    return load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
+
+
+def read_inputs(
+    config: GRPOConfig, train: Any, evaluation: Any = None, tools: Any = None, rewards: Any = None
+) -> Inputs:
+    """Load and check tools, rewards and data; nothing is written.
+
+    Args:
+        config: the options.
+        train: a data set, as `load_examples` takes it.
+        evaluation: another.
+        tools: functions, in place of those that the options name.
+        rewards: functions and names of built-in ones, one alone or several, in place of the options'.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: bad input; says what, where, and the fix.
+    """
+    script, module = config.tools_script, config.tool_functions_module
+    toolbox = load_tools(script, module) if tools is None else tools_of(tools)
+    files, names = config.reward_fn, config.reward_function_name
+    functions = load_rewards(files, names) if rewards is None else rewards_of(rewards)
+    examples = read_examples(config, train)
+    evaluated = None if evaluation is None else read_examples(config, evaluation)
+    return Inputs(toolbox, functions, examples, evaluated)
+
+
+def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: Inputs) -> Job:
+    """Load and check model and tokenizer, and print what was found.
 
     Raises:
         ValueError, FileNotFoundError: bad input; says what, where, and the fix.
     """
-    toolbox = load_tools(config.tools_script, config.tool_functions_module)
-    rewards = load_rewards(config.reward_fn, config.reward_function_name)
+    toolbox, rewards = inputs.toolbox, inputs.rewards
     console.tools([signature_line(f) for f in toolbox.functions.values()])
     for reward in rewards:
         console.line(f"Reward function: {reward.name} ({reward.source})")
     log.debug("Tool schemas:\n%s", json.dumps(toolbox.schemas, indent=2))
     setup_jax(config, console)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
-    folder, checkpoint = _model_folder(config, toolbox, console)
+    folder, checkpoint = _model_folder(config, inputs, console)
     name = config.required("model_name_or_path")
     model_name = str(folder.absolute()) if name == SCRATCH or Path(name).is_dir() else name
     model = hf.read_config(folder)
@@ -313,7 +350,7 @@ def open_job(config: Config, console: Console, timer: PhaseTimer, given: Given =
     )
 
 
-def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[Path, Path | None]:
+def _model_folder(config: GRPOConfig, inputs: Inputs, console: Console) -> tuple[Path, Path | None]:
     """The model's HF folder, and the checkpoint when its name is one's folder.
 
     `scratch` makes a small HF folder in output_dir once.
@@ -326,16 +363,14 @@ def _model_folder(config: Config, toolbox: Toolbox, console: Console) -> tuple[P
     if name != SCRATCH:
         return hf.fetch_model(name, config.model_revision, weights=not config.check), None
     folder = Path(config.output_dir) / "base_model"
-    make = lambda: _make_scratch(folder, config, toolbox, console)  # noqa: E731
+
+    def make() -> None:
+        if not folder.exists():
+            make_tiny_checkpoint(folder, _texts(inputs.train, inputs.toolbox), seed=config.seed)
+            console.line(f"Made a small model with its own tokenizer in {folder}")
+
     make() if config.check else hosts.of_first(make)  # a check has a temporary folder in every host
     return folder, None
-
-
-def _make_scratch(folder: Path, config: Config, toolbox: Toolbox, console: Console) -> None:
-    if not folder.exists():
-        examples = read_rows(config, config.required("dataset_id_or_path"))
-        make_tiny_checkpoint(folder, _texts(examples, toolbox), seed=config.seed)
-        console.line(f"Made a small model with its own tokenizer in {folder}")
 
 
 def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
@@ -345,9 +380,7 @@ def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
     for example in examples:
         texts += [m["content"] for m in example.messages if isinstance(m.get("content"), str)]
         texts.append(example.answer)
-        if "tool_call" in example.extra or "ground_truth" in example.extra:
-            calls = gold_calls(example, toolbox.functions)
-            texts += [json.dumps({"name": c.name, "arguments": c.arguments}) for c in calls]
+        texts += gold_texts(example, toolbox.functions)
     return texts
 
 
@@ -357,12 +390,7 @@ def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
     return [schema for schema in toolbox.schemas if schema["function"]["name"] in names]
 
 
-def read_rows(config: Config, source: str) -> list[Example]:
-    """The rows of a training or evaluation set, read as the options say; see `load_examples`."""
-    return load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
-
-
-def steps_of(config: Config, rows: int, row_devices: int) -> Steps:
+def steps_of(config: GRPOConfig, rows: int, row_devices: int) -> Steps:
     """The steps of a job over so many rows of data, on so many devices along data and fsdp."""
     return count_steps(
         rows,
@@ -374,14 +402,15 @@ def steps_of(config: Config, rows: int, row_devices: int) -> Steps:
     )
 
 
-def load_data(job: Job, source: str) -> DataSet:
-    """Read a data set and encode its prompts.
+def load_data(job: Job, examples: Sequence[Example]) -> DataSet:
+    """Encode the prompts of a data set.
 
     Raises:
-        ValueError: a row is not usable, or longer than max_prompt_length (and overlong_prompts is "error").
+        ValueError: a prompt is longer than max_prompt_length (and overlong_prompts is "error"), or with its
+            completion longer than the model's context; a gold call is not usable.
     """
-    config = job.config
-    prompts = [job.prompt(example) for example in read_rows(config, source)]
+    config, source = job.config, examples[0].source
+    prompts = [job.prompt(example) for example in examples]
     for prompt in prompts:
         if prompt.example.extra.get("tools") is not None:  # a gold call outside of them could never be made
             gold_calls(prompt.example, job.toolbox.functions)
@@ -395,15 +424,18 @@ def load_data(job: Job, source: str) -> DataSet:
                 f"{limit}; raise it, shorten the prompt, or set overlong_prompts to drop"
             )
         if not kept:
-            raise ValueError(f"{source}: every prompt is longer than max_prompt_length {limit}; raise it")
+            raise ValueError(
+                f"{source}: this and every other prompt is longer than max_prompt_length {limit}; raise it"
+            )
         if len(kept) < len(prompts):
             job.console.line(
                 f"Dropped {len(prompts) - len(kept)} of {len(prompts)} prompts over {limit} tokens"
             )
         prompts = kept
     ids = [p.ids for p in prompts]
+    check_context(prompts, config.max_grpo_completion_length, job.model.positions)
     local = dataclasses.replace(config, compilation_cache_dir=None)  # the one option that hosts may differ in
-    hosts.check_alike(f"the options or the prompts of {source}", (local, ids))
+    hosts.check_alike(f"the options or the prompts from {source} on", (local, ids))
     tree = make_tree(ids, config.max_grpo_completion_length, job.row_devices)
     log.debug(
         "Shapes of %s: preamble [1, %d], prompts [P, %d], tool responses [B, one of %s], completions [B, T2] "

@@ -11,6 +11,7 @@ from grpo_jax import hosts
 from grpo_jax.models.lora import Frozen, join
 from grpo_jax.models.qwen import Params
 from grpo_jax.run.job import Job
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.update.batch import Batch, Tree
 from grpo_jax.update.optimizer import make_schedule
 from grpo_jax.update.update import (
@@ -75,7 +76,19 @@ def make_learner(job: Job, tree: Tree, P: int, updates: int) -> tuple[Learner, T
     if parts > 1:
         job.console.line(f"The update runs its {P * G} completions in {parts} micro-batches")
     step = dataclasses.replace(step, micro_batches=parts)
-    objective = GrpoObjective(
+    objective = grpo_objective(config)
+    reference = None
+    if config.beta:
+        reference = frozen.base if frozen else job.load_params(dtype=job.dtype)
+    update = make_update(step, optimizer, objective, state, frozen)
+    sizes = () if objective.needs_all_rows else update_sizes(step, P, G)
+    log.debug("Updates of %s prompts", " or ".join(map(str, (P, *sizes))))
+    return Learner(step, schedule, update, make_score(step), reference, frozen, sizes), state
+
+
+def grpo_objective(config: GRPOConfig) -> GrpoObjective:
+    """The loss that the options describe."""
+    return GrpoObjective(
         epsilon=config.epsilon,
         epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
         delta=config.delta,
@@ -84,13 +97,12 @@ def make_learner(job: Job, tree: Tree, P: int, updates: int) -> tuple[Learner, T
         importance_sampling_level=config.importance_sampling_level,
         max_completion_length=config.max_grpo_completion_length,
         top_entropy_quantile=config.top_entropy_quantile,
+        use_bias_correction_kl=config.use_bias_correction_kl,
+        sapo_temperatures=(config.sapo_temperature_pos, config.sapo_temperature_neg),
+        vespo_positive=(config.vespo_k_pos, config.vespo_lambda_pos),
+        vespo_negative=(config.vespo_k_neg, config.vespo_lambda_neg),
+        entropy_coef=config.entropy_coef,
+        off_policy_mask_threshold=config.off_policy_mask_threshold,
+        sampler_correction=config.sampler_correction,
+        sampler_correction_bounds=(config.sampler_correction_min, config.sampler_correction_max),
     )
-    reference = None
-    if config.beta:
-        reference = frozen.base if frozen else job.load_params(dtype=job.dtype)
-    update = make_update(step, optimizer, objective, state, frozen)
-    # with a KL every completion has a gradient, and a quantile is one of all completions' tokens
-    all_rows = config.beta or config.top_entropy_quantile < 1
-    sizes = () if all_rows else update_sizes(step, P, G)
-    log.debug("Updates of %s prompts", " or ".join(map(str, (P, *sizes))))
-    return Learner(step, schedule, update, make_score(step), reference, frozen, sizes), state

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.run.log import bootstrap_interval, wilson_interval
+from grpo_jax.scoring.intervals import bootstrap_interval, wilson_interval
 from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.types import Outcome, ToolCall, Trajectory
 

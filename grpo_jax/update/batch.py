@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
-from grpo_jax.models.qwen import AnyArray, Level
+from grpo_jax.models.level import AnyArray, Level
 from grpo_jax.types import Trajectory
 
 SMALLEST_COMPLETION = 64  # shorter completions are padded to it: a second program costs more
@@ -177,7 +177,7 @@ class Batch:
 
     def with_logprobs(self, **logprobs: jax.Array) -> Batch:
         """The batch with `old_logprobs` or `ref_logprobs`."""
-        return self.replace(completions=self.completions.replace(**logprobs))
+        return dataclasses.replace(self, completions=dataclasses.replace(self.completions, **logprobs))
 
 
 def make_batch(

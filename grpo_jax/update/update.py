@@ -131,11 +131,12 @@ class ModelStep:
 
 @dataclasses.dataclass(frozen=True)
 class GrpoObjective:
-    """Clipped surrogate with group-relative advantages, plus β · KL to the reference.
+    """A surrogate with group-relative advantages, plus β · KL to the reference, minus a bonus for entropy.
 
-    Below 1, `top_entropy_quantile` is the share of the batch's sampled tokens that the surrogate acts on, those
-    of highest entropy; the KL acts on all, and all are divided by, as in TRL. `entropy_floor` is what they
-    reach; None: what those of this call reach, which is the same where it sees the whole batch.
+    Below 1, `top_entropy_quantile` is the share of the batch's sampled tokens that the surrogate and the bonus
+    act on, those of highest entropy; the KL acts on all, and the surrogate is divided by all, as in TRL.
+    `entropy_floor` is what they reach and `floor_tokens` their number; None: those of this call, which are the
+    same where it sees the whole batch.
 
     Source: Shao et al. 2024, "DeepSeekMath", equation 3; `losses` has the formulas.
     """
@@ -148,27 +149,73 @@ class GrpoObjective:
     importance_sampling_level: str = "token"
     max_completion_length: int = 256
     top_entropy_quantile: float = 1.0
+    use_bias_correction_kl: bool = True
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # A > 0, else
+    vespo_positive: tuple[float, float] = (2.0, 3.0)  # k and λ
+    vespo_negative: tuple[float, float] = (3.0, 2.0)
+    entropy_coef: float = 0.0
+    off_policy_mask_threshold: float | None = None
+    sampler_correction: str = "none"
+    sampler_correction_bounds: tuple[float | None, float | None] = (None, 3.0)
     entropy_floor: Array | None = None
+    floor_tokens: Array | None = None
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether rows of advantage 0 have a part in the loss, so that no group can be left out."""
+        return bool(self.beta or self.entropy_coef) or self.top_entropy_quantile < 1
+
+    def with_floor(self, entropies: Array, mask: Array) -> GrpoObjective:
+        """The objective whose `top_entropy_quantile` is that of these positions."""
+        floor = losses.entropy_floor(entropies, mask, self.top_entropy_quantile)
+        tokens = (mask & (entropies >= floor)).sum()
+        return dataclasses.replace(self, entropy_floor=floor, floor_tokens=tokens)
 
     def __call__(self, x: Learned, totals: Totals) -> tuple[Array, Metrics]:
         """The micro-batch's share of the loss and of each metric."""
+        if self.top_entropy_quantile < 1 and self.entropy_floor is None:
+            return self.with_floor(x.entropies, x.mask)(x, totals)
         old = jax.lax.stop_gradient(x.logprobs) if x.old_logprobs is None else x.old_logprobs
         log_ratio = losses.importance_ratio_log(x.logprobs, old, x.mask, self.importance_sampling_level)
-        clip = (self.epsilon, self.epsilon_high)
-        per_token = losses.clipped_surrogate(log_ratio, x.advantages, *clip, self.delta)
-        if self.top_entropy_quantile < 1:
-            floor = self.entropy_floor
-            if floor is None:
-                floor = losses.entropy_floor(x.entropies, x.mask, self.top_entropy_quantile)
-            per_token = jnp.where(x.entropies >= floor, per_token, 0)
-        metrics = losses.clip_fractions(log_ratio, x.advantages, x.mask, *clip, tokens=totals.tokens)
+        correction = None
+        if self.sampler_correction != "none":
+            modes = (self.sampler_correction, *self.sampler_correction_bounds)
+            correction = losses.sampler_correction(old, x.sampler_logprobs, x.mask, *modes)
+        entropies, metrics = jax.lax.stop_gradient(x.entropies), {}
+
+        # 1. the surrogate of each position
+        if self.loss_type == "cispo":
+            per_token = losses.cispo(log_ratio, x.logprobs, x.advantages, self.epsilon_high)
+            clipped = (jnp.exp(log_ratio) > self.epsilon_high) & (x.advantages[:, None] > 0)
+            metrics["cispo_clip_ratio"] = (clipped & x.mask).sum() / jnp.maximum(totals.tokens, 1)
+        elif self.loss_type == "sapo":
+            per_token = losses.sapo(log_ratio, x.advantages, *self.sapo_temperatures)
+        elif self.loss_type == "vespo":
+            of_tokens = losses.importance_ratio_log(x.logprobs, old, x.mask, "token")
+            pairs = (self.vespo_positive, self.vespo_negative)
+            per_token = losses.vespo(of_tokens, x.logprobs, x.mask, x.advantages, *pairs, correction)
+        else:
+            clip = (self.epsilon, self.epsilon_high)
+            per_token = losses.clipped_surrogate(log_ratio, x.advantages, *clip, self.delta)
+            metrics |= losses.clip_fractions(log_ratio, x.advantages, x.mask, *clip, tokens=totals.tokens)
+
+        # 2. the positions that it acts on, and their weights
+        chosen, chosen_tokens = x.mask, totals.tokens
+        if self.entropy_floor is not None:
+            chosen, chosen_tokens = x.mask & (entropies >= self.entropy_floor), self.floor_tokens
+            per_token = jnp.where(chosen, per_token, 0)
+        if self.off_policy_mask_threshold is not None:
+            sequence = (x.logprobs, x.sampler_logprobs, x.mask, x.advantages)
+            per_token = per_token * losses.off_policy_kept(*sequence, self.off_policy_mask_threshold)
+        if correction is not None and self.loss_type != "vespo":  # there it is part of the weight
+            per_token = per_token * correction
+
+        # 3. what does not depend on the rewards
         if self.beta:
-            kl = losses.k3_kl(x.logprobs, x.ref_logprobs)
+            weight = log_ratio if self.use_bias_correction_kl else None
+            kl = losses.k3_kl(x.logprobs, x.ref_logprobs, weight)
             per_token = per_token + self.beta * kl
             metrics["kl"] = _mean(kl, x.mask, totals)
-        metrics["entropy"] = _mean(x.entropies, x.mask, totals)
-        gap = jnp.where(x.mask, jnp.abs(x.logprobs - x.sampler_logprobs), 0)
-        metrics["sampling/sampling_logp_difference/mean"] = _mean(gap, x.mask, totals)
         loss = losses.aggregate(
             per_token,
             x.mask,
@@ -177,12 +224,20 @@ class GrpoObjective:
             rows=totals.rows,
             max_completion_length=self.max_completion_length,
         )
+        if self.entropy_coef:
+            bonus = jnp.where(chosen, x.entropies, 0).sum() / jnp.maximum(chosen_tokens, 1)
+            loss = loss - self.entropy_coef * bonus
+
+        metrics["entropy"] = _mean(entropies, x.mask, totals)
+        gap = jnp.where(x.mask, jnp.abs(x.logprobs - x.sampler_logprobs), 0)
+        metrics["sampling/sampling_logp_difference/mean"] = _mean(gap, x.mask, totals)
         return loss, Metrics(metrics, {"sampling/sampling_logp_difference/max": gap.max()})
 
 
 def sft_objective(x: Learned, totals: Totals) -> tuple[Array, Metrics]:
     """Mean negative log-likelihood of the gold tokens, in nats."""
-    return -_mean(x.logprobs, x.mask, totals), Metrics({"entropy": _mean(x.entropies, x.mask, totals)}, {})
+    entropies = jax.lax.stop_gradient(x.entropies)
+    return -_mean(x.logprobs, x.mask, totals), Metrics({"entropy": _mean(entropies, x.mask, totals)}, {})
 
 
 def _mean(values, mask, totals):
@@ -229,7 +284,9 @@ def make_update(
     if frozen is None:
         return jax.jit(update, in_shardings=(shardings, None), **options)
     jitted = jax.jit(update, in_shardings=(shardings, None, None), **options)
-    return lambda state, batch: jitted(state, batch, frozen)  # an argument: a constant would be copied
+    run = lambda state, batch: jitted(state, batch, frozen)  # noqa: E731 an argument: a constant would be copied
+    run.lower = lambda state, batch: jitted.lower(state, batch, frozen)
+    return run
 
 
 def make_score(step: ModelStep) -> Callable[[Params, Batch], Float[Array, "B T2"]]:
@@ -255,8 +312,7 @@ def batch_loss(step: ModelStep, objective: Objective, params: Params, batch: Bat
         seen = _over_micro_batches(
             step, jax.lax.stop_gradient(params), batch, lambda x, _: (x.entropies, x.mask), stack=True
         )
-        floor = losses.entropy_floor(*seen, objective.top_entropy_quantile)
-        objective = dataclasses.replace(objective, entropy_floor=floor)
+        objective = objective.with_floor(*seen)
     return _over_micro_batches(step, params, batch, objective, stack=False)
 
 
@@ -359,11 +415,14 @@ def with_dropout(batch: Batch, keys: Array | None) -> Batch:
 
     def with_keys(level, number):
         own = keys[:: len(keys) // len(level.tokens)]
-        return level.replace(dropout_keys=fold_in(own, number))
+        return dataclasses.replace(level, dropout_keys=fold_in(own, number))
 
-    completions = batch.completions.replace(level=with_keys(batch.completions.level, 2))
-    return batch.replace(
-        preamble=with_keys(batch.preamble, 0), prompts=with_keys(batch.prompts, 1), completions=completions
+    completions = dataclasses.replace(batch.completions, level=with_keys(batch.completions.level, 2))
+    return dataclasses.replace(
+        batch,
+        preamble=with_keys(batch.preamble, 0),
+        prompts=with_keys(batch.prompts, 1),
+        completions=completions,
     )
 
 
@@ -416,7 +475,7 @@ def place_batch(layout: Layout, batch: Batch) -> Batch:
 def batch_shardings(layout: Layout, batch: Batch) -> Batch:
     """NamedShardings of a Batch: completions lie over rows, all else everywhere."""
     everywhere = jax.tree.map(lambda _: layout.replicated, batch)
-    return everywhere.replace(completions=jax.tree.map(layout.rows, batch.completions))
+    return dataclasses.replace(everywhere, completions=jax.tree.map(layout.rows, batch.completions))
 
 
 def update_sizes(step: ModelStep, P: int, G: int) -> tuple[int, ...]:
@@ -432,7 +491,7 @@ def update_sizes(step: ModelStep, P: int, G: int) -> tuple[int, ...]:
 def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
     """The fewest micro-batches whose completions' activations fit in a third of the memory.
 
-    An estimate, see `cost.activation_bytes`. One micro-batch is best where it fits: the trunk
+    An estimate, see `cost.micro_batches`. One micro-batch is best where it fits: the trunk
     is then never kept.
 
     Args:
