@@ -117,12 +117,12 @@ class _Home:
             path
         )  # no dot in it, no package of that name next to it
         name = path.stem if plain else path.name.replace("%", "%25").replace(".", "%2E")
-        before = (_working_directory(), _runs_variables())
+        before = (_working_directory(), _runs_variables(_environment()))
         try:
             return importlib.import_module(f"{self.name}.{name}")
         finally:
             self.path += [e for e in sys.path if e not in self._usual_path and e not in self.path]
-            if (after := (_working_directory(), _runs_variables())) != before:
+            if (after := (_working_directory(), _runs_variables(_environment()))) != before:
                 self.left = after
 
     def find(self, name: str, path: list[str]) -> ModuleSpec | None:
@@ -276,14 +276,15 @@ def users_code(function: Callable | None = None) -> Iterator[None]:
     in_main = threading.current_thread() is threading.main_thread()
     with _lock:
         if not _inside:
-            _shared = (_working_directory(), list(sys.path), _runs_variables())
+            _shared = (_working_directory(), list(sys.path), _environment())
         _inside += 1
         shared = _shared
     own = _mains_footing() if in_main else None
     home = _home_of(function)
     try:
         if home is not None and home.left is not None:
-            _set_shared(home.left[0], sys.path, home.left[1])
+            _set_directory(home.left[0])
+            _set_variables(home.left[1])
         yield
     finally:
         if own is not None:
@@ -291,7 +292,12 @@ def users_code(function: Callable | None = None) -> Iterator[None]:
         with _lock:
             _inside -= 1
             if not _inside:
-                _set_shared(*shared)
+                folder, path, environment = shared
+                _set_directory(folder)
+                if sys.path != path:
+                    sys.path[:] = path
+                if _environment() != environment:
+                    _set_variables(_runs_variables(environment))
 
 
 def _home_of(function: Callable | None) -> _Home | None:
@@ -306,20 +312,26 @@ def _working_directory() -> str | None:
         return None
 
 
-def _runs_variables() -> dict[str, str]:
-    return {name: os.environ[name] for name in os.environ if name.startswith(_RUNS_VARIABLES)}
-
-
-def _set_shared(folder: str | None, path: list[str], variables: dict[str, str]) -> None:
+def _set_directory(folder: str | None) -> None:
     if folder is not None and _working_directory() != folder:
         with contextlib.suppress(OSError):
             os.chdir(folder)
-    if sys.path != path:
-        sys.path[:] = path
-    if (now := _runs_variables()) != variables:
-        for name in now.keys() - variables.keys():
-            del os.environ[name]
-        os.environ.update(variables)
+
+
+def _environment() -> dict:
+    """All variables, as the system holds them: to decode every name takes 0.04 ms, a copy 0.001 ms."""
+    return dict(getattr(os.environ, "_data", os.environ))
+
+
+def _runs_variables(environment: dict) -> dict[str, str]:
+    decoded = {os.fsdecode(name): os.fsdecode(value) for name, value in environment.items()}
+    return {name: value for name, value in decoded.items() if name.startswith(_RUNS_VARIABLES)}
+
+
+def _set_variables(variables: dict[str, str]) -> None:
+    for name in _runs_variables(_environment()).keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
 
 
 def _mains_footing() -> tuple:
