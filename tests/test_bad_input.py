@@ -48,7 +48,7 @@ def model(tmp_path):
         ('{"prompt": "What?"}\n', 1, "lacks the column 'answer'; it has 'prompt'"),
         (ROW + "\n" + ROW, 2, "empty line between rows; delete it"),
         (ROW * 2 + '{"prompt": " ", "answer": "x"}\n', 3, "'prompt' is empty"),
-        (ROW + '{"prompt": "What?", "answer": 42}\n', 2, "'answer' must be text, as the tool returns it"),
+        (ROW + '{"prompt": "What?", "answer": null}\n', 2, "'answer' must be text, as the tool returns it"),
     ],
 )
 @pytest.mark.parametrize("main", [train.main, sft.main])
@@ -65,7 +65,7 @@ def test_a_bad_row_of_the_evaluation_is_named_by_file_and_line(tmp_path):
 def test_an_empty_file_says_what_a_row_looks_like(tmp_path):
     path = file(tmp_path, "")
     message = rejected(tmp_path, dataset_id_or_path=path)
-    assert f'{path} holds no rows; write one JSON object a line: {{"prompt"' in message
+    assert f'{path} holds no rows; a row is an object like {{"prompt"' in message
 
 
 def test_a_missing_data_file_names_the_nearest(tmp_path):

@@ -27,6 +27,13 @@ def with_columns(**extra) -> Example:
     return Example([], "", extra, "rows.jsonl:7")
 
 
+class Offer(TypedDict, total=False):
+    """Only keys that may be left out, one with an object of its own."""
+
+    fees: "Fees"
+    day: str
+
+
 class Fees(TypedDict):
     """An object with a key that may be left out, and one that must be there and may be null."""
 
@@ -47,8 +54,8 @@ def quote(fees: Fees, parts: list[Part], digits: int = 2, unit: str | None = "kg
     return ""
 
 
-def refuse(fees: dict[str, Fees] | None, **more: Any) -> str:
-    """Records inside an object."""
+def refuse(fees: dict[str, Fees] | None, offer: Offer, **more: Any) -> str:
+    """Records inside objects."""
     return ""
 
 
@@ -80,6 +87,7 @@ def test_what_a_tool_call_writes_stays():
         ("quote", {"parts": [{"size": None, "colour": None}]}, {"parts": [{"size": None}]}),
         ("refuse", {"fees": {"a": {"cap": None, "rate": None}, "b": None}}, {"fees": {"a": {"cap": None}}}),
         ("refuse", {"fees": None, "more": None}, {"fees": None}),
+        ("refuse", {"offer": {"fees": {"cap": None}, "day": None}}, {"offer": {"fees": {"cap": None}}}),
     ],
 )
 def test_nulls_that_only_fill_up_are_dropped_from_both_columns(column, name, padded, expected):

@@ -193,11 +193,15 @@ def test_a_csv_cell_may_be_longer_than_pythons_limit(tmp_path):
         ),
         ("rows", lines(ROWS), "has the unknown format ''; supported are"),
         ("rows.parquet.gz", b"", "has the unknown format '.gz'; supported are"),
-        ("rows.jsonl", b"PAR1\0\0", "is a binary file under a text file's name; supported are .jsonl"),
+        (
+            "rows.jsonl",
+            b"PAR1\0\0",
+            "is a binary file, or UTF-16, under a text file's name; supported are .jsonl",
+        ),
         (
             "rows.jsonl",
             gzip.compress(lines(ROWS)),
-            "is a binary file under a text file's name; supported are",
+            "is a binary file, or UTF-16, under a text file's name; supported are",
         ),
         ("rows.csv", "prompt,answer\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
         ("rows.csv", b"prompt,answer\na,caf\xe9\n", ":2: not UTF-8: .*; save the file as UTF-8"),
@@ -263,7 +267,9 @@ def test_a_file_that_may_not_be_read_or_is_no_file_is_one_line(tmp_path):
 def test_a_format_whose_library_is_missing_says_how_to_install_it(tmp_path, monkeypatch, name):
     (tmp_path / name).touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=rf"{name}: \S+ needs the `pyarrow` library: pip install pyarrow$"):
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path}/{name}: \S+ needs the `pyarrow` library: pip install pyarrow$"
+    ):
         load_examples(tmp_path / name)
 
 

@@ -65,12 +65,9 @@ def _gold_call(call: Any, functions: Mapping[str, Callable], original: bool) -> 
     name, arguments = read["name"], read["arguments"]
     if name not in functions:
         raise ValueError(f"unknown tool {name!r}; the tools are {', '.join(functions)}")
-    parameters, hints = dict(signature(functions[name]).parameters), _hints(functions[name])
-    free = [
-        key for key, p in parameters.items() if p.kind is Parameter.VAR_KEYWORD
-    ]  # takes every name but its own
-    for key in free:
-        del parameters[key]
+    written = signature(functions[name]).parameters
+    parameters = {key: p for key, p in written.items() if p.kind is not Parameter.VAR_KEYWORD}
+    free, hints = len(parameters) < len(written), _hints(functions[name])
     kept = {}
     for key, value in arguments.items():
         parameter, hint = parameters.get(key), hints.get(key, Any)
@@ -93,9 +90,9 @@ def _without_nulls(value: Any, hint: Any) -> Any:
         return [_without_nulls(inner, item) for inner in value]
     if not isinstance(value, dict):
         return value
-    record = _some(hint)
+    record, required, inside = _some(hint), (), {}
     if typing.is_typeddict(record):
-        required = record.__required_keys__
+        required, inside = record.__required_keys__, _hints(record)
     elif dataclasses.is_dataclass(record):
         missing = dataclasses.MISSING
         required = {
@@ -103,9 +100,7 @@ def _without_nulls(value: Any, hint: Any) -> Any:
             for f in dataclasses.fields(record)
             if f.default is missing and f.default_factory is missing
         }
-    else:
-        required = ()
-    inside = _hints(record) if required else {}
+        inside = _hints(record)
     values = (*typing.get_args(record), Any, Any)[1]  # of dict[str, hint]
     return {
         key: _without_nulls(inner, inside.get(key, values))

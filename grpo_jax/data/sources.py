@@ -109,22 +109,19 @@ def _file_of_folder(folder: Path) -> str:
 
 def _text(path: str, compression: str | None) -> str:
     """The whole text of a file, without a byte order mark."""
-    file = Path(path).expanduser()
+    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(compression, open)
+    if compression == ".zst":
+        pyarrow = _library("pyarrow", f"{path}: .zst")
+        opened = lambda file, _: pyarrow.input_stream(str(file), compression="zstd")  # noqa: E731
     try:
-        if compression == ".zst":
-            pyarrow = _library("pyarrow", f"{path}: .zst")
-            with pyarrow.input_stream(str(file), compression="zstd") as stream:
-                data = stream.read()
-        else:
-            opened = {None: open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[compression]
-            with opened(file, "rb") as stream:
-                data = stream.read()
+        with opened(Path(path).expanduser(), "rb") as stream:
+            data = stream.read()
     except Exception as error:  # OSError, EOFError, LZMAError, zlib.error, which share no base
         raise ValueError(f"{path} cannot be read: {_reason(error)}") from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} is UTF-16; save it as UTF-8")
     if b"\0" in data:
-        raise ValueError(f"{path} is a binary file under a text file's name; {SUPPORTED}")
+        raise ValueError(f"{path} is a binary file, or UTF-16, under a text file's name; {SUPPORTED}")
     try:
         return data.decode("utf-8-sig")  # Windows editors put a byte order mark before the first row
     except UnicodeDecodeError as error:
