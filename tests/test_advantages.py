@@ -71,7 +71,7 @@ def test_advantages_equal_an_independent_float64_version():
 
 
 def test_bad_scale_and_bad_group_size_are_refused():
-    with pytest.raises(ValueError, match="scale_rewards must be group, batch or none, got 'True'"):
+    with pytest.raises(ValueError, match="scale_rewards must be one of group, batch, none, got 'True'"):
         group_advantages([1.0, 2.0], 2, "True")
     with pytest.raises(ValueError, match="groups of 4, got 6"):
         group_advantages(np.zeros(6), 4, "group")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from trajectories import trajectory
 
+from grpo_jax.files import OutputError
 from grpo_jax.run.log import MetricsWriter, PhaseTimer, RolloutLog, interval_text, write_json_atomic
 from grpo_jax.scoring.rewards import ROW_COLUMNS
 from grpo_jax.types import Example, Status
@@ -79,7 +80,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("no space")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OutputError, match="no space"):
         write_json_atomic(path, {"name": "new"})
     assert json.loads(path.read_text())["name"] == "é"
 
