@@ -7,13 +7,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from grpo_jax.preflight.check import check_job
 from grpo_jax.preflight.plan import show_plan
 from grpo_jax.run.command import INTERRUPTED, run_command
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
 from grpo_jax.run.lock import check_writable
-from grpo_jax.trainer import GRPOTrainer, print_steps
+from grpo_jax.trainer import GRPOTrainer
 
 
 def run(resolved: ResolvedConfig, console: Console) -> int:
@@ -27,9 +26,7 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
         with tempfile.TemporaryDirectory() as elsewhere:  # nothing is left in output_dir
             trainer = GRPOTrainer(args=dataclasses.replace(config, output_dir=elsewhere), console=console)
             with trainer.job.runner:
-                status = check_job(trainer.job, trainer.data, trainer.evaluation)
-            print_steps(console, trainer.steps, trainer.data)
-            return status
+                return 0 if trainer.check() else 1
     trainer = GRPOTrainer(args=config, console=console)
     with trainer.job.runner:
         return 0 if trainer.train().finished else INTERRUPTED

@@ -20,7 +20,7 @@ from grpo_jax.data.batches import Cursor, Steps, next_batch
 from grpo_jax.data.rows import read_prompt
 from grpo_jax.models.lora import LoraConfig
 from grpo_jax.models.qwen import Params
-from grpo_jax.report import write_report
+from grpo_jax.preflight.check import check_job
 from grpo_jax.rollout.loop import make_policy, roll_out
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import Checkpoints, StopSignal, find_start, machine_meta
@@ -37,6 +37,7 @@ from grpo_jax.run.learner import Learner, make_learner
 from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
 from grpo_jax.run.options import GRPOConfig
+from grpo_jax.run.report import write_report
 from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
 from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
 from grpo_jax.scoring.rewards import RewardOutcome, TrainerState, joined
@@ -330,6 +331,12 @@ class GRPOTrainer:
                 if stopping and not done:
                     return True
         return False
+
+    def check(self) -> bool:
+        """Print what the run would learn from, as `--check` does; False when no right answer would be rewarded."""
+        passed = check_job(self.job, self.data, self.evaluation) == 0
+        print_steps(self.job.console, self.steps, self.data)
+        return passed
 
     def evaluate(self) -> dict[str, Any]:
         """The figures of a greedy evaluation on `eval_dataset`, with their intervals.

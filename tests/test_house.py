@@ -25,24 +25,9 @@ LAYERS = [
 ]  # whatever is named nowhere here is a command, or the package's own __init__
 MOST_PARAMETERS = 7
 
-KNOWN_IMPORTS = {"preflight.check -> sft"}  # "module -> module"
-KNOWN_JAX = {
-    "data.messages",
-    "data.rows",
-    "scoring.rewards",
-    "tools.purity",
-    "tools.runner",
-    "types",
-}  # modules that import jax and should not
-KNOWN_LONG = {
-    "rollout.loop:_decode_turn",
-    "rollout.loop:run_rollout",
-    "rollout.sampler:_decode",
-    "rollout.sampler:_sample_step",
-    "tools.runner:ToolRunner.__init__",
-    "train:_grpo",
-    "train:_sample",
-}  # "module:function"
+KNOWN_IMPORTS: set[str] = set()  # "module -> module"
+KNOWN_JAX: set[str] = set()  # modules that import jax and should not
+KNOWN_LONG: set[str] = set()  # "module:function"
 KNOWN_CONFIG: set[str] = set()  # "module:function"
 FORMULAS = {
     "models.qwen:DecoderLayer.__call__",

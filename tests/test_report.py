@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from grpo_jax.report import main, read_run, write_report
+from grpo_jax.report import main
 from grpo_jax.run.config import write_resolved
 from grpo_jax.run.options import GRPOConfig
+from grpo_jax.run.report import read_run, write_report
 
 EVIL = '<script>alert("&amp;")</script>\u2028\x85end'  # separators that end no line of JSONL
 
@@ -157,5 +158,5 @@ def test_the_command_writes_it_and_names_what_is_missing(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.strip() == (
-        f"error: {tmp_path} holds no metrics.jsonl; name the output_dir of a run"
+        f"Error: {tmp_path} holds no metrics.jsonl; name the output_dir of a run"
     )

@@ -34,7 +34,7 @@ from grpo_jax.preflight.plan_inputs import (
 )
 from grpo_jax.rollout.sampler import Cache, Sampler, make_sampler
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.run.learner import grpo_objective
+from grpo_jax.run.job import grpo_objective
 from grpo_jax.run.options import GRPOConfig, compute_dtype
 from grpo_jax.types import Example, Prompt, Status, Trajectory
 from grpo_jax.update.batch import Tree, bucket, completion_bucket, make_batch

@@ -50,6 +50,7 @@ from grpo_jax.tools import Limits, PurityCheck, Toolbox, ToolRunner, load_tools,
 from grpo_jax.types import Example, Prompt, Schema, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.update.optimizer import make_optimizer
+from grpo_jax.update.update import GrpoObjective
 
 log = logging.getLogger(__name__)
 SCRATCH = "scratch"
@@ -388,6 +389,28 @@ def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
     """What an example's prompt shows of the tools: all, or those that its column `tools` names."""
     names = row_tools(example, toolbox.functions)
     return [schema for schema in toolbox.schemas if schema["function"]["name"] in names]
+
+
+def grpo_objective(config: GRPOConfig) -> GrpoObjective:
+    """The loss that the options describe."""
+    return GrpoObjective(
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
+        delta=config.delta,
+        beta=config.beta,
+        loss_type=config.loss_type,
+        importance_sampling_level=config.importance_sampling_level,
+        max_completion_length=config.max_grpo_completion_length,
+        top_entropy_quantile=config.top_entropy_quantile,
+        use_bias_correction_kl=config.use_bias_correction_kl,
+        sapo_temperatures=(config.sapo_temperature_pos, config.sapo_temperature_neg),
+        vespo_positive=(config.vespo_k_pos, config.vespo_lambda_pos),
+        vespo_negative=(config.vespo_k_neg, config.vespo_lambda_neg),
+        entropy_coef=config.entropy_coef,
+        off_policy_mask_threshold=config.off_policy_mask_threshold,
+        sampler_correction=config.sampler_correction,
+        sampler_correction_bounds=(config.sampler_correction_min, config.sampler_correction_max),
+    )
 
 
 def steps_of(config: GRPOConfig, rows: int, row_devices: int) -> Steps:

@@ -10,12 +10,10 @@ from typing import Any
 from grpo_jax import hosts
 from grpo_jax.models.lora import Frozen, join
 from grpo_jax.models.qwen import Params
-from grpo_jax.run.job import Job
-from grpo_jax.run.options import GRPOConfig
+from grpo_jax.run.job import Job, grpo_objective
 from grpo_jax.update.batch import Batch, Tree
 from grpo_jax.update.optimizer import make_schedule
 from grpo_jax.update.update import (
-    GrpoObjective,
     ModelStep,
     TrainState,
     init_state,
@@ -84,25 +82,3 @@ def make_learner(job: Job, tree: Tree, P: int, updates: int) -> tuple[Learner, T
     sizes = () if objective.needs_all_rows else update_sizes(step, P, G)
     log.debug("Updates of %s prompts", " or ".join(map(str, (P, *sizes))))
     return Learner(step, schedule, update, make_score(step), reference, frozen, sizes), state
-
-
-def grpo_objective(config: GRPOConfig) -> GrpoObjective:
-    """The loss that the options describe."""
-    return GrpoObjective(
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
-        delta=config.delta,
-        beta=config.beta,
-        loss_type=config.loss_type,
-        importance_sampling_level=config.importance_sampling_level,
-        max_completion_length=config.max_grpo_completion_length,
-        top_entropy_quantile=config.top_entropy_quantile,
-        use_bias_correction_kl=config.use_bias_correction_kl,
-        sapo_temperatures=(config.sapo_temperature_pos, config.sapo_temperature_neg),
-        vespo_positive=(config.vespo_k_pos, config.vespo_lambda_pos),
-        vespo_negative=(config.vespo_k_neg, config.vespo_lambda_neg),
-        entropy_coef=config.entropy_coef,
-        off_policy_mask_threshold=config.off_policy_mask_threshold,
-        sampler_correction=config.sampler_correction,
-        sampler_correction_bounds=(config.sampler_correction_min, config.sampler_correction_max),
-    )
