@@ -168,7 +168,7 @@ def _calls_of_each_tool(job: Job, gold: Sequence[Gold]) -> dict[str, list[tuple[
 
 def _again(job: Job, call: ToolCall, result: ToolResult) -> list[ToolResult]:
     """A call's result, and those of two more runs past the cache, which the worker that is free first serves."""
-    return [result, *(job.runner.run_again([call])[0] for _ in range(2))]
+    return [result, *(job.runner.submit([call], again=True)[0].result() for _ in range(2))]
 
 
 def _print_gold_calls(console: Console, gold: Sequence[Gold]) -> None:
