@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import time
 import weakref
@@ -138,8 +139,13 @@ class GRPOTrainer:
         weakref.finalize(self, self.job.runner.close)
         if self.evaluation is not None:
             check_gold_calls(self.evaluation.prompts, self.job.toolbox.functions)
-        self.steps = steps_of(config, len(self.data.prompts), self.job.row_devices)
-        hosts.share(range(self.steps.P))  # raises where the prompts do not divide by the hosts
+        if not config.check:  # a check gives its hints first
+            hosts.share(range(self.steps.P))  # raises where the prompts do not divide by the hosts
+
+    @functools.cached_property
+    def steps(self) -> Steps:
+        """The batches and updates of the run."""
+        return steps_of(self.job.config, len(self.data.prompts), self.job.row_devices)
 
     def train(self) -> TrainResult:
         """Train to the run's last update and export the model.

@@ -265,12 +265,15 @@ def test_missing_rewards_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_generation", "4"], "unknown option --num_generation; nearest: --num_generations"),
+        (
+            ["--num_generation", "4"],
+            "--num_generation: unknown option 'num_generation' (value 4); nearest: num_generations",
+        ),
         (["--max_steps", "many"], "--max_steps: max_steps must be a whole number, got 'many'"),
-        (["--beta", "-1"], "--beta: beta must be >= 0, got -1.0"),
+        (["--beta", "-1"], "--beta: beta must be >= 0, got '-1'"),
         (
             ["--loss_type", "ppo"],
-            "--loss_type: loss_type must be one of grpo, bnpo, dr_grpo, dapo, got 'ppo'",
+            "--loss_type: loss_type must be one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, got 'ppo'",
         ),
         (["--per_device_train_batch_size", "6"], "must divide by num_generations 4, got 6"),
         (["--resume_from_checkpoint", "3"], "resume_from_checkpoint must be a step's folder"),
@@ -283,7 +286,7 @@ def test_bad_flags_are_named_with_the_fix(tmp_path, flags, message):
 @pytest.mark.parametrize(
     ("changes", "line", "message"),
     [
-        ({"learning_rat": 1e-4}, 1, "unknown option 'learning_rat'; nearest: learning_rate"),
+        ({"learning_rat": 1e-4}, 1, "unknown option 'learning_rat' (value 0.0001); nearest: learning_rate"),
         ({"max_steps": "many"}, 1, "max_steps must be a whole number, got 'many'"),
     ],
 )

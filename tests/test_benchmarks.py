@@ -195,4 +195,5 @@ def test_growth_writes_a_table_and_a_picture(tmp_path):
 
 @pytest.mark.parametrize("cfg", [*job.MODELS.values(), job.narrow(700)])
 def test_the_config_that_trl_reads_is_that_of_the_model(cfg):
-    assert ModelConfig.from_hf(compare_trl.hf_config(cfg)) == cfg
+    read = ModelConfig.from_hf(compare_trl.hf_config(cfg))
+    assert dataclasses.replace(read, positions=None) == cfg

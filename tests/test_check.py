@@ -447,4 +447,4 @@ def test_a_reward_that_fails_stops_it_with_the_row(tmp_path):
 def test_other_commands_refuse_it(tmp_path, main):
     ran = launch.call(main, [*launch.options(tmp_path / "run"), "--check"], tmp_path / "run")
     assert ran.status == 2
-    assert "check belongs to python -m grpo_jax.train" in ran.err
+    assert "check is an option of grpo_jax.train" in ran.err

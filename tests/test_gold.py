@@ -201,8 +201,8 @@ def test_the_texts_of_gold_calls_are_json():
 class Echo:
     """A runner whose result is the row and the call's name."""
 
-    def start_step(self):
-        self.started = True
+    def start_step(self, rows):
+        self.started = rows
 
     def run(self, calls, rows):
         return [

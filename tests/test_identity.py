@@ -8,7 +8,7 @@ import pytest
 from grpo_jax.run.identity import differences, run_identity, source_digests
 from grpo_jax.scoring.rewards import load_rewards
 from grpo_jax.tools import load_tools
-from grpo_jax.types import Example
+from grpo_jax.types import Example, Prompt
 
 TOOL = '''
 import helper
@@ -50,8 +50,10 @@ def job(tmp_path):
 
     def identity(rows=(1, 2, 3), model=None, tokens=7, options=None, **numbers):
         return run_identity(
-            [row if isinstance(row, Example) else example(row) for row in rows],
-            [[tokens, i] for i in range(len(rows))],
+            [
+                Prompt(row if isinstance(row, Example) else example(row), [tokens, i], [])
+                for i, row in enumerate(rows)
+            ],
             load_tools(tmp_path / "tools.py"),
             load_rewards([str(tmp_path / "strict.py")], None),
             NUMBERS | numbers,

@@ -20,10 +20,10 @@ def opened(tmp_path):
     """Opens the job of a small run with other options."""
     jobs = []
 
-    def open_one(**changes):
+    def open_one(source=None, **changes):
         argv = launch.options(tmp_path / "run", compilation_cache_dir="none", **changes)
         config = parse_config(argv, prog="test").config
-        inputs = read_inputs(config, config.dataset_id_or_path)
+        inputs = read_inputs(config, source or config.dataset_id_or_path)
         jobs.append(open_job(config, Console(io.StringIO()), PhaseTimer(), inputs))
         return jobs[-1]
 
@@ -42,7 +42,7 @@ def mixed(opened, tmp_path):
     del rows[3]["tool_call"]
     theirs = [{"question": row.pop("prompt"), **row} for row in rows]
     path = launch.write_rows(tmp_path / "rows.jsonl", theirs)
-    job = opened(dataset_columns={"prompt": "question"})
+    job = opened(str(path), dataset_columns={"prompt": "question"})
     return job, load_data(job, read_inputs(job.config, str(path)).train)
 
 

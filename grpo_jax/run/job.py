@@ -447,9 +447,7 @@ def load_data(job: Job, examples: Sequence[Example]) -> DataSet:
                 f"{limit}; raise it, shorten the prompt, or set overlong_prompts to drop"
             )
         if not kept:
-            raise ValueError(
-                f"{source}: this and every other prompt is longer than max_prompt_length {limit}; raise it"
-            )
+            raise ValueError(f"{source}: every prompt is longer than max_prompt_length {limit}; raise it")
         if len(kept) < len(prompts):
             job.console.line(
                 f"Dropped {len(prompts) - len(kept)} of {len(prompts)} prompts over {limit} tokens"
