@@ -158,7 +158,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_step(tmp_path):
         from grpo_jax.update.update import TrainState
         def state(step, n):
             w = jnp.asarray(np.random.default_rng(step).random((n, 1000), np.float32))
-            return TrainState(step=jnp.int32(step), params={"w": w}, opt_state=())
+            return TrainState(step=jnp.int32(step), params={str(i): w + i for i in range(8)}, opt_state=())
         for keep in (1, None):
             try:
                 with Checkpoints(f"{sys.argv[1]}/{keep}", keep=keep) as checkpoints:
@@ -177,7 +177,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_step(tmp_path):
     )
     output, errors = child.communicate(timeout=60)
     assert child.returncode == 0, errors
-    assert errors == ""
+    slow = "WARNING:absl:Waiting for previous save"  # Orbax's, on a machine that is busy
+    assert [line for line in errors.splitlines() if not line.startswith(slow)] == []
     assert [line.split(". ")[0] for line in output.splitlines()] == [
         f"cannot write {tmp_path}/{keep}/2: File too large" for keep in (1, None)
     ]
@@ -185,7 +186,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_previous_step(tmp_path):
     for keep in (1, None):
         with Checkpoints(tmp_path / str(keep)) as checkpoints:
             assert checkpoints.steps() == [1]
-            assert_same_bits(checkpoints.restore_params(1, abstract({"w": w})), {"w": w})
+            params = {str(i): w + i for i in range(8)}
+            assert_same_bits(checkpoints.restore_params(1, abstract(params)), params)
 
 
 def test_restore_onto_another_mesh(tmp_path):

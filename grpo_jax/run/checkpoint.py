@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -77,6 +78,7 @@ class Checkpoints:
         self._waiter = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] = Future()
         self._newest = self.directory  # what is being written, for messages
+        self._quiet = contextlib.ExitStack()
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves a copy of the state; later changes, donation included, do not reach it.
@@ -107,6 +109,8 @@ class Checkpoints:
         )
         self.wait()
         self._newest = self.directory / str(step)
+        self._quiet.close()
+        self._quiet.enter_context(_late_writes_ignored())
         with self._writing():
             self._manager.save(step, args=items)
         # Orbax says that a save failed only when somebody waits for it
@@ -169,6 +173,7 @@ class Checkpoints:
         with self._writing():
             self._waiter.shutdown()
             self._manager.close()
+            self._quiet.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -426,6 +431,23 @@ class _OrbaxTraces(logging.Filter):
 
 
 logging.getLogger("absl").addFilter(_OrbaxTraces())
+
+
+@contextlib.contextmanager
+def _late_writes_ignored() -> Iterator[None]:
+    """A block after whose failed save nothing is printed of the writes that end after Orbax gave up.
+
+    TensorStore calls each into an event loop that is closed by then, and prints the trace of that.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = previous  # left in place by a save that failed, since writes may end after the block
 
 
 def _optimizer_part(state: TrainState) -> dict[str, Any]:
