@@ -28,8 +28,20 @@ REQUIRES = [
     "rich>=13",
     "tensorboardX>=2.6",
     "matplotlib>=3.8",
+    "scipy>=1.11",
+    "pydantic>=2",
+    "docstring_parser>=0.16",
+    "cloudpickle>=3",
 ]
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "beartype>=0.18"]
+TEST = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "ruff>=0.14",
+    "beartype>=0.18",
+    "pyright>=1.1.400",
+    "nbclient>=0.10",
+    "ipykernel>=6",
+]
 
 setup(
     name="grpo_jax",
@@ -38,6 +50,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["grpo_jax*", "tools_funcs*", "rewards*"]),
+    package_data={"grpo_jax.run": ["*.yaml"]},
+    entry_points={"console_scripts": ["grpo-jax = grpo_jax.__main__:main"]},
     install_requires=REQUIRES,
     extras_require={
         "cuda": ["jax[cuda12]>=0.10,<0.12"],

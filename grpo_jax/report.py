@@ -2,7 +2,7 @@
 
     python -m grpo_jax.report runs/quickstart
 
-`train` writes it when it ends or is stopped; the command does so at any time, also while a run goes on.
+`train` writes it when it ends or is stopped; the command does so at any time, also while a run is in progress.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import yaml
 
 from grpo_jax.files import whole_lines, write_text_atomic
 from grpo_jax.run.log import EVALUATED, interval_text, read_summary
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig
+from grpo_jax.scoring.rewards import ROW_COLUMNS
 
 WINDOW = 10  # updates of a running mean
 WIDTH = 10.0  # inches of a picture
@@ -102,8 +103,9 @@ def draw_figure(axes, summary: dict[str, Any], figure: str) -> None:
         seen = summary.get(when)
         if not seen or seen[figure] is None:
             continue
-        value, (low, high) = seen[figure], seen["intervals"][figure]
-        error = [[max(value - low, 0)], [max(high - value, 0)]]
+        value, interval, error = seen[figure], seen["intervals"][figure], None
+        if interval is not None:
+            error = [[max(value - interval[0], 0)], [max(interval[1] - value, 0)]]
         axes.bar(i, value, yerr=error, color=("0.75", "C0")[i], capsize=4)
         axes.text(i, 0.03, f"{value:.2f}", ha="center")
     axes.set(xticks=(0, 1), xticklabels=("before", "after"), xlim=(-0.6, 1.6), ylim=(0, 1.05), title=figure)
@@ -184,7 +186,7 @@ def _options(path: Path) -> str:
     if not path.is_file():
         return ""
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    default = Config()
+    default = GRPOConfig()
     changed = [(k, json.dumps(v)) for k, v in given.items() if v != getattr(default, k, None)]
     return f"<details><summary>{len(changed)} options that are not the defaults</summary>{_table(changed)}</details>"
 
@@ -210,7 +212,8 @@ def _conversation(row: dict[str, Any]) -> str:
         ]
         said.append((message["role"], "\n".join(part for part in parts if part)))
     said += [("answer", row["answer"]), ("status", row["status"]), ("advantage", f"{row['advantage']:+.3f}")]
-    rewards = ", ".join(f"{name} {value}" for name, value in row["rewards"].items())
+    said += [(name, value) for name, value in row.items() if name not in ROW_COLUMNS]  # from log_extra
+    rewards = ", ".join(f"{name} {'–' if value is None else value}" for name, value in row["rewards"].items())
     table = "".join(
         f'<tr><td class="who">{html.escape(who)}</td><td><pre>{html.escape(str(text))}</pre></td></tr>'
         for who, text in said

@@ -23,7 +23,7 @@ os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0")
 
 # annotated shapes and dtypes are checked whenever a function of these modules is called or traced
-CHECKED = ("attention", "logprobs", "models.qwen", "losses", "advantages")
+CHECKED = ("models.attention", "models.logprobs", "models.qwen", "update.losses", "scoring.advantages")
 install_import_hook([f"grpo_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 hypothesis.settings.register_profile("jax", deadline=None)  # a first call compiles

@@ -9,7 +9,7 @@ NAN = float("nan")
 
 
 def test_rewards_are_summed_by_weight_over_the_functions_that_apply():
-    values = [[1.0, 0.5], [NAN, 0.5], [1.0, None], [NAN, None]]
+    values = [[1.0, 0.5], [NAN, 0.5], [1.0, NAN], [NAN, NAN]]
     np.testing.assert_array_equal(combine_rewards(values, [2.0, 10.0]), [7.0, 5.0, 2.0, NAN])
 
 
@@ -40,7 +40,7 @@ def test_advantages_by_hand(scale, expected):
     np.testing.assert_allclose(group_advantages(rewards, 4, scale), expected, rtol=3e-7)
 
 
-def test_a_row_without_a_reward_is_out_of_the_baseline_and_learns_nothing():
+def test_a_row_without_a_reward_is_out_of_the_baseline_and_has_zero_advantage():
     # Left: (1, 0): mean 0.5, std sqrt(0.5) = 0.7071068. A NaN taken as 0 would give mean 1/3.
     np.testing.assert_allclose(
         group_advantages([1, NAN, 0], 3, "group"), [0.7070068, 0.0, -0.7070068], rtol=2e-7

@@ -249,7 +249,7 @@ def test_a_type_without_json_form_is_open_and_warns(caplog):
     assert "argument 'when' has no JSON form" in caplog.text
 
 
-def test_a_missing_hint_names_file_function_argument_and_mend():
+def test_a_missing_hint_names_file_function_argument_and_fix():
     def tool(a: int, b) -> str:
         """Take it."""
 

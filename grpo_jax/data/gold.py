@@ -153,7 +153,7 @@ def gold_texts(example: Example, functions: Mapping[str, Callable]) -> list[str]
 class Runner(Protocol):
     """What runs calls: `tools.ToolRunner`."""
 
-    def start_step(self) -> None: ...
+    def start_step(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
 
     def run(self, calls: Sequence[ToolCall], rows: Sequence[int]) -> list[ToolResult]: ...
 
@@ -164,7 +164,7 @@ def run_gold_calls(
     """The gold calls of every row, each with its result."""
     gold = [gold_calls(example, functions) for example in examples]
     flat = [(i, call) for i, calls in enumerate(gold) for call in calls]
-    runner.start_step()
+    runner.start_step([example.columns for example in examples])
     results = iter(runner.run([call for _, call in flat], [i for i, _ in flat]))
     return [[(call, next(results)) for call in calls] for calls in gold]
 

@@ -1,26 +1,32 @@
 """What a job would need, before it costs anything: `python -m grpo_jax.train --plan v5e-8`.
 
-Pure arithmetic on the model's sizes, the lengths of a step, the mesh and the options; shardings are those of
-`sharding`. No weights are loaded and no jax backend is started.
+What lies on a device is counted from the shapes and shardings of the real functions; what the update and decode
+need while they run is read off these programs, compiled for the machine. For a machine that nothing here
+compiles for it is an estimate. No weights are loaded and nothing runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from grpo_jax.models import cost
 from grpo_jax.models.attention import score_block_bytes
 from grpo_jax.models.logprobs import head_blocks
-from grpo_jax.models.lora import LoraConfig, init_adapters
-from grpo_jax.models.qwen import MLP_TOKENS, ModelConfig, abstract_params
+from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join
+from grpo_jax.models.qwen import MLP_TOKENS, Level, ModelConfig, abstract_params
 from grpo_jax.models.sharding import AXES, Layout, mesh_sizes
+from grpo_jax.models.target import SLICES, compiling_for, tpu_devices
 from grpo_jax.preflight.plan_inputs import (
     GPU_SHARE,
     DataLengths,
@@ -30,41 +36,68 @@ from grpo_jax.preflight.plan_inputs import (
     model_sizes,
     read_machine,
 )
-from grpo_jax.rollout.sampler import compaction_pays, part_sizes
+from grpo_jax.rollout.sampler import Cache, Sampler, make_sampler
+from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.console import Console
-from grpo_jax.run.options import Config, compute_dtype
-from grpo_jax.update.batch import bucket, completion_bucket
+from grpo_jax.run.job import steps_of
+from grpo_jax.run.learner import grpo_objective
+from grpo_jax.run.options import GRPOConfig, compute_dtype
+from grpo_jax.types import Example, Prompt, Status, Trajectory
+from grpo_jax.update.batch import Tree, bucket, completion_bucket, make_batch
+from grpo_jax.update.optimizer import make_optimizer
+from grpo_jax.update.update import (
+    ModelStep,
+    TrainState,
+    batch_shardings,
+    make_update,
+    state_shardings,
+)
 
 USABLE = 0.9  # of what jax takes of a device's memory: the rest is the programs' own, and holes
-LARGEST_SHARE = 0.95  # of a GPU's memory that jax may be told to take; the driver and kernels need the rest
+LARGEST_SHARE = 0.95  # of a GPU's memory that jax may be asked to take; the driver and kernels need the rest
 FLOP_SHARE, BYTES_SHARE = 0.4, 0.5  # of the peak rates, assumed
 GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is planned: the options, the model's sizes, the data's lengths and the machine."""
+
+    config: GRPOConfig
+    model: ModelConfig
+    data: DataLengths
+    machine: Machine
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the computation."""
+        return jnp.dtype(compute_dtype(self.config.dtype, self.machine.is_cpu))
+
+
+class Temporary(NamedTuple):
+    """Bytes on one device that the update and decode need while they run, next to their arguments."""
+
+    update: float
+    decode: float
+
+
+AS_ESTIMATED = Temporary(1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepBytes:
     """Bytes of a step on one device, by item.
 
-    Args:
-        weights: the model, adapters and a reference (beta > 0) included.
-        moments: AdamW's two.
-        gradients: of what is trained; a micro-batch's beside the sum.
-        kept_activations: of the update: layer inputs and what attention returned; without remat all that
-            layers make.
-        working_set: of one layer, attention's blocks of scores included.
-        head: blocks of logits and copies of the head, when no layer runs.
-        rollout_copy: the weights that the rollout reads.
-        preamble_cache, prompts_cache, own_cache: keys and values.
-        decode: of one decode step.
-        evaluation: caches of its rows and prompts, and its decode step; 0 without a test file.
+    Gradients and activations are there in an update only, what follows them in a rollout only. `reference` is 0
+    where its weights are the model's own; `evaluation` is the caches of its rows and prompts and an estimate of
+    its decode, 0 without a test file.
     """
 
     weights: float
+    reference: float
     moments: float
     gradients: float
-    kept_activations: float
-    working_set: float
-    head: float
+    activations: float
     rollout_copy: float
     preamble_cache: float
     prompts_cache: float
@@ -75,13 +108,12 @@ class StepBytes:
     @property
     def update(self) -> float:
         """Bytes while an update runs; what the rollout read is gone by then."""
-        held = self.weights + self.moments + self.gradients + self.kept_activations
-        return held + max(self.working_set, self.head)
+        return self.weights + self.reference + self.moments + self.gradients + self.activations
 
     @property
     def rollout(self) -> float:
         """Bytes while a rollout runs, of training or of an evaluation."""
-        held = self.weights + self.moments + self.rollout_copy + self.preamble_cache
+        held = self.weights + self.reference + self.moments + self.rollout_copy + self.preamble_cache
         return held + max(self.prompts_cache + self.own_cache + self.decode, self.evaluation)
 
     @property
@@ -90,287 +122,344 @@ class StepBytes:
         return max(self.update, self.rollout)
 
 
-class Step(NamedTuple):
-    """One step of a configuration on a mesh.
-
-    Args:
-        lengths: of the padded batch; T1 without, T2 with the prompt's last token.
-        sizes: devices along data, fsdp and tensor.
-        micro_batches: parts of the update.
-        bytes: on one device.
-    """
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of a job: padded lengths, devices along data, fsdp and tensor, and micro-batches."""
 
     lengths: cost.Lengths
     sizes: tuple[int, int, int]
     micro_batches: int
-    bytes: StepBytes
 
 
-@dataclasses.dataclass(frozen=True)
-class JobPlan:
-    """A job on a machine.
-
-    Args:
-        machine: the devices.
-        model: its sizes.
-        data: lengths of the data's prompts.
-        step: what a step needs.
-        remedies: options that make it fit, with the peak bytes they lead to; empty where it fits.
-        updates: of the whole run.
-        hours: for these; None where the machine's rates are not known.
-    """
-
-    machine: Machine
-    model: ModelConfig
-    data: DataLengths
-    step: Step
-    remedies: list[tuple[dict[str, Any], float]]
-    updates: int
-    hours: float | None
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak stays under the usable memory."""
-        return fits(self.step, self.machine)
-
-
-def plan_job(config: Config, make_plan: Callable[[Config, int, int], Any]) -> JobPlan:
-    """Reckon what a configuration's steps need on the machine of its option `plan`.
-
-    Args:
-        config: the options.
-        make_plan: (options, rows, devices that rows are spread over) -> batches and updates.
-
-    Raises:
-        ValueError, FileNotFoundError: bad input; says what and the mend.
-    """
-    machine = read_machine(config.required("plan"))
-    model, folder = model_sizes(config)
-    data = data_lengths(config, folder)
-    step = plan_step(config, model, data, machine)
-    run = make_plan(config, data.rows, step.sizes[0] * step.sizes[1])
-    remedies = [] if fits(step, machine) else find_remedies(config, model, data, machine)
-    hours = step_hours(config, model, step, machine)
-    return JobPlan(
-        machine, model, data, step, remedies, run.updates, None if hours is None else hours * run.batches
-    )
-
-
-def fits(step: Step, machine: Machine) -> bool:
-    """Whether a step stays under the usable memory of a device."""
-    return step.bytes.peak <= USABLE * machine.memory
-
-
-def _dtype(config: Config, machine: Machine) -> jnp.dtype:
-    return jnp.dtype(compute_dtype(config.dtype, machine.is_cpu))
-
-
-def plan_step(config: Config, model: ModelConfig, data: DataLengths, machine: Machine) -> Step:
-    """Lengths, mesh, micro-batches and bytes of one step.
+def plan_step(job: Job) -> Step:
+    """Lengths, mesh and micro-batches as a run would choose them.
 
     Raises:
         ValueError: the mesh does not have the machine's devices, or the batch does not split into groups or
             micro-batches.
     """
-    devices = f"the plan's {machine.count} devices"
-    sizes = mesh_sizes(config.mesh_data, config.mesh_fsdp, config.mesh_tensor, machine.count, devices)
+    config, data, machine = job.config, job.data, job.machine
+    axes = config.mesh_data, config.mesh_fsdp, config.mesh_tensor
+    sizes = mesh_sizes(*axes, machine.count, f"the plan's {machine.count} devices")
     row_devices = sizes[0] * sizes[1]
-    B, G = config.batch_size(row_devices), config.num_generations
-    budget = config.max_grpo_completion_length
-    lengths = cost.Lengths(
-        B // G,
-        G,
-        bucket(data.preamble, row_devices),
-        bucket(data.rest, row_devices),
-        completion_bucket(budget, budget),
-    )
-    item = _dtype(config, machine).itemsize
-    remat = config.gradient_checkpointing
+    P, G = config.batch_size(row_devices) // config.num_generations, config.num_generations
+    T0, T1 = bucket(data.preamble, row_devices), bucket(data.rest, row_devices)
+    T2 = completion_bucket(config.max_grpo_completion_length, config.max_grpo_completion_length)
+    remat, item = config.gradient_checkpointing, job.dtype.itemsize
     parts = config.micro_batches or cost.micro_batches(
-        model, lengths.P, G, lengths.T2 / row_devices, item, remat, machine.memory
+        job.model, P, G, T2 / row_devices, item, remat, machine.memory
     )
-    if lengths.P % (parts // math.gcd(parts, G)):
-        raise ValueError(f"micro_batches {parts} cannot split {lengths.P} prompts × {G} generations evenly")
-    return Step(lengths, sizes, parts, step_bytes(config, model, lengths, sizes, parts, machine))
+    if P % (parts // math.gcd(parts, G)):
+        raise ValueError(f"micro_batches {parts} cannot split {P} prompts × {G} generations evenly")
+    return Step(cost.Lengths(P, G, T0, T1, T2), sizes, parts)
 
 
-def step_bytes(
-    config: Config,
-    model: ModelConfig,
-    x: cost.Lengths,
-    sizes: tuple[int, int, int],
-    parts: int,
-    machine: Machine,
-) -> StepBytes:
-    """Bytes of one step on one device.
+# ---- what lies on a device: the shapes and shardings of the real functions -----------------------------
 
-    Args:
-        config: the options.
-        model: its sizes.
-        x: lengths of the padded batch.
-        sizes: devices along data, fsdp and tensor.
-        parts: micro-batches.
-        machine: the devices.
-    """
-    mesh = AbstractMesh(sizes, AXES)
-    training, rollout = Layout(mesh), Layout(mesh, rollout=True)
-    dtype = _dtype(config, machine)
-    item = dtype.itemsize
-    params = abstract_params(model)
-    whole = _elements(training, params)
-    trained, trained_item = whole, jnp.dtype(config.param_dtype).itemsize
-    weights = trained * trained_item + (whole * item if config.beta else 0)
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _held(tree: Any) -> int:
+    """Bytes on one device of placed shapes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def _optimizer(config: GRPOConfig) -> optax.GradientTransformation:
+    rates = {
+        "schedule": optax.constant_schedule(0.0),
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+    }
+    return make_optimizer(
+        **rates, max_grad_norm=config.max_grad_norm, moments_dtype=jnp.dtype(config.optim_dtype)
+    )
+
+
+def _state(job: Job, layout: Layout) -> tuple[TrainState, Frozen | None]:
+    """What updates change, and what they only read."""
+
+    def cast(dtype):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params)
+
+    config, params = job.config, abstract_params(job.model)
+    trained, frozen = cast(config.param_dtype), None
     if config.use_peft:
         targets = config.lora_target_modules
         lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
-        trained = _elements(training, jax.eval_shape(lambda: init_adapters(params["layers"], lora, 0)))
-        weights = whole * item + trained * trained_item
-    cast = not config.use_peft and dtype != jnp.dtype(config.param_dtype)  # a frozen head is kept in it
-    budget = config.max_grpo_completion_length
-    served = _rollout_bytes(rollout, model, x, budget, item, machine.is_cpu)
-    n, evaluation = config.eval_batch_size, {}
+        trained = jax.eval_shape(lambda: init_adapters(params["layers"], lora, 0))
+        frozen = Frozen(cast(job.dtype), jax.ShapeDtypeStruct((), jnp.uint32), lora)
+    moments = jax.eval_shape(_optimizer(config).init, trained)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, moments)
+    return _placed(state, state_shardings(layout, state)), _placed(frozen, layout.params(frozen))
+
+
+def _sampler(job: Job, mesh: Mesh | AbstractMesh) -> Sampler:
+    """The rollout's functions, without the jits that may not stand within another."""
+    budget, layout = job.config.max_grpo_completion_length, Layout(mesh, rollout=True)
+    return make_sampler(job.model, layout, dtype=job.dtype, sampling=Sampling(), stop_ids=(0,), budget=budget)
+
+
+def _rollout_weights(job: Job, mesh: Mesh | AbstractMesh) -> Any:
+    sampler, (state, frozen) = _sampler(job, mesh), _state(job, Layout(mesh))
+    params = jax.eval_shape(sampler.export.__wrapped__, join(state.params, frozen))
+    return _placed(params, sampler.layout.params(params))
+
+
+def _caches(job: Job, x: cost.Lengths, mesh: Mesh | AbstractMesh, params: Any) -> tuple[tuple, Cache]:
+    """The trunk's (keys and values, valid) by level, and the rows' own cache."""
+    sampler, trunk = _sampler(job, mesh), ()
+
+    def kv(tree, kind):
+        return _placed(tree, jax.tree.map(lambda a: sampler.layout.activation(a.shape, kind), tree))
+
+    def prefill(params, trunk, ids, valid):
+        return sampler.prefill.__wrapped__(params, trunk, Level(ids, ids, valid, shared=True))
+
+    for n, T in ((1, x.T0), (x.P, x.T1)):
+        ids, valid = (jax.ShapeDtypeStruct((n, T), kind) for kind in (jnp.int32, bool))
+        trunk = (*trunk, (kv(jax.eval_shape(prefill, params, trunk, ids, valid), "shared_kv"), valid))
+    rows = jax.ShapeDtypeStruct((x.B,), jnp.int32)
+    cache = jax.eval_shape(sampler.begin.__wrapped__, rows, rows)
+    return trunk, cache._replace(kv=kv(cache.kv, "rows_kv"))
+
+
+def _rollout_bytes(job: Job, x: cost.Lengths, mesh: AbstractMesh) -> list[int]:
+    """Weights, then keys and values of the preamble, the prompts and the rows: one layer's, times the layers."""
+    L, one = job.model.L, dataclasses.replace(job, model=dataclasses.replace(job.model, L=1))
+    params = _rollout_weights(one, mesh)
+    ((preamble, _), (prompts, _)), cache = _caches(one, x, mesh, params)
+    weights = _held(params) + (L - 1) * _held(params["layers"])
+    return [weights, *(L * _held(kv) for kv in (preamble, prompts, cache.kv))]
+
+
+def step_bytes(job: Job, step: Step, temporary: Temporary) -> StepBytes:
+    """Bytes of one step on one device, given what its two programs need while they run."""
+    mesh, config, reference, evaluation = AbstractMesh(step.sizes, AXES), job.config, 0, 0
+    state, frozen = _state(job, Layout(mesh))
+    if config.beta and frozen is None:
+        shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, job.dtype), state.params)
+        reference = _held(_placed(shapes, Layout(mesh).params(shapes)))
     if config.eval_dataset_id_or_path is not None:  # a prompt a row, taken to be as long as training's
-        evaluated = dataclasses.replace(x, P=n, G=1)
-        evaluation = _rollout_bytes(rollout, model, evaluated, budget, item, machine.is_cpu)
-        del evaluation["preamble_cache"]
+        rows = dataclasses.replace(step.lengths, P=config.eval_batch_size, G=1)
+        evaluation = sum(_rollout_bytes(job, rows, mesh)[2:])
+        evaluation += estimate(job, dataclasses.replace(step, lengths=rows)).decode
+    copy, preamble, prompts, own = _rollout_bytes(job, step.lengths, mesh)
+    gradients = _held(state.params)
     return StepBytes(
-        weights=weights,
-        gradients=trained * trained_item * (1 if parts == 1 else 2),
-        moments=2 * trained * jnp.dtype(config.optim_dtype).itemsize,
-        rollout_copy=_elements(rollout, params) * item,
-        **served,
-        evaluation=sum(evaluation.values()),
-        **_activation_bytes(model, x, sizes, parts, item, config.gradient_checkpointing, machine.is_cpu),
-        head=_head_bytes(training, model, x, parts, item, cast, machine.is_cpu),
+        weights=_held(state.params) + _held(frozen),
+        reference=reference,
+        moments=_held(state.opt_state),
+        gradients=gradients,
+        activations=max(temporary.update - gradients, 0),
+        rollout_copy=copy,
+        preamble_cache=preamble,
+        prompts_cache=prompts,
+        own_cache=own,
+        decode=temporary.decode,
+        evaluation=evaluation,
     )
 
 
-def _elements(layout: Layout, tree: Any) -> int:
-    """Elements of a tree of weights that one device holds."""
-    shards = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)), tree, layout.params(tree))
-    return sum(jax.tree.leaves(shards))
+# ---- what the programs need while they run: compiled, or estimated -------------------------------------
 
 
-def _rollout_bytes(
-    layout: Layout, model: ModelConfig, x: cost.Lengths, budget: int, item: int, on_cpu: bool
-) -> dict[str, float]:
-    """Caches of a rollout on one device, and what a decode step makes."""
-
-    def cache(kind, n, slots):
-        return 2 * model.L * item * math.prod(layout.shard_shape((n, model.K, slots, model.H), kind))
-
-    logits = 4 * math.prod(layout.shard_shape((x.B, model.V), "decode_logits"))
-    few = 0  # the rows that go on have their prompt's keys and values copied beside their own
-    if compaction_pays(budget, on_cpu):
-        trunk = tuple((None, jax.ShapeDtypeStruct(shape, bool)) for shape in ((1, x.T0), (x.P, x.T1)))
-        few = max(part_sizes(x.B, budget + 1, trunk, layout)[1:], default=0)
-    caches = {
-        "preamble_cache": cache("shared_kv", 1, x.T0),
-        "prompts_cache": cache("shared_kv", x.P, x.T1),
-        "own_cache": cache("rows_kv", x.B, budget + 1),
-    }
-    decode = 3 * logits + cache("rows_kv", few, x.T1 + budget + 1)
-    if layout.mesh.size > 1:  # rows stay a dimension there, for which one layer's are laid out anew
-        decode += sum(caches.values()) / model.L
-    elif on_cpu:  # the trunk's keys are turned
-        decode += (caches["preamble_cache"] + caches["prompts_cache"]) / 2
-    return caches | {"decode": decode}
+def devices_of(machine: Machine) -> Sequence[jax.Device]:
+    """The machine's devices to compile for; empty where nothing here compiles for them."""
+    if machine.kind == "cpu":
+        with contextlib.suppress(RuntimeError):  # a backend has started, and has the devices that it has
+            jax.config.update("jax_num_cpu_devices", machine.count)
+            jax.config.update("jax_platforms", "cpu")  # a plan takes no accelerator
+        return jax.devices("cpu")[: machine.count] if len(jax.devices("cpu")) >= machine.count else ()
+    if machine.kind in SLICES:
+        with contextlib.suppress(RuntimeError):  # libtpu is not installed
+            return tpu_devices(machine.kind, machine.count)
+    return ()
 
 
-def _activation_bytes(model, x, sizes, parts, item, remat, on_cpu):
-    """What layers keep, and one layer's working set.
+def compile_step(job: Job, step: Step, devices: Sequence[jax.Device]) -> Temporary:
+    """What XLA says that the update and decode need, compiled for the devices; nothing runs.
 
-    With micro-batches also the trunk's fp32 keys and values with their cotangents; on several devices what
-    every one of them needs whole.
+    Decode's layers are unrolled: of a deep model those of two and four layers are compiled, the rest is linear.
     """
-    data, fsdp, tensor = sizes
-    shared = (x.T0 + x.P * x.T1) / (data * fsdp)
-    rows = x.B * x.T2 / (data * fsdp) / parts
+    mesh = Mesh(np.reshape(devices, step.sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def decode(L: int) -> float:
+        few = dataclasses.replace(job, model=dataclasses.replace(job.model, L=L))
+        return temporary_bytes(lower_decode(few, step, mesh))
+
+    with compiling_for(devices):
+        update, L = temporary_bytes(lower_update(job, step, mesh)), job.model.L
+        if L <= 4:
+            return Temporary(update, decode(L))
+        two, four = decode(2), decode(4)
+        return Temporary(update, four + (four - two) / 2 * (L - 4))
+
+
+def temporary_bytes(lowered: jax.stages.Lowered) -> float:
+    """What XLA says that a program needs next to its arguments, on one device."""
+    try:
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+    except (
+        jax.errors.JaxRuntimeError
+    ) as error:  # XLA for a TPU refuses what cannot fit, and says what it takes
+        needed = re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", str(error))
+        if needed is None:
+            raise
+        return float(needed[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[needed[2]]
+
+
+def lower_decode(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
+    """A decode to the end of a turn, for shapes."""
+    params = _rollout_weights(job, mesh)
+    trunk, cache = _caches(job, step.lengths, mesh, params)
+    rows = jax.ShapeDtypeStruct((step.lengths.B,), jnp.int32)
+    keys, live = jax.ShapeDtypeStruct((*rows.shape, 2), jnp.uint32), jax.ShapeDtypeStruct(rows.shape, bool)
+    trunk = tuple((kv, valid) for kv, valid in trunk if valid.shape[1])
+    return _sampler(job, mesh).decode.lower(params, trunk, cache, keys, live, rows)
+
+
+def lower_update(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
+    """An update of rows that use their whole budget, for shapes."""
+    config, x, layout = job.config, step.lengths, Layout(mesh)
+    tree = Tree((0,) * x.T0, x.T0, x.T1, config.max_grpo_completion_length)
+    n, prompt = tree.budget, Prompt(Example([], ""), [0] * (x.T0 + x.T1 + 1), [])
+    row = Trajectory(prompt, [0] * n, [True] * n, [0.0] * n, status=Status.ANSWERED, advantage=1.0)
+    batch = make_batch(tree, [row] * x.B, x.G)
+    more = {"ref_logprobs": config.beta > 0, "old_logprobs": config.num_iterations > 1}
+    logprobs = batch.completions.sampler_logprobs
+    batch = batch.with_logprobs(**{name: logprobs for name, has in more.items() if has})
+    objective = grpo_objective(config)
+    state, frozen = _state(job, layout)
+    run = ModelStep(
+        job.model, layout, job.dtype, config.gradient_checkpointing, config.temperature, step.micro_batches
+    )
+    update = make_update(run, _optimizer(config), objective, state, frozen)
+    return update.lower(state, _placed(batch, batch_shardings(layout, batch)))
+
+
+def estimate(job: Job, step: Step) -> Temporary:
+    """About what XLA takes on an accelerator: tests/test_plan.py compares with its buffers, within 15 %.
+
+    Update: gradients, of micro-batches also their sum; activations as `cost` has them, with four arrays of a
+    block of scores (two once they are cut); or where it is more, three arrays of a block of logits and copies of
+    the head. With micro-batches also the trunk's fp32 keys and values and their cotangents, on several devices
+    what each needs whole. Decode: three arrays of logits; on several devices a layer's cache is laid out anew.
+    """
+    model, x, parts, item = job.model, step.lengths, step.micro_batches, job.dtype.itemsize
+    (data, fsdp, tensor), remat = step.sizes, job.config.gradient_checkpointing
+    row_devices, training = data * fsdp, Layout(AbstractMesh(step.sizes, AXES))
+    alone = row_devices * tensor == 1
+    shared, rows = (x.T0 + x.P * x.T1) / row_devices, x.B * x.T2 / row_devices / parts
+
     scores = 4 * model.N / tensor * max(shared, rows) * max(x.T0, x.T1, x.T2)
-    # the scores, their exponentials, and a cotangent of each; of blocks about two remain at a time
-    scores = min(4 * scores, 2 * score_block_bytes(on_cpu))
-    at_a_time = MLP_TOKENS if data * fsdp * tensor == 1 else math.inf
-    kept, working = cost.activation_bytes(model, shared, rows, item, remat, tensor, scores, at_a_time)
+    scores = min(4 * scores, 2 * score_block_bytes(on_cpu=False))
+    blocks = MLP_TOKENS if alone and remat else math.inf
+    waiting = min(shared, rows) if remat else 0
+    layer = cost.layer_bytes(model, max(shared, rows), waiting, tensor, scores, blocks)
     keys = 4 * model.K * model.H * (x.T0 + x.P * x.T1)
-    if parts > 1:
-        kept += 2 * 2 * model.L * keys
-    if data * fsdp > 1:  # every device's rows see all shared keys and values: two copies, with cotangents
-        working += 2 * 2 * 2 * keys / tensor
-    if fsdp > 1:  # gathered, and their gradient before it is scattered
-        working += (item + 4) * cost.layer_weights(model) / tensor
-    return {"kept_activations": kept, "working_set": working}
+    if row_devices > 1:  # every device's rows see all shared keys and values: two copies, with cotangents
+        layer += 2 * 2 * 2 * keys / tensor
+    if fsdp > 1:  # a layer gathered, and its gradient before it is scattered
+        layer += (item + 4) * cost.layer_weights(model) / tensor
+
+    shards, positions = training.head_shards(model.V), x.B * x.T2 // parts
+    width, padded = head_blocks(model.V, shards, positions, on_cpu=False)
+    logits = 4 * math.prod(
+        training.activation((shards, width, positions), "logits_block").shard_shape(
+            (shards, width, positions)
+        )
+    )
+    cast = not job.config.use_peft and job.dtype != jnp.dtype(job.config.param_dtype)
+    head = 3 * logits + (1 + cast + padded) * item * model.V * model.D / shards
+
+    gradients = _held(_state(job, training)[0].params) * (1 if parts == 1 else 2)
+    kept = cost.kept_bytes(model, item, remat, tensor) * (shared + rows)
+    kept += 2 * 2 * model.L * keys if parts > 1 else 0
+    decode = 3 * 4 * x.B * model.V / data / (fsdp * tensor if model.V % (fsdp * tensor) == 0 else 1)
+    if not alone:
+        slots = x.T0 + x.P * x.T1 + x.B * (x.T2 + 1) / data
+        decode += (
+            2 * item * model.K * model.H * slots / (fsdp * tensor if model.K % (fsdp * tensor) == 0 else 1)
+        )
+    return Temporary(gradients + kept + max(layer, head), decode)
 
 
-def _head_bytes(layout, model, x, parts, item, cast, on_cpu):
-    """Three arrays of the size of a block of logits, and copies of the head.
-
-    One place holds the gradient of the embedding's lookups and then AdamW's step. A cast adds the head in the
-    run's dtype, blocks that do not divide the vocabulary a padded one.
-    """
-    shards, positions = layout.head_shards(model.V), x.B * x.T2 // parts
-    width, padded = head_blocks(model.V, shards, positions, on_cpu)
-    logits = 4 * math.prod(layout.shard_shape((shards, width, positions), "logits_block"))
-    copies = 1 + cast + padded
-    return 3 * logits + copies * item * model.V * model.D / shards
+# ---- what would make it fit, and how long it takes -------------------------------------------------------
 
 
-def find_remedies(
-    config: Config, model: ModelConfig, data: DataLengths, machine: Machine
-) -> list[tuple[dict[str, Any], float]]:
+def fits(size: StepBytes, machine: Machine) -> bool:
+    """Whether a step stays under the usable memory of a device."""
+    return size.peak <= USABLE * machine.memory
+
+
+def find_remedies(job: Job, scale: Temporary = AS_ESTIMATED) -> list[tuple[dict[str, Any], float]]:
     """Options that make it fit, each alone; if none does, the first ones together that do.
+
+    Args:
+        job: what does not fit.
+        scale: of what was compiled over its estimate; the remedies are estimated.
 
     Returns:
         (changed options, peak bytes) each; empty when nothing helps.
     """
 
     def peak(changes):
+        changed = dataclasses.replace(job, config=dataclasses.replace(job.config, **changes))
         try:
-            return plan_step(dataclasses.replace(config, **changes), model, data, machine).bytes.peak
+            step = plan_step(changed)
         except ValueError:  # a mesh or a batch that the other options do not allow
             return math.inf
+        about = estimate(changed, step)
+        about = Temporary(about.update * scale.update, about.decode * scale.decode)
+        return step_bytes(changed, step, about).peak
 
-    limit, found, together = USABLE * machine.memory, [], {}
-    for family in _changes(config, machine.count):
-        for changes in family:
-            if peak(changes) <= limit:
-                found.append((changes, peak(changes)))
-                break
+    limit, found, together = USABLE * job.machine.memory, [], {}
+    families = _changes(job.config, job.machine.count)
+    for family in families:
+        best = next(((changes, size) for changes in family if (size := peak(changes)) <= limit), None)
+        found += [best] if best else []
     if found:
         return found
-    for family in _changes(config, machine.count):
-        best = together | min(family, key=lambda changes: peak(together | changes), default={})
-        if peak(best) < peak(together):  # what lowers nothing is not asked for
-            together = best
-        if peak(together) <= limit:
-            return [(together, peak(together))]
+    least = peak(together)
+    for family in families:
+        best, size = min(
+            ((c, peak(together | c)) for c in family), key=lambda x: x[1], default=({}, math.inf)
+        )
+        if size < least:  # what lowers nothing is not asked for
+            together, least = together | best, size
+        if least <= limit:
+            return [(together, least)]
     return []
 
 
-def _changes(config: Config, devices: int) -> Iterator[list[dict[str, Any]]]:
+def _changes(config: GRPOConfig, devices: int) -> list[list[dict[str, Any]]]:
     """What may be changed, by option, the mildest first; ahead what changes no result."""
-    if not config.gradient_checkpointing:
-        yield [{"gradient_checkpointing": True}]
-    if config.eval_dataset_id_or_path is not None:
-        yield [{"eval_batch_size": n} for n in _halves(config.eval_batch_size, 1)]
+
+    def halves(name: str, least: int) -> list[dict[str, Any]]:
+        n = getattr(config, name)
+        return [{name: n >> i} for i in range(1, n.bit_length()) if n >> i >= least]
+
     first = max(config.micro_batches, 1)
-    yield [{"micro_batches": first * 2**i} for i in range(1, 9)]
     meshes = [n for n in range(config.mesh_fsdp + 1, devices + 1) if devices % n == 0]
-    yield [{"mesh_fsdp": n} | ({} if config.mesh_data == -1 else {"mesh_data": -1}) for n in meshes]
-    if config.optim_dtype == "float32":
-        yield [{"optim_dtype": "bfloat16"}]
-    if config.param_dtype == "float32":
-        yield [{"param_dtype": "bfloat16"}]
-    if not config.use_peft:
-        yield [{"use_peft": True}]
-    yield [{"per_device_train_batch_size": n} for n in _halves(config.per_device_train_batch_size, 1)]
-    yield [{"max_grpo_completion_length": n} for n in _halves(config.max_grpo_completion_length, 128)]
+    return [
+        [] if config.gradient_checkpointing else [{"gradient_checkpointing": True}],
+        [] if config.eval_dataset_id_or_path is None else halves("eval_batch_size", 1),
+        [{"micro_batches": first * 2**i} for i in range(1, 9)],
+        [{"mesh_fsdp": n} | ({} if config.mesh_data == -1 else {"mesh_data": -1}) for n in meshes],
+        [{"optim_dtype": "bfloat16"}] if config.optim_dtype == "float32" else [],
+        [{"param_dtype": "bfloat16"}] if config.param_dtype == "float32" else [],
+        [] if config.use_peft else [{"use_peft": True}],
+        halves("per_device_train_batch_size", 1),
+        halves("max_grpo_completion_length", 128),
+    ]
 
 
-def _halves(n: int, least: int) -> list[int]:
-    return [n >> i for i in range(1, n.bit_length()) if n >> i >= least]
-
-
-def step_hours(config: Config, model: ModelConfig, step: Step, machine: Machine) -> float | None:
+def step_hours(job: Job, step: Step) -> float | None:
     """Hours of one batch at the assumed shares of the peak rates; every completion uses its whole budget.
 
     Tool calls, rewards and the network between devices take no time here.
@@ -378,76 +467,98 @@ def step_hours(config: Config, model: ModelConfig, step: Step, machine: Machine)
     Returns:
         None where the machine's rates are not known.
     """
-    device, (data, fsdp, tensor) = machine.device, step.sizes
+    device, config, (data, fsdp, tensor) = job.machine.device, job.config, step.sizes
     if device.flops is None:
         return None
-    replica = cost.Machine(FLOP_SHARE * device.flops, BYTES_SHARE * device.bytes)
-    whole = cost.Machine(replica.flops * machine.count, replica.bytes * machine.count)
-    replica = cost.Machine(replica.flops * fsdp * tensor, replica.bytes * fsdp * tensor)
-    item = _dtype(config, machine).itemsize
+    rates = FLOP_SHARE * device.flops, BYTES_SHARE * device.bytes
+    whole, replica = (cost.Machine(*(n * r for r in rates)) for n in (data * fsdp * tensor, fsdp * tensor))
     rows = dataclasses.replace(step.lengths, P=step.lengths.P / data)  # each replica reads all weights
-    update = cost.least_update(model, step.lengths, config.gradient_checkpointing, whole)
     scores = (config.beta > 0) + (config.num_iterations > 1)  # a forward pass each, a third of an update
-    seconds = (
-        cost.least_prefill(model, step.lengths, whole)
-        + cost.least_decode(model, rows, replica, item)[0]
-        + update * (config.num_iterations + scores / 3)
-    )
-    return seconds / 3600
+    update = cost.least_update(job.model, step.lengths, config.gradient_checkpointing, whole)
+    prefill = cost.least_prefill(job.model, step.lengths, whole)
+    decode = cost.least_decode(job.model, rows, replica, job.dtype.itemsize)[0]
+    return (prefill + decode + update * (config.num_iterations + scores / 3)) / 3600
 
 
-def show_plan(config: Config, console: Console, make_plan: Callable[[Config, int, int], Any]) -> int:
-    """Print the plan of `plan_job`; returns 0 where it fits, else 1."""
-    plan = plan_job(config, make_plan)
-    machine, step, x = plan.machine, plan.step, plan.step.lengths
-    word = "" if machine.is_cpu else "Estimate: "
+# ---- the command -----------------------------------------------------------------------------------------
+
+
+def show_plan(config: GRPOConfig, console: Console) -> int:
+    """Print what the job's steps need on the machine of the option `plan`.
+
+    Args:
+        config: the options.
+        console: where it prints.
+
+    Returns:
+        0 where it fits, else 1.
+
+    Raises:
+        ValueError, FileNotFoundError: bad input; says what and the fix.
+    """
+    machine = read_machine(config.required("plan"))
+    model, folder = model_sizes(config)
+    job = Job(config, model, data_lengths(config, folder), machine)
+    step = plan_step(job)
+    x, sizes = step.lengths, step.sizes
+    run = steps_of(config, job.data.rows, sizes[0] * sizes[1])
     console.line(
-        f"{word}{config.model_name_or_path} ({plan.model.L} layers, width {plan.model.D}, "
-        f"{cost.weights(plan.model) / GB:.3g} B weights) on {machine.name}: {machine.count} "
-        f"device{'s' * (machine.count > 1)} of {machine.device.memory / GB:.4g} GB, mesh data {step.sizes[0]} · "
-        f"fsdp {step.sizes[1]} · tensor {step.sizes[2]}"
+        f"{config.model_name_or_path} ({model.L} layers, width {model.D}, {cost.weights(model) / GB:.3g} B weights) "
+        f"on {machine.name}: {machine.count} device{'s' * (machine.count > 1)} of "
+        f"{machine.device.memory / GB:.4g} GB, mesh data {sizes[0]} · fsdp {sizes[1]} · tensor {sizes[2]}"
     )
     how = (
-        "counted by the tokenizer"
-        if plan.data.exact
-        else "estimated from characters / 3.5: no tokenizer here"
+        "counted by the tokenizer" if job.data.exact else "estimated from characters / 3.5: no tokenizer here"
     )
     console.line(
         f"{x.P} × {x.G} completions, preamble {x.T0}, prompts {x.T1}, completions {x.T2} tokens, padded ({how}); "
         f"micro_batches {step.micro_batches}"
     )
-    items = dataclasses.asdict(step.bytes) | {
-        "rollout in all": step.bytes.rollout,
-        "update in all": step.bytes.update,
-    }
-    rows = [(name.replace("_", " "), f"{size / GB:.3f}") for name, size in items.items()]
+    temporary = about = estimate(job, step)
+    devices, word = devices_of(machine), "Estimate: "
+    if devices:
+        console.line(f"Compiling the update and decode for {machine.count} × {devices[0].device_kind} …")
+        try:
+            temporary, word = compile_step(job, step, devices), ""
+        except jax.errors.JaxRuntimeError as error:
+            console.line(
+                f"XLA does not compile it, what follows is an estimate: {str(error).splitlines()[0]}"
+            )
+    size = step_bytes(job, step, temporary)
+    items = dataclasses.asdict(size) | {"rollout in all": size.rollout, "update in all": size.update}
+    rows = [(name.replace("_", " "), f"{value / GB:.3f}") for name, value in items.items()]
     console.table(f"{word}GB per device", ("item", "GB"), rows)
-    _print_verdict(plan, console, word)
-    return 0 if plan.fits else 1
 
-
-def _print_verdict(plan: JobPlan, console: Console, word: str) -> None:
-    machine, peak = plan.machine, plan.step.bytes.peak
-    verdict = "fits" if plan.fits else "does not fit"
     part = (
         f"the {gpu_share():.0%} of a GPU's memory that jax takes" if machine.is_gpu else "a device's memory"
     )
-    limit = f"{USABLE * machine.memory / GB:.2f} GB ({USABLE:.0%} of {part})"
-    console.line(f"{word}it {verdict}: {peak / GB:.2f} GB of {limit}")
-    raised = not plan.fits and machine.is_gpu and peak <= USABLE * LARGEST_SHARE * machine.device.memory
-    if raised:
-        console.line(f"{word}with {GPU_SHARE}={LARGEST_SHARE} in the environment it would fit")
-    for changes, size in plan.remedies:
-        options = " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
-        console.line(f"{word}with {options} it would fit: {size / GB:.2f} GB")
-    if not (plan.fits or plan.remedies or raised):
-        console.line(f"{word}no option makes it fit: take more devices, or a smaller model")
-    if plan.hours is None:
-        console.line("Hours: not estimated, the rates of such devices are not known; name a machine")
-        return
-    device = plan.machine.device
     console.line(
-        f"Estimate: {plan.hours:.3g} hours for {plan.updates} updates, every completion as long as allowed, "
-        f"without tool calls, at an assumed {FLOP_SHARE:.0%} of {device.flops / 1e12:.4g} TFLOP/s and "
-        f"{BYTES_SHARE:.0%} of {device.bytes / 1e9:.4g} GB/s a device"
+        f"{word}it {'fits' if fits(size, machine) else 'does not fit'}: {size.peak / GB:.2f} GB of "
+        f"{USABLE * machine.memory / GB:.2f} GB ({USABLE:.0%} of {part})"
     )
+    if not fits(size, machine):
+        _print_remedies(
+            job, console, size, Temporary(*(t / a for t, a in zip(temporary, about, strict=True)))
+        )
+    hours, device = step_hours(job, step), machine.device
+    if hours is None:
+        console.line("Hours: not estimated, the rates of such devices are not known; name a machine")
+    else:
+        console.line(
+            f"Estimate: {hours * run.batches:.3g} hours for {run.updates} updates, every completion as long as "
+            f"allowed, without tool calls, at an assumed {FLOP_SHARE:.0%} of {device.flops / 1e12:.4g} TFLOP/s and "
+            f"{BYTES_SHARE:.0%} of {device.bytes / 1e9:.4g} GB/s a device"
+        )
+    return 0 if fits(size, machine) else 1
+
+
+def _print_remedies(job: Job, console: Console, size: StepBytes, scale: Temporary) -> None:
+    remedies = find_remedies(job, scale)
+    raised = job.machine.is_gpu and size.peak <= USABLE * LARGEST_SHARE * job.machine.device.memory
+    if raised:
+        console.line(f"Estimate: with {GPU_SHARE}={LARGEST_SHARE} in the environment it would fit")
+    for changes, peak in remedies:
+        options = " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
+        console.line(f"Estimate: with {options} it would fit: {peak / GB:.2f} GB")
+    if not (remedies or raised):
+        console.line("Estimate: no option makes it fit: take more devices, or a smaller model")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import traceback
 from collections.abc import Callable
 
-import jax
-
-from grpo_jax import hosts
-from grpo_jax.models.sharding import join_processes
+from grpo_jax.files import OutputError
 from grpo_jax.run.config import ResolvedConfig, parse_config, print_config
-from grpo_jax.run.console import Console, setup_logging
+from grpo_jax.run.console import Console, note_dependencies, setup_logging
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 
@@ -26,28 +24,50 @@ def run_command(
 ) -> int:
     """Parse the options and run a command; returns its exit status.
 
-    Bad input (ValueError, FileNotFoundError) is printed in one line with status 2; anything
-    else, as a reward function that raises, keeps its traceback. Of several hosts the first prints,
-    and all end when one fails.
+    Bad input (ValueError, FileNotFoundError) is printed as a sentence, with status 2, results that cannot
+    be written (OutputError) as one with status 1; anything else, as a reward function that raises, keeps
+    its traceback. Of several hosts the first prints, and all end when one fails. Paths are absolute before
+    any code of the user runs.
     """
-    console = Console()
+    from_shell = argv is None
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        argv = sys.argv[1:] if argv is None else argv
         resolved = parse_config(
             argv, prog=f"python -m grpo_jax.{name}", default_config=default_config, description=description
         )
-        if resolved.config.check and name != "train":
-            raise ValueError(f"check belongs to python -m grpo_jax.train; leave it out of grpo_jax.{name}")
-        if resolved.config.plan is not None and name != "train":
-            raise ValueError(f"plan belongs to python -m grpo_jax.train; leave it out of grpo_jax.{name}")
-        if resolved.config.plan is None:  # a plan is for a machine that need not be here
-            join_processes()
+        config = resolved.config.with_absolute_paths()
+        for option in ("check", "plan"):
+            if getattr(config, option) and name != "train":
+                raise ValueError(f"{option} is an option of grpo_jax.train; leave it out of grpo_jax.{name}")
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+
+    import jax  # after the options, so that --help and a wrong one do not wait for it
+
+    from grpo_jax import hosts
+
+    def end_all(status: int) -> int:
+        """The exit status of an error of which the other hosts do not know; they would wait forever."""
+        if hosts.alone():
+            return status
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # at once: jax then ends the others, and a proper end would wait for them
+
+    console = Console()
+    if from_shell:  # no code of the user has run since the imports
+        note_dependencies()
+    try:
+        if config.plan is None:  # a plan is for a machine that need not be here
+            hosts.join_processes()
         if not hosts.is_first():
             console.mute()
-        setup_logging(console, resolved.config.log_level)
-        if resolved.config.print_config and hosts.is_first():
+        setup_logging(console, config.log_level)
+        console.line(resolved.sources())
+        if config.print_config and hosts.is_first():
             print_config(resolved)
-        status = run(resolved, console) or 0
+        status = run(dataclasses.replace(resolved, config=config), console) or 0
     except hosts.HostError as error:  # every host has it; the one that failed has the traceback
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
@@ -55,24 +75,18 @@ def run_command(
         status = 1
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
-        return _end_all(2)
+        return end_all(2)
+    except OutputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return end_all(1)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        return _end_all(INTERRUPTED)
+        return end_all(INTERRUPTED)
     except BaseException:
         if hosts.alone():
             raise
         traceback.print_exc()
-        return _end_all(1)
+        return end_all(1)
     if not hosts.alone():
         jax.distributed.shutdown()
     return status
-
-
-def _end_all(status: int) -> int:
-    """The exit status of an error that the other hosts do not know of: they may wait for this one forever."""
-    if hosts.alone():
-        return status
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # at once: jax then ends the others, and a proper end would wait for them

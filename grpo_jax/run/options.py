@@ -1,259 +1,46 @@
-"""The options: one frozen dataclass, with the checks of their values.
-
-Names, meanings and defaults are those of TRL 1.16's GRPOConfig where the option
-exists there, and of the original recipe's arguments otherwise. Three depart from
-TRL: `dtype` (auto), `loss_type` (no cispo, sapo, luspo, vespo) and `log_level`.
-"""
-
-# ruff: noqa: RUF009 (_opt makes a dataclasses.field, new for each option)
+"""GRPOConfig: the options of a run, checked all at once, under this package's names and TRL's."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import json
+import inspect
+import logging
 import math
+import os
 import re
-import types
-import typing
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
 
-from grpo_jax.run.trackers import PACKAGES
+from pydantic import ValidationError
 
-Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, and the test of it
+from grpo_jax.run.fields import KINDS, OPTIONS, Options, option_type
+from grpo_jax.run.trl_options import EQUAL, Entry, settle, show
+from grpo_jax.text import nearest
 
-ONE_OR_MORE: Rule = (">= 1", lambda v: v >= 1)
-ZERO_OR_MORE: Rule = (">= 0", lambda v: v >= 0)
-ABOVE_ZERO: Rule = ("> 0", lambda v: v > 0)
-SHARE: Rule = ("in (0, 1]", lambda v: 0 < v <= 1)
-LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DECAY: Rule = ("in [0, 1)", lambda v: 0 <= v < 1)
-COLUMN_NAMES: Rule = (
-    'column names, as {"prompt": "question"}',
-    lambda v: all(name and isinstance(name, str) for pair in v.items() for name in pair),
-)
-FILE_SIZE: Rule = (
-    "a number above 0 and its unit KB, MB, GB or TB, as 5GB or 500MB",
-    lambda v: re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", v, re.IGNORECASE) is not None,
-)
+logger = logging.getLogger(__name__)
 
 
-def _opt(default: Any, help: str, rule: Rule | None = None, **meta: Any) -> Any:
-    """A field: default, one line of help, rule; `choices`, and `spellings` of them from elsewhere.
-
-    The text none unsets an optional option, but for one with `keeps_none`, where it is a value.
-    """
-    metadata = {"help": help, "rule": rule, **meta}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+class UnknownOption(ValueError, TypeError):
+    """A name of no option: a TypeError as any function raises, and a ValueError as other wrong options are."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Every option of a run; what they do is in each field's help.
+class GRPOConfig(Options):
+    """Every option of a run; what each does is its line in `python -m grpo_jax.train --help`.
+
+    Takes TRL's keyword names too: what has no effect here is named in a warning.
 
     Raises:
-        ValueError: when a value has the wrong type, breaks its rule, or contradicts another.
+        ValueError: values are wrong, contradict one another, or ask for what is not supported; has a
+            sentence for each.
+        UnknownOption: one of the keywords names no option; has the nearest name too.
     """
 
-    tools_script: str | None = _opt(None, "Python file exporting TOOL_FUNCTIONS; wins over the module.")
-    tool_functions_module: str = _opt(
-        "tools_funcs.financial_tools_complex", "Python module exporting TOOL_FUNCTIONS."
-    )
-    tool_executor: str = _opt(
-        "process", "Run tools in worker processes or inline, in this one.", choices=("process", "inline")
-    )
-    tool_timeout: float = _opt(5.0, "Seconds until a tool call is stopped.", ABOVE_ZERO)
-    tool_memory_limit: int = _opt(1024, "Memory of a tool worker in MB.", ONE_OR_MORE)
-    tool_cache: bool = _opt(True, "Run equal calls of a step once: tools are pure.")
-    verify_purity: bool = _opt(
-        False, "Run up to 8 calls of a training step twice and report tools whose results differ."
-    )
-    tool_arg_validation: str = _opt(
-        "strict", "Whether text may stand for a number in a call (lax) or not.", choices=("strict", "lax")
-    )
-    max_tool_calling_iterations: int | None = _opt(
-        None, "Tool turns of a conversation at most; unset: as the budget allows.", ONE_OR_MORE
-    )
-    malformed_call_feedback: bool = _opt(False, "Answer a call that does not parse with the reason.")
+    __signature__: ClassVar = inspect.signature(Options)  # what notebooks and help() show
+    _given: ClassVar[dict[str, Any]] = {}  # the paths as they were before with_absolute_paths
 
-    reward_fn: list[str] | None = _opt(None, "Python files exporting reward_func; win over the name.")
-    reward_function_name: list[str] | None = _opt(None, "Built-in rewards; unset: accuracy.")
-    reward_weights: list[float] | None = _opt(None, "One weight per reward function; unset: all 1.")
-
-    dataset_id_or_path: str | None = _opt(None, "Training rows: a JSONL file, tfds:name or owner/name.")
-    eval_dataset_id_or_path: str | None = _opt(None, "Evaluation rows, of the same kinds.")
-    dataset_columns: dict = _opt(
-        {}, 'Rename columns of both data sets, as {"prompt": "question"} (ours: theirs).', COLUMN_NAMES
-    )
-    system_prompt: str | None = _opt(None, "System message for rows that have none.")
-    max_prompt_length: int | None = _opt(
-        None, "Tokens of a prompt at most; unset: the data's longest.", ONE_OR_MORE
-    )
-    overlong_prompts: str = _opt("error", "What to do with longer prompts.", choices=("error", "drop"))
-
-    model_name_or_path: str | None = _opt(
-        None, "Model folder, hub id, or scratch: a new small model with its own tokenizer."
-    )
-    model_revision: str = _opt("main", "Branch, tag or commit of a hub model.")
-    tokenizer_name_or_path: str | None = _opt(None, "Tokenizer folder or hub id; unset: the model's.")
-    dtype: str = _opt(
-        "auto",
-        "Type of the computation; auto: float32 on CPU, bfloat16 on accelerators.",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    param_dtype: str = _opt(
-        "float32", "Type in which the trained weights are kept.", choices=("float32", "bfloat16")
-    )
-    optim_dtype: str = _opt(
-        "float32", "Type in which AdamW's moments are kept.", choices=("float32", "bfloat16")
-    )
-    max_shard_size: str = _opt("5GB", "Of one weight file of a written model.", FILE_SIZE)
-    chat_template_kwargs: dict = _opt({}, 'Passed to the chat template, as {"enable_thinking": false}.')
-
-    use_peft: bool = _opt(False, "Train LoRA adapters instead of the weights.")
-    lora_r: int = _opt(16, "Rank of the adapters.", ONE_OR_MORE)
-    lora_alpha: float = _opt(32.0, "The adapters' product is scaled by lora_alpha / lora_r.", ABOVE_ZERO)
-    lora_dropout: float = _opt(0.05, "Dropout on the adapters' input in updates.", DECAY)
-    lora_target_modules: list[str] | None = _opt(
-        None,
-        "Modules with adapters, or all-linear for all of them; unset: q_proj v_proj, PEFT's own.",
-        choices=(*LORA_MODULES, "all-linear"),
-    )
-
-    num_train_epochs: float = _opt(3.0, "Passes over the training rows.", ABOVE_ZERO)
-    max_steps: int = _opt(
-        -1, "Updates; -1: by num_train_epochs.", ("-1 or >= 1", lambda v: v == -1 or v >= 1)
-    )
-    per_device_train_batch_size: int = _opt(
-        8, "Completions per device (along data and fsdp) and accumulation step.", ONE_OR_MORE
-    )
-    gradient_accumulation_steps: int = _opt(1, "Accumulation steps per update.", ONE_OR_MORE)
-    num_generations: int = _opt(
-        8, "Completions per prompt, ranked with one another.", (">= 2 to rank completions", lambda v: v >= 2)
-    )
-    max_grpo_completion_length: int = _opt(
-        512, "Tokens after the prompt at most, tool responses included.", ONE_OR_MORE
-    )
-    mask_truncated_completions: bool = _opt(False, "Learn nothing from rows that ended by the budget.")
-    temperature: float = _opt(1.0, "Temperature of the sampling.", ABOVE_ZERO)
-    top_p: float = _opt(1.0, "Sample from the likeliest tokens of this mass.", SHARE)
-    top_k: int = _opt(0, "Sample from this many tokens; 0: all.", ZERO_OR_MORE)
-    min_p: float | None = _opt(
-        None,
-        "Sample tokens of at least this share of the likeliest's mass.",
-        ("in [0, 1]", lambda v: 0 <= v <= 1),
-    )
-    beta: float = _opt(0.0, "Weight of the KL to the frozen first model; 0: no reference.", ZERO_OR_MORE)
-    epsilon: float = _opt(0.2, "Lower clip of the ratio: 1 - epsilon.", ABOVE_ZERO)
-    epsilon_high: float | None = _opt(None, "Upper clip: 1 + epsilon_high; unset: epsilon.", ABOVE_ZERO)
-    delta: float | None = _opt(
-        None,
-        "Ceiling of the ratio of rows worse than their group; unset: no ceiling.",
-        ("> 1, the ratio of an unchanged policy", lambda v: v > 1),
-    )
-    loss_type: str = _opt(
-        "dapo", "How token losses are averaged.", choices=("grpo", "bnpo", "dr_grpo", "dapo")
-    )
-    scale_rewards: str = _opt(
-        "group",
-        "Divide advantages by the deviation of the group, the batch, or nothing.",
-        choices=("group", "batch", "none"),
-        spellings={"true": "group", "false": "none"},  # TRL's older form
-    )
-    importance_sampling_level: str = _opt(
-        "token", "A ratio per token, or one per sequence.", choices=("token", "sequence")
-    )
-    top_entropy_quantile: float = _opt(
-        1.0, "Learn from this share of a batch's sampled tokens, those of highest entropy.", SHARE
-    )
-    num_iterations: int = _opt(1, "Updates per batch of completions.", ONE_OR_MORE)
-
-    learning_rate: float = _opt(1e-6, "Peak learning rate.", ZERO_OR_MORE)
-    lr_scheduler_type: str = _opt(
-        "linear",
-        "Learning rate after the warm-up.",
-        choices=("constant", "constant_with_warmup", "linear", "cosine"),
-    )
-    warmup_steps: float = _opt(
-        0.0,
-        "Updates of warm-up; below 1: share of all updates.",
-        (">= 0, and whole from 1 on", lambda v: 0 <= v < 1 or (v >= 1 and v == int(v))),
-    )
-    weight_decay: float = _opt(0.0, "Decoupled weight decay.", ZERO_OR_MORE)
-    adam_beta1: float = _opt(0.9, "Decay of AdamW's mean.", DECAY)
-    adam_beta2: float = _opt(0.999, "Decay of AdamW's squared mean.", DECAY)
-    adam_epsilon: float = _opt(1e-8, "AdamW's epsilon.", ABOVE_ZERO)
-    max_grad_norm: float = _opt(1.0, "Clip the gradient to this norm; 0: no clipping.", ZERO_OR_MORE)
-    gradient_checkpointing: bool = _opt(True, "Recompute layers in the backward pass to save memory.")
-    micro_batches: int = _opt(
-        0, "Split an update's rows to save memory, same result; 0: as memory needs.", ZERO_OR_MORE
-    )
-
-    cold_start: bool = _opt(False, "Fine-tune on gold calls before GRPO.")
-    sft_max_steps: int = _opt(300, "Updates of the cold start at most.", ONE_OR_MORE)
-    sft_batch_size: int = _opt(32, "Rows per update of the cold start.", ONE_OR_MORE)
-    sft_learning_rate: float = _opt(1e-5, "Learning rate of the cold start.", ABOVE_ZERO)
-    sft_eval_steps: int = _opt(10, "Updates between looks at the validation rows.", ONE_OR_MORE)
-    sft_validation_size: int = _opt(128, "Training rows kept for validation.", ONE_OR_MORE)
-    sft_stop_match: float = _opt(0.95, "Stop at this exact_answer_match on the validation rows.", SHARE)
-
-    mesh_data: int = _opt(
-        -1,
-        "Devices along data; -1: all that are left.",
-        ("-1 or >= 1", lambda v: v == -1 or v >= 1),
-    )
-    mesh_fsdp: int = _opt(1, "Devices that share rows and weights.", ONE_OR_MORE)
-    mesh_tensor: int = _opt(1, "Devices that share a layer's heads and width.", ONE_OR_MORE)
-
-    output_dir: str = _opt("trainer_output", "Folder of the results.")
-    overwrite_output_dir: bool = _opt(False, "Start over where output_dir holds a run.")
-    save_strategy: str = _opt(
-        "steps",
-        "When to save a checkpoint.",
-        choices=("steps", "epoch", "no"),
-        spellings={"false": "no"},  # YAML reads a bare no as false
-    )
-    save_steps: int = _opt(500, "Updates between checkpoints.", ONE_OR_MORE)
-    save_total_limit: int | None = _opt(None, "Newest checkpoints to keep; unset: all.", ONE_OR_MORE)
-    resume_from_checkpoint: str | None = _opt(
-        None, "Folder of a step, or none for a fresh start; unset: the newest in output_dir.", keeps_none=True
-    )
-    logging_steps: int = _opt(10, "Updates between printed lines.", ONE_OR_MORE)
-    log_completions: bool = _opt(False, "Print sample conversations at these lines.")
-    report_to: str = _opt("none", "Tracker besides metrics.jsonl.", choices=("none", *PACKAGES))
-    eval_steps: int | None = _opt(
-        None, "Updates between evaluations; unset: before and after only.", ONE_OR_MORE
-    )
-    eval_batch_size: int = _opt(128, "Rows evaluated at once.", ONE_OR_MORE)
-    seed: int = _opt(42, "Seed of everything random.", ("in [0, 2**32 - 1]", lambda v: 0 <= v < 2**32))
-    log_level: str = _opt(
-        "info",
-        "How much is printed.",
-        choices=("debug", "info", "warning"),
-        spellings={"passive": "info", "error": "warning", "critical": "warning"},
-    )
-    check: bool = _opt(False, "Load everything, run the gold calls, score three conversations, and exit.")
-    plan: str | None = _opt(
-        None, "Print what a step needs on v5e-8, v6e-8, v5p-64, h200, cpu or BYTES x DEVICES, and exit."
-    )
-    print_config: bool = _opt(False, "Show every option and where it came from.")
-    compilation_cache_dir: str | None = _opt(
-        "~/.cache/grpo_jax/xla", "Folder of compiled programs; none turns it off.", keeps_none=True
-    )
-
-    def __post_init__(self):
-        for name in OPTIONS:
-            object.__setattr__(self, name, check_option(name, getattr(self, name)))
-        rewards = self.reward_fn or self.reward_function_name or ["accuracy"]
-        if self.reward_weights is not None and len(self.reward_weights) != len(rewards):
-            raise ValueError(
-                f"reward_weights needs one weight per reward function: {len(rewards)} functions "
-                f"({', '.join(rewards)}), got {self.reward_weights}"
-            )
+    def __init__(self, **options: Any):
+        values, _ = resolve([[(name, value, "") for name, value in options.items()]])
+        super().__init__(**values)
 
     def batch_size(self, devices: int) -> int:
         """Completions per update: B = per device × devices × accumulation.
@@ -262,155 +49,268 @@ class Config:
             devices: devices along data and fsdp together.
 
         Raises:
-            ValueError: when B does not divide by num_generations; names the nearest values that do.
+            ValueError: B does not divide by num_generations (names the nearest values that do), or is not
+                generation_batch_size.
         """
         per_step, steps = self.per_device_train_batch_size * devices, self.gradient_accumulation_steps
         size, group = per_step * steps, self.num_generations
+        product = (
+            f"{size} = per_device_train_batch_size {self.per_device_train_batch_size} × {devices} devices × "
+            f"gradient_accumulation_steps {steps}"
+        )
+        if self.generation_batch_size not in (None, size):
+            raise ValueError(
+                f"generation_batch_size must be that of an update, {product}, got "
+                f"{self.generation_batch_size}; leave it out, or change one of these"
+            )
         if size % group == 0:
             return size
         unit = group // math.gcd(per_step, group)
         below = steps // unit * unit
         valid_steps = [s for s in (below, below + unit) if s > 0]
         divisors = [g for g in range(2, size + 1) if size % g == 0]
-        nearest = sorted(sorted(divisors, key=lambda g: abs(g - group))[:2])
+        close = sorted(sorted(divisors, key=lambda g: abs(g - group))[:2])
         raise ValueError(
-            f"completions per update must divide by num_generations {group}, got {size} = "
-            f"per_device_train_batch_size {self.per_device_train_batch_size} × {devices} devices × "
-            f"gradient_accumulation_steps {steps}; nearest valid: gradient_accumulation_steps "
-            f"{_or(valid_steps)}" + (f", or num_generations {_or(nearest)}" if nearest else "")
+            f"completions per update must divide by num_generations {group}, got {product}; nearest valid: "
+            f"gradient_accumulation_steps {_or(valid_steps)}"
+            + (f", or num_generations {_or(close)}" if close else "")
         )
 
     def warmup_updates(self, total: int) -> int:
         """Updates of warm-up in a run of `total` updates, as transformers counts them."""
-        return int(self.warmup_steps) if self.warmup_steps >= 1 else math.ceil(total * self.warmup_steps)
+        share = self.warmup_steps or self.warmup_ratio or 0.0
+        return int(share) if self.warmup_steps >= 1 else math.ceil(total * share)
+
+    def interval(self, event: Literal["save", "eval", "logging"], total: int, per_epoch: int) -> int | None:
+        """Updates between two checkpoints, evaluations or printed lines; None for none during training.
+
+        Args:
+            event: what is due.
+            total: updates of the run, of which an interval below 1 is a share, rounded up as transformers does.
+            per_epoch: updates of an epoch.
+        """
+        strategy = {"save": self.save_strategy, "eval": self.eval_strategy}.get(event)
+        steps = {"save": self.save_steps, "eval": self.eval_steps, "logging": self.logging_steps}[event]
+        if strategy == "steps" and steps is None:
+            steps = self.logging_steps  # as in transformers
+        if strategy == "epoch":
+            return per_epoch
+        if strategy == "no" or steps is None:
+            return None
+        return (
+            int(steps) if steps >= 1 else math.ceil(total * steps - 1e-9)
+        )  # 0.1 · 30 is 3, whatever its last bit
 
     def required(self, name: str) -> str:
         """The value of an option that this command cannot do without.
 
         Raises:
-            ValueError: when it is not set.
+            ValueError: it is not set.
         """
         if getattr(self, name) is None:
             raise ValueError(f"{name} must be set: --{name} VALUE, or {name}: VALUE in the YAML file")
         return getattr(self, name)
 
+    def with_absolute_paths(self) -> GRPOConfig:
+        """The same options with absolute paths, so that code which changes the working directory moves nothing.
 
-OPTIONS = {field.name: field for field in dataclasses.fields(Config)}
+        Data, models and tokenizers may be names of the hub: a path is what exists.
+        """
+        paths = {name: field.json_schema_extra["path"] for name, field in OPTIONS.items()}
+        given = {n: getattr(self, n) for n, kind in paths.items() if kind and getattr(self, n) is not None}
+        changed = {n: _absolute(value, paths[n]) for n, value in given.items()}
+        config = dataclasses.replace(self, **changed)
+        object.__setattr__(config, "_given", given | self._given)
+        return config
 
-# The first option of each group, for --help and the resolved config.
-GROUPS = {
-    "tools_script": "tools",
-    "reward_fn": "rewards",
-    "dataset_id_or_path": "data",
-    "model_name_or_path": "model",
-    "use_peft": "LoRA",
-    "num_train_epochs": "GRPO",
-    "learning_rate": "optimiser",
-    "cold_start": "cold start",
-    "mesh_data": "mesh",
-    "output_dir": "run",
-}
-
-
-def compute_dtype(option: str, on_cpu: bool) -> str:
-    """The type of the computation that the option `dtype` means on a device."""
-    return ("float32" if on_cpu else "bfloat16") if option == "auto" else option
+    def as_given(self) -> dict[str, Any]:
+        """Every option, paths as they were given."""
+        return dataclasses.asdict(self) | self._given
 
 
-@functools.cache
-def option_type(name: str) -> tuple[type, type | None, bool]:
-    """The type of an option, the type of a list's items, and whether it may be None."""
-    hint = typing.get_type_hints(Config)[name]
-    optional = isinstance(hint, types.UnionType)
-    if optional:
-        hint = next(one for one in typing.get_args(hint) if one is not type(None))
-    if typing.get_origin(hint) is list:
-        return list, typing.get_args(hint)[0], optional
-    return hint, None, optional
+def _absolute(value: Any, kind: str) -> Any:
+    if isinstance(value, list):
+        return [_absolute(one, kind) for one in value]
+    if value in ("none", "scratch") or value.startswith("tfds:"):
+        return value
+    path = re.sub(r"\[[^\[\]]*\]$", "", value) if kind == "data" else value  # without a slice
+    if kind != "file" and not os.path.exists(os.path.expanduser(path)):
+        return value
+    return os.path.abspath(os.path.expanduser(path)) + value[len(path) :]
+
+
+# --- from names and values to options ---
+
+
+def resolve(
+    sources: Iterable[Iterable[Entry]], problems: Iterable[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options that some sources give, the later ones overriding the earlier, after all checks.
+
+    Args:
+        sources: entries of a file, of the flags, of a call.
+        problems: what was found wrong before, to be reported with the rest.
+
+    Returns:
+        the value of every option, and the prefix that says where it was given of those that were.
+
+    Raises:
+        ValueError, UnknownOption: as `GRPOConfig`.
+    """
+    found: dict[str, tuple[Any, str]] = {}
+    sources, problems, unknown = [list(source) for source in sources], list(problems), False
+    for source in sources:
+        settled = settle(source, OPTIONS)
+        problems += settled.problems
+        unknown |= settled.unknown
+        # The more specific of two options for one thing wins, but a flag wins over the file's.
+        for name, stronger in (
+            ("reward_function_name", "reward_fn"),
+            ("tool_functions_module", "tools_script"),
+        ):
+            if name in settled.found:
+                found.pop(stronger, None)
+        found |= settled.found
+    equal = {name: found.pop(name) for name in EQUAL if name in found}
+    where = {name: prefix for name, (_, prefix) in found.items()}
+    values, wrong = _checked({name: value for name, (value, _) in found.items()})
+    options = Options(**values)
+    problems += [f"{where[name]}{text}" for name, text in wrong]
+    problems += [f"{where.get(name, '')}{text}" for name, text in _contradictions(options)]
+    for name, (value, prefix) in equal.items():
+        option, reason = EQUAL[name]
+        if value not in (None, getattr(options, option), str(getattr(options, option))):
+            problems.append(
+                f"{prefix}{name} must equal {option} {getattr(options, option)}, got {show(value)}: {reason}"
+            )
+    if problems:
+        places = [prefix for source in sources for _, _, prefix in source if prefix]
+        problems.sort(key=lambda text: next((i for i, p in enumerate(places) if text.startswith(p)), -1))
+        text = "\n".join([f"{len(problems)} options are wrong:", *(f"  {p}" for p in problems)])
+        raise (UnknownOption if unknown else ValueError)(problems[0] if len(problems) == 1 else text)
+    if len(found) < len(OPTIONS):  # a copy gives them all, and has nothing new to say
+        for name, text in _without_effect(options):
+            logger.warning("%s%s", where.get(name, ""), text)
+    return {name: getattr(options, name) for name in OPTIONS}, where
 
 
 def check_option(name: str, value: Any) -> Any:
-    """The value of one option in its type, after its choices and rule were checked.
-
-    Args:
-        name: a field of Config.
-        value: of the right type, or text that reads as it.
+    """The value of one option in its type.
 
     Raises:
-        ValueError: when it is neither, or breaks the option's rule.
+        ValueError: it has another type, or breaks the option's rule.
     """
-    kind, item, optional = option_type(name)
-    meta = OPTIONS[name].metadata
-    value = meta.get("spellings", {}).get(str(value).lower(), value)
-    if optional and (value is None or (_says_none(value) and not meta.get("keeps_none"))):
-        return None
+    values, wrong = _checked({name: value})
+    if wrong:
+        raise ValueError(wrong[0][1])
+    return getattr(Options(**values), name)
+
+
+def _checked(values: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The right ones of some values, and (option, what is wrong) of the others."""
     try:
-        value = _read_list(item, value) if kind is list else _READ[kind](value)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} must be {type_name(name)}, got {value!r}") from None
-    for one in value if kind is list else [value]:
-        if "choices" in meta and one not in meta["choices"]:
-            close = difflib.get_close_matches(str(one), meta["choices"], n=1)
-            nearest = f"; nearest: {close[0]}" if close else ""
-            raise ValueError(f"{name} must be one of {', '.join(meta['choices'])}, got {one!r}{nearest}")
-    if meta["rule"] and not meta["rule"][1](value):
-        raise ValueError(f"{name} must be {meta['rule'][0]}, got {value!r}")
-    return value
+        Options(**values)
+        return values, []
+    except ValidationError as error:
+        wrong = {
+            e["loc"][0]: e for e in reversed(error.errors(include_url=False))
+        }  # the first of each option
+    problems = [(n, f"{n} must be {_rule_of(n, wrong[n])}") for n in values if n in wrong]
+    return {n: v for n, v in values.items() if n not in wrong}, problems
 
 
-def _says_none(value: Any) -> bool:
-    word = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return str(word).lower() in ("none", "null")
+def _rule_of(name: str, error: Mapping[str, Any]) -> str:
+    """What an option must be and is not, in words."""
+    got = f", got {show(error['input'])}"
+    field, kind = OPTIONS[name], error["type"]
+    if kind == "literal_error":
+        choices = option_type(name).choices
+        close = nearest(str(error["input"]), choices, cutoff=0.6)
+        hint = f"; nearest: {close[0]}" if close else ""
+        return f"one of {', '.join(choices)}{got}{hint}"
+    if kind == "value_error":
+        return f"{error['ctx']['error']}{got}"
+    if kind.startswith(("greater_than", "less_than")):
+        signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+        bounds = [f"{signs[s]} {getattr(m, s)}" for m in field.metadata for s in signs if hasattr(m, s)]
+        why = field.json_schema_extra["why"]
+        return (
+            " and ".join(bounds) + (f" {why}" if why.startswith("to ") else f", {why}" if why else "") + got
+        )
+    return KINDS[option_type(name).kind] + got
 
 
-def _read_bool(value: Any) -> bool:
-    if str(value).lower() in ("true", "false") and isinstance(value, bool | str):
-        return str(value).lower() == "true"
-    raise ValueError
+def _contradictions(options: Options) -> list[tuple[str, str]]:
+    """(option, what is wrong) of options that are right by themselves."""
+    found = []
+    rewards = options.reward_fn or options.reward_function_name or ["accuracy"]
+    if options.reward_weights is not None and len(options.reward_weights) != len(rewards):
+        text = f"reward_weights needs one weight per reward function: {len(rewards)} functions "
+        found.append(("reward_weights", f"{text}({', '.join(rewards)}), got {options.reward_weights}"))
+
+    # the loss
+    loss, sequence = options.loss_type, options.importance_sampling_level == "sequence"
+    clipped = loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+    belongs = {
+        "epsilon": (clipped, "a loss_type with a lower clip (not cispo, sapo or vespo)"),
+        "epsilon_high": (clipped or loss == "cispo", "a loss_type with an upper clip (not sapo or vespo)"),
+        "delta": (clipped, "a clipped loss_type (not cispo, sapo or vespo)"),
+        **{name: (loss == "sapo", "loss_type sapo") for name in OPTIONS if name.startswith("sapo_")},
+        **{name: (loss == "vespo", "loss_type vespo") for name in OPTIONS if name.startswith("vespo_")},
+    }
+    for name, (acts, needs) in belongs.items():
+        value = getattr(options, name)
+        if not acts and value != OPTIONS[name].default:
+            found.append((name, f"{name} {value} has no effect with loss_type {loss}: it needs {needs}"))
+    if loss == "luspo" and not sequence:
+        text = "loss_type luspo weighs a sequence's ratio by its length; set importance_sampling_level to sequence"
+        found.append(("loss_type", text))
+    if loss == "vespo" and sequence and not options.beta:
+        text = "importance_sampling_level sequence has no effect with loss_type vespo, whose ratio is the sequence's"
+        found.append(("importance_sampling_level", f"{text} already; leave it out"))
+    bounds = (options.sampler_correction_min, options.sampler_correction_max)
+    if options.sampler_correction.endswith("truncate") and bounds == (None, None):
+        text = f"sampler_correction {options.sampler_correction} needs sampler_correction_min or _max to truncate at"
+        found.append(("sampler_correction", text))
+
+    # the advantages
+    if options.multi_objective_aggregation == "normalize_then_sum":
+        for name in ("scale_rewards", "advantage_estimator"):
+            if getattr(options, name) != "group":
+                text = f"{name} {getattr(options, name)} has no effect with multi_objective_aggregation "
+                text += "normalize_then_sum, which scales each reward by its group and their sum by the batch"
+                found.append((name, f"{text}; leave it out"))
+        if len(rewards) < 2:
+            text = f"normalize_then_sum needs several reward functions, got {', '.join(rewards)}"
+            found.append(("multi_objective_aggregation", f"multi_objective_aggregation {text}"))
+    if options.advantage_estimator == "none" and options.scale_rewards != "none":
+        text = (
+            f"advantage_estimator none with scale_rewards {options.scale_rewards} would divide rewards by a "
+        )
+        text += "deviation of 0 where they are equal; set scale_rewards to none"
+        found.append(("advantage_estimator", text))
+    return found
 
 
-def _read_int(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
-        raise ValueError
-    return int(value)
+def _without_effect(options: Options) -> list[tuple[str, str]]:
+    """(option, sentence) of options that were set and change nothing."""
+    found = []
+    for name in ("warmup_steps", "warmup_ratio"):
+        value = getattr(options, name)
+        if options.lr_scheduler_type == "constant" and value:
+            text = f"lr_scheduler_type constant has no warm-up, so {name} {value:g} has no effect (as in "
+            found.append((name, f"{text}transformers); constant_with_warmup has one"))
+    if options.eval_strategy in ("no", "epoch") and options.eval_steps is not None:
+        found.append(("eval_steps", f"eval_steps has no effect with eval_strategy {options.eval_strategy}"))
+    for name, field in OPTIONS.items():
+        if name.startswith("lora_") and not options.use_peft and getattr(options, name) != field.default:
+            found.append((name, f"{name} has no effect without use_peft"))
+    return found
 
 
-def _read_float(value: Any) -> float:
-    # PyYAML reads 5e-7 (no dot) as text, so text that is a number is one.
-    if isinstance(value, bool) or not math.isfinite(float(value)):
-        raise ValueError
-    return float(value)
-
-
-def _read_str(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError
-    return value
-
-
-def _read_dict(value: Any) -> dict:
-    value = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(value, dict):
-        raise ValueError
-    return dict(value)
-
-
-def _read_list(item: type, value: Any) -> list:
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    if not values:
-        raise ValueError
-    return [_READ[item](one) for one in values]
-
-
-_READ = {bool: _read_bool, int: _read_int, float: _read_float, str: _read_str, dict: _read_dict}
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "JSON"}
-
-
-def type_name(name: str) -> str:
-    """What an option's value must be, in words, for errors and --help."""
-    kind, item, optional = option_type(name)
-    text = "one or more of: " + _NAMES[item] if kind is list else _NAMES[kind]
-    return text + (" (or none)" if optional else "")
+def compute_dtype(option: str, on_cpu: bool) -> str:
+    """The data type of the computation that the option `dtype` means on a device."""
+    return ("float32" if on_cpu else "bfloat16") if option == "auto" else option
 
 
 def _or(values: list) -> str:
