@@ -266,7 +266,7 @@ def test_too_few_gold_calls_that_run_are_an_error(tmp_path, bad, message):
 def test_an_error_that_is_the_answer_is_learned(tmp_path, validations, trained):
     """A row may ask for what the tool refuses."""
     validations[1].append(1.0)
-    path = with_bad_calls(tmp_path, range(24), {"city": "Bonn"})
+    path = with_bad_calls(tmp_path, range(20), {"city": "Bonn"})
     options = {"sft_max_steps": 1, "max_grpo_completion_length": 200}
     with opened(tmp_path / "run", dataset_id_or_path=path, **options) as (job, data):
         results = cold_start.gold_trajectories(job, data.prompts)
