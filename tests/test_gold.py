@@ -202,7 +202,7 @@ class Echo:
     """A runner whose result is the row and the call's name."""
 
     def start_step(self, rows):
-        self.started = rows
+        self.rows = rows
 
     def run(self, calls, rows):
         return [
@@ -213,7 +213,9 @@ class Echo:
 def test_each_call_comes_back_with_its_row_and_result():
     other = {"name": "convert", "arguments": {}}
     rows = [with_columns(tool_call=[CALL, other]), with_columns(), with_columns(tool_call=other)]
-    ran = run_gold_calls(rows, TOOLS, Echo())
+    runner = Echo()
+    ran = run_gold_calls(rows, TOOLS, runner)
+    assert runner.rows == [row.columns for row in rows]
     assert [[(call.name, result.text) for call, result in row] for row in ran] == [
         [("anything", "0: anything"), ("convert", "0: convert")],
         [],
