@@ -186,7 +186,7 @@ class Config:
     entropy_coef: float = _opt(0.0, "Weight of the mean entropy, which the loss is lowered by.")
     off_policy_mask_threshold: float | None = _opt(
         None,
-        "Leave out rows of advantage below 0 whose mean log-probability fell by more than this since sampling.",
+        "Leave out rows worse than their group that lost more than this since sampling, in nats a token.",
         ABOVE_ZERO,
     )
     sampler_correction: str = _opt(
@@ -377,6 +377,10 @@ def _check_loss(config: Config) -> None:
             "importance_sampling_level sequence has no effect with loss_type vespo, whose ratio is the "
             "sequence's already; leave it out"
         )
+    if config.sampler_correction == "none":
+        for name in ("sampler_correction_min", "sampler_correction_max"):
+            if getattr(config, name) != default[name]:
+                raise ValueError(f"{name} {getattr(config, name)} has no effect without sampler_correction")
     if config.sampler_correction.endswith("truncate") and (
         config.sampler_correction_min is None and config.sampler_correction_max is None
     ):
