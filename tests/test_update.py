@@ -141,7 +141,7 @@ def numpy_entropies(params, rows, shape):
 
 
 def numpy_loss(params, rows, batch, advantages=ADVANTAGES, learns=None):
-    """Clipped surrogate + beta * k3 averaged over all sampled tokens, token by token; and metrics.
+    """Clipped surrogate + beta * ratio * k3 averaged over all sampled tokens, token by token; and metrics.
 
     `learns` [B, T2]: where the surrogate acts; None: everywhere.
     """
@@ -153,7 +153,7 @@ def numpy_loss(params, rows, batch, advantages=ADVANTAGES, learns=None):
         ratio = np.exp(new - float(batch.old_logprobs[i, t]))
         clipped = min(max(ratio, 1 - EPSILON), 1 + EPSILON_HIGH)
         difference = float(batch.ref_logprobs[i, t]) - new
-        k3 = np.exp(difference) - difference - 1
+        k3 = (np.exp(difference) - difference - 1) * ratio
         total += -min(ratio * A, clipped * A) * learns[i, t] + BETA * k3
         kl, tokens = kl + k3, tokens + 1
         low, high = low + (A < 0 and ratio < 1 - EPSILON), high + (A > 0 and ratio > 1 + EPSILON_HIGH)
