@@ -269,6 +269,10 @@ def _contradictions(options: Options) -> list[tuple[str, str]]:
         text = "importance_sampling_level sequence has no effect with loss_type vespo, whose ratio is the sequence's"
         found.append(("importance_sampling_level", f"{text} already; leave it out"))
     bounds = (options.sampler_correction_min, options.sampler_correction_max)
+    for name in ("sampler_correction_min", "sampler_correction_max"):
+        value = getattr(options, name)
+        if options.sampler_correction == "none" and value != OPTIONS[name].default:
+            found.append((name, f"{name} {value} has no effect without sampler_correction"))
     if options.sampler_correction.endswith("truncate") and bounds == (None, None):
         text = f"sampler_correction {options.sampler_correction} needs sampler_correction_min or _max to truncate at"
         found.append(("sampler_correction", text))
