@@ -831,7 +831,6 @@ def test_defaults_are_those_of_trl():
         "eval_steps": None,
         "seed": 42,
         "model_revision": "main",
-        "use_bias_correction_kl": True,
         "warmup_ratio": None,
         "generation_batch_size": None,
     }
