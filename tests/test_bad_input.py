@@ -209,9 +209,12 @@ def test_missing_rewards_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_generation", "4"], "unknown option --num_generation; nearest: --num_generations"),
+        (
+            ["--num_generation", "4"],
+            "--num_generation: unknown option 'num_generation'; nearest: num_generations",
+        ),
         (["--max_steps", "many"], "--max_steps: max_steps must be a whole number, got 'many'"),
-        (["--beta", "-1"], "--beta: beta must be >= 0, got -1.0"),
+        (["--beta", "-1"], "--beta: beta must be >= 0, got -1"),
         (
             ["--loss_type", "ppo"],
             "--loss_type: loss_type must be one of grpo, bnpo, dr_grpo, dapo, got 'ppo'",

@@ -196,7 +196,7 @@ class Options:
         None,
         "Upper bound of the ratio where the advantage is negative; unset: none.",
         gt=1,
-        why="the ratio of an unchanged policy",
+        why="(an unchanged policy has the ratio 1)",
     )
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = _opt("dapo", "How token losses are averaged.")
     scale_rewards: Literal["group", "batch", "none"] = _opt(
