@@ -17,16 +17,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax.models.cost import Lengths
-from grpo_jax.models.qwen import Level, ModelConfig, Params, init_params
+from grpo_jax.models.qwen import ModelConfig, Params, init_params
 from grpo_jax.models.sharding import Layout, make_mesh
-from grpo_jax.rollout.sampler import Sampler, Sampling, Turn, make_sampler, row_keys
+from grpo_jax.rollout.sampler import Sampler, Turn, make_sampler
+from grpo_jax.rollout.sampling import Sampling, row_keys
 from grpo_jax.run import options
-from grpo_jax.types import Status, StepBatch, TrainState, Trajectory
-from grpo_jax.update.batch import Tree, make_tree, response_bucket, step_batch, trunk_arrays
+from grpo_jax.types import Example, Prompt, Status, Trajectory
+from grpo_jax.update import batch as update_batch
+from grpo_jax.update.batch import Batch, Tree, make_tree, preamble_level, prompts_level, response_bucket
 from grpo_jax.update.optimizer import make_optimizer, make_schedule
 from grpo_jax.update.update import (
     GrpoObjective,
     ModelStep,
+    TrainState,
     batch_shardings,
     init_state,
     make_update,
@@ -200,10 +203,8 @@ def make_job(
 
 def prefill(job: Job, params: Params) -> Any:
     """The trunk: keys and values of the preamble, then of the prompts."""
-    arrays = jax.tree.map(jnp.asarray, trunk_arrays(job.tree, job.prompts))
-    positions = jnp.arange(job.tree.T0, dtype=jnp.int32)[None]
-    preamble = Level(arrays["preamble"], positions, arrays["preamble_valid"], shared=True)
-    own = Level(arrays["prompts"], arrays["prompts_positions"], arrays["prompts_valid"], shared=True)
+    levels = preamble_level(job.tree), prompts_level(job.tree, job.prompts)
+    preamble, own = jax.tree.map(jnp.asarray, levels)
     trunk = ((job.sampler.prefill(params, (), preamble), preamble.valid),)
     return (*trunk, (job.sampler.prefill(params, trunk, own), own.valid))
 
@@ -233,7 +234,7 @@ def _response(job: Job, pending: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     return tokens, jnp.full(B, n, jnp.int32), jnp.ones(B, jnp.int32)
 
 
-def make_batch(job: Job, turns: list[Turn]) -> StepBatch:
+def make_batch(job: Job, turns: list[Turn]) -> Batch:
     """The update's batch of what was decoded, with random advantages, on the devices."""
     n, response = job.sampled_per_turn, job.turns.response
     ids: list[list[int]] = [[] for _ in range(job.shape.lengths.B)]
@@ -246,7 +247,7 @@ def make_batch(job: Job, turns: list[Turn]) -> StepBatch:
     return place_batch(job.step.layout, _step_batch(job, ids, logprobs))
 
 
-def abstract_batch(job: Job) -> StepBatch:
+def abstract_batch(job: Job) -> Batch:
     """Shapes, dtypes and shardings of the update's batch."""
     x = job.shape.lengths
     batch = _step_batch(job, [[1] * x.T2] * x.B, [[0.0] * x.T2] * x.B)
@@ -257,13 +258,21 @@ def abstract_batch(job: Job) -> StepBatch:
     return jax.tree.map(abstract, batch, batch_shardings(job.step.layout, batch))
 
 
-def _step_batch(job: Job, ids: list[list[int]], logprobs: list[list[float]]) -> StepBatch:
+def _step_batch(job: Job, ids: list[list[int]], logprobs: list[list[float]]) -> Batch:
     G, turns = job.shape.lengths.G, job.turns.count
     given = [True] * job.sampled_per_turn + [False] * job.turns.response
     mask = given * turns + [True] * job.sampled_per_turn
+    advantages = np.random.default_rng(1).normal(size=len(ids)).tolist()
+    prompts = [Prompt(Example([], ""), prompt, []) for prompt in job.prompts]
     trajectories = [
-        Trajectory(job.prompts[row // G], ids[row], mask, logprobs[row], [], [], Status.ANSWERED)
+        Trajectory(
+            prompts[row // G],
+            ids[row],
+            mask,
+            logprobs[row],
+            status=Status.ANSWERED,
+            advantage=advantages[row],
+        )
         for row in range(len(ids))
     ]
-    advantages = np.random.default_rng(1).normal(size=len(ids))
-    return step_batch(job.tree, trajectories, G, advantages)
+    return update_batch.make_batch(job.tree, trajectories, G)

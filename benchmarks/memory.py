@@ -15,29 +15,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import time
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from job import Shape, abstract_batch, add_shape_options, make_job, shape_of
 
 from grpo_jax.models.cost import weights
 from grpo_jax.models.sharding import AXES
-from grpo_jax.models.target import compiling_for
+from grpo_jax.models.target import SLICES, compiling_for, tpu_devices
 
 GB = 1e9
-SLICES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}  # eight devices each
-
-
-def target_devices(kind: str | None) -> list[jax.Device]:
-    """A slice of TPUs that nobody has to own; None: what is present."""
-    if kind is None:
-        return jax.devices()
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is asked for no TPU of its own
-    return topologies.get_topology_desc(platform="tpu", topology_name=SLICES[kind]).devices
+SLICE = 8  # devices of a TPU that is compiled for
 
 
 def update_memory(shape: Shape, dtype: str, mesh: Mesh):
@@ -69,7 +59,8 @@ def main() -> None:
     parser.add_argument("--target", choices=SLICES, help="compile for such a TPU instead of what is present")
     parser.add_argument("--mesh", type=int, nargs=3, default=(1, 1, 1), metavar=AXES, help="default 1 1 1")
     args = parser.parse_args()
-    shape, present, wanted = shape_of(parser, args), target_devices(args.target), math.prod(args.mesh)
+    shape, wanted = shape_of(parser, args), math.prod(args.mesh)
+    present = tpu_devices(args.target, SLICE) if args.target else jax.devices()
     if wanted > len(present):
         parser.error(
             f"--mesh {args.mesh[0]} {args.mesh[1]} {args.mesh[2]} must multiply to at most the {len(present)} "

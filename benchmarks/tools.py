@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from grpo_jax.tools import ToolRunner, load_tools
+from grpo_jax.tools import Limits, ToolRunner, load_tools
 from grpo_jax.types import Outcome, ToolCall
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "financial_train.jsonl"
@@ -68,7 +68,7 @@ def hanging() -> None:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "hanging_tools.py"
         script.write_text(HANGING)
-        with ToolRunner(load_tools(script=script), timeout=TIME_LIMIT) as runner:
+        with ToolRunner(load_tools(script=script), limits=Limits(seconds=TIME_LIMIT)) as runner:
             time_batch(runner, calls, Outcome.OK)
             runner.start_step()
             delayed = time_batch(runner, [ToolCall("hang", {}), *calls], Outcome.TIMEOUT)

@@ -1,7 +1,14 @@
 """GRPO with verifiable rewards for tool-calling Qwen models, in JAX and Flax."""
 
+import logging
+import sys
+
 __version__ = "0.1.0"
-__all__ = ["GRPOConfig"]
+__all__ = ["GRPOConfig", "GRPOTrainer"]
+
+# Handlers on the root logger before our own imports: dependencies add some, see `run.console.setup_logging`.
+ROOT_HANDLERS = tuple(logging.getLogger().handlers)
+ABSL_CAME_FIRST = "absl.logging" in sys.modules
 
 
 def __getattr__(name: str):
@@ -10,4 +17,8 @@ def __getattr__(name: str):
         from grpo_jax.run.options import GRPOConfig
 
         return GRPOConfig
+    if name == "GRPOTrainer":
+        from grpo_jax.trainer import GRPOTrainer
+
+        return GRPOTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from grpo_jax.files import OutputError
 from grpo_jax.models import hf
 from grpo_jax.models.peft import save_adapter
 from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
@@ -76,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except OutputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

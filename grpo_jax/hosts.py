@@ -4,41 +4,96 @@ Each decodes its own rows with all others, runs their tool calls and scores them
 what is run next on the devices is agreed upon here first, because a process that runs something
 else than the others hangs them all. All processes call `gather`, `of_first`, `agree`, `check_alike`
 and `fetch`, in the same order. With one process nothing here communicates, and errors keep their own path.
+Importing this imports no jax: data, tools and rewards are read without it.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 
 T = TypeVar("T")
 SMALLEST_MESSAGE = 1024  # bytes; messages are padded to powers of two, so that few programs are compiled
+JOIN = "GRPO_JAX_DISTRIBUTED"
 
 
 class HostError(RuntimeError):
     """One process failed and all end with its message; in that one, `__cause__` is its own error."""
 
 
+def join_processes(environ: Mapping[str, str] = os.environ) -> None:
+    """Connect the processes of a run, before anything touches a device; a single process stays alone.
+
+    `jax.distributed.initialize` finds the others by itself on a cluster that it knows. It is called where srun,
+    mpirun or a TPU slice count several processes, where `JAX_COORDINATOR_ADDRESS` is set (with
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` where no cluster knows them), and with `GRPO_JAX_DISTRIBUTED=1`;
+    `GRPO_JAX_DISTRIBUTED=0` keeps a process alone.
+
+    Raises:
+        ValueError: the variables contradict each other, or jax recognises no cluster.
+    """
+    asked = environ.get(JOIN, "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(
+            f"{JOIN} must be 1 (join the processes of a cluster) or 0 (stay alone), got {asked!r}"
+        )
+    numbers = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    given = {name: environ[variable] for name, variable in numbers.items() if variable in environ}
+    for name, text in given.items():
+        if not text.isdigit():
+            raise ValueError(f"{numbers[name]} must be a whole number, got {text!r}")
+    address = environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None and given:
+        raise ValueError(
+            f"{numbers[next(iter(given))]} is set and JAX_COORDINATOR_ADDRESS is not; set it to HOST:PORT of "
+            "process 0, or leave both out"
+        )
+    if asked == "0" or not (asked or address or _launched_together(environ)):
+        return
+    import jax
+
+    # jax's own handler of SIGTERM would swallow a signal that comes before training begins; ours stops all hosts
+    jax.config.update("jax_enable_preemption_service", False)
+    explicit = {"coordinator_address": address} | {name: int(text) for name, text in given.items()}
+    try:
+        jax.distributed.initialize(**(explicit if address else {}))
+    except ValueError as error:  # jax names an argument of its own
+        raise ValueError(
+            f"jax cannot join the processes of a run here: {error} Set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
+            f"JAX_NUM_PROCESSES and JAX_PROCESS_ID, or {JOIN}=0 to stay alone"
+        ) from error
+
+
+def _launched_together(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher says that it started several processes; a cluster's variables are there for one too."""
+    counts = [environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+    if environ.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
+        hosts = len(environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
+        counts += [environ.get("MEGASCALE_NUM_SLICES", ""), str(hosts)]
+    return any(count.isdigit() and int(count) > 1 for count in counts)
+
+
 def alone() -> bool:
     """Whether this is the only process; starts no backend."""
-    return not jax.distributed.is_initialized() or jax.process_count() == 1
+    jax = sys.modules.get("jax")  # whoever joined others imported it
+    return jax is None or not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def is_first() -> bool:
     """Whether this process writes the files and prints."""
-    return alone() or jax.process_index() == 0
+    return alone() or _place()[0] == 0
 
 
 def share(items: Sequence[T]) -> list[T]:
     """This process's part of a batch; see `part_of`."""
-    return list(items) if alone() else part_of(items, jax.process_index(), jax.process_count())
+    return list(items) if alone() else part_of(items, *_place())
 
 
 def part_of(items: Sequence[T], process_index: int, process_count: int) -> list[T]:
@@ -100,7 +155,7 @@ def of_first(make: Callable[[], T]) -> T:
 def agree(figures: Sequence[int]) -> np.ndarray:
     """[processes, n] int32: everybody's figures, in one all-gather."""
     own = np.array(figures, np.int32)
-    return own[None] if alone() else process_allgather(own)
+    return own[None] if alone() else _all_gather(own)
 
 
 def check_alike(what: str, value: Any) -> None:
@@ -120,7 +175,7 @@ def check_alike(what: str, value: Any) -> None:
 
 
 class Failure:
-    """A process that fails between collective calls goes on with them until the others know.
+    """A process that fails between collective calls keeps making them until the others know.
 
     `with failure: …` keeps the first error of its blocks; `raise_everywhere` raises it. With one
     process the blocks raise at once.
@@ -157,21 +212,33 @@ def fetch(tree: Any) -> Any:
 
     Stacked weights come layer by layer: a device never holds more than one layer's whole weight.
     """
-    if alone():
-        return jax.device_get(tree)
-    return jax.tree.map(_whole, tree)
+    import jax
+
+    def whole(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
+            return np.asarray(x)
+        if x.ndim < 3:
+            return _all_gather(x, tiled=True)
+        return np.stack([_all_gather(x[i], tiled=True) for i in range(len(x))])
+
+    return jax.device_get(tree) if alone() else jax.tree.map(whole, tree)
 
 
-def _whole(x: Any) -> np.ndarray:
-    if not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
-        return np.asarray(x)
-    if x.ndim < 3:
-        return process_allgather(x, tiled=True)
-    return np.stack([process_allgather(x[i], tiled=True) for i in range(len(x))])
+def _place() -> tuple[int, int]:
+    """This process's index, and how many there are."""
+    import jax
+
+    return jax.process_index(), jax.process_count()
+
+
+def _all_gather(x: Any, tiled: bool = False) -> np.ndarray:
+    from jax.experimental.multihost_utils import process_allgather
+
+    return process_allgather(x, tiled=tiled)
 
 
 def _all_messages(message: bytes) -> list[bytes]:
     lengths = agree([len(message)])[:, 0]
     size = max(SMALLEST_MESSAGE, 1 << int(lengths.max() - 1).bit_length())
     padded = np.frombuffer(message.ljust(size, b"\0"), np.uint8)
-    return [row[:n].tobytes() for row, n in zip(process_allgather(padded), lengths, strict=True)]
+    return [row[:n].tobytes() for row, n in zip(_all_gather(padded), lengths, strict=True)]

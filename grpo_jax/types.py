@@ -1,12 +1,13 @@
-"""The shared data types, and the key to the dimension letters.
+"""The data of a run on the host, ragged and plain Python, and the key to the dimension letters.
 
-Dimensions: P prompts, G completions per prompt, B = P·G rows (the rows of a
-group lie next to each other), T tokens, S keys, V vocabulary, D model width,
-F MLP width, N query heads, K key/value heads, R = N/K query heads per
-key/value head, H head size, L layers, J loss positions per row.
+An `Example` is a row of the data; a `Prompt` is an example as the model sees it; a `Trajectory` is one
+completion of a prompt, to which the rollout, the rewards and the advantages each add what they know.
+What the device sees of trajectories is a `Batch` (see `update.batch`).
+
+Dimensions: P prompts, G completions per prompt, B = P·G completions (those of a prompt, a group, lie next
+to each other), T tokens, S keys, V vocabulary, D model width, F MLP width, N query heads, K key/value
+heads, R = N/K query heads per key/value head, H head size, L layers, J loss positions per completion.
 Levels: T0 preamble tokens, T1 prompt tokens, T2 completion tokens.
-
-The host side is ragged and plain Python; the device side has fixed shapes.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import dataclasses
 import enum
 from typing import Any
 
-import jax
-
 Message = dict[str, Any]
+Schema = dict[str, Any]  # of one tool, as the chat template takes it
 
 # the "tool" that tells the model why its call did not parse; no reward takes it for a result
 PARSER_NAME = "tool_call_parser"
@@ -55,6 +55,29 @@ class Example:
     answer: str
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The row, as `make_tools(row)` gets it."""
+        return {"prompt": self.messages, "answer": self.answer, **self.extra}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """An example as the model sees it.
+
+    Args:
+        example: the row.
+        ids: token ids of the whole prompt, preamble included.
+        schemas: of the tools that it shows, the only ones that its completions may call.
+        draw: global draw index, epoch · n + place in the epoch's order: with the run's seed, the
+            completion's number and the position it decides what is sampled.
+    """
+
+    example: Example
+    ids: list[int]
+    schemas: list[Schema]
+    draw: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,106 +131,31 @@ class ParsedTurn:
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """One completion with all its tool turns, token in, token out.
+    """One completion of a prompt with all its tool turns, token in, token out.
 
     Args:
-        prompt_ids: the whole prompt, preamble included.
+        prompt: what it completes.
         completion_ids: everything after the prompt: sampled tokens and tool responses.
         sampled_mask: True where the policy sampled the token.
         logprobs: the sampler's log-probability in nats; 0.0 where not sampled.
         messages: the messages after the prompt, as rewards see them.
         calls: every call that was run, with its result, in order.
-        status: how it ended.
-        rewards: one value per reward function; None where it does not apply.
+        status: how it ended; None while it is being sampled.
+        rewards: one value per reward function; NaN where it does not apply.
+        advantage: how much better than its group's mean it did, in units of `scale_rewards`.
     """
 
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    sampled_mask: list[bool]
-    logprobs: list[float]
-    messages: list[Message]
-    calls: list[tuple[ToolCall, ToolResult]]
-    status: Status
-    rewards: tuple[float | None, ...] = ()
+    prompt: Prompt
+    completion_ids: list[int] = dataclasses.field(default_factory=list)
+    sampled_mask: list[bool] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    messages: list[Message] = dataclasses.field(default_factory=list)
+    calls: list[tuple[ToolCall, ToolResult]] = dataclasses.field(default_factory=list)
+    status: Status | None = None
+    rewards: tuple[float, ...] = ()
+    advantage: float = 0.0
 
     @property
     def sampled_tokens(self) -> int:
         """Number of tokens that the policy sampled."""
         return sum(self.sampled_mask)
-
-
-def pytree_dataclass(*static: str):
-    """Frozen dataclass that is a pytree; `static` fields are part of its structure."""
-
-    def wrap(cls):
-        cls = dataclasses.dataclass(frozen=True)(cls)
-        names = [f.name for f in dataclasses.fields(cls)]
-        return jax.tree_util.register_dataclass(cls, [n for n in names if n not in static], list(static))
-
-    return wrap
-
-
-@pytree_dataclass("loss_positions")
-class StepBatch:
-    """What one update sees: the three levels of the prefix tree and what is learned on them.
-
-    The completion level holds the prompt's last token and a completion but for its last, so that position
-    t of it predicts token t of the completion, which is target t.
-
-    Args:
-        preamble: [1, T0] token ids.
-        preamble_valid: [1, T0] bool, a prefix.
-        prompts: [P, T1] token ids, without the prompt's last token.
-        prompts_positions: [P, T1] int32 logical positions.
-        prompts_valid: [P, T1] bool, a prefix of each row.
-        completions: [B, T2] token ids.
-        completions_positions: [B, T2] int32.
-        completions_valid: [B, T2] bool, a prefix of each row.
-        targets: [B, T2] token ids that follow those of `completions`.
-        sampled_mask: [B, T2] bool, target t was sampled and is learned.
-        sampler_logprobs: [B, T2] float32 nats, the sampler's; 0 where not sampled.
-        old_logprobs: [B, T2] float32 nats of the policy before this batch's first
-            update; None means the current ones (one update per batch).
-        ref_logprobs: [B, T2] float32 nats of the frozen reference; None when beta = 0.
-        advantages: [B] float32.
-        loss_tokens: int32 scalar, learned tokens of the whole batch: groups that teach nothing may be
-            missing here, and still count in what the loss divides by.
-        loss_rows: int32 scalar, rows of the whole batch.
-        loss_positions: J, a bucket that no row's count of sampled tokens exceeds.
-        dropout_keys: [B, 2] uint32 a key per row for the adapters' dropout; None drops nothing.
-    """
-
-    preamble: jax.Array
-    preamble_valid: jax.Array
-    prompts: jax.Array
-    prompts_positions: jax.Array
-    prompts_valid: jax.Array
-    completions: jax.Array
-    completions_positions: jax.Array
-    completions_valid: jax.Array
-    targets: jax.Array
-    sampled_mask: jax.Array
-    sampler_logprobs: jax.Array
-    old_logprobs: jax.Array | None
-    ref_logprobs: jax.Array | None
-    advantages: jax.Array
-    loss_tokens: jax.Array
-    loss_rows: jax.Array
-    loss_positions: int
-    dropout_keys: jax.Array | None = None
-
-
-@pytree_dataclass()
-class TrainState:
-    """All that an update changes.
-
-    Args:
-        step: int32 scalar, updates done (skipped ones included).
-        params: what is trained: master weights in `param_dtype`, layers stacked [L, …], or float32
-            adapters beside frozen weights.
-        opt_state: optax state.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any

@@ -9,7 +9,7 @@
 | calls the right tool and gets another result          | 0.4    |
 | its last result equals the answer                     | 1.0    |
 
-With several calls the last one counts. Case and blanks are ignored when results are
+With several calls the last one counts. Case and whitespace are ignored when results are
 compared. The right tool is named by a row's `tool_call`, or where that is null by its
 `ground_truth`. Where neither names one (no tool should be called), trying no call scores 1
 and any call 0.

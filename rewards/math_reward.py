@@ -4,7 +4,7 @@
 |---|---|
 | no tool call | 0.0 |
 | a tool call, and the last tool response is not the answer | 0.3 |
-| the last tool response is the answer (case and outer blanks ignored) | 1.0 |
+| the last tool response is the answer (case and outer whitespace ignored) | 1.0 |
 """
 
 

@@ -11,10 +11,10 @@ one of the model's, best pairs first, and the sum of their scores is divided by 
 number of calls, so a missing or needless call costs its share. Where the gold list is
 empty or null (no tool should be called), trying no call scores 1 and any call 0.
 
-Values: numbers count as equal when they agree to a millionth, texts when case and outer
-blanks do not matter, lists and objects in proportion to their equal entries. The gold
+Values: numbers count as equal when they agree to a millionth, texts when they differ only in
+case and outer whitespace, lists and objects in proportion to their equal entries. The gold
 calls are a row's `tool_call`, or where that is null its `ground_truth`, in which every null is
-padding and is ignored. Needs no tool run: what `answer` says is not looked at.
+padding and is ignored. It needs no tool run: `answer` is not read.
 """
 
 import math

@@ -7,7 +7,7 @@
 | is to the expected tool, and its result is the answer    | 1.0    |
 
 The expected tool is the data set's column `expected_tool`, or the name in its column
-`tool_call` (the last one's, where there are several). Outer blanks and case are ignored.
+`tool_call` (the last one's, where there are several). Outer whitespace and case are ignored.
 Where that is null or an empty list (no tool should be called), no call scores 1 and any call 0.
 """
 

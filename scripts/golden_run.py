@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PLAIN_KL = ("--use_bias_correction_kl", "false")
 JOBS = {
     "plain": [],
-    "kl": ["--beta", "0.04", "--use_bias_correction_kl", "false", "--num_iterations", "2"],
+    "kl": ["--beta", "0.04", *PLAIN_KL, "--num_iterations", "2"],
     "parts": ["--micro_batches", "4", "--loss_type", "dr_grpo", "--importance_sampling_level", "sequence"],
-    "lora": ["--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0.1", "--beta", "0.04"]
-    + ["--use_bias_correction_kl", "false"],
+    "lora": ["--use_peft", "true", "--lora_r", "4", "--lora_dropout", "0.1", "--beta", "0.04", *PLAIN_KL],
     "quantile": ["--top_entropy_quantile", "0.5", "--micro_batches", "2", "--scale_rewards", "batch"],
     "cold": ["--cold_start", "true", "--sft_max_steps", "4", "--mask_truncated_completions", "true"],
 }

@@ -8,6 +8,7 @@ import os
 import sys
 
 import hypothesis
+import pytest
 from jaxtyping import install_import_hook
 
 if "jax" in sys.modules:
@@ -22,8 +23,20 @@ os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0")
 
 # annotated shapes and dtypes are checked whenever a function of these modules is called or traced
-CHECKED = ("attention", "logprobs", "models.qwen", "losses", "advantages")
+CHECKED = ("models.attention", "models.logprobs", "models.qwen", "update.losses", "scoring.advantages")
 install_import_hook([f"grpo_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 hypothesis.settings.register_profile("jax", deadline=None)  # a first call compiles
 hypothesis.settings.load_profile("jax")
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    """Writes the lines to rows.jsonl and gives its path."""
+
+    def write(*lines: str) -> str:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return str(path)
+
+    return write

@@ -18,14 +18,15 @@ import numpy as np
 
 from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
-from grpo_jax.models.scratch import make_tiny_checkpoint
+from grpo_jax.models.scratch import Sizes, make_tiny_checkpoint
 from grpo_jax.models.sharding import Layout, make_mesh
 from grpo_jax.rollout import sampler as sampler_module
 from grpo_jax.rollout.conversation import Conversation, load_conversation
-from grpo_jax.rollout.loop import ToolLoop, prefill_preamble, run_rollout
-from grpo_jax.rollout.sampler import Sampler, Sampling, make_sampler
-from grpo_jax.tools import Toolbox, ToolRunner, get_schema
-from grpo_jax.types import Message, ToolCall, Trajectory
+from grpo_jax.rollout.loop import Rollout, ToolLoop, make_policy, roll_out
+from grpo_jax.rollout.sampler import Sampler, make_sampler
+from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.tools import Limits, Toolbox, ToolRunner, get_schema
+from grpo_jax.types import Example, Message, Prompt, Schema, Status, ToolCall, Trajectory
 from grpo_jax.update.batch import Tree, make_tree
 from tools_funcs.math_tools import add, multiply
 
@@ -77,7 +78,7 @@ def _tiny() -> tuple[Conversation, ModelConfig]:
     texts = [json.dumps(SCHEMAS), *QUESTIONS, "You may call one or more functions. assistant user system"] * 3
     with tempfile.TemporaryDirectory() as folder:
         shape = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 64}
-        model = make_tiny_checkpoint(Path(folder) / "model", texts, vocab_size=512, **shape)
+        model = make_tiny_checkpoint(Path(folder) / "model", texts, Sizes(vocab_size=512, **shape))
         config = json.loads((model / "config.json").read_text())
         return load_conversation(model), ModelConfig.from_hf(config)
 
@@ -154,15 +155,33 @@ def new_sampler(dtype=FLOAT32, compact=False, **sampling) -> Sampler:
 def tool_loop(sampler: Sampler, **settings) -> ToolLoop:
     """A tool loop with `TOOLS`, run in this process with 0.2 s for a call."""
     toolbox = Toolbox({f.__name__: f for f in TOOLS}, SCHEMAS, "tests/helpers.py")
-    runner = ToolRunner(toolbox, "inline", timeout=0.2)
-    return ToolLoop(sampler, conversation(), SCHEMAS, runner, tree(), **settings)
+    runner = ToolRunner(toolbox, "inline", Limits(seconds=0.2))
+    return ToolLoop(sampler, conversation(), runner, tree(), **settings)
 
 
-def rollout(loop: ToolLoop, prompts: Sequence[list[int]], draws=(0, 1), **settings) -> list[Trajectory]:
+def prompt(ids: Sequence[int], draw: int = 0, schemas: Sequence[Schema] = SCHEMAS) -> Prompt:
+    """A prompt of given tokens."""
+    return Prompt(Example([], ""), list(ids), list(schemas), draw)
+
+
+def trajectory(prompt_ids, completion_ids, sampled_mask, logprobs, advantage=0.0, status=Status.ANSWERED):
+    """A completion of given tokens."""
+    of = prompt(prompt_ids)
+    return Trajectory(of, completion_ids, sampled_mask, logprobs, status=status, advantage=advantage)
+
+
+def roll_out_weights(
+    loop: ToolLoop, params: Params, ids: Sequence[list[int] | None], draws, **settings
+) -> Rollout:
+    """A rollout of prompts given as token ids under training weights; None fills up."""
+    policy = make_policy(loop, loop.sampler.export(params))
+    prompts = [one and prompt(one, draw) for one, draw in zip(ids, draws, strict=True)]
+    return roll_out(loop, policy, prompts, **settings)
+
+
+def rollout(loop: ToolLoop, ids: Sequence[list[int] | None], draws=(0, 1), **settings) -> list[Trajectory]:
     """Export, preamble and rollout in one call."""
-    params = loop.sampler.export(weights())
-    preamble = prefill_preamble(loop, params)
-    return run_rollout(loop, params, preamble, prompts, draws, **settings).trajectories
+    return roll_out_weights(loop, weights(), ids, draws, **settings).trajectories
 
 
 class Script:

@@ -27,7 +27,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from grpo_jax import train
 from grpo_jax.files import write_text_atomic
-from grpo_jax.models.scratch import make_tiny_checkpoint
+from grpo_jax.models.scratch import Sizes, make_tiny_checkpoint
 from grpo_jax.tools import load_tools
 
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def small_model() -> Path:
     """An HF folder of two layers whose tokenizer knows the small run's data."""
     schemas = load_tools(module="tools_funcs.math_tools").schemas
     texts = [json.dumps(schemas)] * 8 + [json.dumps(row) for row in rows(10, 24)]
-    return make_tiny_checkpoint(FOLDER / "small_model", texts, vocab_size=512, **SHAPE)
+    return make_tiny_checkpoint(FOLDER / "small_model", texts, Sizes(vocab_size=512, **SHAPE))
 
 
 @functools.cache

@@ -26,8 +26,8 @@ from grpo_jax.models.qwen import (
     head_weights,
 )
 from grpo_jax.models.sharding import Layout, make_mesh
-from grpo_jax.types import Status, Trajectory
-from grpo_jax.update.batch import make_tree, step_batch
+from grpo_jax.types import Example, Prompt, Status, Trajectory
+from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.update import ModelStep, make_score
 
 V, POSITIONS, GREEDY, GENERATIONS = 128, 512, 64, 2
@@ -146,7 +146,15 @@ def trajectories() -> tuple[Trajectory, ...]:
         for _ in range(GENERATIONS):
             turns = rng.randint(3, 15, 5)  # sampled, tool, sampled, tool, sampled
             mask = np.repeat([True, False, True, False, True], turns).tolist()
-            rows.append(Trajectory(prompt, draw(len(mask)), mask, [0.0] * len(mask), [], [], Status.ANSWERED))
+            rows.append(
+                Trajectory(
+                    Prompt(Example([], ""), prompt, []),
+                    draw(len(mask)),
+                    mask,
+                    [0.0] * len(mask),
+                    status=Status.ANSWERED,
+                )
+            )
     return tuple(rows)
 
 
@@ -161,11 +169,11 @@ def logits(params: Params, tokens, cfg: ModelConfig, dtype=jnp.float32):
 def tree_logprobs(cfg: ModelConfig, params: Params, dtype=jnp.float32) -> np.ndarray:
     """Log-probabilities of all sampled tokens, row after row, on the three-level tree."""
     rows = trajectories()
-    tree = make_tree([t.prompt_ids for t in rows], budget=max(len(t.completion_ids) for t in rows))
+    tree = make_tree([t.prompt.ids for t in rows], budget=max(len(t.completion_ids) for t in rows))
     assert len(tree.preamble) >= 20
-    batch = step_batch(tree, rows, GENERATIONS, [0.0] * len(rows))
+    batch = make_batch(tree, rows, GENERATIONS)
     score = make_score(ModelStep(cfg, Layout(make_mesh()), dtype, remat=False))
-    return np.asarray(score(params, jax.tree.map(jnp.asarray, batch)))[batch.sampled_mask]
+    return np.asarray(score(params, jax.tree.map(jnp.asarray, batch)))[batch.completions.trained]
 
 
 def ours(folder: Path, greedy: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
-"""Bad input stops a command before anything is compiled: what is wrong, where, and the mend."""
+"""Bad input stops a command before anything is compiled: what is wrong, where, and the fix."""
 
+import json
 import re
 import shutil
 import time
@@ -30,6 +31,11 @@ def file(tmp_path, text, name="input.jsonl"):
     return launch.write(tmp_path / name, text)
 
 
+@pytest.fixture
+def model(tmp_path):
+    return shutil.copytree(launch.small_model(), tmp_path / "model")
+
+
 # Data
 
 
@@ -42,7 +48,7 @@ def file(tmp_path, text, name="input.jsonl"):
         ('{"prompt": "What?"}\n', 1, "lacks the column 'answer'; it has 'prompt'"),
         (ROW + "\n" + ROW, 2, "empty line between rows; delete it"),
         (ROW * 2 + '{"prompt": " ", "answer": "x"}\n', 3, "'prompt' is empty"),
-        (ROW + '{"prompt": "What?", "answer": 42}\n', 2, "'answer' must be text, as the tool returns it"),
+        (ROW + '{"prompt": "What?", "answer": null}\n', 2, "'answer' must be text, as the tool returns it"),
     ],
 )
 @pytest.mark.parametrize("main", [train.main, sft.main])
@@ -59,7 +65,7 @@ def test_a_bad_row_of_the_evaluation_is_named_by_file_and_line(tmp_path):
 def test_an_empty_file_says_what_a_row_looks_like(tmp_path):
     path = file(tmp_path, "")
     message = rejected(tmp_path, dataset_id_or_path=path)
-    assert f'{path} holds no rows; write one JSON object a line: {{"prompt"' in message
+    assert f'{path} holds no rows; a row is an object like {{"prompt"' in message
 
 
 def test_a_missing_data_file_names_the_nearest(tmp_path):
@@ -72,8 +78,58 @@ def test_a_missing_data_file_names_the_nearest(tmp_path):
 def test_a_missing_test_file_is_found_before_training(tmp_path, part):
     path = tmp_path / "test.jsonl"
     message = rejected(tmp_path, eval_dataset_id_or_path=f"{path}{part}")
-    assert f"eval_dataset_id_or_path: {path} does not exist" in message
+    assert f"{path} does not exist" in message
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_bad_test_row_is_found_before_the_cold_start(tmp_path):
+    path = launch.write_rows(tmp_path / "test.jsonl", [*launch.rows(60, 3), {"prompt": "What?"}])
+    for rows, message in (
+        ([{"prompt": "What?"}], "lacks the column 'answer'"),
+        (
+            [{"prompt": "x", "answer": "y", "tool_call": {"name": "sum", "arguments": {}}}],
+            "unknown tool 'sum'",
+        ),
+    ):
+        path = launch.write_rows(tmp_path / "test.jsonl", [*launch.rows(60, 3), *rows])
+        said = rejected(tmp_path, eval_dataset_id_or_path=path, cold_start=True)
+        assert f"{path}:4: " in said and message in said
+    assert not (tmp_path / "run/cold_start").exists()
+
+
+@pytest.mark.parametrize("cold_start", [{"main": train.main, "cold_start": True}, {"main": sft.main}])
+def test_validation_rows_without_the_figure_that_stops_the_cold_start(tmp_path, cold_start):
+    """Rows whose answer is an error are counted separately, so there is no exact_answer_match."""
+    errors = [row | {"answer": "Error: no"} for row in launch.rows(60, 4)]
+    path = launch.write_rows(tmp_path / "train.jsonl", [*launch.rows(10, 24), *errors])
+    message = rejected(tmp_path, dataset_id_or_path=path, **cold_start)
+    assert f"{path}:25: the answers of all 4 validation rows" in message
+    assert "no exact_answer_match to stop the cold start by (sft_stop_match 0.95)" in message
+
+
+@pytest.mark.parametrize("main", [train.main, sft.main, evaluate.main])
+def test_prompts_beyond_the_models_positions(tmp_path, model, main):
+    """Longest prompt + budget, in every command; YaRN multiplies the limit."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    message = rejected(tmp_path, main=main, model_name_or_path=model)
+    found = re.search(
+        r"train.jsonl:\d+: the longest prompt has (\d+) tokens, which with .* 79 makes (\d+);", message
+    )
+    assert int(found[1]) + 79 == int(found[2]) > 128
+    assert "the model was made for 128 positions" in message
+    ran = launch.call(
+        train.main, [*launch.options(tmp_path / "run", model_name_or_path=model), "--check"], tmp_path
+    )
+    assert ran.status == 2 and "the longest prompt has" in ran.err
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 128}
+    (model / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 128, "rope_scaling": yarn})
+    )
+    ran = launch.call(
+        train.main, [*launch.options(tmp_path / "run", model_name_or_path=model), "--check"], tmp_path
+    )
+    assert "the longest prompt has" not in ran.err
 
 
 def test_no_data_set_says_which_option_to_set(tmp_path):
@@ -217,20 +273,24 @@ def test_missing_rewards_are_named(tmp_path):
         (["--beta", "-1"], "--beta: beta must be >= 0, got -1"),
         (
             ["--loss_type", "ppo"],
-            "--loss_type: loss_type must be one of grpo, bnpo, dr_grpo, dapo, got 'ppo'",
+            "--loss_type: loss_type must be one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, got 'ppo'",
         ),
         (["--per_device_train_batch_size", "6"], "must divide by num_generations 4, got 6"),
         (["--resume_from_checkpoint", "3"], "resume_from_checkpoint must be a step's folder"),
     ],
 )
-def test_bad_flags_are_named_with_the_mend(tmp_path, flags, message):
+def test_bad_flags_are_named_with_the_fix(tmp_path, flags, message):
     assert message in rejected(tmp_path, *flags)
 
 
 @pytest.mark.parametrize(
     ("changes", "line", "message"),
     [
-        ({"learning_rat": 1e-4}, 1, "unknown option 'learning_rat'; nearest: learning_rate"),
+        (
+            {"learning_rat": 1e-4},
+            1,
+            "unknown option 'learning_rat'; nearest: learning_rate (its value: 0.0001)",
+        ),
         ({"max_steps": "many"}, 1, "max_steps must be a whole number, got 'many'"),
     ],
 )
@@ -251,11 +311,6 @@ def test_a_fresh_start_over_checkpoints_is_refused(tmp_path):
 
 
 # Models
-
-
-@pytest.fixture
-def model(tmp_path):
-    return shutil.copytree(launch.small_model(), tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -281,6 +336,74 @@ def test_damaged_model_files_are_named(tmp_path, model):
     (model / "config.json").write_text('{"model_type": "qwen3",')
     message = rejected(tmp_path, model_name_or_path=model)
     assert f"{model / 'config.json'} is not JSON" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("generation_config.json", "{nope", "is not JSON"),
+        ("generation_config.json", "[1]", "must hold a JSON object"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": "</s>"}',
+            "eos_token_id must be a token id or a list of them",
+        ),
+        ("config.json", "[]", "must hold a JSON object"),
+        ("config.json", '{"model_type": "qwen3", "hidden_size": "64"}', "hidden_size must be a whole number"),
+        (
+            "config.json",
+            '{"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": null}',
+            "num_attention_heads must be a whole number",
+        ),
+        ("tokenizer.json", "{nope", "cannot be loaded"),
+        ("tokenizer_config.json", "{nope", "cannot be loaded"),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": "<tool_call> {% for %}"}',
+            "cannot be rendered (TemplateSyntaxError",
+        ),
+    ],
+)
+def test_broken_files_of_a_model_are_named(tmp_path, model, name, text, message):
+    (model / name).write_text(text)
+    said = rejected(tmp_path, model_name_or_path=model)
+    assert message in said
+    assert str(model) in said
+
+
+def test_an_adapter_folder_is_no_model(tmp_path):
+    folder = tmp_path / "adapter"
+    launch.write(
+        folder / "adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "some/base"}'
+    )
+    message = rejected(tmp_path, model_name_or_path=folder)
+    assert f"{folder} holds a PEFT adapter, not a model: merge it into some/base first" in message
+
+
+def test_a_weight_file_is_no_model_folder(tmp_path, model):
+    path = model / "model.safetensors"
+    message = rejected(tmp_path, model_name_or_path=path)
+    assert f"model {path} is a file; name the folder that holds it" in message
+
+
+# output_dir
+
+
+@pytest.mark.parametrize("main", [train.main, sft.main, evaluate.main])
+@pytest.mark.parametrize("below", ["", "/run"])
+def test_an_output_dir_that_is_a_file(tmp_path, main, below):
+    path = launch.write(tmp_path / "file", "mine")
+    message = rejected(tmp_path, "--output_dir", f"{path}{below}", main=main)
+    assert f"output_dir {path}{below}: {path} is a file; choose a folder for the results" in message
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("main", [train.main, sft.main, evaluate.main])
+def test_an_output_dir_that_cannot_be_written(tmp_path, main):
+    """A folder of the kernel, since the tests may run as root, whom no permission keeps out."""
+    message = rejected(tmp_path, "--output_dir", "/proc/sys/run", main=main)
+    assert "output_dir /proc/sys/run cannot be written: " in message
+    assert message.count("\n") == 1
 
 
 def test_another_architecture_is_refused(tmp_path, model):
@@ -354,7 +477,7 @@ def test_a_bad_reward_stops_the_run_with_its_name_and_row_and_nothing_saved_is_l
     reward = file(tmp_path, f"def reward_func(completions, **kwargs):\n    return {body}\n", "broken.py")
     message = rf"reward function 'broken' \({reward}\) {message.replace('{second}', second)}"
     with pytest.raises(RewardError, match=message):
-        launch.small_run(folder, reward_fn=reward)
+        launch.small_run(folder, "--allow_config_change", reward_fn=reward)
     assert {
         path: path.read_bytes() for path in (folder / "checkpoints").rglob("*") if path.is_file()
     } == saved

@@ -1,33 +1,29 @@
 """Prefixes, buckets and padding as properties; one whole batch worked by hand."""
 
-import functools
-
 import numpy as np
+from helpers import trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.types import Status, Trajectory
+from grpo_jax.types import Status
 from grpo_jax.update.batch import (
     Tree,
     bucket,
     common_prefix,
     completion_bucket,
+    make_batch,
     make_tree,
     pad_rows,
+    preamble_level,
+    prompts_level,
     response_bucket,
     response_shapes,
-    step_batch,
-    teaching_groups,
-    trunk_arrays,
+    trained_groups,
     update_shapes,
 )
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=8)  # few ids, so that prefixes are long
 PROMPTS = st.lists(TOKENS, min_size=1, max_size=5)
-
-
-def trajectory(prompt_ids, completion_ids, sampled_mask, logprobs):
-    return Trajectory(prompt_ids, completion_ids, sampled_mask, logprobs, [], [], Status.ANSWERED)
 
 
 @given(PROMPTS)
@@ -111,8 +107,8 @@ def test_the_shapes_of_a_run_by_hand():
 def test_every_batch_and_response_has_one_of_the_shapes(budget, data):
     tree = Tree((1,), 16, 16, budget)
     ids = data.draw(st.lists(st.booleans(), min_size=1, max_size=budget))
-    batch = step_batch(tree, [trajectory([1, 2, 3], [4] * len(ids), ids, [0.0] * len(ids))], 1, [0.0])
-    assert (batch.completions.shape[1], batch.loss_positions) in update_shapes(budget)
+    batch = make_batch(tree, [trajectory([1, 2, 3], [4] * len(ids), ids, [0.0] * len(ids))], 1)
+    assert (batch.completions.targets.shape[1], batch.J) in update_shapes(budget)
     assert response_bucket(data.draw(st.integers(1, budget - 1))) in response_shapes(budget)
 
 
@@ -131,19 +127,18 @@ def test_pad_rows_keeps_every_row_and_marks_it(rows, extra):
 @given(PROMPTS, st.integers(1, 8))
 def test_a_prompt_is_its_preamble_its_rest_and_its_last_token(prompts, devices):
     tree = make_tree(prompts, budget=20, devices=devices)
-    arrays = trunk_arrays(tree, prompts)
+    shared, own = preamble_level(tree), prompts_level(tree, prompts)
     for i, prompt in enumerate(prompts):
-        preamble = arrays["preamble"][arrays["preamble_valid"]]
-        valid = arrays["prompts_valid"][i]
-        rest = arrays["prompts"][i][valid]
-        assert [*preamble, *rest, prompt[-1]] == prompt
-        assert list(arrays["prompts_positions"][i][valid]) == list(range(len(preamble), len(prompt) - 1))
+        preamble = shared.tokens[shared.valid]
+        valid = own.valid[i]
+        assert [*preamble, *own.tokens[i][valid], prompt[-1]] == prompt
+        assert list(own.positions[i][valid]) == list(range(len(preamble), len(prompt) - 1))
 
 
 def test_prompts_without_anything_in_common_have_no_preamble():
     tree = make_tree([[1, 2, 3], [4, 5]], budget=20)
     assert tree == Tree(preamble=(), T0=0, T1=16, budget=20)
-    assert trunk_arrays(tree, [[1, 2, 3]])["preamble"].shape == (1, 0)
+    assert preamble_level(tree).tokens.shape == (1, 0)
 
 
 def test_prompts_that_are_all_preamble_have_no_level_of_their_own():
@@ -151,76 +146,86 @@ def test_prompts_that_are_all_preamble_have_no_level_of_their_own():
     assert tree == Tree(preamble=(1, 2), T0=16, T1=0, budget=20)
 
 
-def test_step_batch_literal():
-    """Two prompts of two generations, a tool response in one of them, one row that is not learned."""
+def test_batch_literal():
+    """Two prompts of two generations, a tool response in one of them, one row that the budget ended."""
     tree = Tree(preamble=(1, 2), T0=4, T1=3, budget=6)
     a, b = [1, 2, 3, 4], [1, 2, 5, 6, 7]
     # sampled 10 11, tool 12, sampled 13
     rows = [
-        trajectory(a, [10, 11, 12, 13], [True, True, False, True], [-0.1, -0.2, 0.0, -0.3]),
-        trajectory(a, [14], [True], [-0.4]),
-        trajectory(b, [15, 16], [True, True], [-0.5, -0.6]),
-        trajectory(b, [17, 18, 19], [True, True, True], [-0.7, -0.8, -0.9]),
+        trajectory(a, [10, 11, 12, 13], [True, True, False, True], [-0.1, -0.2, 0.0, -0.3], 1.0),
+        trajectory(a, [14], [True], [-0.4], -1.0),
+        trajectory(b, [15, 16], [True, True], [-0.5, -0.6], 0.5),
+        trajectory(b, [17, 18, 19], [True, True, True], [-0.7, -0.8, -0.9], -0.5, Status.OVERLONG),
     ]
-    batch = step_batch(tree, rows, 2, [1.0, -1.0, 0.5, -0.5], [True, True, True, False])
+    batch = make_batch(tree, rows, 2, mask_truncated=True)
+    learned = batch.completions
     zeros = [0] * 12  # 16 slots: the whole budget, rounded up
     off = [False] * 12
-    assert batch.preamble.tolist() == [[1, 2, 0, 0]]
-    assert batch.preamble_valid.tolist() == [[True, True, False, False]]
-    assert batch.prompts.tolist() == [[3, 0, 0], [5, 6, 0]]
-    assert batch.prompts_positions.tolist() == [[2, 3, 4], [2, 3, 4]]
-    assert batch.prompts_valid.tolist() == [[True, False, False], [True, True, False]]
-    assert batch.completions.tolist() == [
+    assert batch.preamble.tokens.tolist() == [[1, 2, 0, 0]]
+    assert batch.preamble.valid.tolist() == [[True, True, False, False]]
+    assert batch.prompts.tokens.tolist() == [[3, 0, 0], [5, 6, 0]]
+    assert batch.prompts.positions.tolist() == [[2, 3, 4], [2, 3, 4]]
+    assert batch.prompts.valid.tolist() == [[True, False, False], [True, True, False]]
+    assert learned.level.tokens.tolist() == [
         [4, 10, 11, 12, *zeros],
         [4, 0, 0, 0, *zeros],
         [7, 15, 0, 0, *zeros],
         [7, 17, 18, 0, *zeros],
     ]
-    assert batch.targets.tolist() == [
+    assert learned.targets.tolist() == [
         [10, 11, 12, 13, *zeros],
         [14, 0, 0, 0, *zeros],
         [15, 16, 0, 0, *zeros],
         [17, 18, 19, 0, *zeros],
     ]
-    assert batch.completions_positions[:, 0].tolist() == [3, 3, 4, 4]
-    assert (np.diff(batch.completions_positions, axis=1) == 1).all()
-    assert batch.completions_valid.sum(1).tolist() == [4, 1, 2, 3]
-    assert batch.sampled_mask.tolist() == [
+    assert learned.level.positions[:, 0].tolist() == [3, 3, 4, 4]
+    assert (np.diff(learned.level.positions, axis=1) == 1).all()
+    assert learned.level.valid.sum(1).tolist() == [4, 1, 2, 3]
+    assert learned.trained.tolist() == [
         [True, True, False, True, *off],
         [True, False, False, False, *off],
         [True, True, False, False, *off],
         [False, False, False, False, *off],
     ]
-    np.testing.assert_allclose(batch.sampler_logprobs[0, :5], [-0.1, -0.2, 0, -0.3, 0], rtol=1e-6)
-    assert batch.advantages.tolist() == [1.0, -1.0, 0.5, -0.5]
-    assert batch.old_logprobs is None and batch.ref_logprobs is None
-    assert batch.loss_positions == 16
+    np.testing.assert_allclose(learned.sampler_logprobs[0, :5], [-0.1, -0.2, 0, -0.3, 0], rtol=1e-6)
+    assert learned.advantages.tolist() == [1.0, -1.0, 0.5, -0.5]
+    assert learned.old_logprobs is None and learned.ref_logprobs is None
+    assert batch.J == 16
 
 
-def test_teaching_groups_are_kept_and_filled_up_to_a_size():
-    keep = functools.partial(teaching_groups, generations=2)
-    learned = [True] * 8
-    assert keep([0, 0, 0, 0, 1, -1, 0, 0], learned, sizes=(2, 1)) == [2]
-    assert keep([0, 0, 1, -1, 0, 0, 1, -1], learned, sizes=(2, 1)) == [1, 3]
-    assert keep([1, -1, 1, -1, 0, 0, 1, -1], learned, sizes=(2, 1)) == [0, 1, 2, 3]
-    # one that teaches in the middle and the first that does not, in their order
-    assert keep([0, 0, 0, 0, 1, -1, 0, 0], learned, sizes=(2,)) == [0, 2]
-    # nothing to learn: the update still runs, on the smallest size
-    assert keep([0] * 8, learned, sizes=(2, 1)) == [0]
-    # a group all of whose rows with an advantage were cut by the budget
-    assert keep([0, 0, 2, 0, 1, -1, 0, 0], [True, True, False, True, *[True] * 4], sizes=(2, 1)) == [2]
+def test_groups_that_act_on_the_loss_are_kept_and_filled_up_to_a_size():
+    assert trained_groups([False, False, True, False], sizes=(2, 1)) == [2]
+    assert trained_groups([False, True, False, True], sizes=(2, 1)) == [1, 3]
+    assert trained_groups([True, True, False, True], sizes=(2, 1)) == [0, 1, 2, 3]
+    # one that acts in the middle and the first that does not, in their order
+    assert trained_groups([False, False, True, False], sizes=(2,)) == [0, 2]
+    # none acts: the update still runs, on the smallest size
+    assert trained_groups([False] * 4, sizes=(2, 1)) == [0]
 
 
-def test_a_batch_without_the_groups_that_teach_nothing_divides_by_all_rows():
+def test_a_batch_without_the_groups_that_have_no_advantage_divides_by_all_rows():
     tree = Tree(preamble=(1, 2), T0=4, T1=3, budget=6)
+    advantages = [0.0, 0.0, 0.7, -0.7]
     rows = [
-        trajectory([1, 2, p, 4], [10] * n, [True] * n, [0.0] * n) for p, n in ((3, 1), (3, 2), (5, 3), (5, 4))
+        trajectory([1, 2, p, 4], [10] * n, [True] * n, [0.0] * n, advantage)
+        for (p, n), advantage in zip(((3, 1), (3, 2), (5, 3), (5, 4)), advantages, strict=True)
     ]
-    batch = step_batch(tree, rows, 2, [0.0, 0.0, 0.7, -0.7], sizes=(1,))
-    assert batch.prompts.tolist() == [[5, 0, 0]]
-    assert batch.sampled_mask.sum(1).tolist() == [3, 4]
-    np.testing.assert_allclose(batch.advantages, [0.7, -0.7], rtol=1e-6)
-    assert (batch.loss_tokens, batch.loss_rows) == (10, 4)
+    batch = make_batch(tree, rows, 2, sizes=(1,))
+    assert batch.prompts.tokens.tolist() == [[5, 0, 0]]
+    assert batch.completions.trained.sum(1).tolist() == [3, 4]
+    np.testing.assert_allclose(batch.completions.advantages, [0.7, -0.7], rtol=1e-6)
+    assert (batch.tokens, batch.rows) == (10, 4)
+
+
+def test_a_group_whose_completions_with_an_advantage_were_all_cut_by_the_budget_is_left_out():
+    tree = Tree(preamble=(1, 2), T0=4, T1=3, budget=6)
+    ends = [Status.OVERLONG, Status.ANSWERED, Status.ANSWERED, Status.ANSWERED]
+    rows = [
+        trajectory([1, 2, p, 4], [10], [True], [0.0], advantage, status)
+        for p, advantage, status in zip((3, 3, 5, 5), [2.0, 0.0, 1.0, -1.0], ends, strict=True)
+    ]
+    batch = make_batch(tree, rows, 2, mask_truncated=True, sizes=(1,))
+    assert batch.prompts.tokens.tolist() == [[5, 0, 0]]
 
 
 @settings(max_examples=30)
@@ -228,6 +233,6 @@ def test_a_batch_without_the_groups_that_teach_nothing_divides_by_all_rows():
 def test_loss_positions_hold_every_learned_token(lengths, budget):
     tree = make_tree([[1, 2]], budget)
     rows = [trajectory([1, 2], [3] * n, [True] * n, [0.0] * n) for n in lengths]
-    batch = step_batch(tree, rows, len(rows), [0.0] * len(rows))
-    assert batch.sampled_mask.sum(1).tolist() == lengths
-    assert max(lengths) <= batch.loss_positions <= batch.completions.shape[1]
+    batch = make_batch(tree, rows, len(rows))
+    assert batch.completions.trained.sum(1).tolist() == lengths
+    assert max(lengths) <= batch.J <= batch.completions.targets.shape[1]

@@ -77,11 +77,6 @@ def test_least_seconds_are_flop_over_the_rate():
     assert cost.least_update(BY_HAND, LENGTHS, True, machine) == pytest.approx(623.36)
 
 
-def test_temporary_bytes_by_hand():
-    """10 + 8 + 6·6 = 54 tokens: 4·70 + 2·54·(2·(2 + 2) + 4·2) + 8·54·(8 + 8 + 9) + 3·(100 + 1000)."""
-    assert cost.update_bytes(BY_HAND, LENGTHS, 2, 100, 1000) == 280 + 1728 + 10800 + 3300
-
-
 # --- against XLA -------------------------------------------------------------------------------------
 
 TOLERANCE = 0.05  # softmax, norms, AdamW and drawing a token, which the formulas leave out
@@ -200,4 +195,5 @@ def test_growth_writes_a_table_and_a_picture(tmp_path):
 
 @pytest.mark.parametrize("cfg", [*job.MODELS.values(), job.narrow(700)])
 def test_the_config_that_trl_reads_is_that_of_the_model(cfg):
-    assert ModelConfig.from_hf(compare_trl.hf_config(cfg)) == cfg
+    read = ModelConfig.from_hf(compare_trl.hf_config(cfg))
+    assert dataclasses.replace(read, positions=None) == cfg

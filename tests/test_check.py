@@ -200,7 +200,9 @@ def test_answers_in_another_number_format_fail_the_check(tmp_path):
     assert ran.status == 1
     assert figures(ran, "Mean rewards") == ["reward: strict  no call: 0  wrong call: 0.25  gold calls: 0.25"]
     (hint,) = marked(ran, "Hint: ")
-    assert "2 of 2 answers differ from what their gold calls return only by number format or blanks" in hint
+    assert (
+        "2 of 2 answers differ from what their gold calls return only by number format or whitespace" in hint
+    )
     assert f"{tmp_path}/rows.jsonl:1: " in hint
     assert 'here the answer is "Price: 6.0", the tool returns "Price: 6"' in hint
     (problem,) = marked(ran, "Problem: ")
@@ -306,8 +308,104 @@ def test_without_any_gold_call_the_reward_is_tried_on_a_made_up_one(tmp_path, re
     assert ran.status == 0, ran.err
     assert "3 of 3 rows have no gold call" in ran.out
     assert figures(ran, "Mean rewards") == [f"reward: mine  {earned}"]
-    assert len(marked(ran, "Hint: ")) == hints
-    assert f"Check passed; hints: {hints}" in ran.out
+    unchecked, *others = marked(ran, "Hint: ")
+    assert "rows.jsonl:1: no row has a gold call" in unchecked
+    assert len(others) == hints
+    assert f"Check passed; hints: {1 + hints}" in ran.out
+
+
+def test_answers_that_the_loaded_tools_can_never_return_are_said(tmp_path):
+    """Another file's answers, without gold calls: the tools are called with made-up arguments."""
+    rows = [{"prompt": "What?", "answer": f"Expected Return: {i}%, Risk: low"} for i in range(4)]
+    ran = checked(tmp_path, rows)
+    assert ran.status == 0, ran.err
+    _, form = marked(ran, "Hint: ")
+    assert (
+        "rows.jsonl:1: 4 of 4 answers of rows without gold calls look like nothing that the tools return"
+        in form
+    )
+    assert (
+        '(2 of 2 tools could be called): here the answer is "Expected Return: 0%, Risk: low", price returns'
+        in form
+    )
+
+
+def test_answers_of_the_original_under_the_default_tools_are_said(tmp_path):
+    """The default tools refuse most made-up arguments; those that accept some are enough."""
+    rows = [{"prompt": "What?", "answer": f"Expected Annual Return: {i}%, Volatility: 12%"} for i in range(4)]
+    ran = checked(tmp_path, rows, tools_script=None, tool_functions_module=None)
+    assert ran.status == 0, ran.err
+    _, form = marked(ran, "Hint: ")
+    assert re.search(r"4 of 4 answers of rows without .* \([2-8] of 8 tools could be called\)", form)
+
+
+# What only a second call or batch shows
+
+ONCE = """
+import atexit
+served = []
+
+def price(item: str, count: int) -> str:
+    \"\"\"The price of some items.
+
+    Args:
+        item: What is bought.
+        count: How many.
+    \"\"\"
+    served.append(item)
+    if len(served) > 3:
+        raise RuntimeError("Event loop is closed")
+    return f"Price: {3 * count}"
+
+TOOL_FUNCTIONS = [price]
+"""
+
+
+def test_a_tool_that_fails_when_it_is_called_again_fails_the_check(tmp_path):
+    """The three gold calls run, each once; a worker that serves more calls then fails."""
+    ran = checked(tmp_path, ROWS, tools_script=launch.write(tmp_path / "once.py", ONCE))
+    assert ran.status == 1
+    (problem,) = marked(ran, "Problem: ")
+    assert "Event loop is closed" in problem
+
+
+def test_a_reward_that_fails_at_the_second_batch_stops_the_check(tmp_path):
+    once = REWARD + (
+        "inner = reward_func\ndef reward_func(trainer_state, **kwargs):\n"
+        "    assert trainer_state['global_step'] == 0, 'too late'\n    return inner(**kwargs)\n"
+    )
+    with pytest.raises(RewardError, match=r"'once' .* AssertionError: too late"):
+        checked(tmp_path, ROWS, reward_fn=launch.write(tmp_path / "once.py", once))
+
+
+def test_a_reward_that_changes_from_batch_to_batch_is_said(tmp_path):
+    text = REWARD.replace("0.25 for r, a", "0.1 * kwargs['trainer_state']['global_step'] for r, a")
+    ran = checked(tmp_path, ROWS, reward_fn=launch.write(tmp_path / "changing.py", text))
+    assert ran.status == 0, ran.err
+    (hint,) = marked(ran, "Hint: ")
+    assert (
+        "rows.jsonl:1: the conversations of 3 of 3 rows earn something else when they are scored again"
+        in hint
+    )
+
+
+def test_rows_that_the_cold_start_refuses_are_met(tmp_path):
+    ran = checked(tmp_path, ROWS, cold_start=True)
+    assert ran.status == 2
+    assert "the cold start needs sft_validation_size + sft_batch_size rows, 4 + 8, got 3" in ran.err
+
+
+def test_evaluation_rows_without_figures_are_a_hint(tmp_path):
+    errors = launch.write_rows(tmp_path / "eval.jsonl", [price("nuts", 2, answer="Error: none left")])
+    (hint,) = marked(checked(tmp_path, ROWS, eval_dataset_id_or_path=errors), "Hint: ")
+    assert "eval.jsonl:1: the answers of all 1 evaluation rows begin with 'Error:'" in hint
+
+
+def test_an_output_dir_that_is_a_file_is_met(tmp_path):
+    path = launch.write(tmp_path / "file", "mine")
+    ran = checked(tmp_path, ROWS, "--output_dir", path)
+    assert ran.status == 2
+    assert f"{path} is a file; choose a folder for the results" in ran.err
 
 
 def test_what_does_not_run_in_time_is_left_out_and_said(tmp_path, monkeypatch):
@@ -349,4 +447,4 @@ def test_a_reward_that_fails_stops_it_with_the_row(tmp_path):
 def test_other_commands_refuse_it(tmp_path, main):
     ran = launch.call(main, [*launch.options(tmp_path / "run"), "--check"], tmp_path / "run")
     assert ran.status == 2
-    assert "check belongs to python -m grpo_jax.train" in ran.err
+    assert "check is an option of grpo_jax.train" in ran.err

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.run.checkpoint import Checkpoints, StopSignal
-from grpo_jax.types import TrainState
+from grpo_jax.run.checkpoint import Checkpoints, Start, StopSignal, find_start
+from grpo_jax.update.update import TrainState
 
 META = {"cursor": {"epoch": 1, "next_index": 40}, "threads": 2, "timings": {"rollout": 1.5}}
 ROOT = Path(__file__).parents[1]
@@ -123,7 +123,7 @@ def test_a_save_that_is_cut_off_leaves_the_previous_step(tmp_path):
         import os, sys
         import jax.numpy as jnp, numpy as np
         from grpo_jax.run.checkpoint import Checkpoints
-        from grpo_jax.types import TrainState
+        from grpo_jax.update.update import TrainState
         def state(step):
             w = jnp.asarray(np.random.default_rng(step).random((5000, 1000), np.float32))
             return TrainState(step=jnp.int32(step), params={"w": w}, opt_state=())
@@ -145,6 +145,49 @@ def test_a_save_that_is_cut_off_leaves_the_previous_step(tmp_path):
         assert_same_bits(checkpoints.restore_params(1, abstract({"w": w})), {"w": w})
         checkpoints.save(2, TrainState(step=jnp.int32(2), params={"w": w}, opt_state=()), {})
     assert [p.name for p in tmp_path.iterdir()] == ["2"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_previous_step(tmp_path):
+    """A limit on the size of files stands for the disk; step 2 fails in the background, and `check` says so."""
+    child = run_python(
+        """
+        import resource, sys, time
+        import jax.numpy as jnp, numpy as np
+        from grpo_jax.files import OutputError
+        from grpo_jax.run.checkpoint import Checkpoints
+        from grpo_jax.update.update import TrainState
+        def state(step, n):
+            w = jnp.asarray(np.random.default_rng(step).random((n, 1000), np.float32))
+            return TrainState(step=jnp.int32(step), params={str(i): w + i for i in range(8)}, opt_state=())
+        for keep in (1, None):
+            try:
+                with Checkpoints(f"{sys.argv[1]}/{keep}", keep=keep) as checkpoints:
+                    checkpoints.save(1, state(1, 10), {})
+                    checkpoints.wait()
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))
+                    checkpoints.save(2, state(2, 5000), {})
+                    while True:
+                        time.sleep(0.02)
+                        checkpoints.check()
+            except OutputError as error:
+                print(error)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        """,
+        tmp_path,
+    )
+    output, errors = child.communicate(timeout=60)
+    assert child.returncode == 0, errors
+    slow = "WARNING:absl:Waiting for previous save"  # Orbax's, on a machine that is busy
+    assert [line for line in errors.splitlines() if not line.startswith(slow)] == []
+    assert [line.split(". ")[0] for line in output.splitlines()] == [
+        f"cannot write {tmp_path}/{keep}/2: File too large" for keep in (1, None)
+    ]
+    w = jnp.asarray(np.random.default_rng(1).random((10, 1000), np.float32))
+    for keep in (1, None):
+        with Checkpoints(tmp_path / str(keep)) as checkpoints:
+            assert checkpoints.steps() == [1]
+            params = {str(i): w + i for i in range(8)}
+            assert_same_bits(checkpoints.restore_params(1, abstract(params)), params)
 
 
 def test_restore_onto_another_mesh(tmp_path):
@@ -199,13 +242,13 @@ def empty(folder):
 
 
 @pytest.mark.parametrize("damage", [truncate, empty])
-def test_a_damaged_checkpoint_is_named_with_the_mend(tmp_path, damage):
+def test_a_damaged_checkpoint_is_named_with_the_fix(tmp_path, damage):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, make_state(step), {})
     damage(tmp_path / "2")
     with Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(ValueError, match=r"cannot restore .*/2: it is damaged.* to go on from step 1"):
+        with pytest.raises(ValueError, match=r"cannot restore .*/2: it is damaged.* to continue from step 1"):
             checkpoints.restore(2, abstract(make_state()))
         assert int(checkpoints.restore(1, abstract(make_state()))[0].step) == 1
 
@@ -235,7 +278,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
 
 
 def test_meta_is_copied_when_saved_and_must_be_json(tmp_path):
-    """The write is in the background: a counter that goes on must not leak into it."""
+    """The write is in the background: a counter that is still running must not leak into it."""
     meta = {"rewards": list(range(100_000))}
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(TypeError, match="float32 is not JSON"):
@@ -246,7 +289,7 @@ def test_meta_is_copied_when_saved_and_must_be_json(tmp_path):
         assert len(checkpoints.restore(1, abstract(make_state()))[1]["rewards"]) == 100_000
 
 
-def test_a_foreign_folder_is_refused(tmp_path):
+def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "checkpoint-500").mkdir()
     with pytest.raises(
         ValueError, match=r"holds 'checkpoint-500', which is not a checkpoint .* another folder"
@@ -262,13 +305,113 @@ def test_keep_below_one_is_refused(tmp_path):
         Checkpoints(tmp_path, keep=0)
 
 
+# Where a run starts
+
+
+def fresh(updates=4, **changes):
+    """The meta of a fresh start."""
+    run = {
+        "rows": {"number": 9, "order": "o", "content": "c", "tokens": "t"},
+        "tools": {"tools.py": "x"},
+        "rewards": {"strict": {"strict.py": "y"}},
+        "numbers": {"seed": 1, "prompts": 2, "num_generations": 4, "num_iterations": 1, "updates": updates},
+        "model": "/model",
+        "options": {"beta": 0.0, "learning_rate": 1.0, "lr_scheduler_type": "constant", "warmup_steps": 0.0},
+    } | changes
+    meta = {
+        "cursor": {"epoch": 0, "next_index": 0},
+        "num_tokens": 0,
+        "source": "/model",
+        "param_dtype": "float32",
+    }
+    return meta | {"threads": 2, "xla_flags": "", "run": run}
+
+
+def saved_run(folder, *steps, updates=4, **changes):
+    """The checkpoints of a run, which read two rows an update."""
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        for step in steps:
+            cursor = {"cursor": {"epoch": 0, "next_index": 2 * step}, "num_tokens": 7}
+            checkpoints.save(step, make_state(step), fresh(updates, **changes) | cursor)
+    return folder / "checkpoints"
+
+
+def start(folder, wanted=None, summary=None, updates=4, allow=False, **changes):
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        return find_start(checkpoints, wanted, summary or {}, fresh(updates, **changes), allow)
+
+
+def test_a_run_starts_fresh_from_the_newest_or_from_a_named_step(tmp_path):
+    assert start(tmp_path) == Start(None, fresh(), [])
+    assert start(tmp_path, "none") == Start(None, fresh(), [])
+    folder = saved_run(tmp_path, 1, 2)
+    for wanted in (None, str(folder / "2")):
+        found = start(tmp_path, wanted)
+        assert (found.checkpoint, found.notes, found.finished) == ((folder, 2), [], None)
+        assert (found.meta["cursor"]["next_index"], found.meta["num_tokens"]) == (4, 7)
+    found = start(tmp_path / "other", str(folder / "1"))
+    assert (found.checkpoint, found.meta["cursor"]["next_index"]) == ((folder, 1), 2)
+
+
+def test_a_start_that_would_lose_what_is_saved_is_refused(tmp_path):
+    folder = saved_run(tmp_path, 1, 2)
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint is none, but .* holds checkpoints"):
+        start(tmp_path, "none")
+    with pytest.raises(ValueError, match=r"cannot resume from .*/1: .* already holds step 2"):
+        start(tmp_path, str(folder / "1"))
+    with pytest.raises(ValueError, match=r"must be a step's folder .*, got 3"):
+        start(tmp_path, "3")
+
+
+@pytest.mark.parametrize("summary", [{"after": None, "updates": 2}, {"after": {}}])
+def test_a_finished_run_starts_only_for_more_updates(tmp_path, summary):
+    """Also of a version whose summary did not say how many there were."""
+    folder = saved_run(tmp_path, 2, updates=2)
+    assert start(tmp_path, None, summary, 2).finished == 2
+    assert start(tmp_path, None, summary, 1).finished == 2
+    found = start(tmp_path, None, summary, 4)
+    assert (found.checkpoint, found.finished) == ((folder, 2), None)
+    assert found.notes == [
+        f"Warning: not as when {folder / '2'} was saved: the run's number of updates: 2 then, 4 now"
+    ]
+
+
+def test_a_finished_run_names_what_differs_but_refuses_nothing(tmp_path):
+    saved_run(tmp_path, 2, updates=2)
+    found = start(tmp_path, None, {"after": {}, "updates": 2}, 2, tools={"tools.py": "z"})
+    assert found.finished == 2
+    assert "tools: the source of tools.py was changed" in found.notes[0]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path):
+    meta = fresh() | {"cursor": {"epoch": 0, "next_index": 2}}
+    del meta["run"]
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, make_state(1), meta)
+    found = start(tmp_path)
+    assert (found.meta["cursor"]["next_index"], found.notes) == (2, [])
+    assert found.meta["run"] == fresh()["run"]  # from now on it is known
+
+
+def test_another_machine_is_said(tmp_path):
+    folder = saved_run(tmp_path, 1)
+    with Checkpoints(folder) as checkpoints:
+        found = find_start(checkpoints, None, {}, fresh() | {"threads": 8}, False)
+    assert found.meta["threads"] == 8
+    (note,) = found.notes
+    assert "threads was 2 when" in note and "is 8 now; sums are then taken in another order" in note
+
+
+# Stopping
+
+
 def test_sigterm_lets_the_step_end_and_the_state_be_saved(tmp_path):
     child = run_python(
         """
         import sys, time
         import jax.numpy as jnp
         from grpo_jax.run.checkpoint import Checkpoints, StopSignal
-        from grpo_jax.types import TrainState
+        from grpo_jax.update.update import TrainState
         step = 0
         with Checkpoints(sys.argv[1]) as checkpoints, StopSignal() as stop:
             while not stop.requested:

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -311,7 +312,15 @@ def test_missing_config_file_is_named():
         ("beta", -1, "must be >= 0, got -1"),
         ("tool_timeout", 0, "must be > 0, got 0"),
         ("seed", -1, "must be in [0, 2**32 - 1], got -1"),
-        ("loss_type", "cispo", "must be one of grpo, bnpo, dr_grpo, dapo, got 'cispo'"),
+        (
+            "loss_type",
+            "dr-grpo",
+            "must be one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, got 'dr-grpo'; nearest: dr_grpo",
+        ),
+        ("sampler_correction_max", 0.5, "must be >= 1, got 0.5"),
+        ("sampler_correction_min", 1.5, "must be >= 0 and <= 1, got 1.5"),
+        ("off_policy_mask_threshold", 0, "must be > 0, got 0"),
+        ("vespo_lambda_neg", 0, "must be >= 0.0001, got 0"),
         (
             "lr_scheduler_type",
             "cosine_with_restarts",
@@ -334,6 +343,64 @@ def test_values_out_of_range_name_the_rule(name, bad, rule):
     with pytest.raises(ValueError) as error:
         GRPOConfig(**{name: bad})
     assert str(error.value).startswith(f"{name} {rule}")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"loss_type": "sapo", "epsilon_high": 0.3}, "epsilon_high 0.3 has no effect with loss_type sapo"),
+        ({"loss_type": "cispo", "epsilon": 0.1}, "epsilon 0.1 has no effect with loss_type cispo"),
+        ({"loss_type": "vespo", "delta": 1.5}, "delta 1.5 has no effect with loss_type vespo"),
+        ({"sapo_temperature_pos": 2}, "sapo_temperature_pos 2.0 has no effect with loss_type dapo: it needs"),
+        (
+            {"loss_type": "sapo", "vespo_k_neg": 1},
+            "vespo_k_neg 1.0 has no effect with loss_type sapo: it needs",
+        ),
+        ({"loss_type": "luspo"}, "set importance_sampling_level to sequence"),
+        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "leave it out"),
+        (
+            {"sampler_correction": "token_truncate", "sampler_correction_max": None},
+            "_min or _max to truncate at",
+        ),
+        (
+            {"sampler_correction_max": 2},
+            "sampler_correction_max 2.0 has no effect without sampler_correction",
+        ),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "batch"},
+            "scale_rewards batch has no effect with multi_objective_aggregation normalize_then_sum",
+        ),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "advantage_estimator": "loo"},
+            "advantage_estimator loo has no effect with multi_objective_aggregation normalize_then_sum",
+        ),
+        ({"advantage_estimator": "none"}, "set scale_rewards to none"),
+    ],
+)
+def test_options_of_the_loss_that_the_others_leave_without_effect_are_refused(options, error):
+    with pytest.raises(ValueError, match=re.escape(error)):
+        GRPOConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "cispo", "epsilon_high": 5},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "delta": 2},
+        {"loss_type": "vespo", "importance_sampling_level": "sequence", "beta": 0.1},
+        {"sampler_correction": "token_mask", "sampler_correction_max": None},
+        {
+            "sampler_correction": "sequence_truncate",
+            "sampler_correction_min": 0.5,
+            "sampler_correction_max": None,
+        },
+        {"advantage_estimator": "none", "scale_rewards": "none"},
+        {"advantage_estimator": "loo", "scale_rewards": "batch"},
+        {"use_bias_correction_kl": False},
+    ],
+)
+def test_options_of_the_loss_that_act_together_are_taken(options):
+    GRPOConfig(**options)
 
 
 @pytest.mark.parametrize("size", ["500MB", "1.5gb", "20 KB", "1TB"])
@@ -378,7 +445,7 @@ steps_per_generation: 3
         "c.yaml:3: load_in_4bit True is not supported: weights are not quantised; use dtype bfloat16",
         "c.yaml:4: repetition_penalty 1.1 is not supported: sampling knows temperature, top_p, top_k and min_p",
         "c.yaml:5: save_steps must be a number, got 'often'",
-        "c.yaml:6: loss_type must be one of grpo, bnpo, dr_grpo, dapo, got 'gpo'; nearest: grpo",
+        "c.yaml:6: loss_type must be one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, got 'gpo'; nearest: grpo",
         "c.yaml:7: temperature must be > 0, got 0",
         "c.yaml:8: reward_weights needs one weight per reward function: 1 functions (accuracy), got [1.0, 2.0]",
         "c.yaml:10: bf16 must be true or false, got 'maybe'",
@@ -730,6 +797,16 @@ def test_defaults_are_those_of_trl():
         "importance_sampling_level": "token",
         "scale_rewards": "group",
         "loss_type": "dapo",
+        "use_bias_correction_kl": True,
+        "sapo_temperature_pos": 1.0,
+        "sapo_temperature_neg": 1.05,
+        "vespo_k_pos": 2.0,
+        "vespo_lambda_pos": 3.0,
+        "vespo_k_neg": 3.0,
+        "vespo_lambda_neg": 2.0,
+        "entropy_coef": 0.0,
+        "off_policy_mask_threshold": None,
+        "multi_objective_aggregation": "sum_then_normalize",
         "top_entropy_quantile": 1.0,
         "mask_truncated_completions": False,
         "max_tool_calling_iterations": None,
@@ -754,7 +831,6 @@ def test_defaults_are_those_of_trl():
         "eval_steps": None,
         "seed": 42,
         "model_revision": "main",
-        "use_bias_correction_kl": True,
         "warmup_ratio": None,
         "generation_batch_size": None,
     }

@@ -13,7 +13,7 @@ from parity import QWEN2, QWEN3, load, published_shapes, write_checkpoint
 from safetensors import safe_open
 
 from grpo_jax import train
-from grpo_jax.models.scratch import make_tiny_checkpoint
+from grpo_jax.models.scratch import Sizes, make_tiny_checkpoint
 from grpo_jax.run.config import parse_config
 from grpo_jax.tools import load_tools
 
@@ -86,7 +86,9 @@ def tokenizer() -> Path:
     """An HF folder whose tokenizer makes about as many tokens of the financial tools as Qwen's."""
     schemas = load_tools(module="tools_funcs.financial_tools_complex").schemas
     shape = {"layers": 1, "hidden": 8, "heads": 1, "kv_heads": 1, "head_dim": 8, "mlp": 8}
-    return make_tiny_checkpoint(launch.FOLDER / "financial", [json.dumps(schemas)] * 4, vocab_size=V, **shape)
+    return make_tiny_checkpoint(
+        launch.FOLDER / "financial", [json.dumps(schemas)] * 4, Sizes(vocab_size=V, **shape)
+    )
 
 
 def two_layers(folder: Path, architecture: dict) -> Path:

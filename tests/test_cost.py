@@ -33,6 +33,7 @@ FOUR = Lengths(P=2, G=4, T0=512, T1=64, T2=64)  # each length fills its bucket
 EIGHT = dataclasses.replace(FOUR, G=8)
 SLACK = 1.06  # softmax, norms, drawing a token
 BLOCK = 4 << 20  # bytes of attention scores: smaller than all of these shapes', else it would grow with them
+LAYER_BYTES = 8 * (4 * CFG.D + 4 * CFG.N * CFG.H + 3 * CFG.F)  # of a token, with cotangents
 MEMORY_SLACK = 1.25  # XLA's buffers do not fit one another exactly
 
 
@@ -41,9 +42,9 @@ def make_job(lengths: Lengths, shared: bool = True) -> job.Job:
     """The step; not `shared`: every row carries its whole prompt, as in a flat batch."""
     if shared:
         return job.make_job(job.Shape(CFG, lengths, remat=True))
-    apart = make_job(dataclasses.replace(lengths, P=lengths.B, G=1))
-    tree = Tree((), 0, bucket(len(apart.prompts[0]) - 1), lengths.T2)
-    return dataclasses.replace(apart, tree=tree)
+    flat = make_job(dataclasses.replace(lengths, P=lengths.B, G=1))
+    tree = Tree((), 0, bucket(len(flat.prompts[0]) - 1), lengths.T2)
+    return dataclasses.replace(flat, tree=tree)
 
 
 def unstacked(params):
@@ -86,8 +87,12 @@ def flop_bound(x: Lengths) -> float:
 
 
 def memory_bound(x: Lengths) -> float:
-    logits = 4 * x.B * x.T2 * CFG.V
-    return MEMORY_SLACK * cost.update_bytes(CFG, x, 4, BLOCK, logits)
+    """With remat: gradients, what all layers keep, one layer's values and their cotangents (4D + 4NH + 3F a token),
+    and three arrays of the size of a block of scores and of the logits; all in fp32.
+    """
+    tokens, logits = x.T0 + x.P * x.T1 + x.B * x.T2, 4 * x.B * x.T2 * CFG.V
+    per_token = cost.kept_bytes(CFG, 4) + LAYER_BYTES
+    return MEMORY_SLACK * (4 * cost.weights(CFG) + tokens * per_token + 3 * (BLOCK + logits))
 
 
 @pytest.mark.parametrize("lengths", [FOUR, EIGHT])
@@ -101,8 +106,7 @@ def test_twice_the_completions_add_only_their_own_share():
     own = levels["completions"] + levels["head"]
     added = gradient_flop(EIGHT) - gradient_flop(FOUR)
     assert added < SLACK * own
-    layer = 8 * (4 * CFG.D + 4 * CFG.N * CFG.H + 3 * CFG.F)
-    bytes_of_a_token = cost.kept_bytes(CFG, 4) + layer + 12 * CFG.V
+    bytes_of_a_token = cost.kept_bytes(CFG, 4) + LAYER_BYTES + 12 * CFG.V
     grown = update_temporary(EIGHT) - update_temporary(FOUR)
     assert grown < FOUR.B * FOUR.T2 * bytes_of_a_token
 

@@ -1,19 +1,26 @@
-"""Each hint: when it is given, when it is not, and that it names the row, what was found and the mend."""
+"""Each hint: when it is given, when it is not, and that it names the row, what was found and the fix."""
 
 import numpy as np
 import pytest
+from helpers import prompt
 
 from grpo_jax.preflight.diagnosis import (
     BY_CASE,
     BY_FORMAT,
     BY_TEXT,
     Gold,
+    corrected,
     difference,
+    evaluation_hints,
+    form_hints,
     gold_hints,
     limit_hints,
+    made_up_arguments,
     made_up_hints,
     preamble_hints,
     reward_hints,
+    second_call_hints,
+    second_score_hints,
 )
 from grpo_jax.types import Example, Outcome, Status, ToolCall, ToolResult, Trajectory
 
@@ -25,7 +32,7 @@ def row(line=1, *, answer="Sum: 42", results=("Sum: 42",), outcome=Outcome.OK, c
     calls = [(ToolCall("add", {"a": 15}), ToolResult(text, outcome, 0.0)) for text in results]
     mask = ([True] * call + [False] * response) * len(calls) + [True] * last
     zeros = [0] * len(mask)
-    trajectory = Trajectory([1], zeros, mask, zeros, [], calls, Status.ANSWERED)
+    trajectory = Trajectory(prompt([1]), zeros, mask, zeros, [], calls, Status.ANSWERED)
     return Gold(Example([{"role": "user", "content": "?"}], answer, {}, f"rows.jsonl:{line}"), trajectory)
 
 
@@ -68,7 +75,7 @@ def test_answers_in_another_number_format_are_shown_with_what_the_tool_returns()
     rows = [row(1), row(2, answer="Sum: 42.0"), row(3, answer="Sum: 042.0")]
     (hint,) = gold_hints(rows)
     assert hint.text == (
-        "rows.jsonl:2: 2 of 3 answers differ from what their gold calls return only by number format or blanks; "
+        "rows.jsonl:2: 2 of 3 answers differ from what their gold calls return only by number format or whitespace; "
         'here the answer is "Sum: 42.0", the tool returns "Sum: 42"; write answers as the tools return them'
     )
     assert not hint.fatal
@@ -140,9 +147,9 @@ def test_a_varying_column_of_tools_is_named():
     assert "system message varies" not in hint.text
 
 
-def test_long_questions_are_nothing_to_mend():
+def test_long_questions_are_nothing_to_fix():
     (hint,) = preamble_hints(prompts("a", "a"), [100, 100], 3)
-    assert hint.text.endswith("longer than it and the tool schemas; nothing to mend")
+    assert hint.text.endswith("longer than it and the tool schemas; nothing to fix")
 
 
 # Limits
@@ -211,7 +218,7 @@ def test_gold_conversations_must_earn_more_than_others(rewards, fatal, text):
     assert all(text in hint.text for hint in hints)
 
 
-def test_the_mend_is_the_answer_or_the_reward():
+def test_the_fix_is_the_answer_or_the_reward():
     zero = np.zeros((1, 3))
     (hint,) = reward_hints([row(answer="Sum: 42.0")], zero)
     assert hint.text.endswith('the answer is "Sum: 42.0", the tool returns "Sum: 42": make them equal')
@@ -226,3 +233,112 @@ def test_a_made_up_call_proves_nothing():
         "rows.jsonl:1: a call whose result is the answer earns 0, one that fails 0, no call 0; unless"
     )
     assert not hint.fatal
+
+
+def test_conversations_that_earn_something_else_the_second_time_are_said():
+    first = np.array([[0, 0.1, 1], [0, 0.1, NAN]])
+    assert second_score_hints([row(1), row(2)], first, first.copy()) == []
+    (hint,) = second_score_hints([row(1), row(2)], first, np.array([[0, 0.1, 1], [0, 0.2, NAN]]))
+    assert hint.text.startswith("rows.jsonl:2: the conversations of 1 of 2 rows earn something else")
+    assert "0, 0.1, none, then 0, 0.2, none" in hint.text
+    assert not hint.fatal
+
+
+# Answers without gold calls
+
+
+def answers(*texts):
+    return [Example([], text, {}, f"rows.jsonl:{i}") for i, text in enumerate(texts, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "results", "found"),
+    [
+        (["Sum: 7", "Product: 9"], {"add": ["Sum: 2"], "multiply": ["Product: 4"]}, None),
+        (["Optimal Return: 7%"] * 2, {"add": ["Sum: 2"], "multiply": ["Product: 4"]}, "2 of 2 answers"),
+        (["42", "7"], {"add": ["Sum: 2"]}, "2 of 2 answers"),
+        (["42", "7"], {"add": ["9"]}, None),
+        (["Sum: 7"], {"add": ["9", "8"]}, "1 of 1 answers"),
+        (["Sum: 7", "x: 1", "y: 1"], {"add": ["Sum: 2"]}, "2 of 3 answers"),
+        (["Sum: 7", "x: 1"], {"add": ["Sum: 2"]}, None),  # half of them may be another branch's
+        (["Total due: 7, Rate: 2"], {"loan": ["Total due: 1, Rate: 9, Paid: 3"]}, None),
+        (
+            ["Rainy in Rome"],
+            {"weather": ["example unknown", "Cloudy skies"]},
+            None,
+        ),  # nothing in common to compare
+        (["Error: no"], {"add": ["Sum: 2"]}, None),
+        (["Other"], {"add": []}, None),
+    ],
+)
+def test_answers_in_no_form_of_the_tools_are_said(texts, results, found):
+    hints = form_hints(answers(*texts), results, none=False)
+    assert [found in hint.text for hint in hints] == ([] if found is None else [True])
+    assert not any(hint.fatal for hint in hints)
+
+
+def test_the_answer_and_a_result_are_shown():
+    hints = form_hints(answers("Optimal: 7"), {"add": ["Sum: 2"], "other": []}, none=True)
+    assert "no row has a gold call" in hints[0].text
+    assert (
+        "rows.jsonl:1: 1 of 1 answers of rows without gold calls look like nothing that the tools return (1 of 2 tools "
+        'could be called): here the answer is "Optimal: 7", add returns "Sum: 2"; load the tools that the data was made'
+    ) in hints[1].text
+
+
+def test_made_up_arguments_fit_the_schema():
+    properties = {
+        "age": {"type": "integer"},
+        "kind": {"type": "string", "enum": ["a", "b"]},
+        "rate": {"type": ["null", "number"]},
+        "on": {"type": "boolean"},
+        "names": {"type": "array", "items": {"type": "string"}},
+        "deep": {"type": "object", "properties": {"x": {"anyOf": [{"type": "integer"}, {"type": "null"}]}}},
+    }
+    parameters = {"type": "object", "properties": properties, "required": ["age", "kind"]}
+    made = [*made_up_arguments(parameters)]
+    assert made[0] == {"age": 1, "kind": "a"}
+    assert made[4] == {"age": 1, "kind": "a", "rate": 3, "on": True, "names": ["example"], "deep": {"x": 6}}
+    assert all(isinstance(one["age"], int) and one["age"] > 0 for one in made)
+    assert next(made_up_arguments({})) == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "new"),
+    [
+        ("Error: age must be a whole number from 18 to 80, got 1", {"age": 49}),
+        ("Error: rate must be between 0 and 0.2", {"rate": 0.1}),
+        ("Error: state must be one of AL, AK or AZ, got 'example'", {"state": "AL"}),
+        ("Error: debts[0].rate must be a number from 0 to 1", {"rate": 0.5}),
+        ("Error: division by zero", None),
+    ],
+)
+def test_arguments_are_corrected_as_the_error_asks(error, new):
+    arguments = {"age": 1, "rate": 3.0, "state": "example"}
+    assert corrected(arguments, error) == (None if new is None else arguments | new)
+
+
+def test_a_correction_that_was_made_is_not_made_again():
+    assert corrected({"state": "AL"}, "Error: state must be one of AL, AK") is None
+
+
+# The second call
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "fatal"),
+    [
+        (("Sum: 3", Outcome.OK), ("Sum: 3", Outcome.OK), None),
+        (("Sum: 3", Outcome.OK), ("Error: Event loop is closed", Outcome.ERROR), True),
+        (("Sum: 3", Outcome.OK), ("Sum: 4", Outcome.OK), False),
+    ],
+)
+def test_a_tool_must_answer_a_second_time(first, second, fatal):
+    hints = second_call_hints({"add": [ToolResult(*one, 0.0) for one in (first, first, second)]})
+    assert [hint.fatal for hint in hints] == ([] if fatal is None else [fatal])
+
+
+def test_evaluation_rows_without_figures_are_said():
+    assert evaluation_hints(answers("Error: a", "Sum: 2")) == []
+    (hint,) = evaluation_hints(answers("Error: a", "Error: b"))
+    assert hint.text.startswith("rows.jsonl:1: the answers of all 2 evaluation rows begin with 'Error:'")

@@ -1,10 +1,13 @@
 """The three figures, worked by hand, and the command on a model folder and on a checkpoint."""
 
+import dataclasses
+
 import launch
 import pytest
+from helpers import prompt
 
 from grpo_jax import evaluate, export
-from grpo_jax.evaluate import call_match, equal_values, schema_match, summarize
+from grpo_jax.scoring.evaluation import call_match, equal_values, schema_match, summarize
 from grpo_jax.types import Example, Outcome, Status, ToolCall, ToolResult, Trajectory
 
 
@@ -18,7 +21,7 @@ def trajectory(*calls):
         (one, ToolResult(text, Outcome.ERROR if text.startswith("Error:") else Outcome.OK, 0.0))
         for one, text in calls
     ]
-    return Trajectory([1], [2], [True], [0.0], [], done, Status.ANSWERED)
+    return Trajectory(prompt([1]), [2], [True], [0.0], [], done, Status.ANSWERED)
 
 
 ADD = call("add", a=1, b=2)
@@ -101,8 +104,14 @@ def test_each_gold_call_takes_the_best_call_that_is_left():
 # Figures
 
 
-def example(answer):
-    return Example([{"role": "user", "content": "?"}], answer, source="rows.jsonl:1")
+def summarized(answers, trajectories, gold):
+    """The figures of trajectories whose examples have these answers."""
+    examples = [Example([{"role": "user", "content": "?"}], a, source="rows.jsonl:1") for a in answers]
+    of = [
+        dataclasses.replace(t, prompt=dataclasses.replace(t.prompt, example=e))
+        for t, e in zip(trajectories, examples, strict=True)
+    ]
+    return summarize(of, gold)
 
 
 def test_the_figures_of_four_rows():
@@ -112,7 +121,7 @@ def test_the_figures_of_four_rows():
         trajectory((call("sub", a=1, b=2), "Error: unknown tool")),  # no valid call
         trajectory(),  # no call at all
     ]
-    summary = summarize([example("Sum: 3")] * 4, trajectories, [[ADD]] * 4)
+    summary = summarized(["Sum: 3"] * 4, trajectories, [[ADD]] * 4)
     assert summary["n"] == 4
     assert summary["response_validity"] == 0.5
     assert summary["exact_answer_match"] == 0.25
@@ -125,22 +134,21 @@ def test_the_figures_of_four_rows():
 
 
 def test_only_the_last_result_is_the_answer_and_blanks_and_case_do_not_matter():
-    examples = [example("Sum: 3")] * 3
     trajectories = [
         trajectory((ADD, "Sum: 9"), (ADD, " sum:  3 ")),
         trajectory((ADD, "Sum: 3"), (ADD, "Sum: 9")),
         trajectory((ADD, "Error: no"), (ADD, "Sum: 3")),  # a later valid call makes a row valid
     ]
-    summary = summarize(examples, trajectories, [[]] * 3)
+    summary = summarized(["Sum: 3"] * 3, trajectories, [[]] * 3)
     assert summary["exact_answer_match"] == pytest.approx(2 / 3)
     assert summary["response_validity"] == 1.0
 
 
-def test_rows_whose_gold_answer_is_an_error_are_counted_apart():
+def test_rows_whose_gold_answer_is_an_error_are_counted_separately():
     wrong = (call("add", a=1), "Error: b is missing")
-    examples = [example("Sum: 3"), example("Error: b is missing"), example("Error: b is missing")]
+    answers = ["Sum: 3", "Error: b is missing", "Error: b is missing"]
     trajectories = [trajectory((ADD, "Sum: 3")), trajectory(wrong), trajectory((ADD, "Sum: 3"))]
-    summary = summarize(examples, trajectories, [[ADD]] * 3)
+    summary = summarized(answers, trajectories, [[ADD]] * 3)
     assert summary["n"] == 1
     assert summary["response_validity"] == summary["exact_answer_match"] == 1.0
     assert summary["tool_call_schema_match"] == 1.0
@@ -148,7 +156,7 @@ def test_rows_whose_gold_answer_is_an_error_are_counted_apart():
 
 
 def test_rows_without_gold_calls_have_no_schema_figure():
-    summary = summarize([example("Sum: 3")], [trajectory((ADD, "Sum: 3"))], [[]])
+    summary = summarized(["Sum: 3"], [trajectory((ADD, "Sum: 3"))], [[]])
     assert summary["tool_call_schema_match"] is summary["intervals"]["tool_call_schema_match"] is None
     assert summary["exact_answer_match"] == 1.0
 

@@ -14,6 +14,7 @@ import pytest
 from parity import CASES, QWEN2, QWEN3, load, random_tensors, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
+from grpo_jax.files import OutputError
 from grpo_jax.models import hf
 from grpo_jax.models.hf import read_config, save_model
 from grpo_jax.models.qwen import check_params
@@ -308,7 +309,10 @@ def test_a_failing_write_leaves_the_old_folder(failing, tmp_path, monkeypatch):
         written.append(path)
         save_file(tensors, path, **settings)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OutputError, match=r"cannot write .*model: No space left"),
+    ):
         patch.setattr(hf, "save_file", disk_full)
         save_model(model, doubled, cfg, source, max_shard_size="30KB")
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before

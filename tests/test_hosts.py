@@ -3,6 +3,8 @@
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 import threading
 from unittest import mock
 
@@ -12,10 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
 from grpo_jax import hosts
-from grpo_jax.data.rows import Cursor, next_batch
+from grpo_jax.data.batches import Cursor, next_batch
 from grpo_jax.models import sharding
 
 # A process's part of a batch
@@ -62,7 +65,7 @@ class Threads:
         self.count, self.own = count, threading.local()
         self.barrier, self.given = threading.Barrier(count, timeout=10), [None] * count
 
-    def allgather(self, x):
+    def allgather(self, x, tiled):
         self.given[self.own.index] = x
         self.barrier.wait()
         everything = np.stack(self.given)
@@ -83,7 +86,7 @@ class Threads:
         threads = [threading.Thread(target=one, args=(i,)) for i in range(self.count)]
         with (
             mock.patch.object(hosts, "alone", lambda: False),
-            mock.patch.object(hosts, "process_allgather", self.allgather),
+            mock.patch.object(multihost_utils, "process_allgather", self.allgather),
             mock.patch.object(jax, "process_index", lambda: self.own.index),
         ):
             for thread in threads:
@@ -143,7 +146,7 @@ def test_processes_that_hold_different_values_all_say_so():
 
 
 def test_alone_errors_keep_their_own_path_and_nothing_is_sent():
-    with mock.patch.object(hosts, "process_allgather", side_effect=AssertionError):
+    with mock.patch.object(multihost_utils, "process_allgather", side_effect=AssertionError):
         with pytest.raises(KeyError), hosts.Failure():
             raise KeyError
         with pytest.raises(KeyError):
@@ -155,24 +158,26 @@ def test_alone_errors_keep_their_own_path_and_nothing_is_sent():
 
 # Start-up
 
-SLURM = dict.fromkeys(("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"), "4")
-SLURM |= {"SLURM_STEP_NODELIST": "node[1-4]"}
-OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}
-
 
 @pytest.mark.parametrize(
     ("environ", "initialised"),
     [
         ({}, None),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, {}),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # one task, as in an interactive shell of a job
-        ({"SLURM_JOB_ID": "4", "SLURM_STEP_NUM_TASKS": "4"}, None),  # without srun
-        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "2"}, {}),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"SLURM_JOB_ID": "4", "SLURM_STEP_NUM_TASKS": "4"}, {}),
+        (
+            {"SLURM_JOB_ID": "4", "SLURM_STEP_NUM_TASKS": "1"},
+            None,
+        ),  # one task, as in a job's interactive shell
+        ({"SLURM_JOB_ID": "4", "SLURM_NTASKS": "4"}, None),  # without srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
         ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, {}),
         ({"TPU_WORKER_HOSTNAMES": "t-0"}, None),
         ({"TPU_WORKER_HOSTNAMES": "t-0", "MEGASCALE_NUM_SLICES": "2"}, {}),
         ({"TPU_WORKER_HOSTNAMES": "t-0,t-1", "JAX_PLATFORMS": "cpu"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1", "GRPO_JAX_DISTRIBUTED": "0"}, None),
+        ({"GRPO_JAX_DISTRIBUTED": "1"}, {}),
+        ({"GRPO_JAX_DISTRIBUTED": ""}, None),
         ({"JAX_COORDINATOR_ADDRESS": "h:1"}, {"coordinator_address": "h:1"}),
         (
             {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
@@ -185,27 +190,8 @@ def test_processes_are_joined_where_there_are_several(environ, initialised):
         mock.patch.object(jax.distributed, "initialize") as initialize,
         mock.patch.object(jax.config, "update"),
     ):
-        sharding.join_processes(environ)
+        hosts.join_processes(environ)
     assert initialize.call_args == (None if initialised is None else mock.call(**initialised))
-
-
-def test_a_tpus_hosts_are_asked_of_its_metadata_server():
-    def served(answer):
-        opened = mock.MagicMock()
-        opened.__enter__.return_value.read.return_value = answer
-        return mock.Mock(return_value=opened)
-
-    def count(urlopen):
-        with (
-            mock.patch.object(sharding.glob, "glob", lambda pattern: ["/dev/accel0"]),
-            mock.patch.object(sharding.importlib.util, "find_spec", lambda name: name == "libtpu" or None),
-            mock.patch.object(sharding.urllib.request, "urlopen", urlopen),
-        ):
-            return sharding._tpu_hosts({})
-
-    assert count(served(b"w-0:8470:10.0.0.2,w-1:8470:10.0.0.3")) == 2
-    assert count(served(b"10.0.0.2")) == 1
-    assert count(mock.Mock(side_effect=OSError)) == 1
 
 
 @pytest.mark.parametrize(
@@ -216,11 +202,36 @@ def test_a_tpus_hosts_are_asked_of_its_metadata_server():
             {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_PROCESS_ID": "one"},
             "JAX_PROCESS_ID must be a whole number, got 'one'",
         ),
+        ({"GRPO_JAX_DISTRIBUTED": "yes"}, "GRPO_JAX_DISTRIBUTED must be 1 .* got 'yes'"),
     ],
 )
 def test_variables_that_name_no_process_are_an_error(environ, message):
     with pytest.raises(ValueError, match=message):
-        sharding.join_processes(environ)
+        hosts.join_processes(environ)
+
+
+JOINING = """
+from grpo_jax import hosts
+try:
+    hosts.join_processes()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_cluster_that_jax_does_not_know_is_an_error_that_names_the_variables():
+    environ = os.environ | {"GRPO_JAX_DISTRIBUTED": "1", "PYTHONPATH": str(launch.ROOT)}
+    ran = subprocess.run([sys.executable, "-c", JOINING], env=environ, capture_output=True, text=True)
+    assert "jax cannot join the processes of a run here" in ran.stdout, ran.stderr
+    assert "Set JAX_COORDINATOR_ADDRESS=HOST:PORT" in ran.stdout
+
+
+def test_hosts_that_did_not_join_are_an_error():
+    with (
+        mock.patch.object(jax, "process_count", lambda: 2),
+        pytest.raises(ValueError, match="2 processes that were not joined; set GRPO_JAX_DISTRIBUTED=1"),
+    ):
+        sharding.make_mesh()
 
 
 def test_tensor_stays_inside_a_host():

@@ -1,34 +1,35 @@
-"""What a session makes of the rows: prompts that show each row its own tools."""
+"""What a job makes of the rows: prompts that show each row its own tools."""
 
+import dataclasses
 import io
 
 import launch
 import pytest
 
-from grpo_jax import evaluate as evaluate_module
-from grpo_jax.evaluate import evaluate
 from grpo_jax.rollout.loop import Rollout
+from grpo_jax.run import evaluation
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import load_prompts, open_session
+from grpo_jax.run.job import load_data, open_job, read_inputs
 from grpo_jax.run.log import PhaseTimer
-from grpo_jax.types import Status, Trajectory
+from grpo_jax.types import Trajectory
 
 
 @pytest.fixture
 def opened(tmp_path):
-    """Opens the session of a small run with other options."""
-    sessions = []
+    """Opens the job of a small run with other options."""
+    jobs = []
 
-    def open_one(**changes):
+    def open_one(source=None, **changes):
         argv = launch.options(tmp_path / "run", compilation_cache_dir="none", **changes)
         config = parse_config(argv, prog="test").config
-        sessions.append(open_session(config, Console(io.StringIO()), PhaseTimer()))
-        return sessions[-1]
+        inputs = read_inputs(config, source or config.dataset_id_or_path)
+        jobs.append(open_job(config, Console(io.StringIO()), PhaseTimer(), inputs))
+        return jobs[-1]
 
     yield open_one
-    for session in sessions:
-        session.runner.close()
+    for job in jobs:
+        job.runner.close()
 
 
 TOOLS = [["add"], None, ["multiply", "add"], ["multiply"]]
@@ -36,41 +37,43 @@ TOOLS = [["add"], None, ["multiply", "add"], ["multiply"]]
 
 @pytest.fixture
 def mixed(opened, tmp_path):
-    """A session and the prompts of four rows with tools of their own, read under other column names."""
+    """A job and the prompts of four rows with tools of their own, read under other column names."""
     rows = [row | {"tools": tools} for row, tools in zip(launch.rows(10, 4), TOOLS, strict=True)]
     del rows[3]["tool_call"]
     theirs = [{"question": row.pop("prompt"), **row} for row in rows]
     path = launch.write_rows(tmp_path / "rows.jsonl", theirs)
-    session = opened(dataset_columns={"prompt": "question"})
-    return session, load_prompts(session, str(path))
+    job = opened(str(path), dataset_columns={"prompt": "question"})
+    return job, load_data(job, read_inputs(job.config, str(path)).train)
 
 
 def test_a_prompt_shows_the_tools_of_its_row_in_the_loaded_order(mixed):
-    session, prompts = mixed
-    add, multiply = session.toolbox.schemas
-    for example, ids, shown in zip(
-        prompts.examples, prompts.ids, [[add], [add, multiply], [add, multiply], [multiply]], strict=True
+    job, data = mixed
+    add, multiply = job.toolbox.schemas
+    for prompt, shown in zip(
+        data.prompts, [[add], [add, multiply], [add, multiply], [multiply]], strict=True
     ):
-        assert ids == session.conversation.prompt_ids(example.messages, shown)
-    assert [e.extra["tools"] for e in prompts.examples] == TOOLS
+        assert prompt.schemas == shown
+        assert prompt.ids == job.conversation.prompt_ids(prompt.example.messages, shown)
+    assert [p.example.extra["tools"] for p in data.prompts] == TOOLS
 
 
 def test_the_preamble_ends_where_the_rows_tools_differ(mixed):
-    session, prompts = mixed
-    text = session.conversation.decode(list(prompts.tree.preamble))
+    job, data = mixed
+    text = job.conversation.decode(list(data.tree.preamble))
     assert text.endswith('{"type": "function", "function": {"name": "')
 
 
-def test_evaluation_gives_each_row_its_own_tools(mixed, monkeypatch):
-    """One batch of four rows."""
-    session, prompts = mixed
+def test_evaluation_rolls_out_every_prompt_and_fills_up_the_last_batch(mixed, monkeypatch):
+    job, data = mixed
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, eval_batch_size=3))
     given = []
 
-    def run_rollout(loop, params, preamble, ids, draws, *, schemas, live):
-        given.extend([s["function"]["name"] for s in shown] for shown in schemas)
-        return Rollout([Trajectory(one, [], [], [], [], [], Status.ANSWERED) for one in ids], row_steps=0)
+    def roll_out(loop, policy, prompts):
+        given.append([p and ([s["function"]["name"] for s in p.schemas], p.draw) for p in prompts])
+        return Rollout([Trajectory(p) for p in prompts if p], row_steps=0)
 
-    monkeypatch.setattr(evaluate_module, "run_rollout", run_rollout)
-    monkeypatch.setattr(evaluate_module, "prefill_preamble", lambda loop, params: ())
-    evaluate(session, None, None, prompts, "Evaluation")
-    assert given == [["add"], ["add", "multiply"], ["add", "multiply"], ["multiply"]]
+    monkeypatch.setattr(evaluation, "roll_out", roll_out)
+    monkeypatch.setattr(evaluation, "make_policy", lambda loop, params: None)
+    evaluation.evaluate(job, None, data, "Evaluation")
+    both = ["add", "multiply"]
+    assert given == [[(["add"], 0), (both, 1), (both, 2)], [(["multiply"], 3), None, None]]

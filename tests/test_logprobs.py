@@ -111,10 +111,25 @@ def test_a_sharded_vocabulary_is_cut_within_its_shards(rows):
     jax.tree.map(assert_close, got, value_and_gradients(full, hidden, head, targets))
 
 
-def test_entropy_carries_no_gradient():
+@pytest.mark.parametrize("rows", BLOCKS)
+def test_the_entropys_gradient_equals_that_of_full_logits(rows):
+    """Alone, and added to that of the log-probabilities."""
     hidden, head, targets = inputs()
-    grads = jax.grad(lambda *x: token_logprobs(*x, targets)[1].sum(), (0, 1))(hidden, head)
-    assert not any(g.any() for g in grads)
+    weights = jnp.sin(jnp.arange(B * J)).reshape(B, J)
+
+    def whole(hidden, head):
+        table = jax.nn.log_softmax(jnp.einsum("bjd,vd->bjv", hidden, head) / 0.7)
+        return -(jnp.exp(table) * table).sum(-1)
+
+    def blockwise(hidden, head):
+        return token_logprobs(hidden, head, targets, 0.7, logits_bytes=rows_per_block(rows))
+
+    want = jax.grad(lambda *x: (weights * whole(*x)).sum(), (0, 1))(hidden, head)
+    got = jax.grad(lambda *x: (weights * blockwise(*x)[1]).sum(), (0, 1))(hidden, head)
+    jax.tree.map(assert_close, got, want)
+    both = jax.grad(lambda *x: (blockwise(*x)[0] + weights * blockwise(*x)[1]).sum(), (0, 1))(hidden, head)
+    alone = jax.grad(lambda *x: blockwise(*x)[0].sum(), (0, 1))(hidden, head)
+    jax.tree.map(lambda x, y, z: assert_close(x - y, z), both, alone, want)
 
 
 def test_logits_of_hundreds_of_nats_stay_finite():

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
 
-from grpo_jax.rollout.loop import prefill_preamble, run_rollout
-from grpo_jax.tools import Toolbox, ToolRunner
-from grpo_jax.types import Outcome, Status, Trajectory
-from grpo_jax.update.batch import response_bucket, step_batch, update_shapes
+from grpo_jax.tools import Limits, Toolbox, ToolRunner
+from grpo_jax.types import Outcome, Status
+from grpo_jax.update.batch import make_batch, response_bucket, update_shapes
 from grpo_jax.update.optimizer import make_optimizer
 from grpo_jax.update.update import GrpoObjective, ModelStep, init_state, make_score, make_update, place_batch
 
@@ -70,7 +69,7 @@ def test_rule_1_token_in_token_out(script):
     assert row.completion_ids == [*first, *responses[0], *second, *responses[1], *answer]
     spans = [(first, True), (responses[0], False), (second, True), (responses[1], False), (answer, True)]
     assert row.sampled_mask == [sampled for ids, sampled in spans for _ in ids]
-    ids = [*row.prompt_ids, *row.completion_ids]
+    ids = [*row.prompt.ids, *row.completion_ids]
     whole = rendered(helpers.QUESTIONS[0], row)
     assert whole[: len(ids)] == ids
     assert helpers.conversation().decode(whole[len(ids) :]) == "\n"  # what follows a closed turn
@@ -112,9 +111,9 @@ def turns_with_free_tokens():
 
 
 def logprob_gap(trajectories, dtype):
-    batch = step_batch(helpers.tree(), trajectories, 2, [0.0] * 4)
+    batch = make_batch(helpers.tree(), trajectories, 2)
     scored = make_score(model_step(dtype))(helpers.weights(), batch)
-    gap = np.abs(scored - batch.sampler_logprobs)[batch.sampled_mask]
+    gap = np.abs(scored - batch.completions.sampler_logprobs)[batch.completions.trained]
     return gap, gap.size
 
 
@@ -162,7 +161,9 @@ class Steps:
         self.loop = helpers.tool_loop(script.sampler)
 
     def update(self, trajectories):
-        batch = step_batch(self.loop.tree, trajectories, 2, [1.0, -1.0, 0.5, -0.5])
+        advantages = [1.0, -1.0, 0.5, -0.5]
+        rows = [dataclasses.replace(t, advantage=a) for t, a in zip(trajectories, advantages, strict=True)]
+        batch = make_batch(self.loop.tree, rows, 2)
         self.state, metrics = self.apply(self.state, place_batch(self.step.layout, batch))
         assert not jax.device_get(metrics)["skipped"]
         return batch
@@ -170,12 +171,10 @@ class Steps:
     def __call__(self, draw, rows):
         """One step of four rows; returns trajectories and batch."""
         self.script.load(rows)
-        params = self.loop.sampler.export(self.state.params)
-        preamble = prefill_preamble(self.loop, params)
-        draws = [draw, draw + 1]
-        trajectories = run_rollout(
-            self.loop, params, preamble, PROMPTS[:2], draws, generations=2
-        ).trajectories
+        rollout = helpers.roll_out_weights(
+            self.loop, self.state.params, PROMPTS[:2], [draw, draw + 1], generations=2
+        )
+        trajectories = rollout.trajectories
         return trajectories, self.update(trajectories)
 
 
@@ -192,7 +191,7 @@ def test_rule_6_one_compile_per_shape(script):
     with compilations() as names:
         for i, rows in enumerate(ragged[1:]):
             _, batch = steps(2 * i, rows)
-            assert (batch.completions_valid.sum(1) != warm.completions_valid.sum(1)).any()
+            assert (batch.completions.level.valid.sum(1) != warm.completions.level.valid.sum(1)).any()
     assert names == []
     assert int(steps.state.step) == 3
 
@@ -218,7 +217,7 @@ def test_rule_6_twenty_ragged_steps_with_up_to_three_tool_turns(script):
     with compilations() as names:
         for i in range(20):
             trajectories, batch = steps(2 * i, [row(most=i % 4) for _ in range(4)])
-            met.add((batch.completions.shape[1], batch.loss_positions))
+            met.add((batch.completions.targets.shape[1], batch.J))
             turns |= {len(t.calls) for t in trajectories}
     assert names == []
     assert turns == {0, 1, 2, 3} and len(met) >= 3
@@ -227,7 +226,7 @@ def test_rule_6_twenty_ragged_steps_with_up_to_three_tool_turns(script):
 def unsampled(i, tokens, sampled):
     """A trajectory that no one sampled, of which the first tokens are learned."""
     mask = [t < sampled for t in range(tokens)]
-    return Trajectory(PROMPTS[i // 2], [1] * tokens, mask, [-1.0] * tokens, [], [], Status.ANSWERED)
+    return helpers.trajectory(PROMPTS[i // 2], [1] * tokens, mask, [-1.0] * tokens)
 
 
 class compilations:
@@ -285,8 +284,8 @@ def test_every_token_passes_through_extend_once(script):
     assert script.shared == Counter(shared)
     own = set()
     for i, row in enumerate(trajectories):
-        ids = [*row.prompt_ids, *row.completion_ids]
-        own |= {(i, position, ids[position]) for position in range(len(row.prompt_ids) - 1, len(ids) - 1)}
+        ids = [*row.prompt.ids, *row.completion_ids]
+        own |= {(i, position, ids[position]) for position in range(len(row.prompt.ids) - 1, len(ids) - 1)}
     assert script.own == Counter(own)
     assert len(own) == sum(len(row.completion_ids) for row in trajectories)
 
@@ -302,8 +301,7 @@ def skewed_rows():
 def roll_out_skewed(script):
     script.load(skewed_rows())
     loop = helpers.tool_loop(script.sampler)
-    params = loop.sampler.export(helpers.weights())
-    return run_rollout(loop, params, prefill_preamble(loop, params), PROMPTS[:2], (0, 1), generations=8)
+    return helpers.roll_out_weights(loop, helpers.weights(), PROMPTS[:2], (0, 1), generations=8)
 
 
 def test_finished_rows_cost_little_and_change_nothing():
@@ -323,7 +321,7 @@ def test_finished_rows_cost_little_and_change_nothing():
     for a, b in zip(compact.trajectories, whole.trajectories, strict=True):
         assert (a.completion_ids, a.messages, a.status) == (b.completion_ids, b.messages, b.status)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
-        ids, start = [*a.prompt_ids, *a.completion_ids], len(a.prompt_ids) - 1
+        ids, start = [*a.prompt.ids, *a.completion_ids], len(a.prompt.ids) - 1
         expected.update(enumerate(ids[start:-1], start))
     assert fed == expected
 
@@ -342,7 +340,7 @@ def test_tools_run_while_other_rows_decode(script):
         return script.sampler.decode(*args)
 
     script.load([call_ids("nap", seconds=5.0), [], [0] * 60, [0] * 50])
-    runner = ToolRunner(Toolbox({"nap": nap}, SCHEMAS, "a test"), "inline", timeout=10)
+    runner = ToolRunner(Toolbox({"nap": nap}, SCHEMAS, "a test"), "inline", Limits(seconds=10))
     sampler = dataclasses.replace(script.sampler, decode=decode)
     loop = dataclasses.replace(helpers.tool_loop(sampler), runner=runner)
     with runner:
@@ -495,12 +493,11 @@ def test_finished_rows_of_a_group_stay_as_they_are(script):
     assert len(together[1].calls) == 3
 
 
-def test_rows_that_only_fill_up_the_batch_come_back_empty(script):
+def test_what_only_fills_up_the_batch_gives_no_trajectory(script):
     script.load([[0, 0], [0], [0, 0], [0]])
     loop = helpers.tool_loop(script.sampler)
-    rows = helpers.rollout(loop, PROMPTS[:2], generations=2, live=[True, False])
-    assert [row.completion_ids for row in rows] == [[0, 0, END], [0, END], [], []]
-    assert rows[2].messages == [] and rows[2].prompt_ids == PROMPTS[1]
+    rows = helpers.rollout(loop, [PROMPTS[0], None], generations=2)
+    assert [row.completion_ids for row in rows] == [[0, 0, END], [0, END]]
 
 
 def test_progress_is_told_after_every_turn(script):
@@ -508,8 +505,8 @@ def test_progress_is_told_after_every_turn(script):
     script.load([[*call, *call], [call[0]], [], [*call]])
     told = []
     loop = helpers.tool_loop(script.sampler)
-    helpers.rollout(loop, PROMPTS[:2], generations=2, on_turn=lambda *args: told.append(args))
-    assert told == [(2, 4), (3, 4), (4, 4)]
+    helpers.rollout(loop, PROMPTS[:2], generations=2, on_turn=told.append)
+    assert told == [2, 1, 1]
 
 
 def test_without_a_shared_preamble_the_rollout_is_the_same(script):

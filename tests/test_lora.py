@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 import helpers
 import jax
@@ -23,15 +24,15 @@ from grpo_jax.models.lora import (
     join,
     merge,
 )
-from grpo_jax.rollout.sampler import Sampling, make_sampler
-from grpo_jax.run.options import LORA_MODULES
+from grpo_jax.rollout.sampler import make_sampler
+from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.run.fields import LoraModule
 from grpo_jax.update.update import (
     batch_loss,
-    completion_level,
     init_state,
     make_score,
     make_update,
-    trunk_levels,
+    with_dropout,
 )
 
 ALL = LoraConfig.of(rank=3, alpha=6.0, dropout=0.0, modules=["all-linear"])
@@ -83,9 +84,9 @@ def merged(config=ALL):
 
 
 def test_modules_are_hfs_names_and_defaults_are_pefts():
-    assert tuple(MODULES) == LORA_MODULES
+    assert (*MODULES, "all-linear") == typing.get_args(LoraModule)
     assert LoraConfig.of(8, 16, 0.1, None).modules == ("q_proj", "v_proj")
-    assert LoraConfig.of(8, 16, 0.1, ["all-linear"]).modules == LORA_MODULES
+    assert LoraConfig.of(8, 16, 0.1, ["all-linear"]).modules == tuple(MODULES)
     assert LoraConfig.of(8, 16, 0.1, ["up_proj", "k_proj"]).modules == ("k_proj", "up_proj")
     assert LoraConfig.of(8, 16, 0.1, None).scale == 2
 
@@ -258,8 +259,8 @@ def test_what_is_dropped_does_not_depend_on_the_split(micro_batches):
 def test_every_row_of_every_level_has_a_key_of_its_own():
     """Shared rows take theirs from the first completion below them: 1 preamble, 4 prompts, 8 rows."""
     keys = dropout_keys(frozen(DROPPING), jnp.int32(0), 8)
-    batch = jax.tree.map(jnp.asarray, dataclasses.replace(base(), dropout_keys=keys))
-    levels = [level.dropout_keys for level in (*trunk_levels(batch), completion_level(batch))]
+    batch = with_dropout(jax.tree.map(jnp.asarray, base()), keys)
+    levels = [level.dropout_keys for level in (*batch.trunk, batch.completions.level)]
     assert [len(k) for k in levels] == [1, 4, 8]
     assert len(np.unique(np.concatenate(levels), axis=0)) == 13
 
@@ -267,7 +268,7 @@ def test_every_row_of_every_level_has_a_key_of_its_own():
 def test_without_dropout_nothing_is_drawn():
     def drawn(config):
         keys = dropout_keys(frozen(config), jnp.int32(0), 8)
-        params, batch = join(adapters(config), frozen(config)), dataclasses.replace(base(), dropout_keys=keys)
+        params, batch = join(adapters(config), frozen(config)), with_dropout(base(), keys)
         return str(jax.make_jaxpr(functools.partial(batch_loss, model_step(), grpo.OBJECTIVE))(params, batch))
 
     assert "random_bits" in drawn(DROPPING)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.data.rows import gold_calls, load_examples
+from grpo_jax.data.gold import gold_calls
+from grpo_jax.data.rows import load_examples
 from grpo_jax.scoring.rewards import load_rewards
 from rewards.math_reward import reward_func
 from tools_funcs import math_tools

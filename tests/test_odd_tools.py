@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import datetime
 import functools
 import json
 from collections.abc import AsyncIterator, Iterator
 from collections.abc import Set as AbstractSet
 from enum import Enum, IntEnum, StrEnum, auto
-from typing import TYPE_CHECKING, Any, Literal, NewType, Required, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NewType, Required, TypedDict
 
+import pydantic
 import pytest
 import typing_extensions
 from transformers.utils import get_json_schema
@@ -355,7 +357,7 @@ def listed_numbers(n: int) -> Iterator[int]:
 
 @pytest.mark.parametrize("tool", [numbers, later_numbers])
 def test_a_generator_is_an_error(tool):
-    """The model would be told `<generator object numbers at 0x7f…>`."""
+    """The model would see `<generator object numbers at 0x7f…>`."""
     with pytest.raises(ValueError, match="a tool returns its result, and this one yields; return a list"):
         get_schema(tool)
 
@@ -375,7 +377,7 @@ class Callable_:
 
 
 @pytest.mark.parametrize(
-    "thing", [Callable_(), functools.partial(sphinx, 1), Callable_, "sphinx", lambda a: a, None]
+    "thing", [Callable_(), functools.partial(Callable_(), 1), Callable_, "sphinx", lambda a: a, None]
 )
 def test_what_is_no_function_is_an_error(thing):
     with pytest.raises(ValueError, match=r"TOOLS\[0\] must be a function defined with `def`, got "):
@@ -397,3 +399,205 @@ def test_a_cached_function_is_a_function():
     tools = named_functions([remembered], "TOOLS")
     assert get_schema(remembered) == get_json_schema(remembered)
     assert run_tool({"name": "remembered", "arguments": {"a": 1.0}}, tools) == "1 None"
+
+
+def convert(amount: float, rate: float, unit: str = "USD") -> str:
+    """Convert an amount.
+
+    Args:
+        amount: How much.
+        rate: The rate.
+        unit: The currency.
+    """
+    return f"{amount * rate} {unit}"
+
+
+def test_bound_arguments_of_a_partial_are_not_the_models():
+    tools = named_functions([functools.partial(convert, rate=2.0, unit="EUR")], "TOOLS")
+    schema = get_schema(tools["convert"])["function"]
+    assert schema["description"] == "Convert an amount."
+    assert schema["parameters"] == {
+        "type": "object",
+        "properties": {"amount": {"type": "number", "description": "How much."}},
+        "required": ["amount"],
+    }
+    assert signature_line(tools["convert"]) == "convert(amount: float) -> str"
+    assert run_tool({"name": "convert", "arguments": {"amount": 3}}, tools) == "6.0 EUR"
+    bad = run_tool({"name": "convert", "arguments": {"amount": 3, "rate": 9.0}}, tools)
+    assert bad == "Error: wrong arguments for convert: unknown 'rate' (known: amount)"
+
+
+def test_a_partial_may_bind_by_place_and_have_its_own_name():
+    first = functools.partial(functools.partial(convert, 3.0), unit="EUR")
+    first.__name__, first.__doc__ = "three.times", "Multiply by three."
+    tools = named_functions([first, functools.partial("a-b".join)], "TOOLS")
+    assert list(tools) == ["three.times", "join"]
+    assert get_schema(tools["three.times"])["function"]["name"] == "three.times"
+    assert list(get_schema(tools["three.times"])["function"]["parameters"]["properties"]) == ["rate"]
+    assert run_tool({"name": "three.times", "arguments": {"rate": 2}}, tools) == "6.0 EUR"
+
+
+def named(name):
+    def tool(n: int) -> str:
+        """Take a number."""
+        return str(n)
+
+    tool.__name__ = name
+    return tool
+
+
+def test_a_name_may_hold_dots_and_dashes():
+    tools = named_functions([named("math.add"), named("get-2")], "TOOLS")
+    assert get_schema(tools["math.add"])["function"]["name"] == "math.add"
+    assert run_tool({"name": "math.add", "arguments": {"n": 1}}, tools) == "1"
+
+
+@pytest.mark.parametrize("name", ["two words", "", "größe", "a/b"])
+def test_other_names_are_errors(name):
+    with pytest.raises(
+        ValueError, match=r"TOOLS\[0\] must have a name of A-Z, a-z, 0-9, '_', '\.' and '-', got "
+    ):
+        named_functions([named(name)], "TOOLS")
+
+
+def test_a_lambda_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"got a lambda, which has no name .* \(.*test_odd_tools\.py:\d+"):
+        named_functions([lambda n: n], "TOOLS")
+
+
+class Doc:
+    def __init__(self, documentation):
+        self.documentation = documentation
+
+
+def annotated(
+    a: Annotated[int, "the first\n number"],
+    b: Annotated[str, Doc("the second"), "not this"] = "x",
+    c: Annotated[float | None, pydantic.Field(description="the third")] = None,
+    d: Annotated[list[Annotated[int, "an item"]], "the fourth (choices: [1, 2])"] = (),
+) -> str:
+    """Take numbers."""
+    return f"{a} {b} {c} {d}"
+
+
+def test_annotated_texts_are_the_arguments_descriptions(caplog):
+    properties = get_schema(annotated)["function"]["parameters"]["properties"]
+    assert {name: p["description"] for name, p in properties.items()} == {
+        "a": "the first number",
+        "b": "the second",
+        "c": "the third",
+        "d": "the fourth",
+    }
+    assert properties["c"] == {"type": "number", "nullable": True, "description": "the third"}
+    assert properties["d"]["enum"] == [1, 2]
+    assert not caplog.records
+    assert run_tool({"name": "annotated", "arguments": {"a": 1.0}}, [annotated]) == "1 x None ()"
+
+
+# pydantic
+
+
+class Item(pydantic.BaseModel):
+    """An item."""
+
+    name: str = pydantic.Field(description="what to buy", min_length=1)
+    quantity: Annotated[int, pydantic.Field(ge=1)] = 1
+    mood: Mood = Mood.GOOD
+    note: str | None = None
+
+
+class Order(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(populate_by_name=True)
+    items: list[Item]
+    by_day: dict[str, Item] = {}
+    when: datetime.date = pydantic.Field(alias="date", description="day of delivery")
+    gift: Item | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _not_empty(self):
+        if not self.items:
+            raise ValueError("an order needs items")
+        return self
+
+
+class Loose(pydantic.BaseModel, extra="allow"):
+    n: int
+
+
+class Tree(pydantic.BaseModel):
+    children: list[Tree] = []
+
+
+ITEM = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "description": "what to buy", "minLength": 1},
+        "quantity": {"type": "integer", "minimum": 1, "default": 1},
+        "mood": {"type": "string", "enum": ["good", "bad"], "default": "good"},
+        "note": {"type": "string", "nullable": True},
+    },
+    "required": ["name"],
+}
+
+
+def test_pydantic_models_are_shown_with_their_fields_limits_and_texts():
+    assert shown(takes(Item)) == ITEM
+    assert shown(takes(list[Item])) == {"type": "array", "items": ITEM}
+    assert shown(takes(Item | None)) == ITEM | {"nullable": True}
+    assert shown(takes(dict[str, Item])) == {"type": "object", "additionalProperties": ITEM}
+    order = shown(takes(Order))
+    assert order["properties"]["items"] == {"type": "array", "items": ITEM}
+    assert order["properties"]["date"] == {
+        "type": "string",
+        "format": "date",
+        "description": "day of delivery",
+    }
+    assert order["properties"]["gift"] == ITEM | {"nullable": True}
+    assert order["required"] == ["items", "date"]
+
+
+def test_pydantic_arguments_arrive_as_instances():
+    tea = Item(name="tea", quantity=2)
+    written = {"name": "tea", "quantity": 2.0, "note": None}
+    assert given(takes(Item), written) == tea
+    assert given(takes(list[Item]), [written]) == [tea]
+    assert given(takes(dict[str, Item]), {"a": written}) == {"a": tea}
+    assert given(takes(Item | None), None) is None and given(takes(Item | None), written) == tea
+    order = given(
+        takes(Order), {"items": [written], "date": "2024-02-29", "gift": {"name": "x", "mood": "bad"}}
+    )
+    assert order == Order(items=[tea], when=datetime.date(2024, 2, 29), gift=Item(name="x", mood=Mood.BAD))
+    assert given(takes(Loose), {"n": 1, "more": "x"}).more == "x"
+    with pytest.raises(ValueError, match=r"'value\.n' must be integer"):
+        given(takes(Loose), {"n": "1"})
+    assert check_arguments(takes(Loose), {"value": {"n": "1"}}, lax=True)["value"].n == 1
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "problem"),
+    [
+        (Item, {"quantity": 1}, "missing 'value.name' (string)"),
+        (Item, {"name": "a", "colour": 1}, "unknown 'value.colour' (known: name, quantity, mood, note)"),
+        (Item, {"name": "a", "quantity": "2"}, "'value.quantity' must be integer, got string \"2\""),
+        (list[Item], [{"name": ""}], "'value[0].name' is refused: String should have at least 1 character"),
+        (
+            Item,
+            {"name": "a", "quantity": 0},
+            "'value.quantity' is refused: Input should be greater than or equal to 1",
+        ),
+        (Order, {"items": [], "date": "2024-01-01"}, "'value' is refused: Value error, an order needs items"),
+        (Item, "tea", "'value' must be object, got string \"tea\""),
+    ],
+)
+def test_what_a_model_refuses_is_named_by_its_place(hint, value, problem):
+    def tool(value):
+        """Take it."""
+
+    tool.__annotations__["value"] = hint
+    text = run_tool({"name": "tool", "arguments": {"value": value}}, [tool])
+    assert text == f"Error: wrong arguments for tool: {problem}"
+
+
+def test_a_model_that_holds_itself_is_an_error_with_file_and_line():
+    with pytest.raises(ValueError, match=r"test_odd_tools\.py:\d+, tool: a type hint refers to itself"):
+        get_schema(takes(Tree))

@@ -1,17 +1,23 @@
-"""What `--plan` reckons: by hand for a tiny model, and against XLA's own memory analysis."""
+"""What `--plan` says: by hand for a tiny model, and its estimate against XLA's own memory analysis."""
 
+import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from grpo_jax.models import cost
 from grpo_jax.models.qwen import ModelConfig
-from grpo_jax.preflight.plan import find_remedies, fits, plan_step, step_hours
+from grpo_jax.models.sharding import make_mesh
+from grpo_jax.preflight import memory
+from grpo_jax.preflight.memory import Job, Temporary, estimate, plan_step, step_bytes
+from grpo_jax.preflight.plan import find_remedies, fits, step_hours
 from grpo_jax.preflight.plan_inputs import (
     GPU_SHARE,
     PUBLISHED,
@@ -24,14 +30,19 @@ from grpo_jax.preflight.plan_inputs import (
 from grpo_jax.run.options import GRPOConfig
 
 ROOT = Path(__file__).parents[1]
-# 30 weights of matrices and 6 of norms a layer, 10 of the table, 2 of the last norm: 84
-TINY = ModelConfig("qwen3", V=5, D=2, F=3, L=2, N=2, K=1, H=1, rope_theta=1e4, norm_eps=1e-6, tied=True)
+# 42 weights of matrices and 8 of norms a layer, 10 of the table, 2 of the last norm: 112
+TINY = ModelConfig("qwen3", V=5, D=2, F=3, L=2, N=2, K=1, H=2, rope_theta=1e4, norm_eps=1e-6, tied=True)
 DATA = DataLengths(rows=10, preamble=10, rest=4, exact=True)
 OPTIONS = {"per_device_train_batch_size": 4, "num_generations": 2, "max_grpo_completion_length": 15}
 
 
-def plan(machine="1GB x 1", model=TINY, data=DATA, **options):
-    return plan_step(GRPOConfig(**(OPTIONS | options)), model, data, read_machine(machine))
+def job_of(machine="1GB x 1", model=TINY, data=DATA, **options):
+    return Job(GRPOConfig(**(OPTIONS | options)), model, data, read_machine(machine))
+
+
+def bytes_of(job):
+    step = plan_step(job)
+    return step_bytes(job, step, estimate(job, step))
 
 
 @pytest.mark.parametrize(
@@ -70,41 +81,41 @@ def test_the_cpu_has_this_machines_memory():
 
 
 def test_bytes_by_hand():
-    """84 weights; 2 · 2 · 2 = 8 bytes a slot; 16, 2 · 16 and 4 · 16 slots; 64 completion tokens."""
-    step = plan()
+    """112 weights; 2 · 2 · 2 · 2 = 16 bytes a slot; 16, 2 · 16 and 4 · 16 slots; 64 completion tokens."""
+    job = job_of()
+    step = plan_step(job)
     assert step.lengths == cost.Lengths(P=2, G=2, T0=16, T1=16, T2=16)
     assert (step.sizes, step.micro_batches) == ((1, 1, 1), 1)
-    x = step.bytes
-    assert (x.weights, x.gradients, x.moments, x.rollout_copy) == (336, 336, 672, 168)
-    assert (x.preamble_cache, x.prompts_cache, x.own_cache) == (128, 256, 512)
-    assert (x.decode, x.evaluation) == (240, 0)
-    # three arrays of 64 positions' 5 logits; the head and its gradient in bf16
-    assert x.head == 3 * 64 * 5 * 4 + 2 * 10 * 2
-    # 112 tokens of 2 layers · (2 + 2) bf16 values and 2 in fp32
-    assert x.kept_activations == 112 * 2 * (4 * 2 + 2 * 4)
-    # 18 values of 48 shared tokens, 48 of the completions' 64, four blocks of 2 heads' scores
-    assert x.working_set == 4 * (18 * 48 + 48 * 64 + 4 * 2 * 64 * 16)
-    assert x.update == 336 + 672 + 336 + 3584 + x.working_set
-    assert x.rollout == 336 + 672 + 168 + 128 + 256 + 512 + 240
+    x = step_bytes(job, step, Temporary(update=1000, decode=240))
+    assert (x.weights, x.reference, x.gradients, x.rollout_copy) == (448, 0, 448, 224)
+    assert x.moments == 896 + 4 * 4  # adam's and the schedule's counters, of the layers and of the rest
+    assert (x.preamble_cache, x.prompts_cache, x.own_cache) == (256, 512, 1024)
+    assert (x.activations, x.decode, x.evaluation) == (1000 - 448, 240, 0)
+    assert x.update == 448 + 912 + 1000
+    assert x.rollout == 448 + 912 + 224 + 256 + 512 + 1024 + 240
+
+
+def test_an_estimate_by_hand():
+    job = job_of()
+    # 112 tokens of 2 layers · (2 + 4) bf16 values and 2 in fp32
+    kept = 112 * 2 * (6 * 2 + 2 * 4)
+    # 26 values of 48 shared tokens, 84 of the completions' 64, three arrays of 2 heads' scores
+    layer = 4 * (26 * 48 + 84 * 64 + 3 * 2 * 64 * 16)
+    # decode: three arrays of 4 rows' 5 logits
+    assert estimate(job, plan_step(job)) == (448 + kept + layer, 3 * 4 * 5 * 4)
+    # 64 positions' 5,000 logits outweigh a layer: two arrays of the one block, the head and its gradient in bf16
+    wide = job_of(model=dataclasses.replace(TINY, V=5000))
+    gradients, head = 4 * (112 - 10 + 2 * 5000), 2 * 64 * 5000 * 4 + 2 * 2 * 5000 * 2
+    assert estimate(wide, plan_step(wide)).update == gradients + kept + head
 
 
 def test_an_evaluation_has_a_prompt_a_row():
-    """Ten rows of 16 + 16 slots at 8 bytes, three arrays of 5 logits a row; the larger rollout counts."""
-    x = plan(eval_dataset_id_or_path="rows.jsonl", eval_batch_size=10).bytes
-    assert x.evaluation == 10 * 32 * 8 + 10 * 5 * 12
-    assert x.rollout == 336 + 672 + 168 + 128 + x.evaluation
-    many = GRPOConfig(**OPTIONS, eval_dataset_id_or_path="rows.jsonl", eval_batch_size=1000)
-    assert find_remedies(many, TINY, DATA, read_machine("100000 x 1"))[0][0] == {"eval_batch_size": 250}
-
-
-def test_decode_on_a_cpu_holds_the_rows_that_go_on_twice():
-    """Half of the rows, two, with 16 slots of a prompt and 129 of their own, at 16 bytes in fp32.
-
-    The keys of the trunk's 48 slots, at 8 bytes, are there twice as well.
-    """
-    x = plan("cpu", max_grpo_completion_length=128).bytes
-    assert x.decode == 240 + 48 * 8 + 2 * (16 + 129) * 16
-    assert plan("cpu", max_grpo_completion_length=127).bytes.decode == 240 + 48 * 8
+    """Ten rows of 16 + 16 slots at 16 bytes, three arrays of 5 logits a row; the larger rollout counts."""
+    x = bytes_of(job_of(eval_dataset_id_or_path="rows.jsonl", eval_batch_size=10))
+    assert x.evaluation == 10 * 32 * 16 + 10 * 5 * 12
+    assert x.rollout == 448 + 912 + 224 + 256 + x.evaluation
+    many = job_of("100000 x 1", eval_dataset_id_or_path="rows.jsonl", eval_batch_size=1000)
+    assert find_remedies(many)[0][0] == {"eval_batch_size": 125}
 
 
 def test_jax_takes_a_share_of_a_gpu(monkeypatch):
@@ -118,75 +129,112 @@ def test_jax_takes_a_share_of_a_gpu(monkeypatch):
 
 
 def test_fsdp_shards_what_it_divides():
-    """The table's 5 rows and 14 scales stay whole, the layers' 60 weights are halved: 54."""
-    x = plan("1GB x 2", mesh_fsdp=2).bytes
-    assert (x.weights, x.gradients, x.moments) == (216, 216, 432)
+    """The table's 5 rows and 18 scales stay whole, the layers' 84 weights are halved: 70."""
+    x = bytes_of(job_of("1GB x 2", mesh_fsdp=2))
+    assert (x.weights, x.gradients, x.moments) == (280, 280, 560 + 16)
 
 
 def test_types_and_adapters_change_weights_and_moments():
-    """Adapters of rank 1 on q and v: 2 + 2 and 2 + 1 a layer, 14 in fp32 beside 84 in bf16."""
-    x = plan(param_dtype="bfloat16", optim_dtype="bfloat16").bytes
-    assert (x.weights, x.gradients, x.moments) == (168, 168, 336)
-    x = plan(use_peft=True, lora_r=1).bytes
-    assert (x.weights, x.gradients, x.moments) == (84 * 2 + 14 * 4, 56, 112)
-    assert plan(beta=0.1).bytes.weights == 336 + 168
+    """Adapters of rank 1 on q and v: 2 + 4 and 2 + 2 a layer, 20 in fp32 next to 112 in bf16, and a seed."""
+    x = bytes_of(job_of(param_dtype="bfloat16", optim_dtype="bfloat16"))
+    assert (x.weights, x.gradients, x.moments) == (224, 224, 448 + 16)
+    x = bytes_of(job_of(use_peft=True, lora_r=1))
+    assert (x.weights, x.gradients, x.moments) == (112 * 2 + 20 * 4 + 4, 80, 160 + 16)
+    assert bytes_of(job_of(beta=0.1)).reference == 224
+    assert bytes_of(job_of(beta=0.1, use_peft=True)).reference == 0  # the base with its adapters off
+
+
+def test_nothing_shared_and_no_prompt_of_its_own_are_levels_without_tokens():
+    x = bytes_of(job_of(data=DataLengths(10, 0, 4, True)))
+    assert (x.preamble_cache, x.prompts_cache) == (0, 512)
+    x = bytes_of(job_of(data=DataLengths(10, 10, 0, True)))
+    assert (x.preamble_cache, x.prompts_cache) == (256, 0)
 
 
 def test_a_mesh_must_have_the_plans_devices():
     with pytest.raises(ValueError, match="the plan's 8 devices, got 3 · 1 · 1"):
-        plan("v5e-8", mesh_data=3)
+        plan_step(job_of("v5e-8", mesh_data=3))
 
 
 def test_a_mesh_that_divides_no_such_machine_names_what_to_lower():
     with pytest.raises(ValueError, match=r"got 1 · 8 · 1; lower mesh_fsdp or mesh_tensor: .* must divide 4"):
-        plan("v5e-4", mesh_fsdp=8)
+        plan_step(job_of("v5e-4", mesh_fsdp=8))
 
 
 def test_a_remedy_can_be_run():
     """Four rows split into four micro-batches at most."""
     with pytest.raises(ValueError, match="micro_batches 8 cannot split 2 prompts × 2 generations"):
-        plan(micro_batches=8)
-    for memory in range(1_000, 60_000, 1_000):
-        for changes, _ in find_remedies(GRPOConfig(**OPTIONS), TINY, DATA, read_machine(f"{memory} x 1")):
+        plan_step(job_of(micro_batches=8))
+    for size in (3_000, 10_000, 30_000):
+        for changes, _ in find_remedies(job_of(f"{size} x 1")):
             assert changes.get("micro_batches", 1) <= 4
 
 
+def changed(job, changes):
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, **changes))
+
+
 def test_a_remedy_changes_the_verdict():
-    model, data = PUBLISHED["Qwen3-0.6B"], DataLengths(100, 1000, 50, True)
-    config, machine = GRPOConfig(per_device_train_batch_size=8), read_machine("12GB x 2")
-    assert not fits(plan_step(config, model, data, machine), machine)
-    remedies = find_remedies(config, model, data, machine)
+    data = DataLengths(100, 1000, 50, True)
+    job = Job(
+        GRPOConfig(per_device_train_batch_size=8), PUBLISHED["Qwen3-0.6B"], data, read_machine("12GB x 2")
+    )
+    assert not fits(bytes_of(job), job.machine)
+    remedies = find_remedies(job)
     assert any("mesh_fsdp" in changes for changes, _ in remedies)
     for changes, peak in remedies:
-        step = plan_step(GRPOConfig(**({"per_device_train_batch_size": 8} | changes)), model, data, machine)
-        assert fits(step, machine)
-        assert step.bytes.peak == peak
+        size = bytes_of(changed(job, changes))
+        assert fits(size, job.machine)
+        assert size.peak == peak
+
+
+def test_remedies_are_measured_on_what_was_compiled():
+    """Twice the estimate: what would have been enough is not."""
+    data = DataLengths(100, 1000, 50, True)
+    job = Job(
+        GRPOConfig(per_device_train_batch_size=8), PUBLISHED["Qwen3-0.6B"], data, read_machine("12GB x 2")
+    )
+    (changes, peak), *_ = find_remedies(job)
+    scaled = dict((str(c), size) for c, size in find_remedies(job, Temporary(2.0, 1.0)))
+    assert scaled.get(str(changes), math.inf) > peak
 
 
 def test_remat_is_the_remedy_for_activations():
-    model, data = PUBLISHED["Qwen3-0.6B"], DataLengths(100, 6000, 50, True)
-    options = {"gradient_checkpointing": False, "micro_batches": 1}
-    machine = read_machine("40GB x 1")
-    assert not fits(plan_step(GRPOConfig(**options), model, data, machine), machine)
-    assert find_remedies(GRPOConfig(**options), model, data, machine)[0][0] == {
-        "gradient_checkpointing": True
-    }
+    config = GRPOConfig(gradient_checkpointing=False, micro_batches=1)
+    job = Job(config, PUBLISHED["Qwen3-0.6B"], DataLengths(100, 6000, 50, True), read_machine("40GB x 1"))
+    assert not fits(bytes_of(job), job.machine)
+    assert find_remedies(job)[0][0] == {"gradient_checkpointing": True}
 
 
 def test_nothing_helps_where_nothing_can():
-    config, machine = GRPOConfig(), read_machine("100MB x 1")
-    assert find_remedies(config, PUBLISHED["Qwen3-8B"], DATA, machine) == []
+    assert find_remedies(Job(GRPOConfig(), PUBLISHED["Qwen3-8B"], DATA, read_machine("100MB x 1"))) == []
 
 
 def test_hours_follow_the_rates():
-    config, model = GRPOConfig(**OPTIONS), PUBLISHED["Qwen3-0.6B"]
     hours = {}
     for name in ("h100", "h100-2", "80GB x 1"):
-        machine = read_machine(name)
-        hours[name] = step_hours(config, model, plan_step(config, model, DATA, machine), machine)
+        job = job_of(name, PUBLISHED["Qwen3-0.6B"])
+        hours[name] = step_hours(job, plan_step(job))
     assert hours["80GB x 1"] is None
     # twice the completions on twice the devices: only the shared preamble is spread thinner
     assert 0.5 * hours["h100"] < hours["h100-2"] < hours["h100"] * 1.001
+
+
+def test_what_xla_refuses_does_not_fit():
+    """XLA for a TPU does not compile what its memory cannot hold; it says how much that is."""
+    refused = SimpleNamespace(
+        compile=raising("the total memory required for HLO temporaries (28.50G) exceeds")
+    )
+    assert memory.temporary_bytes(refused) == 28.5 * 2**30
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        memory.temporary_bytes(SimpleNamespace(compile=raising("something else")))
+
+
+def raising(message):
+    def compile():
+        raise jax.errors.JaxRuntimeError(message)
+
+    return compile
 
 
 def test_published_sizes_have_the_published_number_of_parameters():
@@ -211,26 +259,35 @@ def test_an_unknown_model_asks_for_a_folder():
         model_sizes(GRPOConfig(model_name_or_path="other/model"))
 
 
-COMMAND = """
-import sys
-from grpo_jax.train import main
-status = main(sys.argv[1:])
-import jax._src.xla_bridge as bridge
-print("backends", bridge.backends_are_initialized())
-sys.exit(status)
-"""
-
-
-def test_the_command_prints_a_plan_and_starts_no_backend():
-    arguments = ["--config", "configs/default.yaml", "--plan", "v5e-8"]
+def command(*arguments):
+    argv = [sys.executable, "-m", "grpo_jax.train", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_command_prints_an_estimate_for_a_machine_that_nothing_compiles_for():
+    ran = command("--config", "configs/default.yaml", "--plan", "h200")
     assert ran.returncode == 0, ran.stderr
+    assert "Compiling" not in ran.stdout
     assert "Estimate: it fits" in ran.stdout
-    assert "hours for 225 updates" in ran.stdout  # 1,200 rows / 16 prompts × 3 epochs
-    assert "backends False" in ran.stdout
+    assert "hours for 1800 updates" in ran.stdout  # 1,200 rows / 2 prompts × 3 epochs
+
+
+@pytest.mark.slow
+def test_the_command_compiles_for_this_cpu_and_for_more_devices_of_it():
+    ran = command("--config", "configs/smoke.yaml", "--plan", "cpu-2")
+    assert ran.returncode == 0, ran.stderr
+    assert "Compiling the update and decode for 2 × cpu" in ran.stdout
+    assert "\nit fits" in ran.stdout and "Estimate: it" not in ran.stdout
+
+
+@pytest.mark.slow
+def test_decode_of_a_deep_model_is_linear_in_its_layers():
+    """Six layers, compiled whole and from two and four."""
+    job = job_of("cpu", dataclasses.replace(TINY, D=64, F=128, H=16, L=6), max_grpo_completion_length=255)
+    step, devices = plan_step(job), memory.devices_of(job.machine)
+    whole = memory.temporary_bytes(memory.lower_decode(job, step, make_mesh()))
+    assert memory.compile_step(job, step, devices).decode == pytest.approx(whole, rel=0.05)
 
 
 SMALL = "qwen3 2000 128 384 4 4 2 32"  # V D F L N K H
@@ -251,45 +308,18 @@ EIGHT_DEVICES = [(SMALL, (4, 8, 512, 64, 63), True, 1), (MANY_HEADS, (4, 8, 512,
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 
 
-def xla_bytes(mesh, cases, devices):
-    """What `xla_memory.py` prints: (update, decode) of each case."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    # more threads than devices: eight programs that wait for one another on two would wait forever
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}",
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
-        "NPROC": "32",
-    }
-    texts = [json.dumps([mesh, *case]) for case in cases]
-    command = [sys.executable, "tests/xla_memory.py", *texts]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    return [json.loads(line) for line in ran.stdout.splitlines()]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "cases"), [((1, 1, 1), ONE_DEVICE), *((mesh, EIGHT_DEVICES) for mesh in MESHES)]
 )
-def test_update_and_decode_on_the_cpu_agree_with_xla(mesh, cases):
-    """Within 15 %; what the state holds is an argument of the update, and no part of decode."""
-    data, fsdp, tensor = mesh
-    figures = xla_bytes(mesh, cases, math.prod(mesh))
-    for (sizes, (P, G, T0, T1, budget), remat, parts), measured in zip(cases, figures, strict=True):
-        kind, *numbers = sizes.split()
-        x = plan(
-            f"cpu-{math.prod(mesh)}",
-            ModelConfig(kind, *map(int, numbers), rope_theta=1e4, norm_eps=1e-6, tied=True),
-            DataLengths(100, T0, T1, True),
-            per_device_train_batch_size=P * G // (data * fsdp),
-            num_generations=G,
-            max_grpo_completion_length=budget,
-            gradient_checkpointing=remat,
-            micro_batches=parts,
-            mesh_data=data,
-            mesh_fsdp=fsdp,
-            mesh_tensor=tensor,
-        ).bytes
-        planned = [x.update, x.rollout - x.weights - x.moments]
-        assert planned == pytest.approx(measured, rel=0.15), (sizes, remat, parts)
+def test_the_estimate_of_update_and_decode_agrees_with_xla(mesh, cases):
+    """Within 15 %, with what lies on the device meanwhile; what the state holds is no part of decode."""
+    # more threads than devices: eight programs that wait for one another on two would wait forever
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "NPROC": "32"}
+    texts = [json.dumps([mesh, *case]) for case in cases]
+    argv = [sys.executable, "tests/xla_memory.py", *texts]
+    ran = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    for case, line in zip(cases, ran.stdout.splitlines(), strict=True):
+        estimated, compiled = json.loads(line)
+        assert estimated == pytest.approx(compiled, rel=0.15), case

@@ -1,9 +1,11 @@
 """Tools that answer an equal call differently are found, and reported once."""
 
+from concurrent.futures import Future
+
 import pytest
 
-from grpo_jax.tools import Toolbox, ToolRunner
-from grpo_jax.tools.purity import SAMPLE, PurityCheck
+from grpo_jax.tools import PurityCheck, Toolbox, ToolRunner
+from grpo_jax.tools.runner import PURITY_SAMPLE
 from grpo_jax.types import Outcome, ToolCall, ToolResult
 
 ran = []
@@ -87,15 +89,18 @@ def test_a_second_run_that_crashes_proves_nothing(check):
 
 def test_the_sample_is_small():
     class Runner:
-        def run_again(self, calls):
+        def submit(self, calls, again):
             self.calls = calls
-            return [ToolResult("x", Outcome.OK, 0.0) for _ in calls]
+            futures = [Future() for _ in calls]
+            for future in futures:
+                future.set_result(ToolResult("x", Outcome.OK, 0.0))
+            return futures
 
     runner = Runner()
     purity = PurityCheck(Toolbox({}, [], "a test"), runner, None)
     purity.start((ToolCall(f"f{i}", {}), ToolResult("x", Outcome.OK, 0.0)) for i in range(100))
     assert purity.finish() == 0
-    assert [call.name for call in runner.calls] == [f"f{i}" for i in range(SAMPLE)]
+    assert [call.name for call in runner.calls] == [f"f{i}" for i in range(PURITY_SAMPLE)]
 
 
 def test_tools_with_state_are_refused():

@@ -137,7 +137,7 @@ def test_recomputed_and_unrolled_layers_change_nothing(variant, monkeypatch):
     levels, _, teaches = random_tree("three levels")
     want_gradient, want = gradient_and_hidden(weights(), levels, teaches)
     params = as_list(weights()) if variant == "list of layers" else weights()
-    monkeypatch.setattr(qwen, "_last_apart", lambda levels, L: "last apart" in variant)
+    monkeypatch.setattr(qwen, "_last_unrolled", lambda levels, L: "last apart" in variant)
     again = jax.jit(gradient_and_hidden.__wrapped__, static_argnames="remat")
     gradient, hidden = again(params, levels, teaches, remat="remat" in variant)
     jax.tree.map(assert_close, hidden, want)
@@ -149,15 +149,15 @@ def test_the_last_layer_is_apart_where_shared_tokens_are_most_of_a_shallow_model
     def levels(shared, rows):
         return level([[1] * shared], [0], shared=True, width=shared), level([[1] * rows], [0], width=rows)
 
-    assert qwen._last_apart(levels(33, 32), 8) and qwen._last_apart(levels(33, 32)[:1], 1)
-    assert not qwen._last_apart(levels(32, 32), 8)
-    assert not qwen._last_apart(levels(33, 32), 9)
+    assert qwen._last_unrolled(levels(33, 32), 8) and qwen._last_apart(levels(33, 32)[:1], 1)
+    assert not qwen._last_unrolled(levels(32, 32), 8)
+    assert not qwen._last_unrolled(levels(33, 32), 9)
 
 
 def test_keys_and_values_of_a_last_layer_apart_join_the_others(monkeypatch):
     levels, _, _ = random_tree("three levels")
     want = run(weights(), levels)
-    monkeypatch.setattr(qwen, "_last_apart", lambda levels, L: True)
+    monkeypatch.setattr(qwen, "_last_unrolled", lambda levels, L: True)
     jax.tree.map(assert_close, jax.jit(run.__wrapped__)(weights(), levels), want)
 
 

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from grpo_jax.report import main, read_run, write_report
+from grpo_jax.report import main
 from grpo_jax.run.config import write_resolved
 from grpo_jax.run.options import GRPOConfig
+from grpo_jax.run.report import read_run, write_report
 
 EVIL = '<script>alert("&amp;")</script>\u2028\x85end'  # separators that end no line of JSONL
 
@@ -71,6 +72,7 @@ def leave_a_run(folder, steps=12):
                 "rewards": {"a": i, "b": None},
                 "status": "answered",
                 "advantage": float(i),
+                "why": f"because {i}",
             }
             for i in (2, 0, 1, 3)
         ]
@@ -97,7 +99,7 @@ def test_the_page_shows_the_run_and_needs_nothing_else(tmp_path):
     assert page.tags.count("svg") == 3  # evaluation, curves, time
     words = page.text
     assert "a <b> run: 12 updates" in words
-    for shown in ("0.25", "0.75", "0.250 (0.150 to 0.350)", "0.750 (0.650 to 0.850)", "-", "50", "61 s"):
+    for shown in ("0.25", "0.75", "0.250 (0.150 to 0.350)", "0.750 (0.650 to 0.850)", "–", "50", "61 s"):
         assert shown in words
     for panel in ("gradient norm", "how rows ended, share", "rewards", "reward", "before", "after"):
         assert panel in words
@@ -108,7 +110,20 @@ def test_the_page_shows_the_run_and_needs_nothing_else(tmp_path):
     # lowest, middle and highest reward of three updates
     for i, times in ((0, 3), (1, 0), (2, 3), (3, 3)):
         assert words.count(f"row {i} {EVIL}") == times
+        assert words.count(f"because {i}") == times
+        assert words.count(f"a {i}, b –: row {i} {EVIL}"[: len(f"a {i}, b –: ") + 100]) == times
     assert f'one and two\n{EVIL}\n{{"name": "add"}}' in words
+
+
+def test_figures_that_could_not_be_computed_are_dashes(tmp_path):
+    """An evaluation on rows whose answers are all errors."""
+    nothing = dict.fromkeys(("response_validity", "exact_answer_match", "tool_call_schema_match"))
+    summary = {"before": {**nothing, "n": 0, "intervals": nothing}, "after": {**evaluation(0.5)}}
+    summary["after"]["intervals"]["exact_answer_match"] = None
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    words = Page(write_report(tmp_path).read_text()).text
+    assert words.count("–") == 4 and "0.500 (–)" in words
 
 
 @pytest.mark.parametrize("missing", ["summary.json", "resolved_config.yaml", "rollouts"])
@@ -143,5 +158,5 @@ def test_the_command_writes_it_and_names_what_is_missing(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.strip() == (
-        f"error: {tmp_path} holds no metrics.jsonl; name the output_dir of a run"
+        f"Error: {tmp_path} holds no metrics.jsonl; name the output_dir of a run"
     )

@@ -1,9 +1,17 @@
 """Loading, calling and checking reward functions."""
 
 import asyncio
+import dataclasses
+import datetime
 import logging
+import os
+import signal
 import sys
+import threading
+from decimal import Decimal
+from fractions import Fraction
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,6 +21,7 @@ from grpo_jax.scoring.rewards import (
     RewardError,
     RewardFunction,
     RewardOutcome,
+    TrainerState,
     accuracy,
     call_rewards,
     joined,
@@ -73,11 +82,11 @@ def test_accuracy_follows_its_table(messages, expected):
 
 
 @given(st.text(), st.sampled_from(["", " ", "\n", " \t "]), st.sampled_from([str.upper, str.lower, str]))
-def test_same_answer_ignores_case_and_outer_blanks(text, blanks, case):
-    assert same_answer(f"{blanks}{case(text)}{blanks}", text) or case(text).casefold() != text.casefold()
+def test_same_answer_ignores_case_and_outer_whitespace(text, space, case):
+    assert same_answer(f"{space}{case(text)}{space}", text) or case(text).casefold() != text.casefold()
 
 
-def test_same_answer_ignores_repeated_blanks_but_not_missing_ones():
+def test_same_answer_ignores_repeated_spaces_but_not_missing_ones():
     assert same_answer("Total:  5\n", "total: 5")
     assert not same_answer("Total:5", "total: 5")
 
@@ -198,6 +207,21 @@ def test_every_keyword_of_the_contract_arrives():
     }
 
 
+def test_the_state_of_the_run_has_attributes_and_items():
+    state = TrainerState(global_step=3, max_steps=12, epoch=0.75, num_train_epochs=3.0)
+
+    def curriculum(completions, trainer_state):
+        assert trainer_state.get("no such field", 7) == 7
+        assert "epoch" in trainer_state and "mood" not in trainer_state
+        assert dict(trainer_state) == dataclasses.asdict(trainer_state)
+        left = 1 - trainer_state.global_step / trainer_state["max_steps"]
+        return [left, trainer_state.epoch, trainer_state.get("num_train_epochs")]
+
+    assert call(curriculum, rows=3, trainer_state=state).values[:, 0].tolist() == [0.75, 0.75, 3.0]
+    with pytest.raises(KeyError):
+        state["mood"]
+
+
 def test_a_function_without_free_keywords_gets_only_its_own():
     def narrow(completions, level, absent="default"):
         assert absent == "default"
@@ -231,6 +255,54 @@ def test_numbers_of_every_kind_and_none_are_accepted():
     np.testing.assert_array_equal(outcome.values, [[1, 1, 1], [0.25, 2, 0], [3, 3, 0], [np.nan, 4, -1.5]])
 
 
+class Tensor:
+    """What jax, torch and TensorFlow have in common, and no more."""
+
+    def __init__(self, value):
+        self.value = np.asarray(value)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.value
+
+    def __float__(self):
+        return float(self.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [np.asarray(0.5), np.array([2.0]), np.array([[3]]), np.asarray(True)],
+        [jnp.mean(jnp.array([0.0, 1.0])), jnp.asarray([2.0], jnp.bfloat16), jnp.int32(3), jnp.asarray(True)],
+        [Decimal("0.5"), Fraction(2), Fraction(6, 2), Decimal(1)],
+        [Tensor(0.5), Tensor(2), Tensor([3.0][0]), Tensor(True)],
+        np.array([[0.5], [2.0], [3.0], [1.0]]),
+        jnp.array([0.5, 2.0, 3.0, 1.0]),
+        jnp.array([[[0.5]], [[2.0]], [[3.0]], [[1.0]]]),
+        Tensor([0.5, 2.0, 3.0, 1.0]),
+        Tensor([[0.5], [2.0], [3.0], [1.0]]),
+        np.array([0.5, 2, 3, True], object),
+    ],
+    ids=lambda values: (
+        f"{type(values).__name__} of {type(values[0] if isinstance(values, list) else 0).__name__}"
+    ),
+)
+def test_whatever_has_one_element_a_row_and_is_a_number_is_a_reward(values):
+    assert call(lambda completions: values).values[:, 0].tolist() == [0.5, 2.0, 3.0, 1.0]
+
+
+@pytest.mark.torch
+def test_tensors_of_torch_are_rewards():
+    torch = pytest.importorskip("torch")
+    weights = torch.tensor([[0.5], [2.0], [3.0], [1.0]], requires_grad=True)
+    for values in (
+        weights,
+        list(weights),
+        [w.sum().to(torch.bfloat16) for w in weights],
+        weights.detach()[:, 0],
+    ):
+        assert call(lambda completions, values=values: values).values[:, 0].tolist() == [0.5, 2.0, 3.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -240,11 +312,23 @@ def test_numbers_of_every_kind_and_none_are_accepted():
         ([10**400, 0, 0, 0], "row 0 got 1000"),
         ([1j, 0, 0, 0], "row 0 got 1j"),
         ([[0.0]] * 4, r"row 0 got \[0\.0\]"),
-        (np.zeros((4, 1)), r"row 0 got \[0\.0\]"),
+        (np.zeros((4, 2)), r"row 0 got \[0\.0, 0\.0\]"),
+        (np.zeros((1, 4)), "one value for each of the 4 completions, got 1 values"),
+        ([np.zeros(2), 0, 0, 0], r"row 0 got array\(\[0\., 0\.\]\)"),
+        ([0, "True", 0, 0], "row 1 got 'True'"),
+        ([0, np.str_("0.5"), 0, 0], "row 1 got np.str_"),
+        ([0, np.asarray("0.5"), 0, 0], "row 1 got array"),
+        ([0, b"1", 0, 0], "row 1 got b'1'"),
+        (np.array(["1", "0", "1", "0"]), "row 0 got '1'"),
+        ([0, Decimal("NaN"), 0, 0], "row 1 got Decimal"),
+        ([0, Decimal("sNaN"), 0, 0], "row 1 got Decimal"),
+        ([0, np.asarray(np.inf), 0, 0], "row 1 got array"),
+        ([0, np.complex64(1), 0, 0], "row 1 got np.complex64"),
+        ([0, object(), 0, 0], "row 1 got <object"),
         ([0.0] * 3, "one value for each of the 4 completions, got 3 values"),
         ([], "one value for each of the 4 completions, got 0 values"),
         (1.0, "a list with one number or None for each of the 4 completions, got float: 1.0"),
-        (np.float64(1.0), "a list .* got float: 1.0"),
+        (np.float64(1.0), "a list .* got float64: "),
         (None, "a list .* got NoneType: None"),
         ("1010", "a list .* got str: '1010'"),
         ({0, 1, 2, 3}, "a list .* got set"),
@@ -327,6 +411,204 @@ def test_an_async_reward_that_raises_is_named_with_the_row():
         call(fine, fragile)
 
 
+def test_what_one_update_leaves_in_the_event_loop_works_at_the_next():
+    """A lock that was waited for, and a task that answers a queue: both belong to the loop of the first update."""
+    lock, kept = asyncio.Lock(), {}
+
+    async def answer(queue):
+        while True:
+            number, future = await queue.get()
+            future.set_result(number / 2)
+
+    async def judge(i):
+        async with lock:
+            await asyncio.sleep(0)
+            future = asyncio.get_running_loop().create_future()
+            await kept["queue"].put((i, future))
+            return await asyncio.wait_for(future, timeout=5)
+
+    async def reward_func(completions):
+        if not kept:
+            kept["queue"] = asyncio.Queue()
+            kept["task"] = asyncio.create_task(answer(kept["queue"]))
+        return await asyncio.gather(*map(judge, range(len(completions))))
+
+    for _ in range(3):
+        assert call(reward_func, rows=3).values[:, 0].tolist() == [0.0, 0.5, 1.0]
+    assert not kept["task"].done()
+    kept["task"].get_loop().call_soon_threadsafe(kept["task"].cancel)
+
+
+def test_background_tasks_continue_between_updates():
+    ticked = threading.Event()
+    started = []
+
+    async def tick():
+        while True:
+            await asyncio.sleep(0.001)
+            if started:
+                ticked.set()
+
+    async def reward_func(completions):
+        reward_func.task = asyncio.create_task(tick())
+        return [0.0] * len(completions)
+
+    call(reward_func)
+    started.append(True)
+    assert ticked.wait(timeout=5)
+    reward_func.task.get_loop().call_soon_threadsafe(reward_func.task.cancel)
+
+
+def test_plain_rewards_find_one_usable_loop_at_every_update():
+    """Also after code that uses asyncio.run, which leaves none, closes the loop, or sets another."""
+    lock, seen = asyncio.Lock(), []
+
+    async def locked(i):
+        async with lock:
+            await asyncio.sleep(0)
+            return float(i)
+
+    def own_loop(completions):
+        loop = asyncio.get_event_loop()
+        seen.append(loop)
+        return loop.run_until_complete(all_of(completions))
+
+    async def all_of(completions):
+        return await asyncio.gather(*map(locked, range(len(completions))))
+
+    def runs(completions):
+        return asyncio.run(one(len(completions)))
+
+    async def one(n):
+        return [1.0] * n
+
+    others = []
+
+    def sets_another(completions):
+        others.append(asyncio.new_event_loop())
+        asyncio.set_event_loop(others[-1])
+        return others[-1].run_until_complete(one(len(completions)))
+
+    for functions in ([own_loop], [runs, own_loop], [own_loop, runs], [sets_another, own_loop, one_async]):
+        outcome = call(*functions, rows=3)
+        assert outcome.values[:, functions.index(own_loop)].tolist() == [0.0, 1.0, 2.0]
+    assert len(set(map(id, seen))) == 1
+    for loop in others:
+        loop.close()
+
+
+async def one_async(completions):
+    return [3.0] * len(completions)
+
+
+def test_a_loop_that_a_reward_closes_is_replaced():
+    def closes(completions):
+        loop = asyncio.get_event_loop()
+        values = loop.run_until_complete(one_async(completions))
+        loop.close()
+        return values
+
+    for _ in range(2):
+        assert call(closes, one_async, rows=2).values.tolist() == [[3.0, 3.0]] * 2
+
+
+def test_rewards_work_where_a_loop_is_running_already():
+    """As in a notebook, whose own loop and task are there again afterwards."""
+
+    def plain(completions):
+        first = asyncio.run(one_async(completions))
+        return [
+            a + b
+            for a, b in zip(
+                first, asyncio.get_event_loop().run_until_complete(one_async(completions)), strict=True
+            )
+        ]
+
+    async def cell():
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        values = call(one_async, plain, rows=2).values.tolist()
+        assert (asyncio.get_running_loop(), asyncio.current_task()) == (loop, task)
+        await asyncio.sleep(0)
+        return values
+
+    assert asyncio.run(cell()) == [[3.0, 6.0]] * 2
+
+
+def test_the_callers_current_loop_stays_current():
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        call(one_async)
+        assert asyncio.get_event_loop() is loop
+    finally:
+        loop.close()
+        asyncio.set_event_loop(None)
+
+
+def test_rewards_run_in_the_callers_thread():
+    """Python lets only the main thread set signal handlers, with which time limits are written."""
+
+    def limited(completions):
+        assert threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.alarm(5)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        return [1.0] * len(completions)
+
+    async def limited_too(completions):
+        return limited(completions)
+
+    assert call(limited, limited_too, rows=1).values.tolist() == [[1.0, 1.0]]
+
+
+def test_sys_exit_in_a_task_of_an_async_reward_is_its_own():
+    async def leaves():
+        sys.exit(3)
+
+    async def reward_func(completions):
+        return [await asyncio.gather(leaves())]
+
+    with pytest.raises(RewardError, match=r"'mine1' .* raised on row 0 .*: SystemExit: 3"):
+        call(one_async, reward_func, rows=1)
+    assert call(one_async, rows=1).values.tolist() == [[3.0]]
+
+
+def test_what_a_reward_does_to_the_process_is_undone(tmp_path):
+    def restless(completions):
+        os.chdir(tmp_path)
+        os.environ["XLA_FLAGS"] = "--no_such_flag"
+        sys.path.insert(0, "/nowhere")
+        return [0.0] * len(completions)
+
+    async def restless_too(completions):
+        return restless(completions)
+
+    before = os.getcwd(), os.environ.get("XLA_FLAGS"), list(sys.path)
+    call(restless, restless_too)
+    assert (os.getcwd(), os.environ.get("XLA_FLAGS"), sys.path) == before
+
+
+def test_a_log_handler_made_in_the_first_call_keeps_working(caplog):
+    """Libraries make theirs at first use, for what is standard error then."""
+    theirs = logging.getLogger("some_library")
+
+    def logs(completions):
+        if not theirs.handlers:
+            theirs.addHandler(logging.StreamHandler())
+            theirs.propagate = False
+        theirs.warning("call %d", len(completions))
+        return [0.0] * len(completions)
+
+    with caplog.at_level(logging.INFO, logger="grpo_jax.scoring.rewards"):
+        for rows in (1, 2):
+            call(logs, rows=rows)
+    assert [r.getMessage() for r in caplog.records] == [
+        "reward function prints: call 1",
+        "reward function prints: call 2",
+    ]
+
+
 def test_prints_go_to_the_log_even_when_the_reward_raises(caplog, capsys):
     def chatty(completions):
         print("mean", 0.5)
@@ -347,7 +629,10 @@ def test_log_metric_is_averaged_and_log_extra_collected():
         for i in range(len(completions)):
             log_metric("length", i)
         log_metric("exact", np.float32(0.5))
+        log_metric("share", jnp.asarray([0.25]))
         log_extra("reason", [f"r{i}" for i in range(len(completions))])
+        for i in range(len(completions)):
+            log_extra("one at a time", [i])
         return [0.0] * len(completions)
 
     def logs_too(completions, log_metric, **kwargs):
@@ -355,8 +640,81 @@ def test_log_metric_is_averaged_and_log_extra_collected():
         return [0.0] * len(completions)
 
     outcome = call(logs, logs_too, rows=3)
-    assert outcome.metrics == {"length": 3.25, "exact": 0.5}
-    assert outcome.extras == {"reason": ["r0", "r1", "r2"]}
+    assert outcome.metrics == {"length": 3.25, "exact": 0.5, "share": 0.25}
+    assert outcome.extras == {"reason": ["r0", "r1", "r2"], "one at a time": [0, 1, 2]}
+
+
+def test_what_a_reward_logs_never_takes_a_name_of_the_runs_own(caplog):
+    def logs(completions, log_metric, log_extra):
+        for name in ("reward", "step", "kl", "rewards/mine/mean", "eval/exact_answer_match", "format"):
+            log_metric(name, 99.0)
+        for column in ("prompt", "messages", "answer", "rewards", "status", "advantage", "reason"):
+            log_extra(column, [1, 2])
+        return [0.0] * len(completions)
+
+    with caplog.at_level(logging.WARNING, logger="grpo_jax.scoring.rewards"):
+        for _ in range(2):
+            outcome = call(logs, rows=2)
+    assert list(outcome.metrics) == [
+        "logged/reward",
+        "logged/step",
+        "logged/kl",
+        "logged/rewards/mine/mean",
+        "logged/eval/exact_answer_match",
+        "format",
+    ]
+    assert list(outcome.extras) == [
+        *(f"logged/{c}" for c in ("prompt", "messages", "answer", "rewards", "status", "advantage")),
+        "reason",
+    ]
+    said_once = [r.getMessage() for r in caplog.records if "'status'" in r.getMessage()]
+    assert said_once == [
+        "log_extra('status', …): the run writes 'status' itself; the reward's is called 'logged/status'"
+    ]
+
+
+def test_a_column_that_several_rewards_log_is_named_after_each():
+    def logs(completions, log_extra):
+        log_extra("reason", ["a", "b"])
+        log_extra("status", ["c", "d"])
+        return [0.0] * 2
+
+    def logs_too(completions, log_extra):
+        log_extra("reason", ["e", "f"])
+        log_extra("own", [1, 2])
+        return [0.0] * 2
+
+    assert call(logs, logs_too, rows=2).extras == {
+        "mine/reason": ["a", "b"],
+        "logged/status": ["c", "d"],
+        "mine1/reason": ["e", "f"],
+        "own": [1, 2],
+    }
+
+
+def test_what_json_has_no_type_for_is_logged_as_text():
+    def logs(completions, log_extra):
+        log_extra("words", ({"a"}, None))
+        log_extra("day", [datetime.date(2024, 2, 3), Decimal("0.5")])
+        log_extra("array", np.array([[1, 2], [3, 4]]))
+        return [0.0] * 2
+
+    assert call(logs, rows=2).extras == {
+        "words": ["{'a'}", None],
+        "day": ["2024-02-03", "0.5"],
+        "array": [[1, 2], [3, 4]],
+    }
+
+
+def test_a_text_is_no_column():
+    def logs(completions, log_extra):
+        log_extra("reason", "four")
+        return [0.0] * 4
+
+    with pytest.raises(
+        RewardError, match=r"log_extra\('reason', …\) takes a list of one value a row, got 'four'"
+    ):
+        call(logs)
 
 
 @pytest.mark.parametrize("value", ["0.5", float("nan"), None])
@@ -374,7 +732,9 @@ def test_an_extra_column_of_another_length_is_an_error():
         log_extra("reason", ["only one"])
         return [0.0] * len(completions)
 
-    with pytest.raises(RewardError, match=r"log_extra\('reason', …\) got 1 values for 4 completions"):
+    with pytest.raises(
+        RewardError, match=r"log_extra\('reason', …\) of .*'mine'.* got 1 values for 4 completions"
+    ):
         call(logs)
 
 

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from grpo_jax.models.rope import Yarn, frequencies, read_rope
+from grpo_jax.models.rope import Yarn, frequencies, read_position_limit, read_rope
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}  # as Qwen2.5 documents it
 CONFIG = {"rope_theta": 1000000.0, "max_position_embeddings": 32768, "rope_scaling": YARN}
@@ -102,3 +102,35 @@ def test_other_types_are_errors_that_name_the_key(kind, key, name):
 def test_options_out_of_range_are_errors_that_name_the_key(option, message):
     with pytest.raises(ValueError, match=f"x.json: rope_scaling: {message}"):
         read_rope(CONFIG | {"rope_scaling": YARN | option}, "x.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 40960}, 40960),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 131072),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 40960,
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32768,
+                },
+            },
+            131072,
+        ),
+    ],
+)
+def test_positions_count_yarns_factor_once(config, positions):
+    """Qwen2.5 and Qwen3 write it in these three ways."""
+    _, yarn = read_rope({"rope_theta": 1e6} | config, "config.json")
+    assert read_position_limit(config, yarn) == positions

@@ -13,16 +13,13 @@ from jax.sharding import AbstractMesh
 
 from grpo_jax.models.qwen import Level, extend, head_weights
 from grpo_jax.models.sharding import Layout
+from grpo_jax.rollout.loop import make_policy
 from grpo_jax.rollout.sampler import (
-    Sampling,
-    _inverse_cdf,
-    _kept,
     compaction_pays,
     part_sizes,
-    row_keys,
-    sample,
 )
-from grpo_jax.update.batch import pad_rows
+from grpo_jax.rollout.sampling import Sampling, _inverse_cdf, _kept, row_keys, sample
+from grpo_jax.update.batch import pad_rows, prompts_level
 
 END = helpers.conversation().stop_ids[0]
 DRAWS = 20_000
@@ -152,11 +149,9 @@ def start(sampler):
     """Weights, trunk and cache of two prompts with two rows each, without tools around."""
     prompts, tree = helpers.prompts()[:2], helpers.tree()
     params = sampler.export(helpers.weights())
-    trunk = helpers.prefill_preamble(helpers.tool_loop(sampler), params)
-    rest, valid = pad_rows([tree.rest(p) for p in prompts], tree.T1)
-    positions = np.tile(len(tree.preamble) + np.arange(tree.T1, dtype=np.int32), (2, 1))
-    kv = sampler.prefill(params, trunk, Level(*map(jnp.asarray, (rest, positions, valid)), shared=True))
-    return params, (*trunk, (kv, jnp.asarray(valid)))
+    trunk = make_policy(helpers.tool_loop(sampler), params).preamble
+    own = jax.tree.map(jnp.asarray, prompts_level(tree, prompts))
+    return params, (*trunk, (sampler.prefill(params, trunk, own), own.valid))
 
 
 def fresh_cache(sampler):

@@ -7,7 +7,7 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from grpo_jax.models.scratch import SPECIAL_TOKENS, TAG_TOKENS, make_tiny_checkpoint
+from grpo_jax.models.scratch import SPECIAL_TOKENS, TAG_TOKENS, Sizes, make_tiny_checkpoint
 
 TEXTS = [f"What is {i} plus {j}? The answer is {i + j}. It's done." for i in range(20) for j in range(20)]
 
@@ -150,4 +150,4 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 )
 def test_impossible_sizes_are_named(tmp_path, sizes, message):
     with pytest.raises(ValueError, match=message):
-        make_tiny_checkpoint(tmp_path / "model", TEXTS, **sizes)
+        make_tiny_checkpoint(tmp_path / "model", TEXTS, Sizes(**sizes))

@@ -1,6 +1,7 @@
 """The cold start: what is learned of a gold row, the rule that ends it, and the command by itself."""
 
 import contextlib
+import dataclasses
 import io
 import re
 
@@ -12,28 +13,30 @@ import pytest
 from safetensors.numpy import load_file
 
 from grpo_jax import sft
+from grpo_jax.run import cold_start
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import load_prompts, open_session
+from grpo_jax.run.job import load_data, open_job, read_inputs
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.types import Example
 
 
 @contextlib.contextmanager
 def opened(folder, **changes):
-    """The session of a small run, and the training rows."""
+    """The job of a small run, and the training rows."""
     argv = launch.options(folder, compilation_cache_dir="none", **changes)
     config = parse_config(argv, prog="test").config
-    session = open_session(config, Console(io.StringIO()), PhaseTimer())
-    with session.runner:
-        yield session, load_prompts(session, config.dataset_id_or_path)
+    inputs = read_inputs(config, config.dataset_id_or_path)
+    job = open_job(config, Console(io.StringIO()), PhaseTimer(), inputs)
+    with job.runner:
+        yield job, load_data(job, inputs.train)
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory):
+def job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft") / "run"
-    with opened(folder, max_grpo_completion_length=120) as (session, _):
-        yield session
+    with opened(folder, max_grpo_completion_length=120) as (job, _):
+        yield job
 
 
 def row(*calls, answer="Sum: 3") -> Example:
@@ -41,27 +44,26 @@ def row(*calls, answer="Sum: 3") -> Example:
     return Example([{"role": "user", "content": "Add."}], answer, {"tool_call": gold}, "rows.jsonl:7")
 
 
-def gold(session, example):
-    prompt = session.conversation.prompt_ids(example.messages, session.toolbox.schemas)
-    return sft.gold_trajectories(session, [example], [prompt])[0]
+def gold(job, example):
+    return cold_start.gold_trajectories(job, [job.prompt(example)])[0]
 
 
-def spans(session, trajectory) -> list[tuple[bool, str]]:
+def spans(job, trajectory) -> list[tuple[bool, str]]:
     """Neighbouring tokens of equal mask as (learned, text)."""
     out: list[tuple[bool, list[int]]] = []
     for token, learned in zip(trajectory.completion_ids, trajectory.sampled_mask, strict=True):
         if not out or out[-1][0] != learned:
             out.append((learned, []))
         out[-1][1].append(token)
-    return [(learned, session.conversation.tokenizer.decode(ids)) for learned, ids in out]
+    return [(learned, job.conversation.tokenizer.decode(ids)) for learned, ids in out]
 
 
 # What is learned
 
 
-def test_only_what_the_assistant_writes_is_learned(session):
+def test_only_what_the_assistant_writes_is_learned(job):
     """End-of-turn tokens included; the tool's response and the next generation prompt are given."""
-    assert spans(session, gold(session, row(("add", {"a": 1, "b": 2})))) == [
+    assert spans(job, gold(job, row(("add", {"a": 1, "b": 2})))) == [
         (True, '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>'),
         (
             False,
@@ -71,9 +73,9 @@ def test_only_what_the_assistant_writes_is_learned(session):
     ]
 
 
-def test_each_call_is_a_turn_and_the_last_result_is_the_answer(session):
-    two = gold(session, row(("add", {"a": 1, "b": 2}), ("multiply", {"a": 3, "b": 4})))
-    texts = spans(session, two)
+def test_each_call_is_a_turn_and_the_last_result_is_the_answer(job):
+    two = gold(job, row(("add", {"a": 1, "b": 2}), ("multiply", {"a": 3, "b": 4})))
+    texts = spans(job, two)
     assert [learned for learned, _ in texts] == [True, False, True, False, True]
     assert "Sum: 3" in texts[1][1]
     assert '"multiply"' in texts[2][1]
@@ -81,9 +83,9 @@ def test_each_call_is_a_turn_and_the_last_result_is_the_answer(session):
     assert texts[4][1] == "Product: 12<|im_end|>"
 
 
-def test_a_gold_row_is_the_conversation_that_a_reward_would_see(session):
+def test_a_gold_row_is_the_conversation_that_a_reward_would_see(job):
     call = {"name": "add", "arguments": {"a": 1, "b": 2}}
-    assert gold(session, row(("add", {"a": 1, "b": 2}))).messages == [
+    assert gold(job, row(("add", {"a": 1, "b": 2}))).messages == [
         {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
         {"role": "tool", "name": "add", "content": "Sum: 3"},
         {"role": "assistant", "content": "Sum: 3"},
@@ -98,13 +100,13 @@ def validations(monkeypatch):
     """Replaces the validation by figures of the test's own; records what it was asked to evaluate."""
     asked, figures = [], []
 
-    def validate(session, sampler, params, prompts, title):
-        asked.append([example.answer for example in prompts.examples])
+    def validate(job, params, data, title):
+        asked.append([prompt.example.answer for prompt in data.prompts])
         return sft_evaluation({"exact_answer_match": figures[len(asked) - 1]})
 
-    monkeypatch.setattr(sft, "evaluate", validate)
+    monkeypatch.setattr(cold_start, "evaluate", validate)
     # the rule does not depend on what the updates do, and this one needs no compiling
-    monkeypatch.setattr(sft, "make_update", lambda *_: lambda state, batch: (state, {"loss": 0.0}))
+    monkeypatch.setattr(cold_start, "make_update", lambda *_: lambda state, batch: (state, {"loss": 0.0}))
     return asked, figures
 
 
@@ -112,29 +114,21 @@ def sft_evaluation(summary):
     return type("Evaluation", (), {"summary": summary})
 
 
-class NoSampler:
-    """The export of a sampler that is not asked to sample."""
-
-    @staticmethod
-    def export(params):
-        return params
-
-
 def test_it_stops_at_the_first_validation_that_is_good_enough(tmp_path, validations, monkeypatch):
     """Looks after 8 and 16 updates; past half of the stop, after 2 more."""
     asked, figures = validations
     figures += [0.0, 0.39, 0.4, 1.0]
     trained = []
-    make = sft.step_batch
+    make = cold_start.make_batch
 
-    def recorded(tree, trajectories, *rest):
+    def recorded(tree, trajectories, **rest):
         trained.extend(trajectory.messages[-1]["content"] for trajectory in trajectories)
-        return make(tree, trajectories, *rest)
+        return make(tree, trajectories, **rest)
 
-    monkeypatch.setattr(sft, "step_batch", recorded)
+    monkeypatch.setattr(cold_start, "make_batch", recorded)
     settings = {"sft_eval_steps": 8, "sft_max_steps": 20, "sft_stop_match": 0.4, "sft_validation_size": 4}
-    with opened(tmp_path / "run", **settings) as (session, data):
-        report = sft.fine_tune(session, data, NoSampler, tmp_path / "model")
+    with opened(tmp_path / "run", **settings) as (job, data):
+        report = cold_start.fine_tune(job, data, tmp_path / "model")
     assert report == {"steps": 18, "validation": {"exact_answer_match": 0.4}}
     held_out = [row["answer"] for row in launch.rows(30, 4)]  # the last 4 of rows 10 to 33
     assert asked == [held_out] * 3
@@ -146,8 +140,8 @@ def test_it_stops_at_the_first_validation_that_is_good_enough(tmp_path, validati
 def test_it_stops_at_sft_max_steps_and_validates_there(tmp_path, validations):
     asked, figures = validations
     figures += [0.0, 0.1]
-    with opened(tmp_path / "run", sft_eval_steps=2, sft_max_steps=3) as (session, data):
-        report = sft.fine_tune(session, data, NoSampler, tmp_path / "model")
+    with opened(tmp_path / "run", sft_eval_steps=2, sft_max_steps=3) as (job, data):
+        report = cold_start.fine_tune(job, data, tmp_path / "model")
     assert report == {"steps": 3, "validation": {"exact_answer_match": 0.1}}
     assert len(asked) == 2
 
@@ -157,11 +151,13 @@ def test_weights_moments_and_files_are_as_the_options_say(tmp_path, validations,
     figures += [1.0]
     states = []
     monkeypatch.setattr(
-        sft, "make_update", lambda *args: states.append(args[3]) or (lambda state, _: (state, {"loss": 0.0}))
+        cold_start,
+        "make_update",
+        lambda *args: states.append(args[3]) or (lambda state, _: (state, {"loss": 0.0})),
     )
     options = {"param_dtype": "bfloat16", "optim_dtype": "bfloat16", "max_shard_size": "50KB"}
-    with opened(tmp_path / "run", sft_max_steps=1, **options) as (session, data):
-        sft.fine_tune(session, data, NoSampler, tmp_path / "model")
+    with opened(tmp_path / "run", sft_max_steps=1, **options) as (job, data):
+        cold_start.fine_tune(job, data, tmp_path / "model")
     weights, moments = (jax.tree.leaves(x) for x in (states[0].params, states[0].opt_state))
     assert {x.dtype.name for x in weights} == {x.dtype.name for x in moments if x.ndim} == {"bfloat16"}
     files = sorted((tmp_path / "model").glob("*.safetensors"))
@@ -175,10 +171,112 @@ def test_weights_moments_and_files_are_as_the_options_say(tmp_path, validations,
 
 def test_too_few_rows_for_training_and_validation_are_an_error(tmp_path):
     with (
-        opened(tmp_path / "run", sft_validation_size=17) as (session, data),
+        opened(tmp_path / "run", sft_validation_size=17) as (job, data),
         pytest.raises(ValueError, match=r"sft_batch_size rows, 17 \+ 8, got 24; lower one of them"),
     ):
-        sft.fine_tune(session, data, NoSampler, tmp_path / "model")
+        cold_start.fine_tune(job, data, tmp_path / "model")
+
+
+# Gold calls that do not run
+
+
+def with_bad_calls(folder, bad: range, arguments: dict) -> str:
+    """Rows 10 to 33, some with other arguments of their gold call; the last 4 are the validation."""
+    rows = launch.rows(10, 24)
+    for i in bad:
+        rows[i]["tool_call"]["arguments"] = rows[i]["tool_call"]["arguments"] | arguments
+    return str(launch.write_rows(folder / "rows.jsonl", rows))
+
+
+def record_lines(job, monkeypatch) -> list[str]:
+    lines = []
+    monkeypatch.setattr(job.console, "line", lines.append)
+    return lines
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The last messages of the rows that updates see."""
+    seen, make = [], cold_start.make_batch
+
+    def recorded(tree, trajectories, **rest):
+        seen.extend(trajectory.messages[-1]["content"] for trajectory in trajectories)
+        return make(tree, trajectories, **rest)
+
+    monkeypatch.setattr(cold_start, "make_batch", recorded)
+    return seen
+
+
+def test_rows_whose_gold_call_does_not_run_are_left_out_with_a_warning(
+    tmp_path, validations, trained, monkeypatch
+):
+    validations[1].append(1.0)
+    path = with_bad_calls(tmp_path, range(3, 7), {"city": "Bonn"})
+    with opened(tmp_path / "run", dataset_id_or_path=path, sft_max_steps=2, sft_eval_steps=2) as (
+        job,
+        data,
+    ):
+        lines = record_lines(job, monkeypatch)
+        cold_start.fine_tune(job, data, tmp_path / "model")
+    (warning,) = [line for line in lines if line.startswith("Warning: ")]
+    assert re.fullmatch(
+        rf"Warning: the gold calls of 4 of 20 rows do not run, and fine-tuning leaves these rows out; the first, "
+        rf"{path}:4: \w+\(.*city='Bonn'\) returns \"Error: wrong arguments for .*; correct the call or the tool",
+        warning,
+    )
+    answers = [row["answer"] for row in launch.rows(10, 20)]
+    assert sorted(trained) == sorted(answers[:3] + answers[7:])  # 2 batches of 8: each of them once
+
+
+def test_nulls_of_other_tools_are_no_reason_to_leave_a_row_out(tmp_path, validations, trained, monkeypatch):
+    validations[1].append(1.0)
+    path = with_bad_calls(tmp_path, range(24), {"city": None})
+    with opened(tmp_path / "run", dataset_id_or_path=path, sft_max_steps=2, sft_eval_steps=2) as (
+        job,
+        data,
+    ):
+        lines = record_lines(job, monkeypatch)
+        cold_start.fine_tune(job, data, tmp_path / "model")
+    assert lines and not any("Warning" in line for line in lines)
+    assert set(trained) <= {row["answer"] for row in launch.rows(10, 20)}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (
+            range(24),
+            r"no gold call of the 20 rows to fine-tune on runs; the first, .*:1: .* returns \"Error: wrong",
+        ),
+        (
+            range(13),
+            r"the gold calls of 13 of 20 rows do not run, and the 7 others are fewer than sft_batch_size, 8",
+        ),
+    ],
+)
+def test_too_few_gold_calls_that_run_are_an_error(tmp_path, bad, message):
+    path = with_bad_calls(tmp_path, bad, {"city": "Bonn"})
+    with (
+        opened(tmp_path / "run", dataset_id_or_path=path) as (job, data),
+        pytest.raises(ValueError, match=message),
+    ):
+        cold_start.fine_tune(job, data, tmp_path / "model")
+
+
+def test_an_error_that_is_the_answer_is_learned(tmp_path, validations, trained):
+    """A row may ask for what the tool refuses."""
+    validations[1].append(1.0)
+    path = with_bad_calls(tmp_path, range(20), {"city": "Bonn"})
+    options = {"sft_max_steps": 1, "max_grpo_completion_length": 200}
+    with opened(tmp_path / "run", dataset_id_or_path=path, **options) as (job, data):
+        results = cold_start.gold_trajectories(job, data.prompts)
+        answers = [trajectory.calls[-1][1].text for trajectory in results]
+        prompts = [
+            dataclasses.replace(p, example=dataclasses.replace(p.example, answer=a))
+            for p, a in zip(data.prompts, answers, strict=True)
+        ]
+        cold_start.fine_tune(job, dataclasses.replace(data, prompts=prompts), tmp_path / "model")
+    assert len(trained) == 8 and all(text.startswith("Error: ") for text in trained)
 
 
 # The command

@@ -1,5 +1,7 @@
-"""Running tools: whatever one call does, the others go on and nothing raises."""
+"""Running tools: whatever one call does, the others continue and nothing raises."""
 
+import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -11,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.tools import Toolbox, ToolRunner, load_tools
+from grpo_jax.tools import Limits, Toolbox, ToolRunner, load_tools, run_tool, tools_of
 from grpo_jax.types import Outcome, ToolCall
+from tools_funcs import math_tools
 
 SCRIPT = '''
 import asyncio, os, signal, subprocess, sys, threading, time
@@ -166,7 +169,7 @@ def toolbox(tmp_path_factory, log):
 
 @pytest.fixture(scope="module")
 def runner(toolbox):
-    with ToolRunner(toolbox, timeout=1.0, workers=2, memory_limit_mb=256, result_limit=100) as runner:
+    with ToolRunner(toolbox, limits=Limits(1.0, 256, 100), workers=2) as runner:
         yield runner
 
 
@@ -191,7 +194,11 @@ def test_results_come_in_the_order_of_the_calls(runner):
         (call("leave", code=3), Outcome.CRASH, "Error: leave called sys.exit(3)"),
         (call("die", code=4), Outcome.CRASH, "Error: die ended its worker process with exit code 4"),
         (call("segfault"), Outcome.CRASH, "Error: segfault crashed its worker process (SIGSEGV)"),
-        (call("eat", gigabytes=8), Outcome.CRASH, "Error: eat ran out of memory"),
+        (
+            call("eat", gigabytes=8),
+            Outcome.CRASH,
+            "Error: eat ran out of memory; tool_memory_limit is 256 MB",
+        ),
         (
             call("long", n=101),
             Outcome.ERROR,
@@ -218,7 +225,7 @@ def test_results_come_in_the_order_of_the_calls(runner):
         (call("square", n=10**5000), Outcome.ERROR, "Error: the arguments of square must be a JSON object"),
     ],
 )
-def test_a_bad_call_is_a_string_and_the_others_go_on(runner, bad, outcome, text):
+def test_a_bad_call_is_a_string_and_the_others_continue(runner, bad, outcome, text):
     runner.start_step()
     calls = [call("square", n=n) for n in range(6)]
     results = runner.run([*calls[:3], bad, *calls[3:]])
@@ -304,25 +311,25 @@ def test_equal_calls_of_a_step_run_once(runner, log):
 
 def test_submitted_calls_run_while_others_are_submitted():
     """The first call ends only after the second batch was submitted; an equal call in it waits for the first."""
-    go_on, ran = threading.Event(), []
+    proceed, ran = threading.Event(), []
 
     def wait(n: int) -> str:
         ran.append(n)
-        return f"{n} {go_on.wait(5)}"
+        return f"{n} {proceed.wait(5)}"
 
     toolbox = Toolbox(functions={"wait": wait}, schemas=[], source="a test")
-    with ToolRunner(toolbox, executor="inline", workers=2, timeout=10) as runner:
+    with ToolRunner(toolbox, executor="inline", workers=2, limits=Limits(seconds=10)) as runner:
         first = runner.submit([call("wait", n=1)])
         second = runner.submit([call("wait", n=1), call("wait", n=2)])
         assert not any(future.done() for future in [*first, *second])
-        go_on.set()
+        proceed.set()
         assert [future.result().text for future in [*first, *second]] == ["1 True", "1 True", "2 True"]
         assert sorted(ran) == [1, 2]
         assert runner.cache_hit_rate == pytest.approx(1 / 3)
 
 
 def test_closing_ends_the_calls_under_way(toolbox):
-    runner = ToolRunner(toolbox, workers=1, timeout=30)
+    runner = ToolRunner(toolbox, workers=1, limits=Limits(seconds=30))
     runner.run([call("where")])  # the worker is up
     futures = runner.submit([call("hang", n=1), call("square", n=3)])
     runner.close()
@@ -353,8 +360,9 @@ def test_without_cache_every_call_runs_and_those_of_a_row_in_order(toolbox, log)
 def test_calls_run_again_past_the_cache(runner, log):
     log.write_text("")
     runner.start_step()
-    for run in (runner.run, runner.run_again, runner.run):
-        assert [r.text for r in run([call("note", text="a"), call("square", n=2)])] == ["a", "4"]
+    for again in (False, True, False):
+        futures = runner.submit([call("note", text="a"), call("square", n=2)], again=again)
+        assert [future.result().text for future in futures] == ["a", "4"]
     assert log.read_text().split() == ["a", "a"]
     assert runner.cache_hit_rate == 0.5
 
@@ -400,6 +408,243 @@ def test_workers_end_when_the_parent_is_killed(toolbox):
     assert not _alive(pid)
 
 
+# --- memory ----------------------------------------------------------------------------------------------
+
+MEMORY = '''
+import mmap, threading
+from concurrent.futures import ThreadPoolExecutor
+
+def threads(n: int) -> str:
+    """Run n threads at once."""
+    together = threading.Barrier(n)
+    with ThreadPoolExecutor(n) as pool:
+        return str(sum(pool.map(lambda i: together.wait(10) >= 0, range(n))))
+
+def hold(megabytes: int) -> str:
+    """Hold memory, after some threads."""
+    threads(8)
+    parts = [b"x" * 2**20 for _ in range(megabytes)]
+    return str(len(parts))
+
+def reserve(gigabytes: int) -> str:
+    """Reserve address space, and use a page of it."""
+    space = mmap.mmap(-1, gigabytes * 2**30)
+    space[:4] = b"used"
+    return space[:4].decode()
+
+def in_thread(megabytes: int) -> str:
+    """Hold memory in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(hold, megabytes).result()
+
+TOOL_FUNCTIONS = [threads, hold, reserve, in_thread]
+'''
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("memory") / "memory_tools.py"
+    path.write_text(MEMORY)
+    with ToolRunner(load_tools(script=path), workers=1, limits=Limits(memory_mb=100)) as runner:
+        yield runner
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tool_memory_limit needs Linux")
+@pytest.mark.parametrize(
+    "good, text",
+    [
+        (call("threads", n=100), "100"),  # 800 MB of stacks, of which little is used
+        (call("hold", megabytes=60), "60"),
+        (call("in_thread", megabytes=60), "60"),
+        (call("reserve", gigabytes=2), "used"),
+    ],
+)
+def test_the_memory_limit_is_on_memory_in_use(small, good, text):
+    assert small.run([good])[0].text == text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tool_memory_limit needs Linux")
+@pytest.mark.parametrize("bad", [call("hold", megabytes=400), call("in_thread", megabytes=400)])
+def test_a_tool_that_holds_more_than_the_limit_is_said_so(small, bad):
+    (result,) = small.run([bad])
+    assert result.text == f"Error: {bad.name} ran out of memory; tool_memory_limit is 100 MB"
+    assert result.outcome is Outcome.CRASH
+
+
+# --- event loops -----------------------------------------------------------------------------------------
+
+ASYNC = '''
+import asyncio
+
+LIMIT = asyncio.Semaphore(1)
+QUEUE = asyncio.Queue()
+SERVER = None
+
+async def one_by_one(n: int) -> str:
+    """Wait for the semaphore n times at once."""
+    async def wait():
+        async with LIMIT:
+            await asyncio.sleep(0.001)
+            return 1
+    return str(sum(await asyncio.gather(*[wait() for _ in range(n)])))
+
+async def background(n: int) -> str:
+    """Ask a task that lives as long as the process."""
+    global SERVER
+    async def serve():
+        while True:
+            number, answer = await QUEUE.get()
+            answer.set_result(2 * number)
+    if SERVER is None:
+        SERVER = asyncio.create_task(serve())
+    answer = asyncio.get_running_loop().create_future()
+    await QUEUE.put((n, answer))
+    return str(await answer)
+
+def plain(n: int) -> str:
+    """Use the current loop, as older libraries do."""
+    return asyncio.get_event_loop().run_until_complete(one_by_one(n))
+
+def runs(n: int) -> str:
+    """Run a loop of its own, as a dependency does."""
+    return str(asyncio.run(asyncio.sleep(0, n)))
+
+def closes(n: int) -> str:
+    """Make a loop the current one and close it."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    result = loop.run_until_complete(asyncio.sleep(0, n))
+    loop.close()
+    return str(result)
+
+TOOL_FUNCTIONS = [one_by_one, background, plain, runs, closes]
+'''
+_MIX = [
+    *(call(name, n=n) for n in (3, 4) for name in ("one_by_one", "background", "plain", "runs")),
+    *(call(name, n=5) for name in ("closes", "plain", "one_by_one", "runs", "background", "plain")),
+]
+_MIXED = ["3", "6", "3", "3", "4", "8", "4", "4", "5", "5", "5", "5", "10", "5"]
+
+
+@pytest.fixture
+def asynchronous(tmp_path):
+    path = tmp_path / "async_tools.py"
+    path.write_text(ASYNC)
+    return load_tools(script=path)
+
+
+@pytest.mark.parametrize("executor", ["process", "inline"])
+def test_what_async_tools_keep_works_in_the_next_call(asynchronous, executor):
+    with ToolRunner(asynchronous, executor, workers=1, cache=False) as runner:
+        assert [r.text for r in runner.run(_MIX, [0] * len(_MIX))] == _MIXED
+
+
+def test_an_async_tool_that_hangs_inline_is_cancelled_and_its_loop_stays(tmp_path):
+    (tmp_path / "stuck.py").write_text(ASYNC.replace("asyncio.sleep(0.001)", "asyncio.sleep(n - 3)"))
+    runner = ToolRunner(load_tools(tmp_path / "stuck.py"), "inline", Limits(seconds=0.3), cache=False)
+    calls = [call("one_by_one", n=3), call("one_by_one", n=60), call("one_by_one", n=3)]
+    with runner:
+        results = runner.run(calls, [0, 0, 0])
+    assert [r.text for r in results] == ["3", "Error: one_by_one did not finish within 0.3 s", "3"]
+
+
+def test_a_notebooks_running_loop_rests_for_a_call(asynchronous):
+    """Its task and its loop are current again afterwards; a tool may itself run tools."""
+
+    async def cell():
+        before = asyncio.current_task(), asyncio.get_running_loop()
+        texts = [run_tool({"name": c.name, "arguments": c.arguments}, asynchronous) for c in _MIX]
+        assert (asyncio.current_task(), asyncio.get_running_loop()) == before
+        await asyncio.sleep(0)
+        return texts
+
+    async def nested(n: int) -> str:
+        """Run a tool in a tool."""
+        return run_tool({"name": "runs", "arguments": {"n": n}}, asynchronous)
+
+    assert asyncio.run(cell()) == _MIXED
+    assert run_tool({"name": "nested", "arguments": {"n": 3}}, [nested]) == "3"
+
+
+@pytest.mark.parametrize("executor", ["process", "inline"])
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_tool_may_use_a_process_pool(tmp_path, executor, method):
+    (tmp_path / "helper.py").write_text("def double(n):\n    return 2 * n\n")
+    (tmp_path / "pool_tools.py").write_text(
+        "import multiprocessing\nfrom concurrent.futures import ProcessPoolExecutor\nfrom helper import double\n"
+        "def triple(n):\n    return 3 * n\n"
+        'def both(n: int) -> str:\n    """Use a pool."""\n'
+        f"    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context({method!r})) as pool:\n"
+        "        return f'{pool.submit(double, n).result()} {pool.submit(triple, n).result()}'\n"
+        "TOOL_FUNCTIONS = [both]\n"
+    )
+    with ToolRunner(
+        load_tools(tmp_path / "pool_tools.py"), executor, limits=Limits(seconds=60), workers=1
+    ) as runner:
+        assert runner.run([call("both", n=2)])[0].text == "4 6"
+
+
+# --- functions given in Python ---------------------------------------------------------------------------
+
+
+def test_functions_given_in_python_run_in_workers():
+    """A closure goes by value, a function of a module by its name."""
+    base = 40
+
+    def add_base(n: int) -> str:
+        """Add."""
+        return f"{base + n} in {os.getpid() == PARENT}"
+
+    with ToolRunner(tools_of([add_base, math_tools.add]), workers=1) as runner:
+        texts = [r.text for r in runner.run([call("add_base", n=2), call("add", a=15, b=27)])]
+    assert texts == ["42 in False", "Sum: 42"]
+
+
+PARENT = os.getpid()
+
+
+def test_functions_of_a_programs_main_run_in_workers():
+    code = (
+        "from grpo_jax.tools import ToolRunner, tools_of\nfrom grpo_jax.types import ToolCall\n"
+        "UNIT = 'm'\ndef size(n: int) -> str:\n    'Size.'\n    return f'{n} {UNIT}'\n"
+        "with ToolRunner(tools_of([size]), workers=1) as runner:\n"
+        "    print(runner.run([ToolCall('size', {'n': 3})])[0].text)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "3 m\n", done.stderr
+
+
+def test_a_function_that_cannot_be_copied_is_named():
+    lock = threading.Lock()
+
+    def locked(n: int) -> str:
+        """Lock."""
+        with lock:
+            return str(n)
+
+    with pytest.raises(
+        ValueError, match=r'the tool locked cannot be copied .*lock.* set tool_executor="inline"'
+    ):
+        ToolRunner(tools_of([math_tools.add, locked]))
+    with ToolRunner(tools_of([locked]), "inline") as runner:
+        assert runner.run([call("locked", n=1)])[0].text == "1"
+
+
+@pytest.mark.parametrize(
+    "functions, message",
+    [
+        ([], "tools must be a list with at least one function"),
+        (None, "tools must be a list with at least one function"),
+        ([math_tools.add, math_tools.add], "tools holds the name 'add' twice"),
+        ([lambda n: n], r"tools\[0\] must be a function defined with `def`, got a lambda"),
+        ([int], r"tools\[0\] must be a function defined with `def`, got <class 'int'>"),
+    ],
+)
+def test_what_is_no_list_of_tools_is_an_error(functions, message):
+    with pytest.raises(ValueError, match=message):
+        tools_of(functions)
+
+
 # --- inline ----------------------------------------------------------------------------------------------
 
 
@@ -414,7 +659,7 @@ def test_inline_gives_every_row_its_own_object_until_the_step_ends(account):
 
 
 def test_inline_leaves_a_hanging_tool_behind(account):
-    with ToolRunner(account, executor="inline", timeout=0.1) as runner:
+    with ToolRunner(account, executor="inline", limits=Limits(seconds=0.1)) as runner:
         results = runner.run(
             [call("wait"), call("deposit", amount=1), call("deposit", amount="1")], rows=[0, 0, 0]
         )
@@ -435,17 +680,107 @@ def test_an_inline_tool_cannot_change_the_call(tmp_path):
     assert spoiled.arguments == {"values": [1]}
 
 
+LEAK = '''
+import dataclasses, weakref
+
+ALIVE = weakref.WeakSet()
+
+class State:
+    pass
+
+def make_tools():
+    state = State()
+    ALIVE.add(state)
+
+    @dataclasses.dataclass
+    class Local:
+        n: int
+        def own(self):
+            return state
+
+    def closure(local: Local) -> str:
+        """Use the state, and say how many there are."""
+        return str(len(ALIVE)) if local.own() is state else "?"
+
+    async def later(n: int) -> str:
+        """Use it later."""
+        return str(len(ALIVE)) if state else "?"
+
+    return [closure, later]
+'''
+
+
+def test_the_state_of_a_trajectory_ends_with_it(tmp_path):
+    """Not with a table of ours that is keyed by its functions or classes. One state is the toolbox's own."""
+    path = tmp_path / "leak.py"
+    path.write_text(LEAK)
+    with ToolRunner(load_tools(script=path), "inline") as runner:
+        for _ in range(4):
+            runner.start_step()
+            gc.collect()
+            calls = [call("closure", local={"n": 1}), call("later", n=1)]
+            texts = [r.text for i in range(3) for r in runner.run(calls, [i, i])]
+            assert texts == ["2", "2", "3", "3", "4", "4"]
+
+
+def test_make_tools_sees_a_copy_of_its_row(tmp_path):
+    path = tmp_path / "shop.py"
+    path.write_text(
+        "def make_tools(row):\n    stock = row.get('stock', {})\n"
+        '    def take(item: str) -> str:\n        """Take an item."""\n'
+        "        stock[item] -= 1\n        return f'{stock[item]} left'\n    return [take]\n"
+    )
+    rows = [{"stock": {"tea": 5}, "answer": "4 left"}, {"stock": {"tea": 9}}]
+    with ToolRunner(load_tools(script=path), "inline") as runner:
+        for _ in range(2):
+            runner.start_step([rows[0], rows[0], rows[1]])
+            calls = [call("take", item="tea")] * 4
+            texts = [r.text for r in runner.run(calls, [0, 1, 2, 2])]
+            assert texts == ["4 left", "4 left", "8 left", "7 left"]
+    assert rows[0]["stock"] == {"tea": 5}
+
+
+def test_make_tools_that_needs_its_row_says_so_when_it_is_loaded_without(tmp_path):
+    path = tmp_path / "shop.py"
+    path.write_text(
+        'def make_tools(row):\n    stock = row["stock"]\n    def f() -> str:\n        "F."\n        return str(stock)\n'
+        "    return [f]\n"
+    )
+    with pytest.raises(
+        ValueError, match=r"with an empty row, to read the schemas: use row\.get\) failed: KeyError"
+    ):
+        load_tools(script=path)
+    assert run_tool({"name": "f"}, load_tools(script=path, row={"stock": 3})) == "3"
+
+
+def test_an_inline_tool_leaves_the_runs_folder_alone(tmp_path):
+    def move(to: str) -> str:
+        """Move."""
+        os.chdir(to)
+        return os.getcwd()
+
+    before = os.getcwd()
+    with ToolRunner(tools_of([move]), "inline") as runner:
+        assert runner.run([call("move", to=str(tmp_path))])[0].text == str(tmp_path)
+    assert run_tool({"name": "move", "arguments": {"to": str(tmp_path)}}, [move]) == str(tmp_path)
+    assert os.getcwd() == before
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({}, "have state, which worker processes do not share; set tool_executor to inline"),
         ({"executor": "thread"}, "tool_executor must be one of process, inline, got 'thread'"),
-        ({"executor": "inline", "timeout": 0}, "timeout must be positive, got 0"),
     ],
 )
 def test_options_that_cannot_work_are_errors(account, options, message):
     with pytest.raises(ValueError, match=message):
         ToolRunner(account, **options)
+
+
+def test_a_limit_is_positive():
+    with pytest.raises(ValueError, match="the limit on a tool's memory_mb must be positive, got 0"):
+        Limits(memory_mb=0)
 
 
 # --- fuzz ------------------------------------------------------------------------------------------------

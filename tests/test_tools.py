@@ -154,6 +154,30 @@ async def later(a: int) -> str:
     return f"later {a}"
 
 
+def described(a: str, b: int = 1) -> str:
+    """Do it
+    over lines.
+
+    Example:
+        x = described("x: 1")
+
+    Note: text.
+
+    Args:
+        a: One - a dash: here (choices: ["x", "y"])
+
+        b: Two,
+          and more.
+    Returns:
+        dict: with
+            - x: 1
+        and more
+    Raises:
+        ValueError: never
+    """
+    return a
+
+
 def parameters(function):
     return get_schema(function)["function"]["parameters"]
 
@@ -161,7 +185,7 @@ def parameters(function):
 # --- schemas ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", [mixed, nothing])
+@pytest.mark.parametrize("function", [mixed, nothing, described])
 @pytest.mark.parametrize("read", [get_schema, read_schema])
 def test_a_schema_is_that_of_transformers_byte_for_byte(function, read):
     """Our own reader too: a tool must not look different because one argument needed it."""
@@ -249,7 +273,7 @@ def test_a_type_without_json_form_is_open_and_warns(caplog):
     assert "argument 'when' has no JSON form" in caplog.text
 
 
-def test_a_missing_hint_names_file_function_argument_and_mend():
+def test_a_missing_hint_names_file_function_argument_and_fix():
     def tool(a: int, b) -> str:
         """Take it."""
 

@@ -12,7 +12,7 @@ FIRST = {"reward": 0.25, "rewards/accuracy/mean": 0.5, "note": "text is no numbe
 
 
 def two_steps_and_a_resume(folder, report_to):
-    """Steps 1 and 2, then a run that goes on after step 1."""
+    """Steps 1 and 2, then a run that continues after step 1."""
     writer = MetricsWriter(folder, report_to, config={"learning_rate": 5e-7, "reward_fn": None})
     writer.write(1, FIRST)
     writer.write(2, {"reward": 0.75})

@@ -17,9 +17,11 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
-from grpo_jax import export, train
+from grpo_jax import export, sft, train, trainer
+from grpo_jax.data.batches import Steps
 from grpo_jax.models import hf
 from grpo_jax.models.qwen import abstract_params
+from grpo_jax.run import job
 from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.options import GRPOConfig
@@ -185,6 +187,144 @@ def test_a_finished_run_says_so_and_changes_nothing():
     assert contents(ran.folder) == before
 
 
+def test_a_finished_run_asked_for_more_updates_continues_to_the_same_weights(tmp_path):
+    """2 updates and then 4 are bit for bit the run of 4, which is a later start of it like any other."""
+    half = launch.small_run(tmp_path / "run", max_steps=2)
+    assert half.status == 0, half.err
+    assert half.json("summary.json")["updates"] == 2
+    again = launch.small_run(tmp_path / "run")
+    assert "Continuing from the checkpoint of update 2" in again.out
+    assert "the run's number of updates: 2 then, 4 now" in again.out
+    assert_equals_the_whole_run(again)
+    assert again.json("summary.json")["updates"] == 4
+    assert "finished after 4 updates" in launch.small_run(tmp_path / "run", max_steps=3).out
+
+
+def test_a_finished_run_without_checkpoints_cannot_continue(tmp_path):
+    folder = tmp_path / "run"
+    launch.write(folder / "summary.json", '{"after": null, "updates": 2}')
+    ran = launch.small_run(folder, save_strategy="no")
+    assert (ran.status, ran.compiles) == (2, 0)
+    assert (
+        "is finished after 2 updates and left no checkpoint to continue from, 4 are asked for now" in ran.err
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": (10, 20)}, "the training data: 24 rows then, 20 rows now"),
+        ({"rows": (11, 24)}, "the training data: 24 rows as then, but with other contents"),
+        ({"seed": 7}, "seed: 42 then, 7 now"),
+        ({"num_generations": 2}, "prompts per update: 2 then, 4 now; num_generations: 4 then, 2 now"),
+        ({"num_iterations": 2}, "num_iterations: 1 then, 2 now"),
+        ({"tool_functions_module": "tools_funcs.two_step_tools"}, "tools, by source: math_tools.py then"),
+        ({"reward_fn": "rewards/math_reward.py"}, "the rewards: spread then, math_reward now"),
+    ],
+)
+def test_a_checkpoint_of_another_job_is_refused(tmp_path, changes, message):
+    settings = dict(changes)
+    if (part := settings.pop("rows", None)) is not None:
+        bare = [{k: row[k] for k in ("prompt", "answer", "tool_call")} for row in launch.rows(*part)]
+        settings["dataset_id_or_path"] = launch.write_rows(tmp_path / "rows.jsonl", bare)
+    elif "tool_functions_module" in settings:
+        settings["dataset_id_or_path"] = launch.train_rows()
+    step = launch.whole().folder / "checkpoints/2"
+    ran = launch.small_run(tmp_path / "run", resume_from_checkpoint=step, **settings)
+    assert (ran.status, ran.compiles) == (2, 0)
+    assert f"cannot continue from {step}: this run differs from the one that saved it (" in ran.err
+    assert message in ran.err
+    assert "continue nevertheless with --allow_config_change" in ran.err
+    assert ran.err.count("\n") == 1
+
+
+def test_an_allowed_change_is_said_and_other_rows_are_read_from_their_start(tmp_path):
+    rows = launch.write_rows(tmp_path / "rows.jsonl", launch.rows(30, 24))
+    ran = launch.small_run(
+        tmp_path / "run",
+        "--allow_config_change",
+        resume_from_checkpoint=launch.whole().folder / "checkpoints/2",
+        dataset_id_or_path=rows,
+        max_steps=3,
+        learning_rate=1e-3,
+    )
+    assert ran.status == 0, ran.err
+    assert "was saved: the training data: 24 rows as then, but with other contents" in ran.out
+    assert "was saved: learning_rate: 0.003 then, 0.001 now" in ran.out
+    assert "so it is read from the start of an epoch" in ran.out
+    (line,) = ran.jsonl("metrics.jsonl")
+    assert (line["step"], line["learning_rate"]) == (3, pytest.approx(1e-3))
+    assert line["epoch"] == 2 / 24
+
+
+def test_an_output_dir_that_vanishes_ends_the_run_in_one_line(tmp_path):
+    """It is not made again with half of a run in it."""
+    folder = tmp_path / "run"
+    reward = launch.write(
+        tmp_path / "spread.py",
+        "import shutil\n\n\ndef reward_func(completions, completion_ids, trainer_state, **kwargs):\n"
+        "    if trainer_state['global_step'] == 2:\n"
+        f"        shutil.rmtree({str(folder)!r}, ignore_errors=True)\n"
+        f"    return {launch.SPREAD_VALUE}\n",
+    )
+    ran = launch.small_run(folder, reward_fn=reward)
+    assert ran.status == 1
+    assert ran.err.startswith(
+        f"Error: cannot write {folder}/metrics.jsonl: it, or its folder, was removed while"
+    )
+    assert ran.err.count("\n") == 1
+    assert not (folder / "model").exists()
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_the_same_command_continues(tmp_path):
+    """A limit on the size of files, set by the reward after update 2, stands for the disk."""
+    folder = tmp_path / "run"
+    reward = launch.write(
+        tmp_path / "spread.py",
+        "import resource\nfrom pathlib import Path\n\n\n"
+        "def reward_func(completions, completion_ids, trainer_state, **kwargs):\n"
+        "    once = Path(__file__).with_name('full')\n"
+        "    if trainer_state['global_step'] == 2 and not once.exists():\n"
+        "        once.touch()\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+        f"    return {launch.SPREAD_VALUE}\n",
+    )
+    argv = launch.options(folder, reward_fn=reward, save_total_limit=1)
+    full = launch.finish(launch.start("train", argv), folder)
+    assert full.status == 1, full.err
+    lines = [line for line in full.err.splitlines() if not line.startswith("[transformers]")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"Error: cannot write {folder}/") and "File too large" in lines[0]
+    again = launch.small_run(folder, reward_fn=reward, save_total_limit=1)
+    assert "Continuing from the checkpoint of update 2" in again.out
+    assert_equals_the_whole_run(again)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_is_alive(tmp_path):
+    """Also with --overwrite_output_dir; the first continues as if nothing had been."""
+    folder = tmp_path / "run"
+    reward = launch.write(
+        tmp_path / "slow/spread.py",
+        "import time\nfrom pathlib import Path\n\n\ndef reward_func(completions, completion_ids, **kwargs):\n"
+        "    Path(__file__).with_name('reached').touch()\n"
+        "    while not Path(__file__).with_name('go').exists():\n        time.sleep(0.02)\n"
+        f"    return {launch.SPREAD_VALUE}\n",
+    )
+    first = launch.start("train", launch.options(folder, reward_fn=reward))
+    while first.poll() is None and not reward.with_name("reached").exists():
+        time.sleep(0.05)
+    for main, flags in ((train.main, []), (train.main, ["--overwrite_output_dir"]), (sft.main, [])):
+        second = launch.call(main, [*launch.options(folder, reward_fn=reward, seed=7), *flags], folder)
+        assert (second.status, second.compiles) == (2, 0)
+        assert f"output_dir {folder} is in use by grpo_jax.train (process {first.pid} on host" in second.err
+    check = launch.call(train.main, [*launch.options(folder, reward_fn=reward), "--plan", "cpu"], folder)
+    assert check.status == 0, check.err
+    reward.with_name("go").touch()
+    ran = launch.finish(first, folder)
+    assert_equals_the_whole_run(ran)
+    assert not (folder / ".run.lock").exists()
+
+
 def test_overwrite_starts_over_and_leaves_the_users_own_files(tmp_path):
     folder = shutil.copytree(launch.whole().folder, tmp_path / "run")
     notes = launch.write(folder / "notes.txt", "mine")
@@ -240,19 +380,18 @@ def test_the_policy_never_sees_a_gold_call(tmp_path):
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == launch.whole().weights()
 
 
-def test_the_test_file_is_first_read_after_the_cold_start(tmp_path):
-    """A test file that cannot be read stops the run, but only where it is evaluated."""
-    test_file = launch.write(tmp_path / "test.jsonl", "not JSON\n")
+def test_evaluation_rows_whose_answers_are_all_errors_leave_the_figures_out(tmp_path):
+    errors = [row | {"answer": "Error: wrong arguments"} for row in launch.rows(60, 4)]
     ran = launch.small_run(
         tmp_path / "run",
-        cold_start=True,
-        sft_max_steps=1,
-        eval_dataset_id_or_path=test_file,
+        max_steps=1,
+        eval_dataset_id_or_path=launch.write_rows(tmp_path / "test.jsonl", errors),
     )
-    assert ran.status == 2
-    assert f"{test_file}:1: not JSON" in ran.err
-    assert "Cold start: 1 updates on gold calls" in ran.out
-    assert (tmp_path / "run/cold_start/model.safetensors").exists()
+    assert ran.status == 0, ran.err
+    assert "Evaluation before: exact_answer_match – on 0 rows" in ran.out
+    assert "Evaluation on 0 rows (4 rows whose answer is an error are not in the figures)" in ran.out
+    after = ran.json("summary.json")["after"]
+    assert (after["exact_answer_match"], after["n"], after["error_answers"]["n"]) == (None, 0, 4)
 
 
 def test_columns_reach_the_reward(tmp_path):
@@ -283,7 +422,7 @@ def test_mapped_columns_and_the_tools_of_a_row_reach_rollout_and_rewards(tmp_pat
         "        assert (a[:4], call['name'], names) == ('Sum:', 'add', ['add'])\n"
         "    return [0.0] * len(completions)\n",
     )
-    with mock.patch.object(train, "run_rollout", wraps=train.run_rollout) as rollout:
+    with mock.patch.object(trainer, "roll_out", wraps=trainer.roll_out) as rollout:
         ran = launch.small_run(
             tmp_path / "run",
             dataset_id_or_path=launch.write_rows(tmp_path / "train.jsonl", data),
@@ -296,7 +435,7 @@ def test_mapped_columns_and_the_tools_of_a_row_reach_rollout_and_rewards(tmp_pat
     assert ran.status == 0, ran.err
     assert ran.jsonl("metrics.jsonl")[0]["tools/impure"] == 0
     schemas = load_tools(module="tools_funcs.math_tools").schemas
-    assert rollout.call_args.kwargs["schemas"] == [schemas[:1]] * 2
+    assert [prompt.schemas for prompt in rollout.call_args.args[2]] == [schemas[:1]] * 2
 
 
 def test_rule_6_one_compile_per_shape():
@@ -461,22 +600,22 @@ def test_the_smoke_run_is_short(tmp_path):
 # How the steps follow from options and data
 
 
-def plan(rows: int, **options) -> train.Plan:
+def steps_of(rows: int, **options) -> Steps:
     sizes = {"per_device_train_batch_size": 8, "num_generations": 4}
-    return train.make_plan(GRPOConfig(**(sizes | options)), rows, row_devices=1)
+    return job.steps_of(GRPOConfig(**(sizes | options)), rows, row_devices=1)
 
 
-def test_a_plan_counts_full_batches():
-    assert plan(11, num_train_epochs=1.5) == train.Plan(
+def test_steps_count_full_batches():
+    assert steps_of(11, num_train_epochs=1.5) == Steps(
         P=2, G=4, batches_per_epoch=5, batches=8, updates_per_batch=1
     )
-    assert plan(11, num_train_epochs=1, num_iterations=3).updates == 15
+    assert steps_of(11, num_train_epochs=1, num_iterations=3).updates == 15
 
 
 def test_max_steps_counts_updates():
-    assert plan(11, max_steps=5).batches == 5
-    assert plan(11, max_steps=5, num_iterations=2).updates == 6  # the third batch is used twice as well
+    assert steps_of(11, max_steps=5).batches == 5
+    assert steps_of(11, max_steps=5, num_iterations=2).updates == 6  # the third batch is used twice as well
 
 
 def test_accumulation_makes_the_batch_larger():
-    assert plan(11, gradient_accumulation_steps=2).P == 4
+    assert steps_of(11, gradient_accumulation_steps=2).P == 4

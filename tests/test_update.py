@@ -11,8 +11,9 @@ import optax
 import pytest
 
 from grpo_jax.models.qwen import ModelConfig
-from grpo_jax.types import Status, Trajectory
-from grpo_jax.update.batch import Tree, make_tree, step_batch
+from grpo_jax.types import Status
+from grpo_jax.update import batch as batch_module
+from grpo_jax.update.batch import Tree, make_tree
 from grpo_jax.update.optimizer import make_optimizer
 from grpo_jax.update.update import (
     GrpoObjective,
@@ -57,20 +58,29 @@ def trajectories(prompts=PROMPTS, turns=TURNS, seed=0):
         ids = [*rng.integers(4, 47, len(turn) - 1).tolist(), END]
         mask = [kind == "s" for kind in turn]
         logprobs = [-float(rng.exponential()) if m else 0.0 for m in mask]
-        out.append(Trajectory(prompts[i // G], ids, mask, logprobs, [], [], Status.ANSWERED))
+        out.append(helpers.trajectory(prompts[i // G], ids, mask, logprobs, ADVANTAGES[i]))
     return out
 
 
-def make_batch(rows=None, tree=None, learned=None, **fields):
+def with_rows(batch, **fields):
+    """The batch with other fields of its completions."""
+    return dataclasses.replace(batch, completions=dataclasses.replace(batch.completions, **fields))
+
+
+def make_batch(rows=None, tree=None, learned=None):
     """The batch of `trajectories`, with old and reference log-probabilities near the current ones."""
     rows = rows or trajectories()
-    tree = tree or make_tree([row.prompt_ids for row in rows], BUDGET)
-    batch = step_batch(tree, rows, G, ADVANTAGES, learned)
+    tree = tree or make_tree([row.prompt.ids for row in rows], BUDGET)
+    status = {True: Status.ANSWERED, False: Status.OVERLONG}
+    learned = [True] * len(rows) if learned is None else learned
+    marked = [
+        dataclasses.replace(row, status=status[is_in]) for row, is_in in zip(rows, learned, strict=True)
+    ]
+    batch = batch_module.make_batch(tree, marked, G, mask_truncated=True)
     rng = np.random.default_rng(1)
-    current = numpy_scores(weights(), rows, batch.completions.shape)
+    current = numpy_scores(weights(), rows, batch.completions.targets.shape)
     old, ref = current + rng.normal(0, 0.2, (2, *current.shape))
-    fields = {"old_logprobs": old.astype(np.float32), "ref_logprobs": ref.astype(np.float32)} | fields
-    return dataclasses.replace(batch, **fields)
+    return batch.with_logprobs(old_logprobs=old.astype(np.float32), ref_logprobs=ref.astype(np.float32))
 
 
 @functools.cache
@@ -123,8 +133,8 @@ def numpy_scores(params, rows, shape):
     """[B, T2] log-probabilities of the sampled tokens, from flat rows."""
     out, params = np.zeros(shape), float64(params)
     for i, row in enumerate(rows):
-        ids = [*row.prompt_ids, *row.completion_ids]
-        table, n = numpy_table(params, ids), len(row.prompt_ids)
+        ids = [*row.prompt.ids, *row.completion_ids]
+        table, n = numpy_table(params, ids), len(row.prompt.ids)
         for t, sampled in enumerate(row.sampled_mask):
             if sampled:
                 out[i, t] = table[n + t - 1, ids[n + t]]
@@ -135,29 +145,29 @@ def numpy_entropies(params, rows, shape):
     """[B, T2] entropies at the sampled tokens, from flat rows."""
     out, params = np.zeros(shape), float64(params)
     for i, row in enumerate(rows):
-        table = numpy_table(params, [*row.prompt_ids, *row.completion_ids])[len(row.prompt_ids) - 1 : -1]
+        table = numpy_table(params, [*row.prompt.ids, *row.completion_ids])[len(row.prompt.ids) - 1 : -1]
         out[i, : len(table)] = -(np.exp(table) * table).sum(-1) * row.sampled_mask
     return out
 
 
 def numpy_loss(params, rows, batch, advantages=ADVANTAGES, learns=None):
-    """Clipped surrogate + beta * k3 averaged over all sampled tokens, token by token; and metrics.
+    """Clipped surrogate + beta * ratio * k3 averaged over all sampled tokens, token by token; and metrics.
 
     `learns` [B, T2]: where the surrogate acts; None: everywhere.
     """
-    learns = np.ones(batch.sampled_mask.shape, bool) if learns is None else learns
-    current = numpy_scores(params, rows, batch.completions.shape)
+    learns = np.ones(batch.completions.trained.shape, bool) if learns is None else learns
+    current = numpy_scores(params, rows, batch.completions.targets.shape)
     total, kl, low, high, tokens, gaps = 0.0, 0.0, 0, 0, 0, []
-    for i, t in zip(*np.nonzero(batch.sampled_mask), strict=True):
+    for i, t in zip(*np.nonzero(batch.completions.trained), strict=True):
         new, A = current[i, t], advantages[i]
-        ratio = np.exp(new - float(batch.old_logprobs[i, t]))
+        ratio = np.exp(new - float(batch.completions.old_logprobs[i, t]))
         clipped = min(max(ratio, 1 - EPSILON), 1 + EPSILON_HIGH)
-        difference = float(batch.ref_logprobs[i, t]) - new
-        k3 = np.exp(difference) - difference - 1
+        difference = float(batch.completions.ref_logprobs[i, t]) - new
+        k3 = ratio * (np.exp(difference) - difference - 1)
         total += -min(ratio * A, clipped * A) * learns[i, t] + BETA * k3
         kl, tokens = kl + k3, tokens + 1
         low, high = low + (A < 0 and ratio < 1 - EPSILON), high + (A > 0 and ratio > 1 + EPSILON_HIGH)
-        gaps.append(abs(new - float(batch.sampler_logprobs[i, t])))
+        gaps.append(abs(new - float(batch.completions.sampler_logprobs[i, t])))
     return total / tokens, {
         "kl": kl / tokens,
         "clip_ratio/low_mean": low / tokens,
@@ -190,7 +200,8 @@ def gradient(batch, micro_batches=1, params=None):
     """(loss, metrics, gradients) of the GRPO objective."""
     params = weights() if params is None else params
     (loss, metrics), grads = gradient_function(micro_batches)(params, batch)
-    return float(loss), {key: float(x) for key, x in metrics.items()}, jax.device_get(grads)
+    report = metrics.sums | metrics.maxima
+    return float(loss), {key: float(x) for key, x in report.items()}, jax.device_get(grads)
 
 
 @functools.cache
@@ -237,9 +248,9 @@ def assert_close(a, b, rtol=1e-4, atol=1e-6):
 
 
 def test_scores_are_those_of_a_flat_forward():
-    want = numpy_scores(weights(), trajectories(), base().completions.shape)
+    want = numpy_scores(weights(), trajectories(), base().completions.targets.shape)
     np.testing.assert_allclose(score(base()), want, atol=2e-5)
-    assert (want[base().sampled_mask] < 0).all() and not want[~base().sampled_mask].any()
+    assert (want[base().completions.trained] < 0).all() and not want[~base().completions.trained].any()
 
 
 def test_loss_and_metrics_are_those_of_numpy():
@@ -267,13 +278,14 @@ def test_gradient_is_that_of_finite_differences():
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
-def test_leaving_out_groups_that_teach_nothing_changes_no_gradient(loss_type):
+def test_leaving_out_groups_that_have_no_advantage_changes_no_gradient(loss_type):
     """Two of four groups have equal rewards; the batch without them has the loss and gradient of all."""
-    rows, advantages = trajectories(), [0.0, 0.0, 0.5, -0.5, 0.0, 0.0, 1.3, -1.3]
-    tree = make_tree([row.prompt_ids for row in rows], BUDGET)
+    advantages = [0.0, 0.0, 0.5, -0.5, 0.0, 0.0, 1.3, -1.3]
+    rows = [dataclasses.replace(t, advantage=a) for t, a in zip(trajectories(), advantages, strict=True)]
+    tree = make_tree([row.prompt.ids for row in rows], BUDGET)
     objective = GrpoObjective(loss_type=loss_type, max_completion_length=BUDGET)
-    few, all_rows = (step_batch(tree, rows, G, advantages, sizes=sizes) for sizes in ((2,), ()))
-    assert (len(few.prompts), len(all_rows.prompts)) == (2, 4)
+    few, all_rows = (batch_module.make_batch(tree, rows, G, sizes=sizes) for sizes in ((2,), ()))
+    assert (len(few.prompts.tokens), len(all_rows.prompts.tokens)) == (2, 4)
     of_batch = jax.jit(jax.value_and_grad(lambda p, b: batch_loss(model_step(), objective, p, b)[0]))
     (loss, grads), (want, want_grads) = of_batch(weights(), few), of_batch(weights(), all_rows)
     assert optax.tree.norm(want_grads) > 1e-2
@@ -282,17 +294,17 @@ def test_leaving_out_groups_that_teach_nothing_changes_no_gradient(loss_type):
 
 
 def test_entropy_is_that_of_the_sampled_positions():
-    total = numpy_entropies(weights(), trajectories(), base().completions.shape).sum()
-    assert gradient(base())[1]["entropy"] == pytest.approx(total / base().sampled_mask.sum(), rel=1e-4)
+    total = numpy_entropies(weights(), trajectories(), base().completions.targets.shape).sum()
+    assert gradient(base())[1]["entropy"] == pytest.approx(total / base().completions.trained.sum(), rel=1e-4)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 8])
 def test_the_surrogate_acts_on_the_tokens_of_highest_entropy(micro_batches):
     """As TRL: numpy's quantile over all sampled tokens of the batch; the KL and the divisor are those of all."""
     rows, batch = trajectories(), base()
-    entropies = numpy_entropies(weights(), rows, batch.completions.shape)
-    learns = entropies >= np.quantile(entropies[batch.sampled_mask], 1 - 0.35)
-    assert learns[batch.sampled_mask].sum() == 11  # of 31
+    entropies = numpy_entropies(weights(), rows, batch.completions.targets.shape)
+    learns = entropies >= np.quantile(entropies[batch.completions.trained], 1 - 0.35)
+    assert learns[batch.completions.trained].sum() == 11  # of 31
     objective = dataclasses.replace(OBJECTIVE, top_entropy_quantile=0.35)
     step = model_step(micro_batches)
     loss_of = jax.jit(jax.value_and_grad(lambda p, batch: batch_loss(step, objective, p, batch)[0]))
@@ -367,33 +379,40 @@ def changed(tokens, where):
 def test_rule_2_only_sampled_tokens_learn():
     """What the model reads stays; the targets at tool responses and padding change."""
     batch = base()
-    assert (batch.completions_valid & ~batch.sampled_mask).any()  # tool tokens are among them
-    others = dataclasses.replace(batch, targets=changed(batch.targets, ~batch.sampled_mask))
+    assert (batch.completions.level.valid & ~batch.completions.trained).any()  # tool tokens are among them
+    others = with_rows(batch, targets=changed(batch.completions.targets, ~batch.completions.trained))
     assert same(gradient(others), gradient(batch))
-    one = np.zeros_like(batch.sampled_mask)
+    one = np.zeros_like(batch.completions.trained)
     one[0, 0] = True  # a sampled token
-    sampled = dataclasses.replace(batch, targets=changed(batch.targets, one))
+    sampled = with_rows(batch, targets=changed(batch.completions.targets, one))
     assert not same(gradient(sampled)[2], gradient(batch)[2])
 
 
 def test_rule_2_the_sampled_end_of_turn_is_trained():
     batch = base()
-    last = batch.completions_valid.sum(1) - 1
+    last = batch.completions.level.valid.sum(1) - 1
     rows = np.arange(len(last))
-    assert (batch.targets[rows, last] == END).all() and batch.sampled_mask[rows, last].all()
+    assert (batch.completions.targets[rows, last] == END).all() and batch.completions.trained[
+        rows, last
+    ].all()
     assert (score(batch)[rows, last] < 0).all()
-    ends = np.zeros_like(batch.sampled_mask)
+    ends = np.zeros_like(batch.completions.trained)
     ends[3, last[3]] = True
-    other = dataclasses.replace(batch, targets=changed(batch.targets, ends))
+    other = with_rows(batch, targets=changed(batch.completions.targets, ends))
     assert not same(gradient(other)[2], gradient(batch)[2])
 
 
 def test_rule_2_a_tool_responses_content_changes_what_follows():
     """Row 0 is sss tt ss: the first t, read at position 4, changes; sampled tokens before it keep their score."""
-    batch, where = base(), np.zeros_like(base().sampled_mask)
+    batch, where = base(), np.zeros_like(base().completions.trained)
     where[0, 4] = True
-    assert batch.completions_valid[0, 4] and not batch.sampled_mask[0, 3]
-    others = dataclasses.replace(batch, completions=changed(batch.completions, where))
+    assert batch.completions.level.valid[0, 4] and not batch.completions.trained[0, 3]
+    others = with_rows(
+        batch,
+        level=dataclasses.replace(
+            batch.completions.level, tokens=changed(batch.completions.level.tokens, where)
+        ),
+    )
     before, after = score(batch), score(others)
     assert (before[1:] == after[1:]).all() and (before[0, :3] == after[0, :3]).all()
     assert (np.abs(before[0, 5:7] - after[0, 5:7]) > 1e-3).all()
@@ -414,8 +433,8 @@ def test_accumulation_does_not_change_the_result(micro_batches):
 
 def test_without_old_logprobs_the_current_ones_serve():
     """Also in two micro-batches, one generation of every prompt each."""
-    current = dataclasses.replace(base(), old_logprobs=score(base()))
-    none = dataclasses.replace(base(), old_logprobs=None)
+    current = with_rows(base(), old_logprobs=score(base()))
+    none = with_rows(base(), old_logprobs=None)
     loss, metrics, grads = gradient(current)
     loss_n, metrics_n, grads_n = gradient(none, micro_batches=2)
     assert loss_n == pytest.approx(loss, rel=1e-5)
@@ -437,10 +456,10 @@ def test_score_gives_the_log_probabilities_of_the_update():
     """As the sampler's, old and reference ones they leave no gap, no clipping, no KL."""
     current = score(base())
     fields = dict.fromkeys(("sampler_logprobs", "old_logprobs", "ref_logprobs"), current)
-    loss, metrics, _ = gradient(dataclasses.replace(base(), **fields))
+    loss, metrics, _ = gradient(with_rows(base(), **fields))
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
     assert metrics["kl"] < 1e-8 and metrics["clip_ratio/region_mean"] == 0
-    tokens = base().sampled_mask.sum(1)
+    tokens = base().completions.trained.sum(1)
     assert loss == pytest.approx(-(np.array(ADVANTAGES) * tokens).sum() / tokens.sum(), rel=1e-5)
 
 
@@ -452,7 +471,7 @@ def test_an_empty_level_is_left_out(level):
     else:
         rows, tree = trajectories([[1, 2, 3, i] for i in range(4, 8)]), None
     batch = make_batch(rows, tree)
-    assert (batch.preamble if level == "preamble" else batch.prompts).shape[1] == 0
+    assert (batch.preamble if level == "preamble" else batch.prompts).tokens.shape[1] == 0
     np.testing.assert_allclose(score(batch), numpy_scores(weights(), rows, (8, 16)), atol=2e-5)
 
 
@@ -463,14 +482,14 @@ def test_without_a_preamble_the_gradient_is_the_same(micro_batches):
     assert_close(gradient(flat, micro_batches), gradient(base()))
 
 
-def test_rows_that_are_not_learned_keep_their_place_and_teach_nothing():
+def test_rows_that_are_not_learned_keep_their_place_and_have_no_advantage():
     learned = [True, False, True, True, False, True, True, True]
     batch = make_batch(learned=learned)
-    assert batch.completions_valid.sum() == base().completions_valid.sum()
+    assert batch.completions.level.valid.sum() == base().completions.level.valid.sum()
     loss, _, grads = gradient(batch)
     assert loss == pytest.approx(numpy_loss(weights(), trajectories(), batch)[0], rel=1e-4)
-    advantages = np.where(learned, batch.advantages, 99).astype(np.float32)
-    assert same(gradient(dataclasses.replace(batch, advantages=advantages))[2], grads)
+    advantages = np.where(learned, batch.completions.advantages, 99).astype(np.float32)
+    assert same(gradient(with_rows(batch, advantages=advantages))[2], grads)
 
 
 def test_a_batch_without_learned_rows_changes_nothing():
@@ -483,9 +502,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_reported():
     state, metrics = update(fresh_state(), base())
     assert not metrics["skipped"]
     before = jax.device_get(state)
-    advantages = base().advantages.copy()
+    advantages = base().completions.advantages.copy()
     advantages[2] = np.nan
-    state, metrics = update(state, dataclasses.replace(base(), advantages=advantages))
+    state, metrics = update(state, with_rows(base(), advantages=advantages))
     assert metrics["skipped"] and np.isnan(metrics["loss"])
     assert same(state.params, before.params) and same(state.opt_state, before.opt_state)
     assert int(state.step) == 2 and int(before.step) == 1
@@ -498,7 +517,7 @@ def test_an_update_moves_a_rows_log_probability_with_its_advantage(sign):
     current = score(base())
     advantages = np.zeros(8, np.float32)
     advantages[0] = sign
-    batch = dataclasses.replace(base(), advantages=advantages, old_logprobs=current, ref_logprobs=current)
+    batch = with_rows(base(), advantages=advantages, old_logprobs=current, ref_logprobs=current)
     state, _ = update(fresh_state(), batch)
     moved = (score(batch, params=state.params) - current)[0].sum()
     assert sign * moved > 0.01
@@ -506,5 +525,5 @@ def test_an_update_moves_a_rows_log_probability_with_its_advantage(sign):
 
 def test_supervised_loss_is_the_mean_negative_log_likelihood():
     loss, _ = jax.jit(lambda *args: batch_loss(model_step(), sft_objective, *args))(weights(), base())
-    want = numpy_scores(weights(), trajectories(), (8, 16)).sum() / base().sampled_mask.sum()
+    want = numpy_scores(weights(), trajectories(), (8, 16)).sum() / base().completions.trained.sum()
     assert float(loss) == pytest.approx(-want, rel=1e-5)

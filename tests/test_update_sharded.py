@@ -90,8 +90,9 @@ def run_on(mesh):
     import jax.numpy as jnp
 
     from grpo_jax.models.sharding import Layout
-    from grpo_jax.rollout.sampler import Sampling, make_sampler
-    from grpo_jax.update.batch import make_tree, step_batch
+    from grpo_jax.rollout.sampler import make_sampler
+    from grpo_jax.rollout.sampling import Sampling
+    from grpo_jax.update.batch import make_batch, make_tree
     from grpo_jax.update.optimizer import make_optimizer
     from grpo_jax.update.update import (
         GrpoObjective,
@@ -120,11 +121,12 @@ def run_on(mesh):
     loop = helpers.tool_loop(sampler, max_iterations=2)
     tree = make_tree(prompts, BUDGET, devices=8)
     loop = dataclasses.replace(loop, tree=tree, conversation=calling(helpers.conversation()))
-    params = sampler.export(state.params)
-    preamble = helpers.prefill_preamble(loop, params)
-    rollout = helpers.run_rollout(loop, params, preamble, prompts, range(4), generations=GENERATIONS)
-    rows = rollout.trajectories
-    batch = place_batch(training, step_batch(tree, rows, GENERATIONS, [1.0, -1.0, 0.5, -0.5] * 2))
+    rollout = helpers.roll_out_weights(loop, state.params, prompts, range(4), generations=GENERATIONS)
+    advantages = [1.0, -1.0, 0.5, -0.5] * 2
+    rows = [
+        dataclasses.replace(t, advantage=a) for t, a in zip(rollout.trajectories, advantages, strict=True)
+    ]
+    batch = place_batch(training, make_batch(tree, rows, GENERATIONS))
     step = ModelStep(cfg, training, helpers.FLOAT32)
     scores = make_score(step)(state.params, batch)
     state, metrics = make_update(step, optimizer, GrpoObjective(), state)(state, batch)

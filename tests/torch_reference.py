@@ -52,8 +52,8 @@ def flat_logprobs(model) -> np.ndarray:
     """Log-probabilities of all sampled tokens; every row is run alone, whole and unpadded."""
     out = []
     for row in trajectories():
-        ids = np.array([row.prompt_ids + row.completion_ids])
+        ids = np.array([row.prompt.ids + row.completion_ids])
         table = torch.log_softmax(torch.tensor(logits(model, ids)), -1).numpy()
-        sampled = len(row.prompt_ids) + np.flatnonzero(row.sampled_mask)
+        sampled = len(row.prompt.ids) + np.flatnonzero(row.sampled_mask)
         out.append(table[sampled - 1, ids[0, sampled]])
     return np.concatenate(out)

@@ -17,7 +17,7 @@ from grpo_jax.models.qwen import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """What a step is made of, in rows and tokens without padding.
+    """What a step is made of, in rows and tokens.
 
     Args:
         P: prompts.
@@ -40,7 +40,7 @@ class Lengths:
 
 
 class Machine(NamedTuple):
-    """What a machine was measured to reach: FLOP/s of a matrix product, bytes/s of a copy."""
+    """What a machine reaches: FLOP/s of a matrix product, bytes/s of a copy."""
 
     flops: float
     bytes: float
@@ -75,16 +75,10 @@ def prefill_flop(cfg: ModelConfig, x: Lengths) -> dict[str, float]:
 
 
 def decode_step(cfg: ModelConfig, x: Lengths, t: int, itemsize: int) -> tuple[float, float]:
-    """(FLOP, bytes read) of decoding token t of every row.
+    """(FLOP, bytes read) of decoding token t of every row, which has fed t tokens before.
 
     FLOP: B·(L·(2W + 4NH·(T0 + T1 + t + 1)) + 2DV). Bytes: every weight once, the preamble's keys and
     values once, each prompt's once, each row's own: itemsize·(LW + DV + 2KHL·(T0 + P·T1 + B·(t + 1))).
-
-    Args:
-        cfg: sizes.
-        x: lengths.
-        t: tokens that the row has fed before.
-        itemsize: bytes of a weight, a key or a value.
     """
     keys = x.T0 + x.T1 + t + 1
     flop = x.B * (cfg.L * (2 * layer_weights(cfg) + 4 * cfg.N * cfg.H * keys) + 2 * cfg.D * cfg.V)
@@ -100,11 +94,6 @@ def update_flop(cfg: ModelConfig, x: Lengths, remat: bool) -> dict[str, float]:
     made again, never kept). With remat the forward is run again, but for attention, which keeps its output
     and log-sum-exp, and the MLP's last product, whose result the backward pass does not need: 2(W - DF).
     Head: 2DV a token, again in the backward pass, and twice that for the two gradients: 8DV.
-
-    Args:
-        cfg: sizes.
-        x: lengths.
-        remat: layers are recomputed in the backward pass.
     """
     dense = 6 * layer_weights(cfg) + (2 * (layer_weights(cfg) - cfg.D * cfg.F) if remat else 0)
     per_key = 14 * cfg.N * cfg.H
@@ -137,84 +126,51 @@ def least_update(cfg: ModelConfig, x: Lengths, remat: bool, machine: Machine) ->
     return sum(update_flop(cfg, x, remat).values()) / machine.flops
 
 
-def update_bytes(
-    cfg: ModelConfig, x: Lengths, itemsize: int, score_bytes: float, logits_bytes: float
-) -> float:
-    """About the temporary bytes of an update with remat, gradients included; not a lower bound.
+def kept_bytes(cfg: ModelConfig, itemsize: int, remat: bool = True, tensor: int = 1) -> float:
+    """Bytes a token that all layers keep for the backward pass of an update.
 
-    4·weights for the gradients, every layer's input and what attention returned (D + NH a token, and N
-    log-sum-exps in fp32), one layer's values and their cotangents in fp32 (4D + 4NH + 3F a token), and
-    three arrays of the size of a block of scores and of a chunk of logits.
-    One formula for every device, to bound what XLA reports; `activation_bytes` is the finer one, by part.
-
-    Args:
-        cfg: sizes.
-        x: lengths.
-        itemsize: bytes of an activation.
-        score_bytes: of a block of attention scores.
-        logits_bytes: of a chunk of logits.
-    """
-    tokens = x.T0 + x.P * x.T1 + x.B * x.T2
-    kept = kept_bytes(cfg, itemsize) * tokens
-    layer = 8 * tokens * (4 * cfg.D + 4 * cfg.N * cfg.H + 3 * cfg.F)
-    return 4 * weights(cfg) + kept + layer + 3 * (score_bytes + logits_bytes)
-
-
-def kept_bytes(cfg: ModelConfig, itemsize: int, tensor: int = 1) -> float:
-    """Bytes a token that remat keeps: every layer's input, attention's output and its fp32 log-sum-exp.
+    With remat every layer's input, attention's output and its fp32 log-sum-exp; without it, in fp32, norms,
+    projections before and after their norm and rotation, and the MLP: 6D + 8NH + 8KH + 3F.
 
     Args:
         cfg: sizes.
         itemsize: bytes of an activation.
-        tensor: devices that share heads.
+        remat: layers are recomputed in the backward pass.
+        tensor: devices that share heads and width.
     """
-    return cfg.L * (itemsize * cfg.D + (itemsize * cfg.H + 4) * cfg.N / tensor)
+    if remat:
+        return cfg.L * (itemsize * cfg.D + (itemsize * cfg.H + 4) * cfg.N / tensor)
+    return 4 * cfg.L * (6 * cfg.D + (8 * cfg.H * (cfg.N + cfg.K) + 3 * cfg.F) / tensor)
 
 
-def activation_bytes(
+def layer_bytes(
     cfg: ModelConfig,
-    shared: float,
-    rows: float,
-    itemsize: int,
-    remat: bool,
+    tokens: float,
+    waiting: float = 0,
     tensor: int = 1,
     score_bytes: float = 0,
     mlp_tokens: float = math.inf,
-) -> tuple[float, float]:
-    """About the bytes of an update's activations on one device: (kept by all layers, one layer's working set).
+) -> float:
+    """About the bytes of one layer's working set in the backward pass; fp32, read off XLA's buffers on a CPU.
 
-    Values a token, in fp32. Without `remat` every layer keeps 6D + 8NH + 8KH + 3F: norms, projections before
-    and after their norm and rotation, the MLP. With it `kept_bytes` are kept, and the backward pass makes
-    the others again: 2D + 2NH + 4KH + 2F wait for their turn (2F only where the MLP takes all tokens at once).
-    It takes the shared levels and the completions one after the other, first through the MLP (6D + 6NH + 8KH +
-    7F; in blocks 14D + 6NH + 8KH, 7F for a block, twice its weights' gradients), then through attention (6D +
-    12NH + 12KH, and blocks of scores). The numbers are read off XLA's buffers on a CPU: tests/test_plan.py
-    compares.
+    Tokens go first through the MLP (6D + 6NH + 8KH + 7F a token; in blocks 14D + 6NH + 8KH, 7F for a block, and
+    twice its weights' gradients), then through attention (6D + 12NH + 12KH, and blocks of scores).
 
     Args:
         cfg: sizes.
-        shared: tokens of the preamble and the prompts.
-        rows: tokens of the completions.
-        itemsize: bytes of a layer's input.
-        remat: layers are recomputed in the backward pass.
+        tokens: of the larger part, shared levels or completions, which take turns.
+        waiting: tokens of the other part, made again under remat: 2D + 2NH + 4KH, and 2F if not in blocks.
         tensor: devices that share heads and width.
         score_bytes: of attention scores at a time.
-        mlp_tokens: that the MLP takes at a time under `remat`.
+        mlp_tokens: of a block of the MLP.
     """
     queries, keys, mlp = (size / tensor for size in (cfg.N * cfg.H, cfg.K * cfg.H, cfg.F))
-    first, level = min(shared, rows), max(shared, rows)
-    if remat:
-        kept = kept_bytes(cfg, itemsize, tensor) * (shared + rows)
-        waiting = 4 * (2 * cfg.D + 2 * queries + 4 * keys + 2 * mlp * (first <= mlp_tokens)) * first
-    else:
-        kept = 4 * cfg.L * (6 * cfg.D + 8 * queries + 8 * keys + 3 * mlp) * (shared + rows)
-        waiting = 0
-        mlp_tokens = math.inf
-    through_mlp = 4 * ((6 * cfg.D + 6 * queries + 8 * keys) * level + 7 * mlp * min(level, mlp_tokens))
-    if level > mlp_tokens:
-        through_mlp += 4 * (8 * cfg.D * level + 2 * 3 * cfg.D * mlp)
-    through_attention = 4 * (6 * cfg.D + 12 * queries + 12 * keys) * level + score_bytes
-    return kept, waiting + max(through_mlp, through_attention)
+    through_mlp = (6 * cfg.D + 6 * queries + 8 * keys) * tokens + 7 * mlp * min(tokens, mlp_tokens)
+    if tokens > mlp_tokens:
+        through_mlp += 8 * cfg.D * tokens + 6 * cfg.D * mlp
+    through_attention = (6 * cfg.D + 12 * queries + 12 * keys) * tokens + score_bytes / 4
+    other = (2 * cfg.D + 2 * queries + 4 * keys + 2 * mlp * (waiting <= mlp_tokens)) * waiting
+    return 4 * (other + max(through_mlp, through_attention))
 
 
 def micro_batches(
@@ -231,7 +187,8 @@ def micro_batches(
         remat: layers are recomputed in the backward pass.
         memory: of a device, in bytes.
     """
-    needed = sum(activation_bytes(cfg, 0, P * G * tokens, itemsize, remat))
+    rows = P * G * tokens
+    needed = kept_bytes(cfg, itemsize, remat) * rows + layer_bytes(cfg, rows)
     for parts in range(1, P * G + 1):
         if P % (parts // math.gcd(parts, G)) == 0 and needed / parts <= memory / 3:
             return parts

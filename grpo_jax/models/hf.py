@@ -5,6 +5,7 @@ Only safetensors is read: no pickle, no remote code.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from grpo_jax.files import cannot_write, writing
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params, check_params
 
 WEIGHTS = "model.safetensors"
@@ -161,6 +163,7 @@ def fetch_model(name_or_path: str, revision: str | None = None, *, weights: bool
         weights: download them too.
 
     Raises:
+        ValueError: it is a file.
         FileNotFoundError: no such folder, or the hub cannot be reached and nothing is cached.
     """
     return _fetch("model", name_or_path, revision, [*TEXT_FILES, *["*.safetensors"] * weights])
@@ -178,6 +181,11 @@ def _fetch(kind: str, name: str, revision: str | None, wanted: list[str]) -> Pat
     path = Path(name)
     if path.is_dir():
         return path
+    if path.is_file():
+        raise ValueError(
+            f"{kind} {name} is a file; name the folder that holds it with its config and tokenizer (an HF folder "
+            "with safetensors: neither GGUF nor pickles are read)"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"{kind} folder {name} does not exist. {_alternatives()}")
     try:
@@ -206,15 +214,32 @@ def read_config(folder: Path) -> ModelConfig:
         FileNotFoundError: no config.json.
         ValueError: it is not JSON, or of an unsupported model; see `ModelConfig.from_hf`.
     """
+    adapter = Path(folder) / "adapter_config.json"
+    if adapter.exists() and not (Path(folder) / "config.json").exists():
+        base = read_json_object(adapter).get("base_model_name_or_path") or "its base model"
+        raise ValueError(
+            f"{folder} holds a PEFT adapter, not a model: merge it into {base} first (in Python "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MODEL), then "
+            "copy the tokenizer's files there), and name the merged folder. A run of this program leaves the "
+            "merged model in model/, next to adapter/"
+        )
     path = _need(folder, "config.json")
-    return ModelConfig.from_hf(_read_json(path), str(path))
+    return ModelConfig.from_hf(read_json_object(path), str(path))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder.
+
+    Raises:
+        ValueError: it is no JSON, or something else than an object; names the file.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {str(value)[:80]}; download it again")
+    return value
 
 
 def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype=np.float32) -> Params:
@@ -259,7 +284,7 @@ def save_model(
 ) -> None:
     """Write an HF folder: safetensors, and the source's config and tokenizer files byte for byte.
 
-    Written to a temporary folder beside it and renamed, so that a folder of that name is whole.
+    Written to a temporary folder next to it and renamed, so that a folder of that name is whole.
     Tensors have the source's types where these hold the weights exactly, as those of an untrained
     run: its tensors are the source's bit for bit. Else they have the type of `params`, and the type
     that config.json names is changed to it.
@@ -270,35 +295,49 @@ def save_model(
         cfg: the model's sizes.
         source: the folder that the model was loaded from.
         max_shard_size: of one weight file.
+
+    Raises:
+        OutputError: it cannot be written; what was there before stays.
     """
     check_params(cfg, params)
-    folder = Path(folder)
-    part = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix in (".json", ".txt", ".jinja") and file.name != INDEX:
-            shutil.copyfile(file, part / file.name)
     tensors = {}
     for entry, value in zip(jax.tree.leaves(entries(cfg)), jax.tree.leaves(params), strict=True):
         value = np.asarray(value)
         for i, name in enumerate(entry.names()):
             tensors[name] = np.ascontiguousarray(entry.write(value[i] if entry.stacked else value))
     exact = _in_types_of(source, tensors)
-    if exact is None:
-        _name_type(part / "config.json", jax.tree.leaves(params)[0].dtype.name)
-    _write_shards(part, exact or tensors, max_shard_size)
-    put_in_place(part, folder)
+    with whole_folder(folder) as part:
+        for file in source.iterdir():
+            if file.is_file() and file.suffix in (".json", ".txt", ".jinja") and file.name != INDEX:
+                shutil.copyfile(file, part / file.name)
+        if exact is None:
+            _name_type(part / "config.json", jax.tree.leaves(params)[0].dtype.name)
+        _write_shards(part, exact or tensors, max_shard_size)
 
 
-def put_in_place(part: Path, folder: Path) -> None:
-    """Rename a finished temporary folder beside `folder`, which is replaced when it exists."""
-    aside = folder.with_name(folder.name + ".old")  # at no moment is there neither the old nor the new
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
-        folder.rename(aside)
-    part.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A block that fills a temporary folder, which then takes the place of `folder`, or is removed.
+
+    Raises:
+        OutputError: something in the block, or the folder, cannot be written.
+    """
+    folder = Path(folder)
+    part, aside = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    with writing(folder):
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            yield part
+            shutil.rmtree(aside, ignore_errors=True)
+            if folder.exists():
+                folder.rename(aside)  # at no moment is there neither the old nor the new
+            part.rename(folder)
+            shutil.rmtree(aside, ignore_errors=True)
+        except SafetensorError as error:  # it writes by itself, and has no error of its own for a full disk
+            raise cannot_write(folder, str(error)) from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _in_types_of(source: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
@@ -316,7 +355,7 @@ def _in_types_of(source: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.n
 
 
 def _name_type(path: Path, name: str) -> None:
-    config = _read_json(path)
+    config = read_json_object(path)
     named = {key: name for key in ("dtype", "torch_dtype") if key in config}
     if named:
         path.write_text(json.dumps(config | named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -344,7 +383,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Stored]]:
         ValueError: a file is truncated, or holds a tensor of another type than float32, float16 and bfloat16.
     """
     if (folder / INDEX).exists():
-        names = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+        names = sorted(set(read_json_object(folder / INDEX).get("weight_map", {}).values()))
     else:
         names = [WEIGHTS]
     for name in names:

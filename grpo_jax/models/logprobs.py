@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.attention import dot_fp32
@@ -36,8 +37,8 @@ def token_logprobs(
 
     One pass over blocks of the vocabulary with a running maximum and sum; the backward pass
     computes each block's logits again. Only one block of logits exists at a time, and a block's
-    gradient is written once: cutting positions instead adds to all of it once per cut. The
-    entropy carries no gradient.
+    gradient is written once: cutting positions instead adds to all of it once per cut. A loss
+    that does not use the entropy does not pay for its gradient.
 
     Args:
         hidden: final hidden states at the positions that predict `targets`.
@@ -146,10 +147,16 @@ class _Blocks(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _logprobs(hidden_RD, head_VD, targets_R, temperature, plan):
-    return _forward(hidden_RD, head_VD, targets_R, temperature, plan)[0]
+    return _sums(hidden_RD, head_VD, targets_R, temperature, plan)[0]
 
 
 def _forward(hidden_RD, head_VD, targets_R, temperature, plan):
+    inputs = [x.value for x in (hidden_RD, head_VD, targets_R)]
+    out, log_z = _sums(*inputs, temperature, plan)
+    return out, (*inputs, log_z, out[1])
+
+
+def _sums(hidden_RD, head_VD, targets_R, temperature, plan):
     hidden_DR = hidden_RD.T
 
     def step(carry, x):
@@ -167,17 +174,23 @@ def _forward(hidden_RD, head_VD, targets_R, temperature, plan):
     blocks = (plan.cut(head_VD), jnp.arange(plan.count))
     (peak, total, weighted, target), _ = jax.lax.scan(step, (zeros + NEG, zeros, zeros, zeros), blocks)
     log_z = peak + jnp.log(total)
-    return (target - log_z, log_z - weighted / total), (hidden_RD, head_VD, targets_R, log_z)
+    return (target - log_z, log_z - weighted / total), log_z
 
 
 def _backward(temperature, plan, residuals, cotangents):
-    hidden_RD, head_VD, targets_R, log_z = residuals
-    hidden_DR, scaled = hidden_RD.T, cotangents[0] / temperature
+    hidden_RD, head_VD, targets_R, log_z, entropy = residuals
+    entropy_counts = not isinstance(cotangents[1], SymbolicZero)
+    zeros_R = jnp.zeros(targets_R.shape, jnp.float32)
+    scaled, of_entropy = ((zeros_R if isinstance(x, SymbolicZero) else x) / temperature for x in cotangents)
+    hidden_DR = hidden_RD.T
 
     def step(d_hidden_DR, x):
         block, tokens = plan.by_shard(x[0]), plan.tokens(x[1])
         logits = plan.logits(block, hidden_DR, tokens, temperature)
-        d_logits = (jnp.where(tokens == targets_R, 1.0, 0.0) - jnp.exp(logits - log_z)) * scaled
+        mass = jnp.exp(logits - log_z)
+        d_logits = (jnp.where(tokens == targets_R, 1.0, 0.0) - mass) * scaled
+        if entropy_counts:
+            d_logits = d_logits - mass * (logits - log_z + entropy) * of_entropy
         d_logits = d_logits.astype(hidden_RD.dtype)
         d_hidden_DR = d_hidden_DR + dot_fp32("swd,swr->dr", block, d_logits)
         d_block = dot_fp32("swr,rd->swd", d_logits, hidden_RD).astype(head_VD.dtype)
@@ -188,4 +201,4 @@ def _backward(temperature, plan, residuals, cotangents):
     return d_hidden_DR.T.astype(hidden_RD.dtype), plan.join(d_head), None
 
 
-_logprobs.defvjp(_forward, _backward)
+_logprobs.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,4 +1,4 @@
-"""LoRA: adapters beside frozen weights, as PEFT defines them.
+"""LoRA: adapters next to frozen weights, as PEFT defines them.
 
 A target module computes y = x·W + (alpha / rank)·B(A(dropout(x))): A random, B zero, both
 float32 and trained; W is the frozen base. Adapters are a tree of their own, stacked [L, …]:
@@ -26,9 +26,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Int, UInt32
-
-from grpo_jax.types import pytree_dataclass
 
 Params = dict[str, Any]
 
@@ -79,7 +78,7 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
-@pytree_dataclass("config")
+@struct.dataclass
 class Adapters:
     """The adapters of all layers, or of one, and how they are applied.
 
@@ -89,10 +88,10 @@ class Adapters:
     """
 
     weights: Params
-    config: LoraConfig
+    config: LoraConfig = struct.field(pytree_node=False)
 
 
-@pytree_dataclass("config")
+@struct.dataclass
 class Frozen:
     """What an update of adapters reads and does not change.
 
@@ -104,7 +103,7 @@ class Frozen:
 
     base: Params
     seed: Int[Array, ""] | UInt32[Array, ""]
-    config: LoraConfig
+    config: LoraConfig = struct.field(pytree_node=False)
 
 
 def init_adapters(layers: Params, config: LoraConfig, seed: int) -> Params:

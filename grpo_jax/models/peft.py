@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from grpo_jax.models.hf import TABLE, put_in_place
+from grpo_jax.models.hf import TABLE, whole_folder
 from grpo_jax.models.lora import MODULES, LoraConfig, Params
 
 
@@ -23,13 +22,10 @@ def save_adapter(folder: Path, adapters: Params, config: LoraConfig, base: str) 
         config: of the adapters.
         base: hub id or folder of the model that they were trained on.
     """
-    folder = Path(folder)
-    part = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    (part / "adapter_config.json").write_text(json.dumps(_peft_config(config, base), indent=2) + "\n")
-    save_file(peft_tensors(adapters, config), part / "adapter_model.safetensors", metadata={"format": "pt"})
-    put_in_place(part, folder)
+    tensors = peft_tensors(adapters, config)
+    with whole_folder(folder) as part:
+        (part / "adapter_config.json").write_text(json.dumps(_peft_config(config, base), indent=2) + "\n")
+        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _peft_config(config: LoraConfig, base: str) -> dict[str, Any]:

@@ -11,34 +11,42 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models import lora
 from grpo_jax.models.attention import KEPT, Segment, attend, even_block, keep
-from grpo_jax.models.rope import Yarn, frequencies, read_rope
+from grpo_jax.models.level import KV, Level
+from grpo_jax.models.rope import Yarn, frequencies, read_position_limit, read_rope
 from grpo_jax.models.target import device_count
-from grpo_jax.types import pytree_dataclass
 
 Params = dict[str, Any]
 Constrain = Callable[[Any, str], Any]
 SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+MAY_BE_NULL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # Compiler options of every program that runs `extend`. By default XLA drops roundings to bfloat16 inside what it
 # fuses, in each program others. All kept, they are the published models' own, and sampler and update round alike:
 # their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_loop.py).
 ALL_ROUNDINGS = {"xla_allow_excess_precision": False}
 MLP_TOKENS = 2048  # of a block, see `in_token_blocks`
-FEW_LAYERS = 8  # see `_last_apart`
+FEW_LAYERS = 8  # see `_last_unrolled`
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The sizes and switches of a Qwen checkpoint (its `config.json`)."""
+    """The sizes and switches of a Qwen checkpoint (its `config.json`).
+
+    `positions` is the longest sequence that it was made for, None where the file does not say.
+    """
 
     model_type: str
     V: int
@@ -52,6 +60,7 @@ class ModelConfig:
     norm_eps: float
     tied: bool
     yarn: Yarn | None = None
+    positions: int | None = None
 
     @property
     def qkv_bias(self) -> bool:
@@ -69,8 +78,15 @@ class ModelConfig:
 
         Raises:
             ValueError: an architecture, activation or rope type that this port does not have,
-                or a missing key; names the key and what is supported.
+                or a key that is missing or no number; names the key and what is supported.
         """
+        if not isinstance(config, dict):
+            raise ValueError(f"{source} must hold a JSON object, got {str(config)[:80]}; download it again")
+        for key in SIZES:
+            value = config.get(key, 1)
+            absent = value is None and key in MAY_BE_NULL
+            if not absent and (type(value) is not int or value < 1):
+                raise ValueError(f"{source}: {key} must be a whole number >= 1, got {value!r}")
         kind = config.get("model_type")
         if kind not in SUPPORTED:
             raise ValueError(f"{source}: model_type must be one of {sorted(SUPPORTED)}, got {kind!r}")
@@ -88,41 +104,20 @@ class ModelConfig:
                 F=config["intermediate_size"],
                 L=config["num_hidden_layers"],
                 N=N,
-                K=config.get("num_key_value_heads", N),
+                K=config.get("num_key_value_heads") or N,
                 H=config.get("head_dim") or D // N,
                 rope_theta=theta,
-                norm_eps=config["rms_norm_eps"],
+                norm_eps=float(config["rms_norm_eps"]),
                 tied=config.get("tie_word_embeddings", False),
                 yarn=yarn,
+                positions=read_position_limit(config, yarn),
             )
         except KeyError as error:
             raise ValueError(f"{source}: the key {error} is missing") from error
-
-
-@pytree_dataclass("shared")
-class Level:
-    """Tokens of one level of the prefix tree.
-
-    Args:
-        tokens: [n, T] ids.
-        positions: [n, T] int32 logical positions.
-        valid: [n, T] bool; invalid tokens are never attended to.
-        shared: True for levels that many rows share (they shard over tokens, not rows).
-        dropout_keys: [n, 2] a key per row for the adapters' dropout; None drops nothing.
-    """
-
-    tokens: Int[Array, "n T"]
-    positions: Int[Array, "n T"]
-    valid: Bool[Array, "n T"]
-    shared: bool = False
-    dropout_keys: UInt32[Array, "n 2"] | None = None
-
-
-class KV(NamedTuple):
-    """Keys and values of a level in every layer: [L, n, K, T, H], or lists of [n, K, T, H]."""
-
-    k: Any
-    v: Any
+        except (TypeError, AttributeError) as error:  # null, or text where a number or object belongs
+            raise ValueError(
+                f"{source} holds a value of the wrong type ({error}); download it again"
+            ) from None
 
 
 def rms_norm(x, scale, eps: float):
@@ -158,7 +153,7 @@ def linear(x: Float[Array, "n T *inputs"], w: Float[Array, "*inputs_outputs"], i
     On one device rows and tokens are merged first, so that the product and its gradients are of matrices.
     For a weight's gradient over two dimensions XLA's CPU backend writes the whole cotangent transposed,
     inside the loop that computes it: an MLP of 8,192 × 128 tokens, forward and backward, takes 111 instead
-    of 48 ms (docs/log.md). On several devices either rows or tokens are sharded, and stay apart.
+    of 48 ms (docs/log.md). On several devices either rows or tokens are sharded, and are not merged.
     """
     if device_count() > 1:
         return jnp.tensordot(x, w, inputs)
@@ -171,7 +166,7 @@ def biased_heads(x_BTD, w_DNH, bias_NH):
     """x · w + bias with one rounding, as the published models' kernels do it.
 
     With two roundings our bf16 logits lie 1.1 to 1.25 times as far from torch's as its attention kernels
-    (eager, sdpa) lie apart; with one, 0.7 to 1.0 times: tests/test_qwen_torch.py.
+    (eager, sdpa) lie from each other; with one, 0.7 to 1.0 times: tests/test_qwen_torch.py.
     """
     y = jnp.einsum("btd,dnh->btnh", x_BTD, w_DNH, preferred_element_type=jnp.float32)
     return (y + bias_NH).astype(x_BTD.dtype)
@@ -374,7 +369,7 @@ def extend(
     layer's keys and values of the upper levels need not outlive it.
 
     Args:
-        params: stacked layers run under `lax.scan`, the last apart where that pays; a list of layers is unrolled. With
+        params: stacked layers run under `lax.scan`, the last on its own where that pays; a list of layers is unrolled. With
             adapters under "lora" (see `lora.join`) the layers are stacked.
         levels: from the most shared to the least; rows of each divide the rows of the next.
         segments: (keys and values of every layer, valid [n, S]) of earlier calls.
@@ -418,7 +413,7 @@ def extend(
     kvs = tuple(kv for kv, _ in segments)
     keys = tuple(_layer_keys(level.dropout_keys, cfg.L) for level in levels)
     if isinstance(layers, dict):
-        xs, new = _scan(run_layer, xs, layers, kvs, keys, _last_apart(levels, cfg.L))
+        xs, new = _scan(run_layer, xs, layers, kvs, keys, _last_unrolled(levels, cfg.L))
     else:
         xs, new = _unroll(run_layer, xs, layers, kvs, keys)
     scale = params["norm"]["scale"].astype(dtype)
@@ -437,26 +432,26 @@ def _embed(table, levels, dtype):
     return tuple(x.reshape(*lv.tokens.shape, -1) for x, lv in zip(parts, levels, strict=True))
 
 
-def _scan(run_layer, xs, layers, kvs, keys, last_apart):
-    """Layers under one loop; with `last_apart` the last one is code of its own behind it."""
+def _scan(run_layer, xs, layers, kvs, keys, last_unrolled):
+    """Layers under one loop; with `last_unrolled` the last one is code of its own behind it."""
 
     def step(xs, per_layer):
         return run_layer(xs, *per_layer)
 
     per_layer = (layers, kvs, keys)
-    if not last_apart:
+    if not last_unrolled:
         return jax.lax.scan(step, xs, per_layer)
     xs, new = jax.lax.scan(step, xs, jax.tree.map(lambda x: x[:-1], per_layer))
     xs, new_last = step(xs, jax.tree.map(lambda x: x[-1], per_layer))
     return xs, jax.tree.map(lambda x, last: jnp.concatenate([x, last[None]]), new, new_last)
 
 
-def _last_apart(levels, L: int) -> bool:
+def _last_unrolled(levels, L: int) -> bool:
     """Whether the last layer leaves the loop over layers, at the price of a longer compilation.
 
     Of shared levels it then makes keys and values alone, since nobody reads their output; inside the loop it
     must do all. That pays where they hold most of the tokens and a layer is a good part of the model: the
-    recipe's update of 1 × 8 rows 2.97 -> 2.68 s, compiled in 13.0 instead of 11.5 s (docs/log.md). Weights are
+    original's update of 1 × 8 rows 2.97 -> 2.68 s, compiled in 13.0 instead of 11.5 s (docs/log.md). Weights are
     copied when cut from their stack, so deep models, who would gain little, keep one loop.
     """
     shared = sum(level.tokens.size for level in levels if level.shared)

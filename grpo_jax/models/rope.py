@@ -66,6 +66,22 @@ def read_rope(config: dict[str, Any], source: str) -> tuple[float, Yarn | None]:
     )
 
 
+def read_position_limit(config: dict[str, Any], yarn: Yarn | None) -> int | None:
+    """Positions that the model was made for, as a `config.json` gives them; None where it does not say.
+
+    With YaRN they are factor times those of the pretraining, whether or not `max_position_embeddings`
+    already counts them.
+
+    Args:
+        config: has `max_position_embeddings`.
+        yarn: from `read_rope`.
+    """
+    stated = config.get("max_position_embeddings")
+    if yarn is None:
+        return stated
+    return max(stated or 0, int(yarn.factor * yarn.original))
+
+
 def _read_yarn(rope: dict[str, Any], source: str) -> Yarn:
     for name in sorted(rope.keys() - set(YARN_KEYS)):
         raise ValueError(f"{source}: yarn has no option {name}; it has {', '.join(YARN_KEYS)}")

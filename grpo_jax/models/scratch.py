@@ -9,6 +9,7 @@ rendering a longer conversation only ever appends.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -78,30 +79,32 @@ CHAT_TEMPLATE = r"""
 """.strip()
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Rows of the embedding, and the transformer's shape; the defaults have 877,440 parameters."""
+
+    vocab_size: int = 700
+    layers: int = 4
+    hidden: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    mlp: int = 384
+
+
 def make_tiny_checkpoint(
-    folder: str | Path,
-    texts: Iterable[str],
-    *,
-    seed: int = 0,
-    vocab_size: int = 700,
-    layers: int = 4,
-    hidden: int = 128,
-    heads: int = 4,
-    kv_heads: int = 2,
-    head_dim: int = 32,
-    mlp: int = 384,
+    folder: str | Path, texts: Iterable[str], sizes: Sizes = Sizes(), *, seed: int = 0
 ) -> Path:
     """Write a Qwen3-shaped checkpoint with random weights and its own tokenizer.
 
-    The same arguments give the same bytes. The defaults have 877,440 parameters.
+    The same arguments give the same bytes.
 
     Args:
         folder: where it goes; must not exist. It appears whole or not at all.
         texts: what the tokenizer is trained on, as often as the model will meet them; the
             template's own words are added.
+        sizes: of the model; the tokenizer has at most as many ids as the embedding has rows.
         seed: of the weights.
-        vocab_size: rows of the embedding; the tokenizer has at most as many ids.
-        layers, hidden, heads, kv_heads, head_dim, mlp: the transformer's shape.
 
     Returns:
         The folder.
@@ -114,16 +117,16 @@ def make_tiny_checkpoint(
     control = len(SPECIAL_TOKENS + TAG_TOKENS)
     if folder.exists():
         raise ValueError(f"{folder} exists already; remove it or name another folder")
-    if vocab_size < 256 + control:
+    if sizes.vocab_size < 256 + control:
         raise ValueError(
-            f"vocab_size must be >= {256 + control} (256 bytes + control tokens), got {vocab_size}"
+            f"vocab_size must be >= {256 + control} (256 bytes + control tokens), got {sizes.vocab_size}"
         )
-    if heads % kv_heads:
-        raise ValueError(f"kv_heads must divide heads, got {kv_heads} and {heads}")
-    config = _config(vocab_size, layers, hidden, heads, kv_heads, head_dim, mlp)
+    if sizes.heads % sizes.kv_heads:
+        raise ValueError(f"kv_heads must divide heads, got {sizes.kv_heads} and {sizes.heads}")
+    config = _config(sizes)
     texts = list(texts)
     words = [w.replace(r"\n", "\n") for w in re.findall(r"'([^']*)'", CHAT_TEMPLATE)]
-    tokenizer = _train_tokenizer(texts + words * (len(texts) // 4 + 1), vocab_size - control)
+    tokenizer = _train_tokenizer(texts + words * (len(texts) // 4 + 1), sizes.vocab_size - control)
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS + TAG_TOKENS}
     ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
 
@@ -148,25 +151,23 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _config(
-    vocab_size: int, layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int
-) -> dict[str, Any]:
+def _config(sizes: Sizes) -> dict[str, Any]:
     """config.json with the keys of a published Qwen3, `rope_theta` at top level."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "head_dim": head_dim,
+        "head_dim": sizes.head_dim,
         "hidden_act": "silu",
-        "hidden_size": hidden,
+        "hidden_size": sizes.hidden,
         "initializer_range": 0.02,
-        "intermediate_size": mlp,
-        "max_position_embeddings": 4096,
-        "max_window_layers": layers,
+        "intermediate_size": sizes.mlp,
+        "max_position_embeddings": 32768,
+        "max_window_layers": sizes.layers,
         "model_type": "qwen3",
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
+        "num_attention_heads": sizes.heads,
+        "num_hidden_layers": sizes.layers,
+        "num_key_value_heads": sizes.kv_heads,
         "rms_norm_eps": 1e-6,
         "rope_scaling": None,
         "rope_theta": 1000.0,
@@ -175,7 +176,7 @@ def _config(
         "torch_dtype": "float32",
         "use_cache": True,
         "use_sliding_window": False,
-        "vocab_size": vocab_size,
+        "vocab_size": sizes.vocab_size,
     }
 
 
@@ -237,7 +238,7 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    # A rendered conversation may be given: its control tokens are never split, so they teach nothing.
+    # A rendered conversation may be given: its control tokens are never split, so no merges are learned from them.
     control = re.compile("|".join(map(re.escape, SPECIAL_TOKENS + TAG_TOKENS)))
     tokenizer.train_from_iterator((piece for text in texts for piece in control.split(text)), trainer)
     tokenizer.add_special_tokens(

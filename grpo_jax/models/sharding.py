@@ -12,11 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import glob
-import importlib.util
-import os
-import urllib.request
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -70,96 +65,24 @@ ACTIVATIONS = {
 }
 
 
-# What jax reads by itself, and what counts the processes: a cluster's variables are there for one process too.
-_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-_TPU_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
-
-
-def join_processes(environ: Mapping[str, str] = os.environ) -> None:
-    """Connect the processes of a run; before anything touches a device. Alone, nothing happens.
-
-    `JAX_COORDINATOR_ADDRESS`, with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` where the cluster does not
-    tell them, is passed on; several tasks of Slurm or Open MPI, several hosts of a TPU slice, or an
-    indexed Job of Kubernetes are left to jax, which knows them.
-
-    Raises:
-        ValueError: the variables contradict each other.
-    """
-    explicit = _explicit_processes(environ)
-    if explicit is None and not _on_cluster(environ):
-        return
-    # jax's own handler of SIGTERM would swallow a signal that comes before training begins; ours stops all hosts
-    jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(**(explicit or {}))
-
-
-def _explicit_processes(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """Arguments of `jax.distributed.initialize` that the variables give; None without a coordinator."""
-    numbers = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    given = {name: environ[variable] for name, variable in numbers.items() if variable in environ}
-    for name, text in given.items():
-        if not text.isdigit():
-            raise ValueError(f"{numbers[name]} must be a whole number, got {text!r}")
-    address = environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is None and given:
-        raise ValueError(
-            f"{numbers[next(iter(given))]} is set and JAX_COORDINATOR_ADDRESS is not; set it to HOST:PORT of "
-            "process 0, or leave both out"
-        )
-    return (
-        None if address is None else {"coordinator_address": address} | {k: int(v) for k, v in given.items()}
-    )
-
-
-def _on_cluster(environ: Mapping[str, str]) -> bool:
-    """Whether this is one of several processes of a cluster that jax recognises."""
-    if all(name in environ for name in _SLURM) and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return True
-    if "OMPI_MCA_orte_hnp_uri" in environ and int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        return True
-    indexed_job = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
-    if indexed_job and importlib.util.find_spec("kubernetes"):  # without it jax cannot ask for the Job's size
-        return True
-    return _tpu_hosts(environ) > 1
-
-
-def _tpu_hosts(environ: Mapping[str, str]) -> int:
-    """Hosts of the TPU slices that this one is part of; 1 without a TPU, or where nothing says."""
-    if environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
-        return 1
-    slices = int(environ.get("MEGASCALE_NUM_SLICES") or 1)
-    listed = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
-    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    if (
-        listed is None
-        and chips
-        and importlib.util.find_spec("libtpu")
-        and "TPU_SKIP_MDS_QUERY" not in environ
-    ):
-        query = urllib.request.Request(
-            _TPU_METADATA + "worker-network-endpoints", headers={"Metadata-Flavor": "Google"}
-        )
-        try:
-            with urllib.request.urlopen(query, timeout=2) as answer:
-                listed = answer.read().decode()
-        except OSError:  # no such server: not a Cloud TPU VM, or one host of its own
-            pass
-    return slices * len((listed or "").split(","))
-
-
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """The mesh over all devices; -1 for data takes what fsdp and tensor leave.
 
     Of several hosts, each holds a run of places along data and fsdp: the rows whose tools it runs.
 
     Raises:
-        ValueError: when the sizes do not multiply to the number of devices, or tensor does not
-            divide the devices of a host.
+        ValueError: when the sizes do not multiply to the number of devices, tensor does not divide the
+            devices of a host, or several hosts did not join.
     """
     n = jax.device_count()
     sizes = mesh_sizes(data, fsdp, tensor, n, f"the {n} devices present")
     auto = (jax.sharding.AxisType.Auto,) * 3
     if hosts.alone():
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"the {n} devices belong to {jax.process_count()} processes that were not joined; set "
+                f"{hosts.JOIN}=1 in all of them"
+            )
         return jax.make_mesh(sizes, AXES, axis_types=auto)
     if jax.local_device_count() % tensor:
         raise ValueError(
@@ -185,11 +108,11 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, n: int, devices: str) -> tuple
     if data == -1:
         data = max(n // (fsdp * tensor), 1)
     if data * fsdp * tensor != n:
-        mend = "set mesh_data to -1 to fill up"
+        fix = "set mesh_data to -1 to fill up"
         if n % (fsdp * tensor):
-            mend = f"lower mesh_fsdp or mesh_tensor: their product must divide {n}"
+            fix = f"lower mesh_fsdp or mesh_tensor: their product must divide {n}"
         raise ValueError(
-            f"mesh_data · mesh_fsdp · mesh_tensor must equal {devices}, got {data} · {fsdp} · {tensor}; {mend}"
+            f"mesh_data · mesh_fsdp · mesh_tensor must equal {devices}, got {data} · {fsdp} · {tensor}; {fix}"
         )
     return data, fsdp, tensor
 
@@ -235,9 +158,9 @@ class Layout:
             return jax.device_get(tree)
         return jax.tree.map(lambda x: self._own_rows(x) if x.ndim else jax.device_get(x), tree)
 
-    def shard_shape(self, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-        """What one device holds of an activation of a kind."""
-        return self._named(ACTIVATIONS[kind][self.rollout], shape).shard_shape(shape)
+    def activation(self, shape: tuple[int, ...], kind: str) -> NamedSharding:
+        """Sharding of an activation of a kind."""
+        return self._named(ACTIVATIONS[kind][self.rollout], shape)
 
     def head_shards(self, V: int) -> int:
         """Parts that the V rows of the head are sharded into."""
@@ -260,8 +183,7 @@ class Layout:
             drop = () if self.rollout else ("fsdp",)
             specs = jax.tree_util.tree_map_with_path(lambda path, w: self._weight(path, w, drop), x)
             return jax.lax.with_sharding_constraint(x, specs)
-        spec = ACTIVATIONS[kind][self.rollout]
-        return jax.lax.with_sharding_constraint(x, self._named(spec, x.shape))
+        return jax.lax.with_sharding_constraint(x, self.activation(x.shape, kind))
 
     def _own_rows(self, x) -> np.ndarray:
         x = jax.device_put(x, self._named((ROWS,), x.shape))

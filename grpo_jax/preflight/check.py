@@ -1,62 +1,75 @@
 """What a job would learn from, before it costs anything: `python -m grpo_jax.train --check`.
 
-Runs the gold calls, scores three conversations written by hand with the job's rewards,
-and gives hints where the data would earn nothing. No weights are read and nothing is compiled.
+Runs the gold calls, scores three conversations written by hand with the job's rewards, twice,
+calls each tool twice, and gives hints where the data would earn nothing. No weights are read and
+nothing is compiled.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from grpo_jax.data.rows import epoch_order, gold_calls
+from grpo_jax.data.batches import epoch_order
+from grpo_jax.data.gold import gold_calls
 from grpo_jax.preflight.diagnosis import (
     Gold,
     Hint,
+    corrected,
+    evaluation_hints,
     figure,
+    form_hints,
     gold_hints,
     limit_hints,
+    made_up_arguments,
     made_up_hints,
     normalised,
     preamble_hints,
     quoted,
     reward_hints,
+    second_call_hints,
+    second_score_hints,
 )
+from grpo_jax.run.cold_start import cold_start_rows, gold_trajectories, written_trajectory
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import Prompts, Session
+from grpo_jax.run.inputs import check_gold_calls
+from grpo_jax.run.job import DataSet, Job
+from grpo_jax.run.log import MetricsWriter, RolloutLog
 from grpo_jax.scoring.advantages import combine_rewards
-from grpo_jax.scoring.rewards import RewardOutcome
-from grpo_jax.sft import gold_trajectories, written_trajectory
-from grpo_jax.types import Example, Outcome, ToolCall, ToolResult, Trajectory
+from grpo_jax.scoring.metrics import trajectory_metrics
+from grpo_jax.scoring.rewards import TrainerState
+from grpo_jax.types import Example, Outcome, Prompt, ToolCall, ToolResult, Trajectory
 
 SECONDS = 30.0  # of running gold calls; what a large file or slow tools leave over is said
 ROWS_AT_ONCE = 16  # between looks at the clock: where tools hang, each call takes its whole time limit
 SCORED_ROWS = 8
+MADE_UP_CALLS = 2  # accepted ones of a tool, to see which words its results share
+CORRECTIONS = 25  # of made-up arguments, each as the tool's last error asks
 
-Score = Callable[[Sequence[Example], Sequence[Trajectory]], RewardOutcome]
 
-
-def check_job(session: Session, data: Prompts, evaluation: Prompts | None, score: Score) -> int:
+def check_job(job: Job, data: DataSet, evaluation: DataSet | None) -> int:
     """Print what a job would learn from, and hints where its data would earn nothing.
 
     Args:
-        session: the job's parts.
+        job: the parts.
         data: the training rows.
         evaluation: the evaluation rows, if there are any; they are only read.
-        score: the job's rewards of examples and their trajectories.
 
     Returns:
         The exit status: 1 when no right answer would be rewarded, else 0.
 
     Raises:
-        ValueError: a gold call is not {"name": text, "arguments": object}, or names an unknown tool.
+        ValueError: a gold call is not {"name": text, "arguments": object}, or names an unknown tool; or the
+            cold start would refuse the rows.
         RewardError: a reward function fails.
     """
-    console, config = session.console, session.config
+    console, config = job.console, job.config
+    examples = [p.example for p in data.prompts]
     hints: list[Hint] = []
 
     def found(new: Iterable[Hint]) -> None:
@@ -64,21 +77,33 @@ def check_job(session: Session, data: Prompts, evaluation: Prompts | None, score
             console.line(f"{'Problem' if hint.fatal else 'Hint'}: {hint.text}")
             hints.append(hint)
 
+    if config.cold_start:
+        cold_start_rows(job, data)
+    if evaluation is not None:
+        check_gold_calls(evaluation.prompts, job.toolbox.functions)
     console.line("Tool schemas, as the model sees them:")
-    for schema in session.toolbox.schemas:
+    for schema in job.toolbox.schemas:
         console.line(f"  {json.dumps(schema, ensure_ascii=False)}")
-    gold = _run_gold_calls(session, data, evaluation)
+    gold = _run_gold_calls(job, data)
     _print_tokens(console, data, evaluation, gold)
-    found(preamble_hints(data.examples, [len(ids) for ids in data.ids], len(data.tree.preamble)))
+    found(preamble_hints(examples, [len(p.ids) for p in data.prompts], len(data.tree.preamble)))
     found(limit_hints(gold, config.max_grpo_completion_length, config.max_tool_calling_iterations))
     _print_gold_calls(console, gold)
     found(gold_hints(gold))
+    if evaluation is not None:
+        found(evaluation_hints([p.example for p in evaluation.prompts]))
+    calls = _calls_of_each_tool(job, gold)
+    bare = [e for e in examples if not gold_calls(e, job.toolbox.functions)]
+    found(form_hints(bare, {name: [r.text for _, r in made] for name, made in calls.items()}, none=not gold))
+    found(second_call_hints({name: _again(job, *made[0]) for name, made in calls.items() if made}))
     if gold:
         rows, last, hints_of = _spread(gold), "gold calls", reward_hints
     else:
-        rows = [_made_up(session, *row) for row in _spread([*zip(data.examples, data.ids, strict=True)])]
+        rows = [_made_up(job, prompt) for prompt in _spread(data.prompts)]
         last, hints_of = "made-up call, answer as its result", made_up_hints
-    found(hints_of(rows, _score_by_hand(session, rows, gold, last, score)))
+    first, second = _score_by_hand(job, rows, gold, last)
+    found(hints_of(rows, first))
+    found(second_score_hints(rows, first, second))
     return _verdict(console, hints)
 
 
@@ -92,15 +117,12 @@ def _verdict(console: Console, hints: Sequence[Hint]) -> int:
 # Gold calls
 
 
-def _run_gold_calls(session: Session, data: Prompts, evaluation: Prompts | None) -> list[Gold]:
+def _run_gold_calls(job: Job, data: DataSet) -> list[Gold]:
     """The rows that have gold calls, in file order; as many of them, at random, as run in `SECONDS`."""
-    functions, examples = session.toolbox.functions, data.examples
-    if evaluation is not None:
-        for example in evaluation.examples:
-            gold_calls(example, functions)  # raises where the evaluation would
+    functions, examples = job.toolbox.functions, [p.example for p in data.prompts]
     rows = [i for i, example in enumerate(examples) if gold_calls(example, functions)]
     if missing := sorted(set(range(len(examples))) - set(rows)):
-        session.console.line(
+        job.console.line(
             f"{len(missing)} of {len(examples)} rows have no gold call in column tool_call or ground_truth, first "
             f"{examples[missing[0]].source}; for them it cannot be checked whether a call returns the answer, "
             "how many tokens that takes, and what it earns"
@@ -108,17 +130,45 @@ def _run_gold_calls(session: Session, data: Prompts, evaluation: Prompts | None)
     order = [rows[place] for place in epoch_order(0, 0, len(rows))]
     done: dict[int, Gold] = {}
     end = time.monotonic() + SECONDS
-    with session.console.progress("Gold calls", len(rows)) as bar:
+    with job.console.progress("Gold calls", len(rows)) as bar:
         for start in range(0, len(rows), ROWS_AT_ONCE):
             chosen = order[start : start + ROWS_AT_ONCE]
-            ran = gold_trajectories(session, [examples[i] for i in chosen], [data.ids[i] for i in chosen])
+            ran = gold_trajectories(job, [data.prompts[i] for i in chosen])
             done |= {i: Gold(examples[i], trajectory) for i, trajectory in zip(chosen, ran, strict=True)}
             bar.advance(len(chosen))
             if time.monotonic() >= end:
                 break
     if len(done) < len(rows):
-        session.console.line(f"Checked is a random sample of {len(done)} of {len(rows)} rows with gold calls")
+        job.console.line(f"Checked is a random sample of {len(done)} of {len(rows)} rows with gold calls")
     return [done[i] for i in sorted(done)]
+
+
+def _calls_of_each_tool(job: Job, gold: Sequence[Gold]) -> dict[str, list[tuple[ToolCall, ToolResult]]]:
+    """Calls that ran, by tool: gold calls, else calls with made-up arguments; none where a tool refuses all."""
+    calls: dict[str, list[tuple[ToolCall, ToolResult]]] = {name: [] for name in job.toolbox.functions}
+    for row in gold:
+        for call, result in row.trajectory.calls:
+            if result.outcome is Outcome.OK:
+                calls[call.name].append((call, result))
+    for schema in job.toolbox.schemas:
+        name = schema["function"]["name"]
+        for arguments in made_up_arguments(schema["function"].get("parameters", {})):
+            if len(calls[name]) >= MADE_UP_CALLS:
+                break
+            for _ in range(CORRECTIONS):
+                call = ToolCall(name, arguments)
+                (result,) = job.runner.run([call])
+                if result.outcome is Outcome.OK:
+                    calls[name].append((call, result))
+                arguments = corrected(arguments, result.text) if result.outcome is Outcome.ERROR else None
+                if arguments is None:
+                    break
+    return calls
+
+
+def _again(job: Job, call: ToolCall, result: ToolResult) -> list[ToolResult]:
+    """A call's result, and those of two more runs past the cache, which the worker that is free first serves."""
+    return [result, *(job.runner.submit([call], again=True)[0].result() for _ in range(2))]
 
 
 def _print_gold_calls(console: Console, gold: Sequence[Gold]) -> None:
@@ -131,11 +181,11 @@ def _print_gold_calls(console: Console, gold: Sequence[Gold]) -> None:
         )
 
 
-def _print_tokens(console: Console, data: Prompts, evaluation: Prompts | None, gold: Sequence[Gold]) -> None:
+def _print_tokens(console: Console, data: DataSet, evaluation: DataSet | None, gold: Sequence[Gold]) -> None:
     counts = {
         "preamble that prompts share": [len(data.tree.preamble)],
-        "prompts": [len(ids) for ids in data.ids],
-        "evaluation prompts": [len(ids) for ids in evaluation.ids] if evaluation else [],
+        "prompts": [len(p.ids) for p in data.prompts],
+        "evaluation prompts": [len(p.ids) for p in evaluation.prompts] if evaluation else [],
         "completions of gold calls": [row.tokens for row in gold if not row.failed],
     }
     rows = [(of, len(n), min(n), f"{sum(n) / len(n):.1f}", max(n)) for of, n in counts.items() if n]
@@ -147,43 +197,55 @@ def _print_tokens(console: Console, data: Prompts, evaluation: Prompts | None, g
 
 
 def _score_by_hand(
-    session: Session, rows: Sequence[Gold], gold: Sequence[Gold], last: str, score: Score
-) -> np.ndarray:
-    """Score three conversations of each row and print what they earn.
+    job: Job, rows: Sequence[Gold], gold: Sequence[Gold], last: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score three conversations of each row as two batches of a run, and print what they earn in the first.
 
     Args:
-        session: the job's parts.
+        job: the parts.
         rows: n rows to score.
         gold: all rows, to take wrong calls from.
         last: what the rows' own conversations are.
-        score: the job's rewards.
 
     Returns:
-        [n, 3] weighted sums of the rewards: without a call, with a wrong call, of the rows' own
-        conversations.
+        Twice [n, 3] weighted sums of the rewards: without a call, with a wrong call, of the rows' own
+        conversations; before and after an update.
     """
     kinds = ("no call", "wrong call", last)
-    conversations = [c for row in rows for c in _conversations(session, row, gold)]
-    values = score([row.example for row in rows for _ in kinds], conversations).values
-    weights = session.config.reward_weights or [1.0] * len(session.rewards)
-    combined = combine_rewards(values, weights).reshape(len(rows), len(kinds))
-    by_name = {r.name: v.reshape(combined.shape) for r, v in zip(session.rewards, values.T, strict=True)}
+    conversations = [c for row in rows for c in _conversations(job, row, gold)]
+    weights = job.config.reward_weights or [1.0] * len(job.rewards)
+    names, both = [reward.name for reward in job.rewards], []
+    with tempfile.TemporaryDirectory() as elsewhere:  # what rewards log has to fit into a run's files
+        metrics = MetricsWriter(elsewhere)
+        for step in (0, 1):
+            outcome = job.score(conversations, TrainerState(step, 2, 0.0, job.config.num_train_epochs))
+            both.append(combine_rewards(outcome.values, weights).reshape(len(rows), len(kinds)))
+            scored = [_with_rewards(c, v) for c, v in zip(conversations, outcome.values, strict=True)]
+            own = trajectory_metrics(scored, both[-1].ravel(), [0.0] * len(rows), names)
+            metrics.write(step + 1, {**own, **outcome.metrics})
+            RolloutLog(elsewhere).write(step + 1, scored, names, outcome.extras)
+            if step == 0:
+                values = outcome.values
+        metrics.close()
+    combined = both[0]
+    by_name = {r.name: v.reshape(combined.shape) for r, v in zip(job.rewards, values.T, strict=True)}
     if len(by_name) > 1:
         by_name["weighted sum"] = combined
     title = f"Mean rewards of conversations written by hand, for {len(rows)} rows"
     means = [(name, *map(_mean, array.T)) for name, array in by_name.items()]
-    session.console.table(title, ("reward", *kinds), means)
-    _print_samples(session.console, rows[0].example, conversations[: len(kinds)], values[: len(kinds)])
-    return combined
+    job.console.table(title, ("reward", *kinds), means)
+    _print_samples(job.console, rows[0].example, conversations[: len(kinds)], values[: len(kinds)])
+    return both[0], both[1]
+
+
+def _with_rewards(trajectory: Trajectory, values: np.ndarray) -> Trajectory:
+    return dataclasses.replace(trajectory, rewards=tuple(values.tolist()))
 
 
 def _print_samples(
     console: Console, example: Example, conversations: Sequence[Trajectory], values: np.ndarray
 ) -> None:
-    scored = [
-        dataclasses.replace(c, rewards=tuple(None if np.isnan(v) else float(v) for v in value))
-        for c, value in zip(conversations, values, strict=True)
-    ]
+    scored = [_with_rewards(c, value) for c, value in zip(conversations, values, strict=True)]
     console.line(f"{example.source} asks {quoted(example.messages[-1]['content'])}")
     console.samples(scored, [example.answer] * len(scored))
 
@@ -199,25 +261,26 @@ def _spread(rows: Sequence) -> list:
     return [rows[i * len(rows) // n] for i in range(n)]
 
 
-def _made_up(session: Session, example: Example, prompt: list[int]) -> Gold:
+def _made_up(job: Job, prompt: Prompt) -> Gold:
     """A row without gold calls, as if the first tool had returned the answer."""
-    call = ToolCall(next(iter(session.toolbox.functions)), {})
-    calls = [(call, ToolResult(example.answer, Outcome.OK, 0.0))]
-    return Gold(example, written_trajectory(session.conversation, prompt, calls, example.answer))
+    call = ToolCall(next(iter(job.toolbox.functions)), {})
+    answer = prompt.example.answer
+    calls = [(call, ToolResult(answer, Outcome.OK, 0.0))]
+    return Gold(prompt.example, written_trajectory(job.conversation, prompt, calls, answer))
 
 
-def _conversations(session: Session, row: Gold, gold: Sequence[Gold]) -> list[Trajectory]:
+def _conversations(job: Job, row: Gold, gold: Sequence[Gold]) -> list[Trajectory]:
     """The row's conversation without a call, with a wrong call, and its own."""
-    prompt = row.trajectory.prompt_ids
-    call, result = _wrong_call(session, row, gold)
+    prompt = row.trajectory.prompt
+    call, result = _wrong_call(job, row, gold)
     return [
-        written_trajectory(session.conversation, prompt, [], "I do not know."),
-        written_trajectory(session.conversation, prompt, [(call, result)], result.text),
+        written_trajectory(job.conversation, prompt, [], "I do not know."),
+        written_trajectory(job.conversation, prompt, [(call, result)], result.text),
         row.trajectory,
     ]
 
 
-def _wrong_call(session: Session, row: Gold, gold: Sequence[Gold]) -> tuple[ToolCall, ToolResult]:
+def _wrong_call(job: Job, row: Gold, gold: Sequence[Gold]) -> tuple[ToolCall, ToolResult]:
     """Another row's call of the same tool, with another result; else one that the tool refuses."""
     name = row.trajectory.calls[-1][0].name
     right = {normalised(row.result), normalised(row.example.answer)}
@@ -226,4 +289,4 @@ def _wrong_call(session: Session, row: Gold, gold: Sequence[Gold]) -> tuple[Tool
         if not other.failed and call.name == name and normalised(result.text) not in right:
             return call, result
     call = ToolCall(name, {"no_such_argument": 0})
-    return call, session.runner.run([call])[0]
+    return call, job.runner.run([call])[0]

@@ -1,4 +1,4 @@
-"""What would keep a job from learning, told from its rows, their gold calls and its rewards.
+"""What would keep a job from learning, seen from its rows, their gold calls and its rewards.
 
 Pure functions from what was measured to hints; `check` measures and prints.
 """
@@ -9,21 +9,23 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
+from grpo_jax.data.gold import failed_call
 from grpo_jax.scoring.rewards import same_answer
+from grpo_jax.text import shorten
 from grpo_jax.types import Example, Outcome, ToolCall, ToolResult, Trajectory
 
 SHOWN_CHARACTERS = 200  # of a text that a hint quotes
 NO_CALL, WRONG, GOLD = range(3)  # columns of the rewards of conversations written by hand
 
-BY_CASE = "only by case, or by outer or repeated blanks"
-BY_FORMAT = "only by number format or blanks"
-BY_TEXT = "by more than number format and blanks"
+BY_CASE = "only by case, or by outer or repeated whitespace"
+BY_FORMAT = "only by number format or whitespace"
+BY_TEXT = "by more than number format and whitespace"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Hint:
     """Something that was found in a job.
 
     Args:
-        text: where, what, and the mend.
+        text: where, what, and the fix.
         fatal: because of it no right answer would be rewarded.
     """
 
@@ -75,8 +77,7 @@ class Gold:
     @property
     def failed(self) -> tuple[ToolCall, ToolResult] | None:
         """The first call that did not run, unless its error is the answer."""
-        errors = [pair for pair in self.trajectory.calls if pair[1].outcome is not Outcome.OK]
-        return errors[0] if errors and not self.answers else None
+        return failed_call(self.trajectory.calls, self.answers)
 
 
 # Gold calls
@@ -105,7 +106,7 @@ def difference(result: str, answer: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """The text without blanks, case and currency signs, each number in one form: $1,000.0 is 1000."""
+    """The text without whitespace, case and currency signs, each number in one form: $1,000.0 is 1000."""
     text = re.sub(r"[\s$€£]", "", text.casefold())
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     return re.sub(r"\d+(\.\d+)?", lambda number: f"{Decimal(number[0]).normalize():f}", text)
@@ -113,7 +114,9 @@ def normalised(text: str) -> str:
 
 def _failed_hint(failed: Sequence[Gold], rows: int, *, none_runs: bool) -> Hint:
     call, result = failed[0].failed
-    arguments = shown(", ".join(f"{name}={value!r}" for name, value in call.arguments.items()))
+    arguments = shorten(
+        ", ".join(f"{name}={value!r}" for name, value in call.arguments.items()), SHOWN_CHARACTERS
+    )
     return Hint(
         f"{failed[0].example.source}: "
         + ("no gold call runs" if none_runs else f"the gold calls of {len(failed)} of {rows} rows do not run")
@@ -132,6 +135,165 @@ def _difference_hint(kind: str, rows: Sequence[Gold], of: int) -> Hint:
     return Hint(text + (", or compare them without these, as accuracy does" if kind == BY_CASE else ""))
 
 
+def evaluation_hints(examples: Sequence[Example]) -> list[Hint]:
+    """Evaluation rows that have no figures, because their answers are all errors."""
+    if not all(example.answer.startswith("Error:") for example in examples):
+        return []
+    return [
+        Hint(
+            f"{examples[0].source}: the answers of all {len(examples)} evaluation rows begin with 'Error:'; such rows "
+            "are counted separately, so the three figures of an evaluation will be empty; add rows with other answers"
+        )
+    ]
+
+
+# Answers without gold calls
+
+
+def form_hints(
+    examples: Sequence[Example], results: Mapping[str, Sequence[str]], *, none: bool
+) -> list[Hint]:
+    """Answers that cannot be checked, and answers in another form than the tools' results.
+
+    A result's form is the words that all known results of a tool share, as labels are. Numbers, and words
+    that change with the arguments, are no part of it.
+
+    Args:
+        examples: the rows without gold calls.
+        results: tool → what it returned in some calls; empty where no call is known that it accepts.
+        none: no row of the data has a gold call.
+    """
+    hints = []
+    if none:
+        hints.append(
+            Hint(
+                f"{examples[0].source}: no row has a gold call (column tool_call or ground_truth), so it could not be "
+                "checked whether the tools return the answers; add gold calls, to a few rows at least"
+            )
+        )
+    answers = [e for e in examples if not e.answer.startswith("Error:")]
+    called = {name: texts for name, texts in results.items() if texts}
+    if not answers or not called:
+        return hints
+    other = [e for e in answers if not any(_has_form(e.answer, texts) for texts in called.values())]
+    if 2 * len(other) > len(answers):
+        name, texts = next(iter(called.items()))
+        hints.append(
+            Hint(
+                f"{other[0].source}: {len(other)} of {len(answers)} answers of rows without gold calls look like nothing "
+                f"that the tools return ({len(called)} of {len(results)} tools could be called): here the answer is "
+                f"{quoted(other[0].answer)}, {name} returns {quoted(texts[0])}; load the tools that the data was made "
+                "with (tools_script, tool_functions_module), or write answers as the tools return them"
+            )
+        )
+    return hints
+
+
+def _has_form(answer: str, texts: Sequence[str]) -> bool:
+    """Whether an answer could be a result of the tool that returned these texts."""
+    words = [_words(text) for text in texts]
+    common = set.intersection(*words)
+    if not common:  # numbers alone, or nothing that could be held against the answer
+        return any(words) or not _words(answer)
+    return 2 * len(common & _words(answer)) >= len(common)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W\d_]{2,}", text.casefold()))
+
+
+def made_up_arguments(parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Arguments that fit the JSON schema of a tool's parameters; required ones alone, then all.
+
+    Numbers of several sizes are tried, because a tool may refuse ages of 1000 or amounts of 1.
+    """
+    properties = parameters.get("properties", {})
+    for names in (parameters.get("required", []), list(properties)):
+        for number in (1, 20, 1000, 0.5):
+            # different numbers for different parameters: a minimum is seldom above its maximum
+            yield {name: _made_up(properties[name], number * (1 + i)) for i, name in enumerate(names)}
+
+
+def corrected(arguments: Mapping[str, Any], error: str) -> dict[str, Any] | None:
+    """Arguments with the one that an error asks for: "age must be from 18 to 80", "state must be one of AL, …".
+
+    None where the error says neither of an argument, or the argument is so already.
+    """
+    if found := re.search(
+        r"(\w+)(?:\[\d+\])* must be .*?(?:from|between) (-?[\d.]+\d|\d) (?:to|and) (-?[\d.]*\d)", error
+    ):
+        low, high = float(found[2]), float(found[3])
+        value = (low + high) / 2
+        value = int(value) if value >= 2 else value
+    elif found := re.search(r"(\w+)(?:\[\d+\])* must be one of ['\"]?([^,'\"]+)", error):
+        value = found[2]
+    else:
+        return None
+    new = _replaced(arguments, found[1], value)
+    return None if new == arguments else new
+
+
+def _replaced(part: Any, name: str, value: Any) -> Any:
+    if isinstance(part, Mapping):
+        return {
+            key: value if key == name and not isinstance(one, dict | list) else _replaced(one, name, value)
+            for key, one in part.items()
+        }
+    return [_replaced(one, name, value) for one in part] if isinstance(part, list) else part
+
+
+def _made_up(schema: Mapping[str, Any], number: float) -> Any:
+    if schema.get("enum"):
+        return schema["enum"][0]
+    for options in (schema.get("anyOf"), schema.get("oneOf")):
+        if options:
+            return _made_up(options[0], number)
+    kind = schema.get("type")
+    kind = next((k for k in kind if k != "null"), None) if isinstance(kind, list) else kind
+    match kind:
+        case "integer":
+            return max(1, int(number))
+        case "number":
+            return number
+        case "boolean":
+            return True
+        case "array":
+            return [_made_up(schema.get("items", {}), number)]
+        case "object":
+            properties = schema.get("properties", {})
+            return {name: _made_up(one, number) for name, one in properties.items()} or {"a": number}
+        case "null":
+            return None
+    return "example"
+
+
+def second_call_hints(results: Mapping[str, Sequence[ToolResult]]) -> list[Hint]:
+    """Tools that do not answer an equal call as they did before.
+
+    Args:
+        results: tool → results of one call, in the order in which it was made again and again; the first
+            time it ran.
+    """
+    hints = []
+    for name, (first, *later) in results.items():
+        other = next((one for one in later if one.text != first.text), None)
+        if other is None:
+            continue
+        said = (
+            f"{name} returns {quoted(first.text)}, and {quoted(other.text)} when the same call is made again in the "
+            "same worker"
+        )
+        if other.outcome is Outcome.OK:
+            fix = (
+                "equal calls of a step run once (tool_cache), and a reward that compares results sees chance: make "
+                "the tool depend on its arguments alone, or set tool_cache to false"
+            )
+        else:
+            fix = "a worker serves many calls: keep nothing between them that one uses up, as a client that it closes"
+        hints.append(Hint(f"{said}; {fix}", fatal=other.outcome is not Outcome.OK))
+    return hints
+
+
 # Tokens
 
 
@@ -147,7 +309,7 @@ def preamble_hints(examples: Sequence[Example], prompt_tokens: Sequence[int], pr
     if 2 * preamble >= mean:
         return []
     causes = _varying(examples) or [
-        "the messages after the system message are longer than it and the tool schemas; nothing to mend"
+        "the messages after the system message are longer than it and the tool schemas; nothing to fix"
     ]
     text = f"the preamble that prompts share, and that is computed once, is under half of a prompt ({preamble} of "
     return [Hint(text + f"{mean:.1f} tokens): " + "; ".join(causes))]
@@ -184,7 +346,7 @@ def _tools(example: Example) -> list[str] | None:
 
 
 def _around_difference(a: str, b: str) -> tuple[str, str]:
-    """Both texts, quoted from a little before they part."""
+    """Both texts, quoted from a little before they differ."""
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     start = max(0, same - 20)
     return tuple("… " * (start > 0) + quoted(text[start : same + 40]) for text in (a, b))
@@ -258,6 +420,28 @@ def made_up_hints(rows: Sequence[Gold], rewards: np.ndarray) -> list[Hint]:
     ]
 
 
+def second_score_hints(rows: Sequence[Gold], first: np.ndarray, second: np.ndarray) -> list[Hint]:
+    """The same conversations that earn something else when they are scored again, after an update.
+
+    Args:
+        rows: n of them.
+        first: [n, 3], as `reward_hints` takes them.
+        second: [n, 3] of the second time.
+    """
+    differ = ~np.isclose(first, second, equal_nan=True).all(1)
+    if not differ.any():
+        return []
+    i = int(np.argmax(differ))
+    before, after = (", ".join(map(figure, values[i])) for values in (first, second))
+    return [
+        Hint(
+            f"{rows[i].example.source}: the conversations of {differ.sum()} of {len(rows)} rows earn something else when "
+            f"they are scored again after an update (no call, wrong call, own: {before}, then {after}); that is right "
+            "for a judge or a curriculum, else look for what the reward keeps between calls"
+        )
+    ]
+
+
 _WHERE = "correct the reward function: the result is the content of the last message with role tool"
 
 
@@ -267,8 +451,8 @@ def _reward_hint(row: Gold, rewards: np.ndarray, found: str, *, fatal: bool) -> 
     differs = (
         f"the answer is {quoted(row.example.answer)}, the tool returns {quoted(row.result)}: make them equal"
     )
-    mend = f"the tool returns the answer, so {_WHERE}" if row.result == row.example.answer else differs
-    return Hint(f"{row.example.source}: {found}; {earned}; {mend}", fatal)
+    fix = f"the tool returns the answer, so {_WHERE}" if row.result == row.example.answer else differs
+    return Hint(f"{row.example.source}: {found}; {earned}; {fix}", fatal)
 
 
 # Text
@@ -276,12 +460,7 @@ def _reward_hint(row: Gold, rewards: np.ndarray, found: str, *, fatal: bool) -> 
 
 def quoted(value: Any) -> str:
     """A value as JSON, shortened."""
-    return shown(json.dumps(value, ensure_ascii=False))
-
-
-def shown(text: str) -> str:
-    """A text, shortened."""
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+    return shorten(json.dumps(value, ensure_ascii=False), SHOWN_CHARACTERS)
 
 
 def figure(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What `--plan` reads before it reckons: the machine's text, the model's sizes, the data's lengths.
+"""What `--plan` reads first: the machine's text, the model's sizes, the data's lengths.
 
 Nothing here loads weights, reaches for the network or starts a jax backend.
 """
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +18,9 @@ from huggingface_hub import try_to_load_from_cache
 from grpo_jax.models import hf
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.rollout.conversation import load_conversation
-from grpo_jax.run.job import read_rows, schemas_of
+from grpo_jax.run.job import read_examples, schemas_of
 from grpo_jax.run.options import GRPOConfig
-from grpo_jax.tools import Toolbox, load_tools
-from grpo_jax.types import Example
+from grpo_jax.tools import load_tools
 from grpo_jax.update.batch import common_prefix
 
 CHARACTERS_PER_TOKEN = 3.5  # of English and JSON under Qwen's tokenizer, about
@@ -50,12 +49,9 @@ _UNITS = {"": 1, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30, "
 
 
 class Machine(NamedTuple):
-    """The devices of a plan.
+    """The devices of a plan: the name asked for, figures of a device, and how many there are, as jax sees them.
 
-    Args:
-        name: as it was asked for.
-        device: figures of each; FLOP/s and bytes/s are None where only the memory was given.
-        count: of devices, as jax sees them.
+    FLOP/s and bytes/s are None where only the memory was given.
     """
 
     name: str
@@ -63,14 +59,19 @@ class Machine(NamedTuple):
     count: int
 
     @property
+    def kind(self) -> str:
+        """A name in `DEVICES`, "cpu" for this computer's own processor, or none of these."""
+        return self.name.split("-")[0]
+
+    @property
     def is_cpu(self) -> bool:
-        """This computer's own processor."""
-        return self.name.startswith("cpu")
+        """Whether programs are made for a CPU."""
+        return self.kind == "cpu"
 
     @property
     def is_gpu(self) -> bool:
-        """An NVIDIA card."""
-        return self.name.startswith("h")
+        """Whether it is an NVIDIA card."""
+        return self.kind in ("h100", "h200")
 
     @property
     def memory(self) -> float:
@@ -105,7 +106,9 @@ def read_machine(text: str) -> Machine:
         kind, count = match[1], int(match[2] or CORES_A_DEVICE.get(match[1], 1))
         cores = CORES_A_DEVICE.get(kind, 1)
         if kind == "cpu" and count:
-            return Machine(plain.lower(), _this_cpu(count), count)
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            shares = memory, CPU_CORE_FLOPS * os.cpu_count(), CPU_BYTES
+            return Machine(plain.lower(), Device(*(share / count for share in shares)), count)
         if kind in DEVICES and count and count % cores == 0:
             return Machine(plain.lower(), DEVICES[kind], count // cores)
     raise ValueError(
@@ -114,25 +117,17 @@ def read_machine(text: str) -> Machine:
     )
 
 
-def _this_cpu(count: int) -> Device:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return Device(memory / count, CPU_CORE_FLOPS * os.cpu_count() / count, CPU_BYTES / count)
-
-
-def _qwen(kind: str, D: int, F: int, L: int, N: int, K: int, H: int, tied: bool, V=151936) -> ModelConfig:
-    return ModelConfig(kind, V, D, F, L, N, K, H, 1e6, 1e-6, tied)
-
-
-PUBLISHED = {
-    "Qwen2.5-0.5B": _qwen("qwen2", 896, 4864, 24, 14, 2, 64, True),
-    "Qwen2.5-1.5B": _qwen("qwen2", 1536, 8960, 28, 12, 2, 128, True),
-    "Qwen2.5-3B": _qwen("qwen2", 2048, 11008, 36, 16, 2, 128, True),
-    "Qwen2.5-7B": _qwen("qwen2", 3584, 18944, 28, 28, 4, 128, False, V=152064),
-    "Qwen3-0.6B": _qwen("qwen3", 1024, 3072, 28, 16, 8, 128, True),
-    "Qwen3-1.7B": _qwen("qwen3", 2048, 6144, 28, 16, 8, 128, True),
-    "Qwen3-4B": _qwen("qwen3", 2560, 9728, 36, 32, 8, 128, True),
-    "Qwen3-8B": _qwen("qwen3", 4096, 12288, 36, 32, 8, 128, False),
+_QWEN = {  # kind, V, D, F, L, N, K, H, tied
+    "Qwen2.5-0.5B": ("qwen2", 151936, 896, 4864, 24, 14, 2, 64, True),
+    "Qwen2.5-1.5B": ("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, True),
+    "Qwen2.5-3B": ("qwen2", 151936, 2048, 11008, 36, 16, 2, 128, True),
+    "Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
+    "Qwen3-0.6B": ("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
+    "Qwen3-1.7B": ("qwen3", 151936, 2048, 6144, 28, 16, 8, 128, True),
+    "Qwen3-4B": ("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, True),
+    "Qwen3-8B": ("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
 }
+PUBLISHED = {name: ModelConfig(*sizes, 1e6, 1e-6, tied) for name, (*sizes, tied) in _QWEN.items()}
 SCRATCH_SIZES = ModelConfig("qwen3", 700, 128, 384, 4, 4, 2, 32, 1e3, 1e-6, True)  # make_tiny_checkpoint's
 
 
@@ -165,13 +160,9 @@ def _cached(name: str, revision: str, file: str = "config.json") -> Path | None:
 
 
 class DataLengths(NamedTuple):
-    """Rows of a data set, and its tokens: the preamble, and the longest rest of a prompt but its last.
+    """Rows of a data set, and tokens of the preamble and of the longest rest of a prompt but its last.
 
-    Args:
-        rows: in all.
-        preamble: tokens.
-        rest: tokens.
-        exact: counted by the model's tokenizer, not estimated from characters.
+    `exact`: counted by the model's tokenizer, not estimated from characters.
     """
 
     rows: int
@@ -188,38 +179,26 @@ def data_lengths(config: GRPOConfig, folder: Path | None) -> DataLengths:
         folder: the model's, if there is one.
     """
     toolbox = load_tools(config.tools_script, config.tool_functions_module)
-    source = config.required("dataset_id_or_path")
-    examples = read_rows(config, source)
-    tokenizer = _tokenizer_folder(config, folder)
-    if tokenizer is None:
-        texts = [_characters(example, toolbox) for example in examples]
-        return _lengths(config, texts, CHARACTERS_PER_TOKEN)
-    conversation = load_conversation(tokenizer, chat_template_kwargs=config.chat_template_kwargs)
-    ids = [conversation.prompt_ids(e.messages, schemas_of(e, toolbox)) for e in examples]
-    return _lengths(config, ids, 1)
-
-
-def _tokenizer_folder(config: GRPOConfig, folder: Path | None) -> Path | None:
-    name = config.tokenizer_name_or_path
+    examples = read_examples(config, config.required("dataset_id_or_path"))
+    name, per_token = config.tokenizer_name_or_path, 1.0
     if name is not None:
         folder = Path(name) if Path(name).is_dir() else _cached(name, "main", "tokenizer.json")
-    return folder if folder is not None and (folder / "tokenizer.json").exists() else None
-
-
-def _characters(example: Example, toolbox: Toolbox) -> str:
-    """About what a template renders: system message, schemas, the other messages."""
-    texts = [str(m.get("content") or "") for m in example.messages]
-    first = int(example.messages[0]["role"] == "system")
-    schemas = [json.dumps(schema) for schema in schemas_of(example, toolbox)]
-    return "\n".join(texts[:first] + schemas + texts[first:])
-
-
-def _lengths(config: GRPOConfig, prompts: Sequence[Sequence], per_token: float) -> DataLengths:
-    limit = config.max_prompt_length
-    if limit is not None:
-        prompts = [p for p in prompts if len(p) / per_token <= limit]
+    if folder is not None and (folder / "tokenizer.json").exists():
+        conversation = load_conversation(folder, chat_template_kwargs=config.chat_template_kwargs)
+        prompts = [conversation.prompt_ids(e.messages, schemas_of(e, toolbox)) for e in examples]
+    else:  # about what a template renders: system message, schemas, the other messages
+        prompts, per_token = [], CHARACTERS_PER_TOKEN
+        for example in examples:
+            texts = [str(m.get("content") or "") for m in example.messages]
+            first = int(example.messages[0]["role"] == "system")
+            schemas = [json.dumps(schema) for schema in schemas_of(example, toolbox)]
+            prompts.append("\n".join(texts[:first] + schemas + texts[first:]))
+    if config.max_prompt_length is not None:
+        prompts = [p for p in prompts if len(p) / per_token <= config.max_prompt_length]
         if not prompts:
-            raise ValueError(f"every prompt is longer than max_prompt_length {limit}; raise it")
+            raise ValueError(
+                f"every prompt is longer than max_prompt_length {config.max_prompt_length}; raise it"
+            )
     preamble = len(common_prefix(prompts))
     rest = max(map(len, prompts)) - preamble
     tokens = math.ceil(preamble / per_token), math.ceil(rest / per_token) - 1

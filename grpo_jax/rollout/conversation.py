@@ -26,11 +26,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.rollout.parsing import CallFormat, Schema, assistant_message, call_message, parse_turn
-from grpo_jax.types import Message, ParsedTurn, ToolCall
+import jinja2
+
+from grpo_jax.models.hf import read_json_object
+from grpo_jax.rollout.parsing import CallFormat, assistant_message, call_message, parse_turn
+from grpo_jax.text import replace_lone_surrogates
+from grpo_jax.types import Message, ParsedTurn, Schema, ToolCall
 
 _SENTINEL = "SENTINEL"  # stands for the text of an assistant turn
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +185,13 @@ def load_conversation(
     kwargs = dict(chat_template_kwargs or {})
     control_ids = _control_ids(tokenizer)
     control = _any_of(control_ids)
-    prompt, end_of_turn = _probe_template(tokenizer, kwargs, control)
+    try:
+        prompt, end_of_turn = _probe_template(tokenizer, kwargs, control)
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"the chat template in {str(folder)!r} cannot be rendered ({type(error).__name__}: {error}); copy it "
+            "again from the model's repository, or correct chat_template_kwargs"
+        ) from None
     eos = [control_ids[end_of_turn], tokenizer.eos_token_id, *_configured_eos(Path(folder))]
     stop_ids = tuple(dict.fromkeys(token for token in eos if token is not None))
     return Conversation(
@@ -251,10 +260,17 @@ def _probe_template(tokenizer: Any, kwargs: dict[str, Any], control: re.Pattern[
 
 
 def _configured_eos(folder: Path) -> list[int]:
-    """The end-of-sequence ids of generation_config.json; empty without that file."""
+    """The end-of-sequence ids of generation_config.json; empty without that file.
+
+    Raises:
+        ValueError: the file is no JSON object, or has something else than ids there.
+    """
     path = folder / "generation_config.json"
-    eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-    return [eos] if isinstance(eos, int) else eos or []
+    eos = read_json_object(path).get("eos_token_id") if path.exists() else None
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(one) is not int or one < 0 for one in ids):
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {eos!r}")
+    return ids
 
 
 def _plain_encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
@@ -271,7 +287,7 @@ def _plain_encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
     @functools.lru_cache(maxsize=4096)
     def encode(text: str) -> tuple[int, ...]:
         # A lone surrogate, which a tool may return, has no UTF-8 form.
-        return tuple(plain.encode(_SURROGATE.sub("\ufffd", text), add_special_tokens=False).ids)
+        return tuple(plain.encode(replace_lone_surrogates(text), add_special_tokens=False).ids)
 
     return encode
 

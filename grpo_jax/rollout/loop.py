@@ -1,11 +1,11 @@
 """The multi-turn tool loop: decode a turn, parse it, run its calls, feed the responses, again.
 
-All rows of a batch take their turns together; the conversation continues on the
-same key/value cache, so that every token passes through the model once. A row
-speaks until its turn ends; then its calls run while others still speak, or it is finished.
+All completions of a batch take their turns together; the conversation continues on the same key/value
+cache, so that every token passes through the model once. A completion speaks until its turn ends; then
+its calls run while others still speak, or it is finished.
 
-With several hosts each keeps its share of the prompts, with all generations of them. They decode
-together; after a turn's tools one all-gather of four numbers tells each of them how to go on.
+With several hosts each keeps its share of the prompts, with all completions of them. They decode
+together; after a turn's tools one all-gather of four numbers tells each of them how to continue.
 """
 
 from __future__ import annotations
@@ -13,49 +13,64 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from grpo_jax import hosts
 from grpo_jax.models.qwen import Level, Params
 from grpo_jax.rollout.conversation import Conversation
-from grpo_jax.rollout.parsing import Schema
-from grpo_jax.rollout.sampler import PARTS, Cache, Sampler, Trunk, row_keys
+from grpo_jax.rollout.sampler import PARTS, Sampler, Trunk
+from grpo_jax.rollout.sampling import row_keys
 from grpo_jax.tools import ToolRunner
-from grpo_jax.types import PARSER_NAME, Message, Outcome, Status, ToolCall, ToolResult, Trajectory
-from grpo_jax.update.batch import Tree, response_bucket, trunk_arrays
+from grpo_jax.types import PARSER_NAME, Outcome, Prompt, Status, ToolCall, ToolResult, Trajectory
+from grpo_jax.update.batch import Tree, preamble_level, prompts_level, response_bucket
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolLoop:
-    """What a rollout needs besides weights and prompts.
+    """What a rollout needs in addition to weights and prompts.
 
     Args:
         sampler: its jitted functions.
         conversation: tokenizer and template.
-        schemas: of all tools.
         runner: runs the calls.
         tree: the data set's preamble and buckets.
-        max_iterations: tool turns per row; None for no limit but the budget.
-        malformed_feedback: tell the model why a call did not parse instead of ending the row.
+        max_iterations: tool turns per completion; None for no limit but the budget.
+        malformed_feedback: report to the model why a call did not parse instead of ending the completion.
     """
 
     sampler: Sampler
     conversation: Conversation
-    schemas: list[Schema]
     runner: ToolRunner
     tree: Tree
     max_iterations: int | None = None
     malformed_feedback: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Rollout:
-    """What `run_rollout` sampled, and the work that took.
+class Policy(NamedTuple):
+    """Weights as the rollout runs them, and the preamble's keys and values under them."""
+
+    params: Params
+    preamble: Trunk
+
+
+def make_policy(loop: ToolLoop, params: Params) -> Policy:
+    """What `roll_out` samples from, once per weight version.
 
     Args:
-        trajectories: B = P·G, a group's rows next to each other, without rewards; of all hosts.
+        loop: its sampler and its tree's preamble, which may be empty.
+        params: rollout weights, from `sampler.export`.
+    """
+    return Policy(params, _prefill(loop.sampler, params, (), preamble_level(loop.tree)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What `roll_out` sampled, and the work that took.
+
+    Args:
+        trajectories: of all hosts, a group's completions next to each other, without rewards.
         row_steps: decode steps times the rows that took part in each.
         stop: a host was asked to stop before the last turn ended; the same on all of them.
     """
@@ -66,213 +81,119 @@ class Rollout:
 
     @property
     def wasted_decode(self) -> float:
-        """Share of the row-steps that sampled nothing: their row had ended its turn."""
+        """Share of the row-steps that sampled nothing: their completion had ended its turn."""
         sampled = sum(t.sampled_tokens for t in self.trajectories)
         return 1 - sampled / self.row_steps if self.row_steps else 0.0
 
 
 @dataclasses.dataclass
-class _Row:
-    """A trajectory that grows; frozen into a `Trajectory` at the end.
+class _Flight:
+    """A completion that is being sampled.
 
     Args:
-        status: None until it is finished.
+        trajectory: grows; its status is set when it is finished.
         speaking: its turn is being decoded; else its calls run, or it is finished.
+        tool_turns: turns whose calls were answered.
         turn_start: where its turn begins in `completion_ids`.
         running: the turn's calls, with their results to come.
-        feedback: what the model is told instead, when its call did not parse.
+        feedback: what the model gets instead, when its call did not parse.
     """
 
-    prompt_ids: list[int]
-    schemas: list[Schema]
-    completion_ids: list[int] = dataclasses.field(default_factory=list)
-    sampled_mask: list[bool] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    messages: list[Message] = dataclasses.field(default_factory=list)
-    calls: list[tuple[ToolCall, ToolResult]] = dataclasses.field(default_factory=list)
-    status: Status | None = None
-    tool_turns: int = 0
+    trajectory: Trajectory
     speaking: bool = True
+    tool_turns: int = 0
     turn_start: int = 0
     running: list[tuple[ToolCall, Future[ToolResult]]] = dataclasses.field(default_factory=list)
     feedback: str | None = None
 
     def append(self, ids: Sequence[int], logprobs: Sequence[float] | None) -> None:
         """Sampled tokens with their log-probabilities, or given ones (None)."""
-        self.completion_ids += ids
-        self.sampled_mask += [logprobs is not None] * len(ids)
-        self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
+        self.trajectory.completion_ids.extend(ids)
+        self.trajectory.sampled_mask.extend([logprobs is not None] * len(ids))
+        self.trajectory.logprobs.extend([0.0] * len(ids) if logprobs is None else logprobs)
 
-    def frozen(self) -> Trajectory:
-        return Trajectory(
-            self.prompt_ids,
-            self.completion_ids,
-            self.sampled_mask,
-            self.logprobs,
-            self.messages,
-            self.calls,
-            self.status,
-        )
+    def finish(self, status: Status) -> None:
+        self.speaking = False
+        self.trajectory = dataclasses.replace(self.trajectory, status=status)
 
 
-def prefill_preamble(loop: ToolLoop, params: Params) -> Trunk:
-    """Keys and values of the preamble, once per weight version; empty when nothing is shared."""
-    if not loop.tree.T0:
-        return ()
-    arrays = trunk_arrays(loop.tree, [])
-    tokens, valid = arrays["preamble"], arrays["preamble_valid"]
-    positions = np.arange(loop.tree.T0, dtype=np.int32)[None]
-    return _prefill(loop.sampler, params, (), tokens, positions, valid)
-
-
-def run_rollout(
+def roll_out(
     loop: ToolLoop,
-    params: Params,
-    preamble: Trunk,
-    prompts: Sequence[list[int]],
-    draws: Sequence[int],
+    policy: Policy,
+    prompts: Sequence[Prompt | None],
     *,
     generations: int = 1,
     seed: int = 0,
-    schemas: Sequence[list[Schema]] | None = None,
-    live: Sequence[bool] | None = None,
-    on_turn: Callable[[int, int], None] = lambda finished, rows: None,
+    on_turn: Callable[[int], None] = lambda finished: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Rollout:
-    """Sample G trajectories for each of P prompts, tools included; all hosts call it with the same arguments.
+    """Sample G trajectories for each prompt, tools included; all hosts call it with the same arguments.
 
     Args:
         loop: sampler, tools and settings.
-        params: rollout weights, from `sampler.export`.
-        preamble: from `prefill_preamble` with the same weights.
-        prompts: P lists of token ids.
-        draws: [P] global draw index of each prompt, epoch · n + place in the epoch: with the
-            seed, the generation and the position it decides a row's randomness.
+        policy: the weights.
+        prompts: P of them, the first of which is a prompt; None fills up a batch of one shape and gives no
+            trajectory.
         generations: G.
         seed: of the run.
-        schemas: [P] of the tools that each prompt shows, the only ones that it may call; None for all.
-        live: [P] False for prompts that only fill up the batch; they come back without tokens.
-        on_turn: told (rows finished, rows) after every turn.
+        on_turn: called after every turn with the number of completions that it finished.
         stop: whether this host was asked to stop; asked after every turn.
 
     Raises:
         HostError: a tool worker of some host does not start; with one host its RuntimeError.
     """
     P, G = len(prompts), generations
-    schemas = [loop.schemas] * P if schemas is None else schemas
-    live = [True] * P if live is None else live
-    own = hosts.share(list(zip(prompts, schemas, draws, live, strict=True)))
-    rows = [_new_row(prompt, shown, is_live) for prompt, shown, _, is_live in own for _ in range(G)]
-    own_draws = np.repeat([draw for _, _, draw, _ in own], G)
+    filled = [prompts[0] if prompt is None else prompt for prompt in prompts]
+    own = list(zip(hosts.share(filled), hosts.share(prompts), strict=True))
+    flights = [_Flight(Trajectory(prompt), given is not None) for prompt, given in own for _ in range(G)]
     put = loop.sampler.layout.put_rows
-    trunk = preamble + _prefill_prompts(loop, params, preamble, prompts)
-    keys = put(row_keys(seed, own_draws, np.tile(np.arange(G), len(own))))
-    cache = loop.sampler.begin(
-        put(np.array([r.prompt_ids[-1] for r in rows], np.int32)),
-        put(np.array([len(r.prompt_ids) - 1 for r in rows], np.int32)),
+    of_prompts = _prefill(
+        loop.sampler, policy.params, policy.preamble, prompts_level(loop.tree, [p.ids for p in filled])
     )
-    loop.runner.start_step()
+    trunk = policy.preamble + of_prompts
+    draws = np.repeat([prompt.draw for prompt, _ in own], G)
+    keys = put(row_keys(seed, draws, np.tile(np.arange(G), len(own))))
+    cache = loop.sampler.begin(
+        put(np.array([f.trajectory.prompt.ids[-1] for f in flights], np.int32)),
+        put(np.array([len(f.trajectory.prompt.ids) - 1 for f in flights], np.int32)),
+    )
+    loop.runner.start_step([f.trajectory.prompt.example.columns for f in flights])
     row_steps, failure, stopped = 0, hosts.Failure(), False
-    speaking = sum(map(bool, live)) * G  # on all hosts
-    while speaking:
-        cache, steps = _decode_turn(loop, params, trunk, cache, keys, rows, speaking, failure)
-        responses: list[list[int]] = [[] for _ in rows]
+    speaking = sum(prompt is not None for prompt in prompts) * G  # on all hosts
+
+    while before := speaking:
+        # decode until every completion that speaks has ended its turn; those that have run their calls meanwhile
+        ends = [P * G // part for part in PARTS] + [0]
+        while speaking:
+            live = np.array([f.speaking for f in flights])
+            left = np.array(
+                [loop.sampler.budget - len(f.trajectory.completion_ids) for f in flights], np.int32
+            )
+            stop_at = np.int32(next(n for n in ends if n < speaking))
+            cache, turn = loop.sampler.decode(
+                policy.params, trunk, cache, keys, put(live), put(left), stop_at
+            )
+            turn = loop.sampler.layout.get_rows(turn)
+            speaking, row_steps = int(turn.live), row_steps + int(turn.row_steps)
+            for i in np.flatnonzero(live).tolist():
+                n = turn.count[i]
+                flights[i].append(turn.tokens[i, :n].tolist(), turn.logprobs[i, :n].tolist())
+                if turn.stopped[i] or n == left[i]:
+                    with failure:
+                        _end_turn(loop, flights[i], i, turn.stopped[i])
+        # wait for the calls, and feed what they returned
+        responses: list[list[int]] = [[] for _ in flights]
         with failure:
-            responses = [_respond(loop, row) for row in rows]
+            responses = [_respond(loop, flight) for flight in flights]
         speaking, longest, stopped = _agree(responses, failure, stop())
         if speaking:
-            cache = _feed(loop.sampler, params, trunk, cache, rows, responses, longest)
-        row_steps += steps
-        on_turn(P * G - speaking, P * G)
-    trajectories = hosts.gather(lambda: [r.frozen() for r in rows])
+            fed = map(put, _pending_and_responses(flights, responses, longest))
+            cache = loop.sampler.append(policy.params, trunk, cache, *fed)
+        on_turn(before - speaking)
+
+    finished = [f.trajectory for f in flights if f.trajectory.status is not None]  # not what fills up
+    trajectories = hosts.gather(lambda: finished)
     return Rollout([t for of_host in trajectories for t in of_host], row_steps, stopped)
-
-
-def _new_row(prompt: list[int], schemas: list[Schema], live: bool) -> _Row:
-    row = _Row(list(prompt), schemas)
-    row.status, row.speaking = (None, True) if live else (Status.ANSWERED, False)
-    return row
-
-
-def _agree(responses: Sequence[list[int]], failure: hosts.Failure, stop: bool) -> tuple[int, int, bool]:
-    """Rows of all hosts that go on, the longest response of all, and whether any host was asked to stop."""
-    lengths = [len(ids) for ids in responses]
-    figures = hosts.agree([sum(n > 0 for n in lengths), max(lengths), failure.error is not None, stop])
-    if figures[:, 2].any():
-        failure.raise_everywhere()
-    return int(figures[:, 0].sum()), int(figures[:, 1].max()), bool(figures[:, 3].any())
-
-
-def _prefill(sampler, params, trunk, tokens, positions, valid) -> Trunk:
-    layout = sampler.layout
-    level = Level(*(layout.put(x, layout.replicated) for x in (tokens, positions, valid)), True)
-    return ((sampler.prefill(params, trunk, level), level.valid),)
-
-
-def _prefill_prompts(loop, params, preamble, prompts) -> Trunk:
-    if not loop.tree.T1:
-        return ()
-    x = trunk_arrays(loop.tree, prompts)
-    return _prefill(loop.sampler, params, preamble, x["prompts"], x["prompts_positions"], x["prompts_valid"])
-
-
-def _decode_turn(
-    loop: ToolLoop,
-    params: Params,
-    trunk: Trunk,
-    cache: Cache,
-    keys: jax.Array,
-    rows: list[_Row],
-    speaking: int,
-    failure: hosts.Failure,
-) -> tuple[Cache, int]:
-    """Let every row that speaks come to the end of its turn; returns the cache and the row-steps.
-
-    Decode comes back when half of all rows, and again when an eighth, still speak: the
-    calls of those that have ended run while it goes on with the others. `speaking` counts
-    the rows of all hosts, `rows` are this one's.
-    """
-    layout, row_steps = loop.sampler.layout, 0
-    put, B = layout.put_rows, cache.length.shape[0]
-    ends = [B // part for part in PARTS] + [0]
-    while speaking:
-        live = np.array([row.speaking for row in rows])
-        left = np.array([loop.sampler.budget - len(row.completion_ids) for row in rows], np.int32)
-        stop_at = np.int32(next(n for n in ends if n < speaking))
-        cache, turn = loop.sampler.decode(params, trunk, cache, keys, put(live), put(left), stop_at)
-        turn = layout.get_rows(turn)
-        speaking, row_steps = int(turn.live), row_steps + int(turn.row_steps)
-        for i in np.flatnonzero(live).tolist():
-            n = turn.count[i]
-            rows[i].append(turn.tokens[i, :n].tolist(), turn.logprobs[i, :n].tolist())
-            if turn.stopped[i] or n == left[i]:
-                with failure:
-                    _end_turn(loop, rows[i], i, turn.stopped[i])
-    return cache, row_steps
-
-
-def _end_turn(loop: ToolLoop, row: _Row, i: int, stopped: bool) -> None:
-    """Read row i's turn: its calls start to run, or it will be told why they do not parse, or it is finished."""
-    row.speaking = False
-    ids = row.completion_ids[row.turn_start :]
-    if not stopped:
-        row.status = Status.OVERLONG
-        row.messages.append({"role": "assistant", "content": loop.conversation.decode(ids)})
-        return
-    parsed = loop.conversation.parse(ids, row.schemas)
-    row.messages.append(loop.conversation.assistant_message(parsed))
-    spent = loop.max_iterations is not None and row.tool_turns >= loop.max_iterations
-    if parsed.error and loop.malformed_feedback and not spent:
-        row.feedback = f"Error: the tool call does not parse: {parsed.error}"
-    elif parsed.error:
-        row.status = Status.MALFORMED_CALL
-    elif not parsed.calls:
-        row.status = answered(row.calls)
-    elif spent:
-        row.status = Status.TOOL_LIMIT
-    else:
-        results = loop.runner.submit(parsed.calls, [i] * len(parsed.calls))
-        row.running = list(zip(parsed.calls, results, strict=True))
 
 
 def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
@@ -283,47 +204,85 @@ def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
     return Status.ANSWERED if last is Outcome.OK else Status.TOOL_ERROR
 
 
-def _results(row: _Row) -> list[tuple[str, str]]:
-    """Wait for what answers a row's turn: (tool name, text) of each call."""
-    if row.feedback is not None:
-        feedback, row.feedback = row.feedback, None
-        return [(PARSER_NAME, feedback)]
-    done = [(call, result.result()) for call, result in row.running]
-    row.calls += done
-    row.running = []
-    return [(call.name, result.text) for call, result in done]
+def _prefill(sampler: Sampler, params: Params, above: Trunk, level: Level) -> Trunk:
+    """Keys and values of a shared level; () where it has no tokens."""
+    if not level.tokens.shape[1]:
+        return ()
+    layout = sampler.layout
+    arrays = (layout.put(x, layout.replicated) for x in (level.tokens, level.positions, level.valid))
+    level = Level(*arrays, shared=True)
+    return ((sampler.prefill(params, above, level), level.valid),)
 
 
-def _respond(loop: ToolLoop, row: _Row) -> list[int]:
-    """Append a row's tool responses as the template writes them, if they fit its budget.
+def _agree(responses: Sequence[list[int]], failure: hosts.Failure, stop: bool) -> tuple[int, int, bool]:
+    """Completions of all hosts that speak again, the longest response, and whether any host was asked to stop."""
+    lengths = [len(ids) for ids in responses]
+    figures = hosts.agree([sum(n > 0 for n in lengths), max(lengths), failure.error is not None, stop])
+    if figures[:, 2].any():
+        failure.raise_everywhere()
+    return int(figures[:, 0].sum()), int(figures[:, 1].max()), bool(figures[:, 3].any())
+
+
+def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool) -> None:
+    """Read completion i's turn: its calls start to run, or it gets feedback on its call, or it is finished."""
+    flight.speaking = False
+    trajectory = flight.trajectory
+    ids = trajectory.completion_ids[flight.turn_start :]
+    if not stopped:
+        trajectory.messages.append({"role": "assistant", "content": loop.conversation.decode(ids)})
+        return flight.finish(Status.OVERLONG)
+    parsed = loop.conversation.parse(ids, trajectory.prompt.schemas)
+    trajectory.messages.append(loop.conversation.assistant_message(parsed))
+    spent = loop.max_iterations is not None and flight.tool_turns >= loop.max_iterations
+    if parsed.error and loop.malformed_feedback and not spent:
+        flight.feedback = f"Error: the tool call does not parse: {parsed.error}"
+    elif parsed.error:
+        flight.finish(Status.MALFORMED_CALL)
+    elif not parsed.calls:
+        flight.finish(answered(trajectory.calls))
+    elif spent:
+        flight.finish(Status.TOOL_LIMIT)
+    else:
+        results = loop.runner.submit(parsed.calls, [i] * len(parsed.calls))
+        flight.running = list(zip(parsed.calls, results, strict=True))
+
+
+def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
+    """Append what answers a completion's turn as the template writes it, if that fits the budget.
 
     Returns:
-        Their ids, [] where the row is finished.
+        Its ids, [] where the completion is finished.
     """
-    if row.status is not None:
+    trajectory = flight.trajectory
+    if trajectory.status is not None or not (flight.running or flight.feedback):
         return []
-    results = _results(row)
-    row.tool_turns += 1
-    row.messages += [{"role": "tool", "name": name, "content": text} for name, text in results]
+    if flight.feedback is not None:
+        results, flight.feedback = [(PARSER_NAME, flight.feedback)], None
+    else:
+        done = [(call, result.result()) for call, result in flight.running]
+        trajectory.calls.extend(done)
+        results, flight.running = [(call.name, result.text) for call, result in done], []
+    flight.tool_turns += 1
+    trajectory.messages.extend({"role": "tool", "name": name, "content": text} for name, text in results)
     ids = loop.conversation.response_ids(results)
-    if len(row.completion_ids) + len(ids) >= loop.sampler.budget:  # at least one token must follow
-        row.status = Status.OVERLONG_TOOL_RESPONSE
+    if len(trajectory.completion_ids) + len(ids) >= loop.sampler.budget:  # at least one token must follow
+        flight.finish(Status.OVERLONG_TOOL_RESPONSE)
         return []
-    row.append(ids, None)
-    row.speaking, row.turn_start = True, len(row.completion_ids)
+    flight.append(ids, None)
+    flight.speaking, flight.turn_start = True, len(trajectory.completion_ids)
     return ids
 
 
-def _feed(
-    sampler: Sampler, params: Params, trunk: Trunk, cache: Cache, rows, responses, longest: int
-) -> Cache:
-    """Put the pending token and the responses, but for their last token, into the cache."""
-    width = response_bucket(longest)
-    tokens = np.zeros((len(rows), width), np.int32)
-    for i, (row, ids) in enumerate(zip(rows, responses, strict=True)):
+def _pending_and_responses(flights, responses, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `sampler.append` feeds: the pending token and the responses but for their last token, which is pending next.
+
+    Returns:
+        (tokens [B, T], count [B], pending [B]); T is the bucket of the longest response.
+    """
+    tokens = np.zeros((len(flights), response_bucket(longest)), np.int32)
+    for i, (flight, ids) in enumerate(zip(flights, responses, strict=True)):
         if ids:  # the pending token is the one before the response
-            tokens[i, : len(ids)] = row.completion_ids[-len(ids) - 1 : -1]
+            tokens[i, : len(ids)] = flight.trajectory.completion_ids[-len(ids) - 1 : -1]
     count = np.array([len(ids) for ids in responses], np.int32)
     last = np.array([ids[-1] if ids else 0 for ids in responses], np.int32)
-    put = sampler.layout.put_rows
-    return sampler.append(params, trunk, cache, put(tokens), put(count), put(last))
+    return tokens, count, last

@@ -13,15 +13,14 @@ Two families write the inside of a call differently:
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
 from typing import Any, Literal
 
-from grpo_jax.types import Message, ParsedTurn, ToolCall
+from grpo_jax.text import has_lone_surrogate, nearest, shorten
+from grpo_jax.types import Message, ParsedTurn, Schema, ToolCall
 
-Schema = dict[str, Any]
 CallFormat = Literal["hermes", "qwen3_coder"]
 
 # Python's own limit depends on how deep the caller already stands, and deeper
@@ -34,7 +33,6 @@ _OPENINGS = re.compile("<think>|<tool_call>")
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _FUNCTION = re.compile(r"<function=([^>\n]*)>")
 _PARAMETER = re.compile(r"<parameter=([^>\n]*)>")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _AS_JSON = {"True": "true", "False": "false", "None": "null"}  # Qwen3.5's template writes Python's words
 
 
@@ -122,13 +120,13 @@ def _check_tool(name: str, tools: dict[str, Schema]) -> None:
     if name not in tools:
         names = list(tools)
         if len(names) > _NAMES_LISTED:
-            names = difflib.get_close_matches(name[:64], tools, n=_NAMES_LISTED, cutoff=0.0)
+            names = nearest(name, tools, _NAMES_LISTED)
         raise _CallError(f"unknown tool: {_quote(name)}; try one of {', '.join(names)}")
 
 
 def _quote(text: str) -> str:
     """`text` for a message to the model: on one line and short."""
-    return repr(text if len(text) <= 60 else text[:60] + "…")
+    return repr(shorten(text, 61))
 
 
 # --- Hermes: one JSON object -------------------------------------------------
@@ -190,7 +188,7 @@ def _check_values(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         for item in level:
-            if isinstance(item, str) and _SURROGATE.search(item):
+            if isinstance(item, str) and has_lone_surrogate(item):
                 raise ValueError("a string holds half of a surrogate pair")
         level = [child for item in level for child in _children(item)]
         if not level:
@@ -257,7 +255,7 @@ def _read_qwen3_coder(text: str, at: int, tools: dict[str, Schema]) -> tuple[Too
         if parameter[1] in arguments:
             raise _CallError(f"arguments not an object: parameter {_quote(parameter[1])} occurs twice")
         value = text[parameter.end() : end].removeprefix("\n").removesuffix("\n")
-        if _SURROGATE.search(value):
+        if has_lone_surrogate(value):
             raise _CallError("not JSON: a parameter holds half of a surrogate pair")
         arguments[parameter[1]] = _typed_value(value, properties.get(parameter[1], {"type": "string"}))
         at = _skip_blanks(text, end + len("</parameter>"))

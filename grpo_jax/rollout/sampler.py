@@ -11,18 +11,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout as MemoryLayout
 from jax.experimental.layout import with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models import target
 from grpo_jax.models.lora import merge_layer
 from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
 from grpo_jax.models.sharding import Layout
+from grpo_jax.rollout.sampling import Sampling, sample
 
 Trunk = tuple[tuple[KV, Bool[Array, "n S"]], ...]
 
@@ -33,29 +34,6 @@ PARTS = (1, 2, 8)
 # tokens of budget: two more programs take 7 s of CPU time to compile for the quickstart's model, and as much again
 # for the greedy sampler; the whole rollouts of its 110 steps, half as long, take 45 s
 COMPACT_FROM = 128
-BLOCKS = 128  # of the vocabulary, for drawing a token in two steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn; `temperature` 0 is greedy.
-
-    Args:
-        temperature: divides the logits.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the smallest set of likeliest tokens whose mass reaches it.
-        min_p: keep tokens with at least this share of the likeliest token's probability.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    @property
-    def truncates(self) -> bool:
-        """Whether any token is left out."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 class Cache(NamedTuple):
@@ -143,11 +121,54 @@ def make_sampler(
     run, shared = _shared_functions(cfg, layout, jnp.dtype(dtype), budget)
     compact = compaction_pays(budget) if compact is None else compact
 
+    def decode_step(trunk: Trunk, rows: _Rows, state: _State) -> _State:
+        """Feed each row's pending token and sample the next; rows that have ended stay as they are."""
+        params, live, turn = rows.params, state.live, state.turn
+        hidden, cache = _feed_pending(run, params, trunk, state.cache, live)
+        logits = jnp.einsum("bd,vd->bv", hidden, head_weights(params), preferred_element_type=jnp.float32)
+        logits = layout.constrain(logits, "decode_logits")
+        token, logprob = sample(logits, rows.keys, cache.position, sampling)
+        stopped = live & (token[:, None] == jnp.asarray(stop_ids, jnp.int32)).any(1)
+        turn = Turn(
+            turn.tokens.at[:, state.t].set(jnp.where(live, token, 0)),
+            turn.logprobs.at[:, state.t].set(jnp.where(live, logprob, 0)),
+            turn.count + live,
+            turn.stopped | stopped,
+            turn.row_steps + live.shape[0],
+            turn.live,
+        )
+        cache = cache._replace(pending=jnp.where(live, token, cache.pending))
+        return _State(cache, live & ~stopped & (turn.count < rows.remaining), turn, state.t + 1)
+
     def decode(params, trunk, cache, keys, live, remaining, stop_at=0):
-        step = functools.partial(_sample_step, run, params, sampling, stop_ids, layout)
         B = live.shape[0]
         sizes = part_sizes(B, budget + 1, trunk, layout) if compact else (B,)
-        return _decode(step, sizes, layout, trunk, cache, keys, live, remaining, stop_at, budget)
+        zeros = jnp.zeros((B, budget), jnp.int32)
+        turn = Turn(
+            zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, jnp.int32(0), jnp.int32(0)
+        )
+        state = _State(cache, live & (remaining > 0), turn, jnp.int32(0))
+        rows = _Rows(params, keys, remaining)
+        step = decode_step
+        if target.on_cpu() and target.device_count() == 1:
+            trunk, step = _turned_once(trunk), lambda trunk, *args: decode_step(_turned(trunk), *args)
+
+        def on_few_rows(size, until, state):
+            chosen = jnp.argsort(~state.live, stable=True)[
+                :size
+            ]  # all that are live, filled up with finished ones
+            few_trunk = tuple(_take(s, chosen * s[1].shape[0] // B, layout) for s in trunk)
+            few = _Rows(params, keys[chosen], remaining[chosen])
+            go_on = functools.partial(step, few_trunk, few)
+            return _put(state, chosen, _while_above(until, go_on, _take(state, chosen, layout)), layout)
+
+        # on all rows until those that are live fit the next size, then on so many, and so on
+        first, *ends = (jnp.maximum(fewer, stop_at) for fewer in (*sizes[1:], 0))
+        state = _while_above(first, functools.partial(step, trunk, rows), state)
+        for size, until in zip(sizes[1:], ends, strict=True):
+            few_rows = functools.partial(on_few_rows, size, until)
+            state = jax.lax.cond(state.live.sum() > until, few_rows, lambda same: same, state)
+        return state.cache, state.turn._replace(live=state.live.sum())
 
     decode = jax.jit(decode, donate_argnames="cache", compiler_options=ALL_ROUNDINGS)
     return Sampler(**shared, decode=decode, budget=budget, layout=layout)
@@ -216,17 +237,12 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
     }
 
 
-@jax.jit
-def row_keys(
-    seed: Int[Array, ""], draws: Int[Array, " B"], generations: Int[Array, " B"]
-) -> UInt32[Array, "B 2"]:
-    """A row's own randomness: fold_in(seed, global draw index, generation); `decode` adds the position."""
+class _Rows(NamedTuple):
+    """What decode reads and does not change, but for the trunk."""
 
-    def one(draw, generation):
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), draw)
-        return jax.random.key_data(jax.random.fold_in(key, generation))
-
-    return jax.vmap(one)(draws, generations)
+    params: Params
+    keys: Any
+    remaining: Int[Array, " B"]
 
 
 class _State(NamedTuple):
@@ -236,29 +252,6 @@ class _State(NamedTuple):
     live: Bool[Array, " B"]
     turn: Turn
     t: Int[Array, ""]
-
-
-def _decode(step, sizes, layout, trunk, cache, keys, live, remaining, stop_at, budget):
-    """Sample on all rows until those that go on fit the next size, then on so many, and so on."""
-    B = live.shape[0]
-    zeros = jnp.zeros((B, budget), jnp.int32)
-    turn = Turn(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, jnp.int32(0), jnp.int32(0))
-    state = _State(cache, live & (remaining > 0), turn, jnp.int32(0))
-
-    def on_few_rows(size, until, state):
-        rows = jnp.argsort(~state.live, stable=True)[:size]  # all that go on, filled up with finished ones
-        of_rows = [_take(s, rows * s[1].shape[0] // B, layout) for s in trunk]
-        go_on = functools.partial(step, tuple(of_rows), keys[rows], remaining[rows])
-        return _put(state, rows, _while_above(until, go_on, _take(state, rows, layout)), layout)
-
-    if target.on_cpu() and target.device_count() == 1:
-        trunk, step = _turned_once(trunk), functools.partial(_with_turned, step)
-    first, *ends = (jnp.maximum(fewer, stop_at) for fewer in (*sizes[1:], 0))
-    state = _while_above(first, functools.partial(step, trunk, keys, remaining), state)
-    for size, until in zip(sizes[1:], ends, strict=True):
-        few_rows = functools.partial(on_few_rows, size, until)
-        state = jax.lax.cond(state.live.sum() > until, few_rows, lambda same: same, state)
-    return state.cache, state.turn._replace(live=state.live.sum())
 
 
 def _turned(trunk: Trunk) -> Trunk:
@@ -276,10 +269,6 @@ def _turned_once(trunk: Trunk) -> Trunk:
         return with_layout_constraint(k, MemoryLayout((0, 1, 2, 3)))
 
     return tuple((KV(list(map(laid_out, kv.k)), kv.v), valid) for kv, valid in _turned(trunk))
-
-
-def _with_turned(step, trunk, *args):
-    return step(_turned(trunk), *args)
 
 
 def _while_above(until, body, state: _State) -> _State:
@@ -301,27 +290,7 @@ def _placed(x, layout):
     return layout.constrain(x, "rows_kv") if x.ndim == 4 else x
 
 
-def _sample_step(run, params, sampling, stop_ids, layout, trunk, keys, remaining, state: _State) -> _State:
-    """Feed each row's pending token and sample the next; rows that have ended stay as they are."""
-    _, live, turn, t = state
-    hidden, cache = _step(run, params, trunk, state.cache, live)
-    logits = jnp.einsum("bd,vd->bv", hidden, head_weights(params), preferred_element_type=jnp.float32)
-    logits = layout.constrain(logits, "decode_logits")
-    token, logprob = sample(logits, keys, cache.position, sampling)
-    stopped = live & (token[:, None] == jnp.asarray(stop_ids, jnp.int32)).any(1)
-    turn = Turn(
-        turn.tokens.at[:, t].set(jnp.where(live, token, 0)),
-        turn.logprobs.at[:, t].set(jnp.where(live, logprob, 0)),
-        turn.count + live,
-        turn.stopped | stopped,
-        turn.row_steps + live.shape[0],
-        turn.live,
-    )
-    cache = cache._replace(pending=jnp.where(live, token, cache.pending))
-    return _State(cache, live & ~stopped & (turn.count < remaining), turn, t + 1)
-
-
-def _step(run, params, trunk, cache, live):
+def _feed_pending(run, params, trunk, cache, live):
     """Feed the pending tokens of live rows; afterwards `position` is that of the token to come."""
     level = Level(cache.pending[:, None], cache.position[:, None], live[:, None])
     (hidden,), (new,) = run(params, (level,), (*trunk, _own(cache)))
@@ -358,86 +327,3 @@ def _append(run, params, trunk, cache, tokens, count, pending):
 def _own(cache: Cache):
     S = cache.kv.k[0].shape[2]
     return cache.kv, jnp.arange(S) < cache.length[:, None]
-
-
-def sample(
-    logits: Float[Array, "B V"],
-    keys: UInt32[Array, "B 2"],
-    positions: Int[Array, " B"],
-    sampling: Sampling,
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """Draw one token per row, and its log-probability in nats under the untruncated distribution.
-
-    Inverse CDF in two steps with two uniforms: one float32 uniform never reaches some
-    40 k of 151,936 tokens. 6.7 ms against 106 ms for `jax.random.categorical` (B = 16, CPU).
-    """
-    if sampling.temperature != 0:
-        logits = logits / sampling.temperature
-    log_z = jax.nn.logsumexp(_block_log_masses(logits), 1)
-    if sampling.temperature == 0:
-        token = jnp.argmax(logits, -1)
-    else:
-        drawn = logits
-        if sampling.truncates:
-            mass = jnp.exp(logits - logits.max(-1, keepdims=True))
-            drawn = jnp.where(_kept(mass, sampling), logits, -jnp.inf)
-        token = _inverse_cdf(drawn, jax.vmap(_uniforms)(keys, positions))
-    logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - log_z
-    return token.astype(jnp.int32), logprob
-
-
-def _uniforms(key_data, position):
-    key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
-    return jax.random.uniform(jax.random.fold_in(key, position), (2,))
-
-
-def _kept(mass, sampling):
-    """The tokens that top-k, top-p and min-p leave, as transformers' warpers do in this order."""
-    kept = jnp.ones(mass.shape, bool)
-    if sampling.top_k > 0:
-        kth = jax.lax.top_k(mass, min(sampling.top_k, mass.shape[-1]))[0][:, -1:]
-        kept = mass >= kth
-    if sampling.top_p < 1:
-        allowed = jnp.where(kept, mass, 0)
-        ordered = jnp.sort(allowed, -1, descending=True)
-        before = jnp.cumsum(ordered, -1) - ordered
-        needed = before < sampling.top_p * allowed.sum(-1, keepdims=True)
-        kept &= mass >= jnp.where(needed, ordered, jnp.inf).min(-1, keepdims=True)
-    if sampling.min_p > 0:
-        kept &= mass >= sampling.min_p  # the likeliest token has mass 1
-    return kept
-
-
-def _in_blocks(logits):
-    """[B, 128, V / 128], filled up with -inf."""
-    B, V = logits.shape
-    return jnp.pad(logits, ((0, 0), (0, -V % BLOCKS)), constant_values=-jnp.inf).reshape(B, BLOCKS, -1)
-
-
-def _block_log_masses(logits):
-    """[B, 128] log Σ exp over a block; -inf where nothing has mass.
-
-    Each block is measured by its own peak: a CPU then does all of it in two passes over the logits, where one
-    peak for the row took four (docs/log.md).
-    """
-    blocks = _in_blocks(logits)
-    peaks = jnp.maximum(blocks.max(-1, keepdims=True), jnp.finfo(logits.dtype).min)
-    return (peaks + jnp.log(jnp.exp(blocks - peaks).sum(-1, keepdims=True)))[..., 0]
-
-
-def _inverse_cdf(logits, uniforms):
-    """First choose a block by its mass, then a token within the block by its own."""
-    blocks, log_masses = _in_blocks(logits), _block_log_masses(logits)
-    block = _first_above(jnp.exp(log_masses - log_masses.max(-1, keepdims=True)), uniforms[:, 0])[:, None]
-    chosen = jnp.take_along_axis(blocks, block[..., None], 1)[:, 0]
-    inside = jnp.exp(chosen - jnp.take_along_axis(log_masses, block, 1))
-    return block[:, 0] * blocks.shape[2] + _first_above(inside, uniforms[:, 1])
-
-
-def _first_above(mass, u):
-    """The first entry where the cumulated mass exceeds u of the total; never one without mass."""
-    cumulated = jnp.cumsum(mass, -1)
-    positive = mass > 0
-    above = positive & (cumulated > u[:, None] * cumulated[:, -1:])
-    last = mass.shape[-1] - 1 - jnp.argmax(positive[:, ::-1], -1)
-    return jnp.where(above.any(-1), jnp.argmax(above, -1), last)

@@ -1,4 +1,4 @@
-"""Checkpoints: save, restore, and stopping cleanly on Ctrl-C or SIGTERM.
+"""Checkpoints: save, restore, where a run starts, and stopping cleanly on Ctrl-C or SIGTERM.
 
 All of Orbax is in here. A checkpoint is a folder named after its step with three
 items: `params`, `optimizer` (with the step counter) and `meta` (JSON). It appears
@@ -9,9 +9,15 @@ under its name only when it is complete; a save that was cut off leaves a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import logging
+import os
+import re
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,9 +34,15 @@ from orbax.checkpoint.args import (
 )
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from grpo_jax.types import TrainState
+from grpo_jax.data.batches import Cursor
+from grpo_jax.files import OutputError, cannot_write
+from grpo_jax.run.identity import check_adapters, differences
+from grpo_jax.text import shorten
+from grpo_jax.update.update import TrainState
 
+_log = logging.getLogger(__name__)
 UNFINISHED = ".orbax-checkpoint-tmp"
+MACHINE = ("threads", "xla_flags")  # in a meta: what decides the order of sums
 
 
 class Checkpoints:
@@ -51,7 +63,7 @@ class Checkpoints:
         if keep is not None and keep < 1:
             raise ValueError(f"save_total_limit must be >= 1, or none to keep all checkpoints, got {keep}")
         self.directory = Path(directory).absolute()
-        _refuse_foreign(self.directory)
+        _refuse_other_folders(self.directory)
         options = ocp.CheckpointManagerOptions(
             create=False,  # a mistyped folder to read from must not appear
             preservation_policy=LatestN(keep),
@@ -63,6 +75,10 @@ class Checkpoints:
             "meta": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._waiter = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] = Future()
+        self._newest = self.directory  # what is being written, for messages
+        self._quiet = contextlib.ExitStack()
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves a copy of the state; later changes, donation included, do not reach it.
@@ -77,6 +93,7 @@ class Checkpoints:
         Raises:
             ValueError: when the folder already holds this step or a newer one.
             TypeError: when meta is not JSON; nothing is saved then.
+            OutputError: this save or an earlier one could not be written; older checkpoints are intact.
         """
         newest = self.latest()
         if newest is not None and step <= newest:
@@ -90,7 +107,14 @@ class Checkpoints:
             # Through JSON here: the writer's thread would see later changes, and fail late.
             meta=JsonSave(json.loads(json.dumps(meta))),
         )
-        self._manager.save(step, args=items)
+        self.wait()
+        self._newest = self.directory / str(step)
+        self._quiet.close()
+        self._quiet.enter_context(_late_writes_ignored())
+        with self._writing():
+            self._manager.save(step, args=items)
+        # Orbax says that a save failed only when somebody waits for it
+        self._written = self._waiter.submit(self._manager.wait_until_finished)
 
     def steps(self) -> list[int]:
         """The steps in the folder in rising order; the last may still be being written."""
@@ -134,18 +158,42 @@ class Checkpoints:
             return self._manager.restore(step, args=Composite(meta=JsonRestore())).meta
 
     def wait(self) -> None:
-        """Returns when every save has been written."""
-        self._manager.wait_until_finished()
+        """Returns when every save has been written; errors as `save`."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises OutputError when a save that is written in the background has failed."""
+        with self._writing():
+            if self._written.done():
+                self._written.result()
 
     def close(self) -> None:
-        """Waits for the saves and ends the background threads."""
-        self._manager.close()
+        """Waits for the saves and ends the background threads; errors as `save`."""
+        with self._writing():
+            self._waiter.shutdown()
+            self._manager.close()
+            self._quiet.close()
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            self.close()
+        except OutputError as error:
+            if kind is None:
+                raise
+            if not issubclass(kind, OutputError):  # else the block ended because of it
+                _log.warning("%s", error)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        # Orbax and TensorStore have no error of their own for a disk that is full or gone.
+        except Exception as error:
+            raise cannot_write(self._newest, _reason(error)) from None
 
     def _restore(self, step: int, params: Any, **others: CheckpointArgs) -> Composite:
         self.wait()
@@ -171,16 +219,168 @@ class Checkpoints:
         # Orbax and TensorStore raise anything from AttributeError to a bare Exception on a damaged file.
         except Exception as error:
             earlier = [s for s in self.steps() if s < step]
-            mend = f"go on from step {earlier[-1]}" if earlier else "start over"
+            fix = f"continue from step {earlier[-1]}" if earlier else "start over"
             raise ValueError(
                 f"cannot restore {self.directory / str(step)}: it is damaged, or of another optimizer than "
-                f"this run's. Delete that folder to {mend}. ({type(error).__name__}: {error})"
+                f"this run's. Delete that folder to {fix}. ({type(error).__name__}: {error})"
             ) from error
 
 
 def is_step_folder(path: str | Path) -> bool:
     """Whether a path is one step's folder, as `runs/x/checkpoints/40`."""
     return Path(path).name.isdigit() and (Path(path) / "params").is_dir()
+
+
+# Where a run starts
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run starts; from `find_start`.
+
+    Args:
+        checkpoint: folder of checkpoints and step to continue from; None for the model's own weights.
+        meta: what the run's next checkpoint says, `cursor`, `num_tokens` and `timings` included.
+        notes: what the user should know: how the run differs from the checkpoint.
+        finished: updates of the finished run in output_dir when no more are asked for: there is nothing to do.
+    """
+
+    checkpoint: tuple[Path, int] | None
+    meta: dict[str, Any]
+    notes: list[str]
+    finished: int | None = None
+
+    def restore(self, own: Checkpoints, fresh: TrainState, shardings: Any) -> TrainState:
+        """The state to start with.
+
+        Args:
+            own: the run's checkpoints.
+            fresh: the state of a run that starts from the model's weights; gives shapes and types.
+            shardings: a tree like it.
+        """
+        if self.checkpoint is None:
+            return fresh
+        target = jax.tree.map(_target, fresh, shardings)
+        with _opened(self.checkpoint[0], own) as source:
+            return source.restore(self.checkpoint[1], target)[0]
+
+
+def find_start(
+    checkpoints: Checkpoints,
+    wanted: str | None,
+    summary: Mapping[str, Any],
+    fresh: Mapping[str, Any],
+    allow_change: bool,
+) -> Start:
+    """Where a run starts, found before anything compiles.
+
+    1. Fresh, from the model's weights: output_dir holds no checkpoint, and none is named.
+    2. From the newest checkpoint in output_dir, when none is named, or when that one is.
+    3. From a named step of another run, when output_dir holds no checkpoint.
+    4. Not at all: output_dir holds a finished run, and no more updates than it made are asked for.
+       With more it continues as 2.
+
+    Where there is a checkpoint, data, tools, rewards, seed, batch and options are compared with those that
+    it was saved with.
+
+    Args:
+        checkpoints: of output_dir.
+        wanted: resume_from_checkpoint: a step's folder, "none" for a fresh start, None for the newest.
+        summary: of the run in output_dir, empty for a new one: `after` says that it is finished, `updates` how
+            many it made.
+        fresh: the meta of a fresh start: `cursor`, `source`, `run` (see `run_identity`), the `MACHINE`'s keys, and
+            with adapters those of `adapters_meta`.
+        allow_change: continue in spite of differences that change the result.
+
+    Raises:
+        ValueError: a fresh start over checkpoints; a path that is no step's folder; a named step that is not
+            the newest of a run that has checkpoints; a finished run without any; other adapters; a
+            difference that would change the result without a word.
+    """
+    newest, updates = checkpoints.latest(), fresh["run"]["numbers"]["updates"]
+    found = None if newest is None else (checkpoints.directory, newest)
+    if wanted == "none" and newest is not None:
+        raise ValueError(
+            f"resume_from_checkpoint is none, but {checkpoints.directory} holds checkpoints; "
+            "start over with --overwrite_output_dir, or choose another --output_dir"
+        )
+    if wanted not in (None, "none"):
+        if not is_step_folder(wanted):
+            raise ValueError(
+                f"resume_from_checkpoint must be a step's folder (RUN/checkpoints/STEP), got {wanted}"
+            )
+        path = Path(wanted).absolute()
+        named = path.parent, int(path.name)
+        if found not in (None, named):
+            raise ValueError(
+                f"cannot resume from {path}: {checkpoints.directory} already holds step {newest}; "
+                "choose another --output_dir, so that what was saved stays saved"
+            )
+        found = named
+    done = summary.get("updates", newest or updates) if "after" in summary else None
+    if done is not None and newest is None and updates > done:
+        raise ValueError(
+            f"the run in {checkpoints.directory.parent} is finished after {done} updates and left no checkpoint to "
+            f"continue from, {updates} are asked for now: start over with --overwrite_output_dir, or train its model "
+            f"further with --model_name_or_path {checkpoints.directory.parent / 'model'} and another --output_dir"
+        )
+    finished = done if done is not None and updates <= done else None
+    if found is None or (newest is None and finished is not None):
+        return Start(None, dict(fresh), [], finished)
+    where = found[0] / str(found[1])
+    with _opened(found[0], checkpoints) as source:
+        saved = source.meta(found[1])
+    check_adapters(saved, fresh, where)
+    notes, meta = _compared(saved, fresh, where, allow_change or finished is not None)
+    return Start(found, meta, notes, finished)
+
+
+def _compared(
+    saved: Mapping[str, Any], fresh: Mapping[str, Any], where: Path, allow_change: bool
+) -> tuple[list[str], dict[str, Any]]:
+    """What to say of a checkpoint's differences from the run, and the meta to continue with."""
+    # checkpoints of earlier versions do not say what they were made of
+    found = differences(saved["run"], fresh["run"]) if "run" in saved else []
+    refused = [one.text for one in found if one.refused]
+    if refused and not allow_change:
+        raise ValueError(
+            f"cannot continue from {where}: this run differs from the one that saved it ({'; '.join(refused)}), which "
+            "would change the result without a word. Use what it was saved with, choose another --output_dir for "
+            "a new run, or continue nevertheless with --allow_config_change"
+        )
+    notes = [f"Warning: not as when {where} was saved: {one.text}" for one in found]
+    notes += [
+        f"Warning: {name} was {saved.get(name)!r} when {where} was saved and is {fresh[name]!r} now; "
+        "sums are then taken in another order, and the run may differ in the last bits"
+        for name in MACHINE
+        if saved.get(name) != fresh[name]
+    ]
+    meta = {**saved, **{name: fresh[name] for name in ("run", "param_dtype", *MACHINE) if name in fresh}}
+    if "run" in saved and saved["run"]["rows"]["order"] != fresh["run"]["rows"]["order"]:
+        notes.append(
+            "The training data is not that of the checkpoint, so it is read from the start of an epoch"
+        )
+        meta["cursor"] = Cursor().to_json()
+    return notes, meta
+
+
+def machine_meta() -> dict[str, Any]:
+    """What decides the order of sums: resumes are bit for bit only where it is the same."""
+    return dict(zip(MACHINE, (len(os.sched_getaffinity(0)), os.environ.get("XLA_FLAGS", "")), strict=True))
+
+
+@contextlib.contextmanager
+def _opened(directory: Path, own: Checkpoints) -> Iterator[Checkpoints]:
+    """The checkpoints of a folder; the run's own stay open."""
+    with contextlib.nullcontext(own) if directory == own.directory else Checkpoints(directory) as source:
+        yield source
+
+
+def _target(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+# Stopping
 
 
 class StopSignal:
@@ -214,6 +414,42 @@ class StopSignal:
         self.requested = True
 
 
+def _reason(error: BaseException) -> str:
+    """What the system said, as "No space left on device"; else the first line of the library's message."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
+        return os.strerror(int(found[1]))
+    return shorten(next(iter(str(error).splitlines()), "") or type(error).__name__, 300)
+
+
+class _OrbaxTraces(logging.Filter):
+    """Drops what Orbax's threads log of a save that fails, trace by trace: `Checkpoints` raises it once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_OrbaxTraces())
+
+
+@contextlib.contextmanager
+def _late_writes_ignored() -> Iterator[None]:
+    """A block after whose failed save nothing is printed of the writes that end after Orbax gave up.
+
+    TensorStore calls each into an event loop that is closed by then, and prints the trace of that.
+    """
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = previous  # left in place by a save that failed, since writes may end after the block
+
+
 def _optimizer_part(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "opt_state": state.opt_state}
 
@@ -224,19 +460,19 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
 
 
-def _refuse_foreign(directory: Path) -> None:
+def _refuse_other_folders(directory: Path) -> None:
     """Raises ValueError when the folder holds anything but checkpoints."""
     if not directory.exists():
         return
     if not directory.is_dir():
         raise ValueError(f"{directory} is a file; checkpoints need a folder")
-    foreign = [
+    others = [
         p.name
         for p in directory.iterdir()
         if not p.name.isdigit() and not p.name.endswith(UNFINISHED) and not p.name.startswith(".")
     ]
-    if foreign:
+    if others:
         raise ValueError(
-            f"{directory} holds {sorted(foreign)[0]!r}, which is not a checkpoint of this program "
+            f"{directory} holds {sorted(others)[0]!r}, which is not a checkpoint of this program "
             "(those are folders named by their step). Choose another folder, or move it away"
         )

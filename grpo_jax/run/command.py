@@ -8,8 +8,9 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from grpo_jax.files import OutputError
 from grpo_jax.run.config import ResolvedConfig, parse_config, print_config
-from grpo_jax.run.console import Console, setup_logging
+from grpo_jax.run.console import Console, note_dependencies, setup_logging
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 
@@ -23,10 +24,12 @@ def run_command(
 ) -> int:
     """Parse the options and run a command; returns its exit status.
 
-    Bad input (ValueError, FileNotFoundError) is printed as a sentence, with status 2; anything
-    else, as a reward function that raises, keeps its traceback. Of several hosts the first prints,
-    and all end when one fails. Paths are absolute before any code of the user runs.
+    Bad input (ValueError, FileNotFoundError) is printed as a sentence, with status 2, results that cannot
+    be written (OutputError) as one with status 1; anything else, as a reward function that raises, keeps
+    its traceback. Of several hosts the first prints, and all end when one fails. Paths are absolute before
+    any code of the user runs.
     """
+    from_shell = argv is None
     argv = sys.argv[1:] if argv is None else argv
     try:
         resolved = parse_config(
@@ -43,7 +46,6 @@ def run_command(
     import jax  # after the options, so that --help and a wrong one do not wait for it
 
     from grpo_jax import hosts
-    from grpo_jax.models.sharding import join_processes
 
     def end_all(status: int) -> int:
         """The exit status of an error of which the other hosts do not know; they would wait forever."""
@@ -54,9 +56,11 @@ def run_command(
         os._exit(status)  # at once: jax then ends the others, and a proper end would wait for them
 
     console = Console()
+    if from_shell:  # no code of the user has run since the imports
+        note_dependencies()
     try:
         if config.plan is None:  # a plan is for a machine that need not be here
-            join_processes()
+            hosts.join_processes()
         if not hosts.is_first():
             console.mute()
         setup_logging(console, config.log_level)
@@ -72,6 +76,9 @@ def run_command(
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return end_all(2)
+    except OutputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return end_all(1)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return end_all(INTERRUPTED)

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:  # types imports jax
-    from grpo_jax.types import Trajectory
+import grpo_jax
+from grpo_jax.text import shorten
+from grpo_jax.types import Trajectory
 
 SECONDS_BETWEEN_LINES = 5.0
 SAMPLE_CHARACTERS = 400  # of a message, in the table of samples
@@ -104,11 +106,11 @@ class Console:
         Bars may be nested; each is removed at its end.
 
         Args:
-            description: what is going on.
+            description: what is being done.
             total: units of work.
 
         Yields:
-            An object with `advance(n=1, **fields)`; the fields are shown beside the bar.
+            An object with `advance(n=1, **fields)`; the fields are shown next to the bar.
         """
         if not self.terminal:
             lines = _Lines(self, description, total)
@@ -170,7 +172,7 @@ class _Lines:
             self._printed = now
 
     def finish(self) -> None:
-        # A phase shorter than the interval is told by whoever runs it.
+        # A phase shorter than the interval is reported by its caller.
         if self._printed > self._start:
             self._print(f"done in {self._console._clock() - self._start:.0f} s")
 
@@ -185,7 +187,7 @@ def _fields(fields: dict[str, Any]) -> str:
 
 def _sample(trajectory: Trajectory, answer: str) -> tuple[str, str, str, str]:
     text = "\n".join(_message(message) for message in trajectory.messages)
-    rewards = ", ".join("none" if value is None else f"{value:.3g}" for value in trajectory.rewards)
+    rewards = ", ".join("none" if math.isnan(value) else f"{value:.3g}" for value in trajectory.rewards)
     return text, answer, rewards, trajectory.status.value
 
 
@@ -195,9 +197,7 @@ def _message(message: dict[str, Any]) -> str:
         arguments = call["function"]["arguments"]
         parts.append(f"{call['function']['name']}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})")
     text = " ".join(str(part) for part in parts if part)
-    if len(text) > SAMPLE_CHARACTERS:
-        text = text[:SAMPLE_CHARACTERS] + " …"
-    return f"{message['role']}: {text}"
+    return f"{message['role']}: {shorten(text, SAMPLE_CHARACTERS)}"
 
 
 def printable(text: str) -> str:
@@ -222,11 +222,10 @@ class _ConsoleHandler(logging.Handler):
 
 
 def setup_logging(console: Console, level: str) -> None:
-    """Send this package's log records to the console, or to the root logger's handlers if it has any.
+    """Send this package's log records to the console, or to the root logger's handlers if the user set any.
 
     A root logger that the user configured keeps its handlers and its level; only a
-    level other than "info" is then set on our own logger. The handler that absl adds
-    to the root logger when Orbax is imported is not the user's.
+    level other than "info" is then set on our own logger.
 
     Args:
         console: where records go.
@@ -235,10 +234,47 @@ def setup_logging(console: Console, level: str) -> None:
     ours = logging.getLogger("grpo_jax")
     for handler in [h for h in ours.handlers if isinstance(h, _ConsoleHandler)]:
         ours.removeHandler(handler)
-    if any(not type(h).__module__.startswith("absl") for h in logging.getLogger().handlers):
+    if any(map(_is_users, logging.getLogger().handlers)):
         ours.setLevel(logging.NOTSET if level == "info" else level.upper())
         ours.propagate = True
         return
     ours.setLevel(level.upper())
     ours.addHandler(_ConsoleHandler(console))
     ours.propagate = False
+
+
+_dependencies_handlers: list[logging.Handler] = []
+
+
+def note_dependencies() -> None:
+    """Take the root handlers that were added since `import grpo_jax` for those of dependencies.
+
+    To be called when the heavy imports are done, before the user's code runs again.
+    """
+    known = (*grpo_jax.ROOT_HANDLERS, *_dependencies_handlers)
+    _dependencies_handlers.extend(h for h in logging.getLogger().handlers if h not in known)
+
+
+def _is_users(handler: logging.Handler) -> bool:
+    """Whether the user put a handler on the root logger, rather than a library.
+
+    1. absl's own class is absl's.
+    2. What was there before this package was imported is the user's, and what came with the imports is not.
+    3. The default handler, to which `logging.info` and absl's functions help themselves on first use, is the
+       user's only by 2., where absl was not there yet to add it.
+    """
+    if type(handler).__module__.startswith("absl.") or handler in _dependencies_handlers:
+        return False
+    if handler in grpo_jax.ROOT_HANDLERS and not grpo_jax.ABSL_CAME_FIRST:
+        return True
+    return not _is_default(handler)
+
+
+def _is_default(handler: logging.Handler) -> bool:
+    """Whether a root handler is what `logging.basicConfig()` adds without an argument, at the level it leaves."""
+    return (
+        type(handler) is logging.StreamHandler
+        and handler.level == logging.NOTSET
+        and getattr(handler.formatter, "_fmt", None) == logging.BASIC_FORMAT
+        and logging.getLogger().level == logging.WARNING
+    )

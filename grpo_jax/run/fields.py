@@ -1,8 +1,8 @@
 """The options: their types, defaults, help and the values that each may have.
 
 Names, meanings and defaults are those of TRL 1.16's GRPOConfig where the option
-exists there, and of the original's arguments otherwise. Four depart from TRL: `dtype`
-(auto), `loss_type` (no cispo, sapo, luspo, vespo), `eval_strategy` and `log_level`.
+exists there, and of the original's arguments otherwise. Three depart from TRL: `dtype`
+(auto), `eval_strategy` and `log_level`.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ FloatType = Literal["float32", "bfloat16"]
 LoraModule = Literal[
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"
 ]
+DEFAULT_TOOLS = "tools_funcs.financial_tools_complex"  # the original's
 NONE_IS_A_VALUE = {"resume_from_checkpoint", "compilation_cache_dir"}  # elsewhere the text none unsets
 
 
@@ -90,14 +91,15 @@ class Options:
     tools_script: str | None = _opt(
         None, "Python file exporting TOOL_FUNCTIONS; used instead of the module.", path="file"
     )
-    tool_functions_module: str = _opt(
-        "tools_funcs.financial_tools_complex", "Python module exporting TOOL_FUNCTIONS."
-    )
+    tool_functions_module: str = _opt(DEFAULT_TOOLS, "Python module exporting TOOL_FUNCTIONS.")
     tool_executor: Literal["process", "inline"] = _opt(
         "process", "Run tools in worker processes, or inline in the main process."
     )
     tool_timeout: float = _opt(5.0, "Seconds after which a tool call is stopped.", gt=0)
     tool_memory_limit: int = _opt(1024, "Memory that a tool worker may use, in MB.", ge=1)
+    tool_result_limit: int = _opt(
+        20_000, "Maximum length of a tool's result in characters; a longer one becomes an error.", ge=1
+    )
     tool_cache: bool = _opt(True, "Reuse the result of an equal tool call within a step.")
     verify_purity: bool = _opt(
         False, "Run up to 8 calls of each training step twice and report tools whose results differ."
@@ -190,7 +192,9 @@ class Options:
     )
     epsilon: float = _opt(0.2, "Lower clipping bound of the importance ratio: 1 - epsilon.", gt=0)
     epsilon_high: float | None = _opt(
-        None, "Upper clipping bound of the ratio: 1 + epsilon_high; unset: epsilon.", gt=0
+        None,
+        "Upper clipping bound of the ratio: 1 + epsilon_high (cispo: epsilon_high itself); unset: epsilon.",
+        gt=0,
     )
     delta: float | None = _opt(
         None,
@@ -198,7 +202,29 @@ class Options:
         gt=1,
         why="(an unchanged policy has the ratio 1)",
     )
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = _opt("dapo", "How token losses are averaged.")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = _opt(
+        "dapo", "Loss of a token, and how token losses are averaged."
+    )
+    sapo_temperature_pos: float = _opt(1.0, "loss_type sapo: temperature where the advantage is > 0.", gt=0)
+    sapo_temperature_neg: float = _opt(1.05, "loss_type sapo: temperature elsewhere.", gt=0)
+    vespo_k_pos: float = _opt(2.0, "loss_type vespo: exponent where the advantage is >= 0.", ge=0)
+    vespo_lambda_pos: float = _opt(3.0, "loss_type vespo: decay where the advantage is >= 0.", ge=1e-4)
+    vespo_k_neg: float = _opt(3.0, "loss_type vespo: exponent elsewhere.", ge=0)
+    vespo_lambda_neg: float = _opt(2.0, "loss_type vespo: decay elsewhere.", ge=1e-4)
+    entropy_coef: float = _opt(0.0, "Weight of the mean entropy, which is subtracted from the loss.")
+    off_policy_mask_threshold: float | None = _opt(
+        None,
+        "Exclude completions of negative advantage whose mean log-probability fell by more since sampling.",
+        gt=0,
+    )
+    sampler_correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = _opt(
+        "none",
+        "Weight by trainer/sampler probability, truncated or masked beyond the bounds.",
+    )
+    sampler_correction_min: float | None = _opt(None, "Lower bound of that weight; unset: none.", ge=0, le=1)
+    sampler_correction_max: float | None = _opt(3.0, "Upper bound of that weight; none: no bound.", ge=1)
     scale_rewards: Literal["group", "batch", "none"] = _opt(
         "group",
         "Divide advantages by the standard deviation of the group, of the batch, or not at all.",
@@ -211,6 +237,12 @@ class Options:
         1.0, "Share of a batch's sampled tokens that enter the loss, those of highest entropy.", gt=0, le=1
     )
     num_iterations: int = _opt(1, "Updates per batch of completions.", ge=1)
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = _opt(
+        "sum_then_normalize", "Normalize the sum of the rewards, or sum normalized rewards (GDPO)."
+    )
+    advantage_estimator: Literal["group", "loo", "none"] = _opt(
+        "group", "Baseline of a reward: its group's mean, the mean of the group's others, or 0."
+    )
 
     learning_rate: float = _opt(1e-6, "Peak learning rate.", ge=0)
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = _opt(
@@ -262,6 +294,9 @@ class Options:
         "Checkpoint folder to resume from; none: a fresh start; unset: the newest in output_dir.",
         path="file",
         spellings={"true": None, "false": "none"},
+    )
+    allow_config_change: bool = _opt(
+        False, "Continue a checkpoint although data, tools, rewards, seed or batch differ from its own."
     )
     logging_steps: Interval = _opt(10, "Updates between printed lines; below 1: a share of all updates.")
     log_completions: bool = _opt(False, "Print sample conversations with these lines.")

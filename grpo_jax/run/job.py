@@ -1,11 +1,9 @@
-"""What every command needs before it starts: the job's parts, loaded and checked, and the devices.
-
-Bad input is met here, before anything is compiled.
-"""
+"""The one place where options are read: it builds a job's parts and checks them before anything compiles."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import json
 import logging
@@ -21,7 +19,9 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax import hosts
-from grpo_jax.data.rows import gold_calls, load_examples, row_tools
+from grpo_jax.data.batches import Steps, count_steps
+from grpo_jax.data.gold import gold_calls, gold_texts
+from grpo_jax.data.rows import load_examples, row_tools
 from grpo_jax.models import hf
 from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join, merge
 from grpo_jax.models.peft import save_adapter
@@ -30,26 +30,59 @@ from grpo_jax.models.scratch import make_tiny_checkpoint
 from grpo_jax.models.sharding import Layout, make_mesh
 from grpo_jax.rollout.conversation import Conversation, load_conversation
 from grpo_jax.rollout.loop import ToolLoop
-from grpo_jax.rollout.parsing import Schema
-from grpo_jax.rollout.sampler import Sampler, Sampling, make_sampler
+from grpo_jax.rollout.sampler import Sampler, make_sampler
+from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
+from grpo_jax.run.inputs import check_context
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.options import GRPOConfig, compute_dtype
 from grpo_jax.run.weights import restore_weights
-from grpo_jax.scoring.rewards import RewardFunction, load_rewards
-from grpo_jax.tools import Toolbox, ToolRunner, load_tools, signature_line
-from grpo_jax.tools.purity import PurityCheck
-from grpo_jax.types import Example
+from grpo_jax.scoring.rewards import (
+    RewardFunction,
+    RewardOutcome,
+    TrainerState,
+    call_rewards,
+    load_rewards,
+    rewards_of,
+)
+from grpo_jax.tools import Limits, PurityCheck, Toolbox, ToolRunner, load_tools, signature_line, tools_of
+from grpo_jax.types import Example, Prompt, Schema, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.update.optimizer import make_optimizer
+from grpo_jax.update.update import GrpoObjective
 
 log = logging.getLogger(__name__)
 SCRATCH = "scratch"
 
 
 @dataclasses.dataclass(frozen=True)
-class Session:
+class DataSet:
+    """The prompts of a data set in its order, and their prefix tree."""
+
+    prompts: list[Prompt]
+    tree: Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the user brings, loaded and checked.
+
+    Args:
+        toolbox: the tools.
+        rewards: the reward functions.
+        train: the training examples, or what else a command reads.
+        evaluation: the evaluation's examples; None for no evaluation.
+    """
+
+    toolbox: Toolbox
+    rewards: list[RewardFunction]
+    train: list[Example]
+    evaluation: list[Example] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
     """The parts of a job.
 
     Args:
@@ -95,15 +128,14 @@ class Session:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def sampler(self, sampling: Sampling) -> Sampler:
-        """The jitted rollout functions for one way of sampling."""
-        return make_sampler(
-            self.model,
-            Layout(self.mesh, rollout=True),
-            dtype=self.dtype,
-            sampling=sampling,
-            stop_ids=self.conversation.stop_ids,
-            budget=self.config.max_grpo_completion_length,
-        )
+        """The jitted rollout functions for one way of sampling, made once."""
+        stop_ids, budget = self.conversation.stop_ids, self.config.max_grpo_completion_length
+        return _sampler(self.model, self.mesh, self.dtype, sampling, stop_ids, budget)
+
+    @property
+    def greedy(self) -> Sampler:
+        """The sampler of every evaluation."""
+        return self.sampler(Sampling(temperature=0))
 
     def optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformation:
         """AdamW with the job's options and a schedule."""
@@ -118,20 +150,35 @@ class Session:
             moments_dtype=jnp.dtype(config.optim_dtype),
         )
 
-    def schemas_of(self, example: Example) -> list[Schema]:
-        """What a row's prompt shows of the tools: all, or those that its column `tools` names."""
-        return schemas_of(example, self.toolbox)
-
     def tool_loop(self, sampler: Sampler, tree: Tree) -> ToolLoop:
         """The multi-turn loop over a data set's prefix tree."""
+        config = self.config
         return ToolLoop(
             sampler,
             self.conversation,
-            self.toolbox.schemas,
             self.runner,
             tree,
-            self.config.max_tool_calling_iterations,
-            self.config.malformed_call_feedback,
+            config.max_tool_calling_iterations,
+            config.malformed_call_feedback,
+        )
+
+    def prompt(self, example: Example) -> Prompt:
+        """An example with its token ids and the schemas of the tools that it shows."""
+        schemas = schemas_of(example, self.toolbox)
+        return Prompt(example, self.conversation.prompt_ids(example.messages, schemas), schemas)
+
+    def score(self, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
+        """The reward functions on a batch, with every column of its examples."""
+        examples = [t.prompt.example for t in trajectories]
+        columns = {name for example in examples for name in example.extra}
+        return call_rewards(
+            self.rewards,
+            completions=[t.messages for t in trajectories],
+            answer=[e.answer for e in examples],
+            prompts=[e.messages for e in examples],
+            completion_ids=[t.completion_ids for t in trajectories],
+            trainer_state=now,
+            columns={name: [e.extra.get(name) for e in examples] for name in sorted(columns)},
         )
 
     def load_params(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
@@ -198,13 +245,10 @@ class Session:
             hosts.of_first(lambda: save_adapter(adapter, adapters, frozen.config, self.model_name))
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """A data set with its prompts as token ids, in the same order, and their prefix tree."""
-
-    examples: list[Example]
-    ids: list[list[int]]
-    tree: Tree
+@functools.cache  # its jitted functions hold what they compiled
+def _sampler(model, mesh, dtype, sampling, stop_ids, budget) -> Sampler:
+    layout = Layout(mesh, rollout=True)
+    return make_sampler(model, layout, dtype=dtype, sampling=sampling, stop_ids=stop_ids, budget=budget)
 
 
 def setup_jax(config: GRPOConfig, console: Console) -> None:
@@ -221,21 +265,49 @@ def setup_jax(config: GRPOConfig, console: Console) -> None:
         )
 
 
-def open_session(config: GRPOConfig, console: Console, timer: PhaseTimer) -> Session:
-    """Load and check tools, rewards, model and tokenizer, and say what was found.
+def read_examples(config: GRPOConfig, source: Any) -> list[Example]:
+    """A data set, read as the options say; see `load_examples`."""
+    return load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
+
+
+def read_inputs(
+    config: GRPOConfig, train: Any, evaluation: Any = None, tools: Any = None, rewards: Any = None
+) -> Inputs:
+    """Load and check tools, rewards and data; nothing is written.
+
+    Args:
+        config: the options.
+        train: a data set, as `load_examples` takes it.
+        evaluation: another.
+        tools: functions, in place of those that the options name.
+        rewards: functions and names of built-in ones, one alone or several, in place of the options'.
 
     Raises:
-        ValueError, FileNotFoundError: bad input; says what, where, and the mend.
+        ValueError, TypeError, FileNotFoundError: bad input; says what, where, and the fix.
     """
-    toolbox = load_tools(config.tools_script, config.tool_functions_module)
-    rewards = load_rewards(config.reward_fn, config.reward_function_name)
+    script, module = config.tools_script, config.tool_functions_module
+    toolbox = load_tools(script, module) if tools is None else tools_of(tools)
+    files, names = config.reward_fn, config.reward_function_name
+    functions = load_rewards(files, names) if rewards is None else rewards_of(rewards)
+    examples = read_examples(config, train)
+    evaluated = None if evaluation is None else read_examples(config, evaluation)
+    return Inputs(toolbox, functions, examples, evaluated)
+
+
+def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: Inputs) -> Job:
+    """Load and check model and tokenizer, and print what was found.
+
+    Raises:
+        ValueError, FileNotFoundError: bad input; says what, where, and the fix.
+    """
+    toolbox, rewards = inputs.toolbox, inputs.rewards
     console.tools([signature_line(f) for f in toolbox.functions.values()])
     for reward in rewards:
         console.line(f"Reward function: {reward.name} ({reward.source})")
     log.debug("Tool schemas:\n%s", json.dumps(toolbox.schemas, indent=2))
     setup_jax(config, console)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
-    folder, checkpoint = _model_folder(config, toolbox, console)
+    folder, checkpoint = _model_folder(config, inputs, console)
     name = config.required("model_name_or_path")
     model_name = str(folder.absolute()) if name == SCRATCH or Path(name).is_dir() else name
     model = hf.read_config(folder)
@@ -257,12 +329,11 @@ def open_session(config: GRPOConfig, console: Console, timer: PhaseTimer) -> Ses
     runner = ToolRunner(
         toolbox,
         executor=config.tool_executor,
-        timeout=config.tool_timeout,
-        memory_limit_mb=config.tool_memory_limit,
+        limits=Limits(config.tool_timeout, config.tool_memory_limit, config.tool_result_limit),
         lax=config.tool_arg_validation == "lax",
         cache=config.tool_cache,
     )
-    return Session(
+    return Job(
         config,
         console,
         timer,
@@ -280,7 +351,7 @@ def open_session(config: GRPOConfig, console: Console, timer: PhaseTimer) -> Ses
     )
 
 
-def _model_folder(config: GRPOConfig, toolbox: Toolbox, console: Console) -> tuple[Path, Path | None]:
+def _model_folder(config: GRPOConfig, inputs: Inputs, console: Console) -> tuple[Path, Path | None]:
     """The model's HF folder, and the checkpoint when its name is one's folder.
 
     `scratch` makes a small HF folder in output_dir once.
@@ -293,16 +364,14 @@ def _model_folder(config: GRPOConfig, toolbox: Toolbox, console: Console) -> tup
     if name != SCRATCH:
         return hf.fetch_model(name, config.model_revision, weights=not config.check), None
     folder = Path(config.output_dir) / "base_model"
-    make = lambda: _make_scratch(folder, config, toolbox, console)  # noqa: E731
+
+    def make() -> None:
+        if not folder.exists():
+            make_tiny_checkpoint(folder, _texts(inputs.train, inputs.toolbox), seed=config.seed)
+            console.line(f"Made a small model with its own tokenizer in {folder}")
+
     make() if config.check else hosts.of_first(make)  # a check has a temporary folder in every host
     return folder, None
-
-
-def _make_scratch(folder: Path, config: GRPOConfig, toolbox: Toolbox, console: Console) -> None:
-    if not folder.exists():
-        examples = read_rows(config, config.required("dataset_id_or_path"))
-        make_tiny_checkpoint(folder, _texts(examples, toolbox), seed=config.seed)
-        console.line(f"Made a small model with its own tokenizer in {folder}")
 
 
 def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
@@ -312,56 +381,86 @@ def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
     for example in examples:
         texts += [m["content"] for m in example.messages if isinstance(m.get("content"), str)]
         texts.append(example.answer)
-        if "tool_call" in example.extra or "ground_truth" in example.extra:
-            calls = gold_calls(example, toolbox.functions)
-            texts += [json.dumps({"name": c.name, "arguments": c.arguments}) for c in calls]
+        texts += gold_texts(example, toolbox.functions)
     return texts
 
 
 def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
-    """What a row's prompt shows of the tools; see `Session.schemas_of`."""
+    """What an example's prompt shows of the tools: all, or those that its column `tools` names."""
     names = row_tools(example, toolbox.functions)
     return [schema for schema in toolbox.schemas if schema["function"]["name"] in names]
 
 
-def read_rows(config: GRPOConfig, source: str) -> list[Example]:
-    """The rows of a training or evaluation set, read as the options say; see `load_examples`."""
-    return load_examples(source, system_prompt=config.system_prompt, columns=config.dataset_columns)
+def grpo_objective(config: GRPOConfig) -> GrpoObjective:
+    """The loss that the options describe."""
+    return GrpoObjective(
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon if config.epsilon_high is None else config.epsilon_high,
+        delta=config.delta,
+        beta=config.beta,
+        loss_type=config.loss_type,
+        importance_sampling_level=config.importance_sampling_level,
+        max_completion_length=config.max_grpo_completion_length,
+        top_entropy_quantile=config.top_entropy_quantile,
+        use_bias_correction_kl=config.use_bias_correction_kl,
+        sapo_temperatures=(config.sapo_temperature_pos, config.sapo_temperature_neg),
+        vespo_positive=(config.vespo_k_pos, config.vespo_lambda_pos),
+        vespo_negative=(config.vespo_k_neg, config.vespo_lambda_neg),
+        entropy_coef=config.entropy_coef,
+        off_policy_mask_threshold=config.off_policy_mask_threshold,
+        sampler_correction=config.sampler_correction,
+        sampler_correction_bounds=(config.sampler_correction_min, config.sampler_correction_max),
+    )
 
 
-def load_prompts(session: Session, source: str) -> Prompts:
-    """Read a data set and encode its prompts.
+def steps_of(config: GRPOConfig, rows: int, row_devices: int) -> Steps:
+    """The steps of a job over so many rows of data, on so many devices along data and fsdp."""
+    return count_steps(
+        rows,
+        P=config.batch_size(row_devices) // config.num_generations,
+        G=config.num_generations,
+        epochs=config.num_train_epochs,
+        max_updates=config.max_steps,
+        updates_per_batch=config.num_iterations,
+    )
+
+
+def load_data(job: Job, examples: Sequence[Example]) -> DataSet:
+    """Encode the prompts of a data set.
 
     Raises:
-        ValueError: a row is not usable, or longer than max_prompt_length (and overlong_prompts is "error").
+        ValueError: a prompt is longer than max_prompt_length (and overlong_prompts is "error"), or with its
+            completion longer than the model's context; a gold call is not usable.
     """
-    config = session.config
-    examples = read_rows(config, source)
-    ids = [session.conversation.prompt_ids(e.messages, session.schemas_of(e)) for e in examples]
-    for example in examples:
-        if example.extra.get("tools") is not None:  # a gold call outside of them could never be made
-            gold_calls(example, session.toolbox.functions)
+    config, source = job.config, examples[0].source
+    prompts = [job.prompt(example) for example in examples]
+    for prompt in prompts:
+        if prompt.example.extra.get("tools") is not None:  # a gold call outside of them could never be made
+            gold_calls(prompt.example, job.toolbox.functions)
     limit = config.max_prompt_length
     if limit is not None:
-        fits = [len(i) <= limit for i in ids]
-        if not all(fits) and config.overlong_prompts == "error":
-            first = fits.index(False)
+        kept = [p for p in prompts if len(p.ids) <= limit]
+        if len(kept) < len(prompts) and config.overlong_prompts == "error":
+            first = next(p for p in prompts if len(p.ids) > limit)
             raise ValueError(
-                f"{examples[first].source}: the prompt has {len(ids[first])} tokens, max_prompt_length is "
+                f"{first.example.source}: the prompt has {len(first.ids)} tokens, max_prompt_length is "
                 f"{limit}; raise it, shorten the prompt, or set overlong_prompts to drop"
             )
-        examples = [e for e, fit in zip(examples, fits, strict=True) if fit]
-        ids = [i for i, fit in zip(ids, fits, strict=True) if fit]
-        if len(ids) < len(fits):
-            session.console.line(f"Dropped {len(fits) - len(ids)} of {len(fits)} prompts over {limit} tokens")
-        if not ids:
+        if not kept:
             raise ValueError(f"{source}: every prompt is longer than max_prompt_length {limit}; raise it")
+        if len(kept) < len(prompts):
+            job.console.line(
+                f"Dropped {len(prompts) - len(kept)} of {len(prompts)} prompts over {limit} tokens"
+            )
+        prompts = kept
+    ids = [p.ids for p in prompts]
+    check_context(prompts, config.max_grpo_completion_length, job.model.positions)
     local = dataclasses.replace(config, compilation_cache_dir=None)  # the one option that hosts may differ in
-    hosts.check_alike(f"the options or the prompts of {source}", (local, ids))
-    tree = make_tree(ids, config.max_grpo_completion_length, session.row_devices)
+    hosts.check_alike(f"the options or the prompts from {source} on", (local, ids))
+    tree = make_tree(ids, config.max_grpo_completion_length, job.row_devices)
     log.debug(
         "Shapes of %s: preamble [1, %d], prompts [P, %d], tool responses [B, one of %s], completions [B, T2] "
         "with J loss positions a row, (T2, J) one of %s",
         *(source, tree.T0, tree.T1, response_shapes(tree.budget), update_shapes(tree.budget)),
     )
-    return Prompts(examples, ids, tree)
+    return DataSet(prompts, tree)

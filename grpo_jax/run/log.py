@@ -1,27 +1,20 @@
-"""What a run records: metrics by step, rollouts, seconds by phase, intervals. No jax here.
-
-Metric names are TRL's where TRL has the metric.
-"""
+"""What a run records: metrics by step, rollouts, seconds by phase. No jax here."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from grpo_jax.files import whole_lines, write_text_atomic
+from grpo_jax import hosts
+from grpo_jax.files import cannot_write, plain, whole_lines, write_text_atomic, writing
 from grpo_jax.run.trackers import open_tracker
-
-if TYPE_CHECKING:  # types imports jax
-    from grpo_jax.types import Example, Trajectory
+from grpo_jax.types import Trajectory
 
 EVALUATED = ("response_validity", "exact_answer_match", "tool_call_schema_match")  # see `evaluate`
 PHASES = ("compile", "cold_start", "rollout", "reward", "update", "evaluate", "save")
@@ -31,7 +24,7 @@ PHASES = ("compile", "cold_start", "rollout", "reward", "update", "evaluate", "s
 
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
-    """Write an object as indented JSON, whole or not at all; see `plain`."""
+    """Write an object as indented JSON, whole or not at all; see `files.plain`."""
     write_text_atomic(path, json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n")
 
 
@@ -39,19 +32,6 @@ def read_summary(output_dir: str | os.PathLike) -> dict[str, Any]:
     """summary.json of a run; empty before its first evaluation."""
     path = Path(output_dir) / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def plain(value: Any) -> Any:
-    """The same value in JSON's types: numbers out of arrays, null for what is not finite."""
-    if isinstance(value, dict):
-        return {str(key): plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    if hasattr(value, "tolist"):  # numpy and jax scalars and arrays
-        return plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class MetricsWriter:
@@ -84,10 +64,16 @@ class MetricsWriter:
         Args:
             step: updates done.
             metrics: name -> number (or anything of JSON's types).
+
+        Raises:
+            OutputError: the file is gone, or the disk full.
         """
         values = plain(metrics)
-        self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        if not self.path.exists():  # what is written to a file that was removed is lost
+            raise cannot_write(self.path, "it, or its folder, was removed while the run is writing it")
+        with writing(self.path):
+            self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+            self._file.flush()
         if self._tracker is not None:
             self._tracker.log(step, {k: float(v) for k, v in values.items() if isinstance(v, int | float)})
 
@@ -117,9 +103,7 @@ class RolloutLog:
     def write(
         self,
         step: int,
-        examples: Sequence[Example],
         trajectories: Sequence[Trajectory],
-        advantages: Sequence[float],
         reward_names: Sequence[str],
         extras: dict[str, Sequence[Any]] | None = None,
     ) -> Path:
@@ -127,116 +111,64 @@ class RolloutLog:
 
         Args:
             step: the update that these rows are for.
-            examples: [B] the row's example (a group repeats it).
             trajectories: [B].
-            advantages: [B].
             reward_names: one per value of a trajectory's rewards.
-            extras: more columns, [B] values each (what rewards gave to `log_extra`).
+            extras: more columns, [B] values each (what rewards gave to `log_extra`); none has the name of a
+                row's own column, see `scoring.rewards.ROW_COLUMNS`.
 
         Returns:
             The file.
         """
-        extras = extras or {}
         rows = [
             {
-                "prompt": last_user_message(example.messages),
+                "prompt": last_user_message(one.prompt.example.messages),
                 "messages": one.messages,
-                "answer": example.answer,
+                "answer": one.prompt.example.answer,
                 "rewards": dict(zip(reward_names, one.rewards, strict=True)),
                 "status": one.status.value,
-                "advantage": advantage,
-                **{name: values[i] for name, values in extras.items()},
+                "advantage": one.advantage,
+                **{name: values[i] for name, values in (extras or {}).items()},
             }
-            for i, (example, one, advantage) in enumerate(
-                zip(examples, trajectories, advantages, strict=True)
-            )
+            for i, one in enumerate(trajectories)
         ]
         path = self.folder / f"step_{step:06d}.jsonl"
         write_text_atomic(path, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
         return path
 
 
+class Records:
+    """What the first host writes of every step; nothing in the others. A context manager.
+
+    Args:
+        config: the options of the run.
+        resume_step: updates done at the checkpoint that the run continues from; None for a new run.
+    """
+
+    def __init__(self, config: Any, resume_step: int | None):
+        self._files = None
+        if hosts.is_first():
+            options = dataclasses.asdict(config)
+            metrics = MetricsWriter(config.output_dir, config.report_to, resume_step, options)
+            self._files = metrics, RolloutLog(config.output_dir)
+
+    def write(self, step: int, record: dict[str, Any], *completions: Any) -> None:
+        """A step's metrics, and its completions as `RolloutLog.write` takes them."""
+        if self._files is not None:
+            metrics, rollouts = self._files
+            metrics.write(step, record)
+            rollouts.write(step, *completions)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._files is not None:
+            self._files[0].close()
+
+
 def last_user_message(messages: Sequence[dict[str, Any]]) -> str:
     """Text of the last user message; empty when there is none."""
     return next((m.get("content") or "" for m in reversed(messages) if m.get("role") == "user"), "")
-
-
-# --- metrics of a batch ---
-
-
-def trajectory_metrics(
-    trajectories: Sequence[Trajectory],
-    rewards: Sequence[float],
-    group_std: Sequence[float],
-    reward_names: Sequence[str],
-) -> dict[str, float]:
-    """The metrics of a batch of completions, under TRL's names.
-
-    `completions/*_length` count sampled tokens, without tool responses.
-    `tools/call_frequency` is calls per completion, `tools/failure_frequency` failures
-    per call. Deviations have Bessel's correction. `status/NAME` are shares of the rows.
-
-    Args:
-        trajectories: [B].
-        rewards: [B] what all reward functions gave together; NaN where none applies.
-        group_std: [P] deviation of each group's rewards.
-        reward_names: one per value of a trajectory's rewards.
-
-    Raises:
-        ValueError: when there are no trajectories.
-    """
-    if not trajectories:
-        raise ValueError("metrics need at least one trajectory, got none")
-    return (
-        _reward_metrics(trajectories, rewards, group_std, reward_names)
-        | _length_metrics(trajectories)
-        | _tool_metrics(trajectories)
-        | _status_metrics(trajectories)
-    )
-
-
-def _reward_metrics(trajectories, rewards, group_std, reward_names) -> dict[str, float]:
-    mean, std = _mean_and_std(rewards)
-    metrics = {"reward": mean, "reward_std": std}
-    for k, name in enumerate(reward_names):
-        mean, std = _mean_and_std([one.rewards[k] for one in trajectories])
-        metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
-    # 1e-8 is torch.isclose's tolerance around zero, which TRL uses.
-    metrics["frac_reward_zero_std"] = float(np.mean(np.asarray(group_std) <= 1e-8))
-    return metrics
-
-
-def _mean_and_std(values: Sequence[float | None]) -> tuple[float, float]:
-    """Mean and deviation of the values that are there; NaN and 0 when none is."""
-    there = np.asarray(values, np.float64)
-    there = there[~np.isnan(there)]
-    if there.size == 0:
-        return math.nan, 0.0
-    return float(there.mean()), float(there.std(ddof=1)) if there.size > 1 else 0.0
-
-
-def _length_metrics(trajectories) -> dict[str, float]:
-    lengths = [one.sampled_tokens for one in trajectories]
-    return {
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/min_length": min(lengths),
-        "completions/max_length": max(lengths),
-        "completions/clipped_ratio": sum(one.status.truncated for one in trajectories) / len(trajectories),
-    }
-
-
-def _tool_metrics(trajectories) -> dict[str, float]:
-    outcomes = [result.outcome.value for one in trajectories for _, result in one.calls]
-    failures = sum(outcome != "ok" for outcome in outcomes)
-    return {
-        "tools/call_frequency": len(outcomes) / len(trajectories),
-        "tools/failure_frequency": failures / len(outcomes) if outcomes else 0.0,
-    }
-
-
-def _status_metrics(trajectories) -> dict[str, float]:
-    counts = Counter(one.status for one in trajectories)
-    return {f"status/{s.value}": counts[s] / len(trajectories) for s in type(trajectories[0].status)}
 
 
 # --- time ---
@@ -289,60 +221,12 @@ class PhaseTimer:
         self._since = now
 
 
-# --- intervals ---
-
-
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share: (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n), z = 1.96.
-
-    Args:
-        successes: rows that have the property.
-        n: rows.
-
-    Returns:
-        (low, high) in [0, 1]; (0, 1) for no rows, which say nothing.
-
-    Raises:
-        ValueError: when successes is not in [0, n].
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"successes must be in [0, n = {n}], got {successes}")
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.959963984540054, successes / n
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+# --- figures of an evaluation ---
 
 
 def interval_text(summary: dict[str, Any], name: str) -> str:
-    """One of an evaluation's figures with its 95 % interval."""
+    """One of an evaluation's figures with its 95 % interval; "–" for what could not be computed."""
     value, interval = summary[name], summary["intervals"][name]
-    return "-" if value is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
-
-
-def bootstrap_interval(values: Sequence[float], seed: int, resamples: int = 1000) -> tuple[float, float]:
-    """95 % interval of a mean: the 2.5 and 97.5 percentiles of the means of resampled rows.
-
-    Args:
-        values: one per row.
-        seed: of the resampling; the same seed gives the same interval.
-        resamples: how many means.
-
-    Returns:
-        (low, high).
-
-    Raises:
-        ValueError: when there are no values.
-
-    Source: Efron 1979, "Bootstrap methods: another look at the jackknife" (percentile form).
-    """
-    if len(values) == 0:
-        raise ValueError("a bootstrap interval needs at least one value, got none")
-    rows, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    means = [rows[rng.integers(rows.size, size=rows.size)].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    if value is None:
+        return "–"
+    return f"{value:.3f} (–)" if interval is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"

@@ -242,16 +242,58 @@ def _rule_of(name: str, error: Mapping[str, Any]) -> str:
 
 def _contradictions(options: Options) -> list[tuple[str, str]]:
     """(option, what is wrong) of options that are right by themselves."""
+    found = []
     rewards = options.reward_fn or options.reward_function_name or ["accuracy"]
-    if options.reward_weights is None or len(options.reward_weights) == len(rewards):
-        return []
-    return [
-        (
-            "reward_weights",
-            f"reward_weights needs one weight per reward function: {len(rewards)} functions "
-            f"({', '.join(rewards)}), got {options.reward_weights}",
+    if options.reward_weights is not None and len(options.reward_weights) != len(rewards):
+        text = f"reward_weights needs one weight per reward function: {len(rewards)} functions "
+        found.append(("reward_weights", f"{text}({', '.join(rewards)}), got {options.reward_weights}"))
+
+    # the loss
+    loss, sequence = options.loss_type, options.importance_sampling_level == "sequence"
+    clipped = loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+    belongs = {
+        "epsilon": (clipped, "a loss_type with a lower clip (not cispo, sapo or vespo)"),
+        "epsilon_high": (clipped or loss == "cispo", "a loss_type with an upper clip (not sapo or vespo)"),
+        "delta": (clipped, "a clipped loss_type (not cispo, sapo or vespo)"),
+        **{name: (loss == "sapo", "loss_type sapo") for name in OPTIONS if name.startswith("sapo_")},
+        **{name: (loss == "vespo", "loss_type vespo") for name in OPTIONS if name.startswith("vespo_")},
+    }
+    for name, (acts, needs) in belongs.items():
+        value = getattr(options, name)
+        if not acts and value != OPTIONS[name].default:
+            found.append((name, f"{name} {value} has no effect with loss_type {loss}: it needs {needs}"))
+    if loss == "luspo" and not sequence:
+        text = "loss_type luspo weighs a sequence's ratio by its length; set importance_sampling_level to sequence"
+        found.append(("loss_type", text))
+    if loss == "vespo" and sequence and not options.beta:
+        text = "importance_sampling_level sequence has no effect with loss_type vespo, whose ratio is the sequence's"
+        found.append(("importance_sampling_level", f"{text} already; leave it out"))
+    bounds = (options.sampler_correction_min, options.sampler_correction_max)
+    for name in ("sampler_correction_min", "sampler_correction_max"):
+        value = getattr(options, name)
+        if options.sampler_correction == "none" and value != OPTIONS[name].default:
+            found.append((name, f"{name} {value} has no effect without sampler_correction"))
+    if options.sampler_correction.endswith("truncate") and bounds == (None, None):
+        text = f"sampler_correction {options.sampler_correction} needs sampler_correction_min or _max to truncate at"
+        found.append(("sampler_correction", text))
+
+    # the advantages
+    if options.multi_objective_aggregation == "normalize_then_sum":
+        for name in ("scale_rewards", "advantage_estimator"):
+            if getattr(options, name) != "group":
+                text = f"{name} {getattr(options, name)} has no effect with multi_objective_aggregation "
+                text += "normalize_then_sum, which scales each reward by its group and their sum by the batch"
+                found.append((name, f"{text}; leave it out"))
+        if len(rewards) < 2:
+            text = f"normalize_then_sum needs several reward functions, got {', '.join(rewards)}"
+            found.append(("multi_objective_aggregation", f"multi_objective_aggregation {text}"))
+    if options.advantage_estimator == "none" and options.scale_rewards != "none":
+        text = (
+            f"advantage_estimator none with scale_rewards {options.scale_rewards} would divide rewards by a "
         )
-    ]
+        text += "deviation of 0 where they are equal; set scale_rewards to none"
+        found.append(("advantage_estimator", text))
+    return found
 
 
 def _without_effect(options: Options) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard files, Weights & Biases, MLflow.
+"""Where metrics go in addition to metrics.jsonl: TensorBoard files, Weights & Biases, MLflow.
 
 Each package is imported when asked for: that takes a second or more, and only tensorboardX is always there.
 """
@@ -44,7 +44,7 @@ def open_tracker(
         output_dir: folder of the run.
         resume_step: updates done at the checkpoint that the run continues from: the service's run is then
             continued as well. None for a new one.
-        config: options by name, shown beside the metrics.
+        config: options by name, shown next to the metrics.
     """
     if name == "none":
         return None

@@ -6,7 +6,6 @@ folder, `lora`, the adapters' settings, and `base`, what others call it and the 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,48 +20,6 @@ from grpo_jax.models.qwen import Params, abstract_params
 from grpo_jax.run.checkpoint import Checkpoints
 
 Place = Callable[[Any], Any]  # a tree of weights -> the tree of its shardings, as `Layout.params`
-
-
-def adapters_meta(config: LoraConfig, name: str, dtype: Any) -> dict[str, Any]:
-    """What the checkpoints of a run with adapters say of them.
-
-    Args:
-        config: the adapters' settings.
-        name: hub id or folder of the base.
-        dtype: of the base in the run.
-    """
-    # lists, as they come back from JSON
-    fields = dataclasses.asdict(config) | {"modules": list(config.modules)}
-    return {"lora": fields, "base": {"name": name, "dtype": str(dtype)}}
-
-
-def check_resumable(checkpoints: Checkpoints, step: int, meta: dict[str, Any]) -> None:
-    """Whether a run goes on with what a step holds: the same adapters on the same base, or neither.
-
-    Args:
-        checkpoints: of the run that is resumed.
-        step: one of its steps.
-        meta: what this run would save.
-
-    Raises:
-        ValueError: names the setting that differs, and both values.
-    """
-    saved = checkpoints.meta(step)
-    where = checkpoints.directory / str(step)
-    # dropout may change, as a learning rate may
-    for name, option in (("rank", "r"), ("alpha", "alpha"), ("modules", "target_modules")):
-        then, now = (one.get("lora", {}).get(name) for one in (saved, meta))
-        if then != now:
-            raise ValueError(
-                f"cannot resume from {where}: lora_{option} was {then} there and is {now} in this run (None: "
-                "without use_peft). Use the same, or choose another --output_dir"
-            )
-    # a base that was moved cannot be told from another one by its path
-    if "lora" in saved and saved["source"] != meta["source"] and Path(saved["source"]).exists():
-        raise ValueError(
-            f"cannot resume from {where}: its adapters were trained on {saved['source']}, this run's model "
-            f"is {meta['source']}. Use the same, or choose another --output_dir"
-        )
 
 
 def restore_weights(checkpoints: Checkpoints, step: int, place: Place, dtype: Any = jnp.float32) -> Params:

@@ -1,7 +1,7 @@
 """From rewards to advantages: plain numpy functions, run on the host in float64.
 
 NaN means "no reward applies to this row" throughout: such a row is left out of
-every mean and deviation and learns nothing.
+every mean and deviation and has zero advantage.
 """
 
 from __future__ import annotations
@@ -9,6 +9,12 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
+
+from grpo_jax.text import nearest
+
+SCALES = ("group", "batch", "none")
+ESTIMATORS = ("group", "loo", "none")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 
 # TRL's constant; it keeps a group of nearly equal rewards from being blown up.
 STD_EPSILON = 1e-4
@@ -18,7 +24,7 @@ def combine_rewards(values: ArrayLike, weights: ArrayLike) -> Float[np.ndarray, 
     """Weighted sum of the reward functions' values: r_i = Σ_k w_k · R_ik over the k that apply.
 
     Args:
-        values: [B, n] one column per reward function; NaN or None where it does not apply.
+        values: [B, n] one column per reward function; NaN where it does not apply.
         weights: [n] one per reward function.
 
     Returns:
@@ -36,36 +42,110 @@ def combine_rewards(values: ArrayLike, weights: ArrayLike) -> Float[np.ndarray, 
     return np.where(np.isnan(values).all(axis=1), np.nan, np.nansum(values * weights, axis=1))
 
 
-def group_advantages(rewards: ArrayLike, num_generations: int, scale: str) -> Float[np.ndarray, " B"]:
-    """How much better a row did than its group: A_i = (r_i − mean_group) / (std + 1e-4).
+def batch_advantages(
+    values: ArrayLike,
+    weights: ArrayLike,
+    num_generations: int,
+    *,
+    scale: str = "group",
+    aggregation: str = "sum_then_normalize",
+    estimator: str = "group",
+) -> Float[np.ndarray, " B"]:
+    """The advantages of a batch from the values of its reward functions.
+
+    Args:
+        values: [B, n] one column per reward function; NaN or None where it does not apply.
+        weights: [n] one per reward function.
+        num_generations: G, rows per group.
+        scale: see `group_advantages`.
+        aggregation: "sum_then_normalize", `group_advantages` of the sum of rewards, or "normalize_then_sum",
+            `decoupled_advantages`, which takes no scale and no estimator.
+        estimator: see `group_advantages`.
+
+    Returns:
+        [B] float64.
+
+    Raises:
+        ValueError: as the two do, and when aggregation is unknown.
+    """
+    if aggregation == "normalize_then_sum":
+        return decoupled_advantages(values, weights, num_generations)
+    if aggregation == "sum_then_normalize":
+        return group_advantages(combine_rewards(values, weights), num_generations, scale, estimator)
+    raise _unknown("multi_objective_aggregation", aggregation, AGGREGATIONS)
+
+
+def group_advantages(
+    rewards: ArrayLike, num_generations: int, scale: str, estimator: str = "group"
+) -> Float[np.ndarray, " B"]:
+    """How much better a row did than its group: A_i = (r_i − b_i) / (std + 1e-4).
 
     The mean and the deviation (Bessel's correction) are over the rows with a
-    reward. A group with one such row has nothing to compare it with: advantage 0,
-    as has every row without a reward. Equal rewards give exactly 0.
+    reward. A group with one such row has nothing to compare it with: advantage 0
+    (but for the estimator "none"), as has every row without a reward. Equal rewards give exactly 0.
 
     Args:
         rewards: [B] the rows of a group next to each other; NaN where there is none.
         num_generations: G, rows per group.
         scale: "group" divides by the group's deviation, "batch" by that of all rows,
             "none" by nothing (Dr. GRPO).
+        estimator: the baseline b_i: "group" the mean of the group, "loo" that of the group's other rows,
+            which is unbiased (RLOO), "none" 0 (REINFORCE).
 
     Returns:
         [B] float64.
 
     Raises:
-        ValueError: when B does not divide by num_generations, or scale is unknown.
+        ValueError: when B does not divide by num_generations, or scale or estimator is unknown.
 
     Source: Shao et al. 2024, "DeepSeekMath", section 4.1.2; "none": Liu et al. 2025,
-    "Understanding R1-Zero-Like Training". Bessel's correction and 1e-4 are TRL's.
+    "Understanding R1-Zero-Like Training". Bessel's correction and 1e-4 are TRL's. "loo": Kool et al. 2019,
+    "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; Ahmadian et al. 2024, "Back to Basics".
     """
-    if scale not in ("group", "batch", "none"):
-        raise ValueError(f"scale_rewards must be group, batch or none, got {scale!r}")
+    if scale not in SCALES:
+        raise _unknown("scale_rewards", scale, SCALES)
+    if estimator not in ESTIMATORS:
+        raise _unknown("advantage_estimator", estimator, ESTIMATORS)
     centred = _centred_groups(rewards, num_generations)
+    if estimator == "loo":  # r_i − mean of the others = (r_i − mean of all)·n / (n − 1)
+        n = np.sum(~np.isnan(centred), axis=1, keepdims=True)
+        centred = centred * n / np.maximum(n - 1, 1)
+    elif estimator == "none":
+        centred = np.asarray(rewards, np.float64).reshape(centred.shape)
     if scale == "group":
         centred = centred / (group_std(rewards, num_generations)[:, None] + STD_EPSILON)
     elif scale == "batch":
         centred = centred / (group_std(rewards, np.size(rewards)) + STD_EPSILON)
     return np.nan_to_num(centred, nan=0.0).reshape(-1)
+
+
+def decoupled_advantages(
+    values: ArrayLike, weights: ArrayLike, num_generations: int
+) -> Float[np.ndarray, " B"]:
+    """Each reward function ranked on its own: A = s / (std_batch(s) + 1e-4), s = Σ_k w_k · A_k.
+
+    A_k are the `group_advantages` of function k with scale "group", so that a function whose values lie close
+    together counts as much as one whose values lie far apart. The deviation is over all rows to which some
+    function applies; their mean is 0, as that of every group is.
+
+    Args:
+        values: [B, n] one column per reward function; NaN or None where it does not apply.
+        weights: [n] one per reward function.
+        num_generations: G, rows per group.
+
+    Returns:
+        [B] float64; 0 for a row to which no reward function applies.
+
+    Source: Liu et al. 2026, "GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward
+    RL Optimization", arXiv:2601.05242; rows without a reward as in TRL.
+    """
+    values = np.asarray(values, np.float64)
+    scored = ~np.isnan(combine_rewards(values, weights))
+    ranked = [group_advantages(column, num_generations, "group") for column in values.T]
+    total = np.asarray(weights, np.float64) @ np.array(ranked)
+    if scored.sum() < 2:
+        return np.zeros(len(values))
+    return np.where(scored, total / (total[scored].std(ddof=1) + STD_EPSILON), 0.0)
 
 
 def group_std(rewards: ArrayLike, num_generations: int) -> Float[np.ndarray, " P"]:
@@ -98,3 +178,9 @@ def _centred_groups(rewards: ArrayLike, num_generations: int) -> Float[np.ndarra
     shifted = groups - np.fmax.reduce(groups, axis=1, keepdims=True)
     count = np.sum(~np.isnan(shifted), axis=1, keepdims=True)
     return shifted - np.nansum(shifted, axis=1, keepdims=True) / np.maximum(count, 1)
+
+
+def _unknown(option: str, value: str, valid: tuple[str, ...]) -> ValueError:
+    return ValueError(
+        f"{option} must be one of {', '.join(valid)}, got {value!r}; nearest: {nearest(value, valid)[0]}"
+    )

@@ -1,6 +1,6 @@
 """Loads reward functions, calls them on a batch, and checks what they return.
 
-A reward function is the user's code: whatever it does wrong becomes a `RewardError` that
+A reward function is the user's code: anything that it does wrong becomes a `RewardError` that
 names the function and the row.
 """
 
@@ -9,21 +9,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import logging
 import math
-import numbers
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from grpo_jax.tools.user_code import error_text, import_file
+from grpo_jax.files import plain
+from grpo_jax.scoring.event_loop import EventLoop
+from grpo_jax.scoring.metrics import is_run_metric
+from grpo_jax.text import shorten
+from grpo_jax.tools.user_code import error_text, import_file, users_code
 from grpo_jax.types import PARSER_NAME, Message
 
 _log = logging.getLogger(__name__)
+_loop = EventLoop()
+# What the functions print. One object for the life of the process: a log handler that a library makes in
+# the first call, for what is then standard error, keeps writing to it.
+_printed = io.StringIO()
+
+# What every row of rollouts/ holds; a column of these names that a reward logs is called logged/NAME.
+ROW_COLUMNS = frozenset(("prompt", "messages", "answer", "rewards", "status", "advantage"))
 
 
 class RewardError(RuntimeError):
@@ -48,14 +61,43 @@ class RewardFunction:
         return f"{self.name!r} ({self.source})"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainerState(Mapping):
+    """Where the run is, for rewards that change as it proceeds; each field is an attribute and an item.
+
+    Args:
+        global_step: updates done.
+        max_steps: of the whole run.
+        epoch: passes over the data done, a fraction included.
+        num_train_epochs: of the whole run.
+    """
+
+    global_step: int
+    max_steps: int
+    epoch: float
+    num_train_epochs: float
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in iter(self):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in dataclasses.fields(self))
+
+    def __len__(self) -> int:
+        return len(dataclasses.fields(self))
+
+
 @dataclasses.dataclass(frozen=True)
 class RewardOutcome:
     """What the rewards say about a batch.
 
     Args:
-        values: [B, n_rewards] float64; NaN where a reward does not apply (None).
-        metrics: name → mean of the values given to `log_metric`.
-        extras: column → the B values given to `log_extra`.
+        values: [B, n_rewards] float64; NaN where a reward does not apply.
+        metrics: name → mean of the values given to `log_metric`; logged/NAME for a name of the run's own.
+        extras: column → the B values given to `log_extra`, as JSON has them; REWARD/COLUMN for a column that
+            several functions log, logged/COLUMN for one of `ROW_COLUMNS`.
     """
 
     values: np.ndarray
@@ -64,7 +106,7 @@ class RewardOutcome:
 
 
 def joined(outcomes: Sequence[RewardOutcome]) -> RewardOutcome:
-    """The outcome of a batch whose parts were scored apart; a metric is the mean of the parts' means.
+    """The outcome of a batch whose parts were scored separately; a metric is the mean of the parts' means.
 
     Args:
         outcomes: of the parts, in order; a column that a part lacks is None in its rows.
@@ -81,7 +123,7 @@ def joined(outcomes: Sequence[RewardOutcome]) -> RewardOutcome:
 
 
 def same_answer(text: str, answer: str) -> bool:
-    """Two answers are equal but for case and outer or repeated blanks."""
+    """Two answers are equal except for case and outer or repeated whitespace."""
     return text.casefold().split() == answer.casefold().split()
 
 
@@ -126,13 +168,41 @@ def load_rewards(files: Sequence[str] | None, names: Sequence[str] | None) -> li
         ValueError: a missing or failing file, no `reward_func` in it or one that is not callable,
             an unknown built-in, or two rewards of one name.
     """
-    rewards = [_from_file(f) for f in files] if files else [_built_in(n) for n in names or ["accuracy"]]
+    return _distinct(
+        [_from_file(f) for f in files] if files else [_built_in(n) for n in names or ["accuracy"]]
+    )
+
+
+def rewards_of(given: Callable | str | Sequence[Callable | str]) -> list[RewardFunction]:
+    """Rewards given in Python: functions, and names of built-in ones; one alone or several.
+
+    Raises:
+        TypeError: something else.
+        ValueError: no reward, an unknown built-in, or two of one name.
+    """
+    several = [given] if isinstance(given, str) or callable(given) else list(given)
+    if not several:
+        raise ValueError("reward_funcs needs at least one reward, got none")
+    return _distinct([_built_in(one) if isinstance(one, str) else _from_function(one) for one in several])
+
+
+def _from_function(function: Any) -> RewardFunction:
+    if not callable(function):
+        raise TypeError(
+            f"reward_func must be callable, got {_short(function)}; give a function or the name of a built-in "
+            f"reward ({', '.join(BUILT_IN)})"
+        )
+    name = getattr(function, "__name__", type(function).__name__)
+    return RewardFunction(name, function, f"given in Python, {getattr(function, '__module__', '?')}")
+
+
+def _distinct(rewards: list[RewardFunction]) -> list[RewardFunction]:
     for i, reward in enumerate(rewards):
         for other in rewards[:i]:
             if other.name == reward.name:
                 raise ValueError(
                     f"two reward functions are called {reward.name!r} ({other.source} and {reward.source}); "
-                    "metrics would mix them: rename a file or drop one"
+                    "metrics would mix them: rename one or drop one"
                 )
     return rewards
 
@@ -150,7 +220,8 @@ def call_rewards(
     """Score a batch with every reward function; async ones run concurrently.
 
     A function without `**kwargs` gets only the keywords that it names. What the functions print
-    is logged at INFO when all have returned, so that it does not tear a progress bar.
+    is logged at INFO when all have returned, so that it does not tear a progress bar. All calls of a
+    process share one event loop, see `EventLoop`.
 
     Args:
         rewards: the functions.
@@ -158,7 +229,7 @@ def call_rewards(
         answer: [B] expected answers.
         prompts: [B] each prompt as messages.
         completion_ids: [B] token ids after each prompt.
-        trainer_state: passed on as it is.
+        trainer_state: passed on as it is, usually a `TrainerState`.
         columns: the data set's other columns, [B] values each.
 
     Raises:
@@ -172,9 +243,9 @@ def call_rewards(
         "prompts": prompts,
         "completion_ids": completion_ids,
     }
-    log = _Log()
+    logs = [_Log() for _ in rewards]
     with _printing_to_log():
-        results = _run([_bound(reward, batch, trainer_state, log) for reward in rewards])
+        results = _run([_bound(r, batch, trainer_state, log) for r, log in zip(rewards, logs, strict=True)])
         for reward, result in zip(rewards, results, strict=True):
             if isinstance(result, _Raised):
                 raise _failure(reward, result.error, batch, trainer_state) from result.error
@@ -182,7 +253,7 @@ def call_rewards(
     values = np.full((n, len(rewards)), np.nan)
     for k, (reward, result) in enumerate(zip(rewards, results, strict=True)):
         values[:, k] = _checked(reward, result, n)
-    return RewardOutcome(values, log.means(), log.columns(n))
+    return RewardOutcome(values, _means(logs), _columns(rewards, logs, n))
 
 
 # Loading
@@ -198,7 +269,8 @@ def _built_in(name: str) -> RewardFunction:
 
 
 def _from_file(file: str) -> RewardFunction:
-    module, path = import_file(file, "reward_fn")
+    with _loop.in_this_thread():
+        module, path = import_file(file, "reward_fn")
     found = vars(module).get("reward_func")
     if found is None:
         raise ValueError(f"No reward_func found in {file}; end it with reward_func = your_function")
@@ -218,33 +290,65 @@ class _Raised:
 
 
 class _Log:
-    """Collects what the functions give to `log_metric` and `log_extra`."""
+    """Collects what one function gives to `log_metric` and `log_extra`."""
 
     def __init__(self) -> None:
-        self._metrics: dict[str, list[float]] = {}
-        self._extras: dict[str, list] = {}
+        self.metrics: dict[str, list[float]] = {}
+        self.extras: dict[str, list] = {}
 
     def metric(self, name: str, value: Any) -> None:
-        if not _is_number(value) or not math.isfinite(value):
-            raise ValueError(f"log_metric({name!r}, …) takes a finite number, got {value!r}")
-        self._metrics.setdefault(name, []).append(float(value))
+        number = _number(value)
+        if number is None or not math.isfinite(number):
+            raise ValueError(f"log_metric({name!r}, …) takes a finite number, got {_short(value)}")
+        self.metrics.setdefault(str(name), []).append(number)
 
     def extra(self, column: str, values: Iterable) -> None:
-        self._extras.setdefault(column, []).extend(values)
+        if isinstance(values, str | bytes | Mapping):
+            raise TypeError(f"log_extra({column!r}, …) takes a list of one value a row, got {_short(values)}")
+        self.extras.setdefault(str(column), []).extend(values)
 
-    def means(self) -> dict[str, float]:
-        return {name: sum(values) / len(values) for name, values in self._metrics.items()}
 
-    def columns(self, n: int) -> dict[str, list]:
-        for column, values in self._extras.items():
+def _means(logs: Sequence[_Log]) -> dict[str, float]:
+    """The mean of each metric, over all functions that log it."""
+    means = {}
+    for name in dict.fromkeys(name for log in logs for name in log.metrics):
+        values = [value for log in logs for value in log.metrics.get(name, ())]
+        means[_own_name("log_metric", name, is_run_metric(name))] = sum(values) / len(values)
+    return means
+
+
+def _columns(rewards: Sequence[RewardFunction], logs: Sequence[_Log], n: int) -> dict[str, list]:
+    columns = {}
+    for reward, log in zip(rewards, logs, strict=True):
+        for column, values in log.extras.items():
             if len(values) != n:
-                raise RewardError(f"log_extra({column!r}, …) got {len(values)} values for {n} completions")
-        return self._extras
+                raise RewardError(
+                    f"log_extra({column!r}, …) of reward function {reward} got {len(values)} values for {n} "
+                    "completions"
+                )
+            shared = sum(column in other.extras for other in logs) > 1
+            name = _own_name("log_extra", column, column in ROW_COLUMNS)
+            columns[f"{reward.name}/{column}" if shared else name] = plain(values)
+    return columns
+
+
+def _own_name(function: str, name: str, taken: bool) -> str:
+    """The name that what a reward logs is written under, so that the run's own stays what it is."""
+    if taken:
+        _warn_once(
+            f"{function}({name!r}, …): the run writes {name!r} itself; the reward's is called 'logged/{name}'"
+        )
+    return f"logged/{name}" if taken else name
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    _log.warning(text)
 
 
 def _bound(
     reward: RewardFunction, batch: Mapping[str, Sequence], trainer_state: Any, log: _Log
-) -> Callable[[], Any]:
+) -> functools.partial:
     """The function with the keywords that it takes."""
     keywords = {
         **batch,
@@ -262,16 +366,25 @@ def _bound(
             )
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         keywords = {p.name: keywords[p.name] for p in parameters if p.name in keywords}
-    return lambda: reward.function(**keywords)
+    return functools.partial(reward.function, **keywords)
 
 
-def _run(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+def _run(calls: Sequence[functools.partial]) -> list[Any]:
     """What each call returns, or `_Raised`; plain ones in order, then all awaitables together."""
-    results = [_attempt(call) for call in calls]
-    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
-    if waiting:
-        for i, result in zip(waiting, asyncio.run(_gather([results[i] for i in waiting])), strict=True):
-            results[i] = result
+    results = []
+    with _loop.in_this_thread():
+        for call in calls:
+            asyncio.set_event_loop(None)  # back to the one loop, where the function before set another
+            with users_code(call.func):
+                results.append(_attempt(call))
+        waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+        if waiting:
+            with contextlib.ExitStack() as footing:
+                for i in waiting:
+                    footing.enter_context(users_code(calls[i].func))
+                done = _loop.run(_gather([results[i] for i in waiting]))
+            for i, result in zip(waiting, done, strict=True):
+                results[i] = result
     return results
 
 
@@ -322,49 +435,59 @@ def _failing_row(
 
 @contextlib.contextmanager
 def _printing_to_log():
-    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stdout(_printed), contextlib.redirect_stderr(_printed):
             yield
     finally:
-        for line in printed.getvalue().splitlines():
+        for line in _printed.getvalue().splitlines():
             _log.info("reward function prints: %s", line)
+        _forget_printed(0)  # including what a handler that writes there made of these records
 
 
 @contextlib.contextmanager
 def _silent():
-    nowhere = io.StringIO()
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    before = len(_printed.getvalue())
+    try:
         yield
+    finally:
+        _forget_printed(before)
+
+
+def _forget_printed(start: int) -> None:
+    _printed.seek(start)
+    _printed.truncate()
 
 
 # Checking
 
 
 def _checked(reward: RewardFunction, result: Any, n: int) -> list[float]:
-    if hasattr(result, "tolist"):  # numpy and other array libraries
-        result = result.tolist()
-    if not isinstance(result, list | tuple):
+    values = result
+    if hasattr(result, "tolist"):  # arrays of numpy, jax, torch, pandas
+        values = result.tolist()
+    elif hasattr(result, "__array__"):  # of TensorFlow, data frames
+        values = np.asarray(result).tolist()
+    if not isinstance(values, list | tuple):
         raise RewardError(
             f"reward function {reward} must return a list with one number or None for each of the {n} "
             f"completions, got {type(result).__name__}: {_short(result)}"
         )
-    if len(result) != n:
+    if len(values) != n:
         raise RewardError(
             f"reward function {reward} must return one value for each of the {n} completions, "
-            f"got {len(result)} values"
+            f"got {len(values)} values"
         )
-    return [_value(reward, row, value) for row, value in enumerate(result)]
+    if values is not result:
+        values = [_only(value) for value in values]
+    return [_value(reward, row, value) for row, value in enumerate(values)]
 
 
 def _value(reward: RewardFunction, row: int, value: Any) -> float:
+    """One row's reward; the user's None is NaN from here on."""
     if value is None:
         return math.nan
-    try:
-        number = float(value) if _is_number(value) else math.nan
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
+    number = _number(value)
+    if number is None or not math.isfinite(number):
         raise RewardError(
             f"reward function {reward} must return finite numbers, or None where it does not apply to a "
             f"row; row {row} got {_short(value)}"
@@ -372,10 +495,26 @@ def _value(reward: RewardFunction, row: int, value: Any) -> float:
     return number
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real | np.bool_)
+def _number(value: Any) -> float | None:
+    """What has one element and is a number, as a float; None for anything else, such as the text of a number."""
+    try:
+        if hasattr(value, "tolist"):
+            value = _only(value.tolist())
+        if isinstance(value, Real | Decimal) or (hasattr(value, "__float__") and not isinstance(value, str)):
+            return float(value)
+    except OverflowError:
+        return math.inf
+    except Exception:  # an array of several elements, a symbol without a value
+        return None
+    return None
+
+
+def _only(value: Any) -> Any:
+    """The element of a list of one, however deep: the rows of an [n, 1] array."""
+    while isinstance(value, list) and len(value) == 1:
+        (value,) = value
+    return value
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:99] + "…"
+    return shorten(repr(value), 100)

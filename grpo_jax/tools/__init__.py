@@ -2,10 +2,13 @@
 
 from grpo_jax.tools.arguments import check_arguments
 from grpo_jax.tools.call import run_tool
-from grpo_jax.tools.load import Toolbox, load_tools
+from grpo_jax.tools.load import Toolbox, load_tools, tools_of
+from grpo_jax.tools.runner import Limits, PurityCheck, ToolRunner
 from grpo_jax.tools.schema import get_schema, signature_line
 
 __all__ = [
+    "Limits",
+    "PurityCheck",
     "ToolRunner",
     "Toolbox",
     "check_arguments",
@@ -13,13 +16,5 @@ __all__ = [
     "load_tools",
     "run_tool",
     "signature_line",
+    "tools_of",
 ]
-
-
-def __getattr__(name: str):
-    # ToolRunner's result types bring jax with them; the worker program imports this package and must not pay that.
-    if name == "ToolRunner":
-        from grpo_jax.tools.runner import ToolRunner
-
-        return ToolRunner
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """Checks a call's arguments against the tool's signature, and makes them what the signature says.
 
-All problems of a call come in one message, in the words of the schema, so that a model can mend them at once.
+All problems of a call come in one message, in the words of the schema, so that a model can fix them at once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def check_arguments(function: Callable, arguments: dict[str, Any], lax: bool = F
     return converted
 
 
-def _argument(value: Any, parameter: hints.Parameter, name: str, lax: bool, problems: list[str]) -> Any:
+def _argument(value: Any, parameter: hints.Field, name: str, lax: bool, problems: list[str]) -> Any:
     before = len(problems)
     converted = _field(value, parameter, name, lax, problems)
     if value is None or parameter.choices is None or len(problems) > before:
@@ -153,17 +153,25 @@ def _same(value: Any, other: Any) -> bool:
 
 def _to_record(value: dict, record: type, where: str, lax: bool, problems: list[str]) -> Any:
     before = len(problems)
-    fields = hints.record_fields(record)
+    fields, more = hints.record_fields(record), {}
+    if hints.is_model(record) and record.model_config.get("extra") == "allow":
+        more = {key: v for key, v in value.items() if key not in fields}
+        value = {key: v for key, v in value.items() if key in fields}
     keys = {
         key: _field(v, fields[key], f"{where}.{key}", lax, problems)
         for key, v in _read_keys(value, fields, where, problems)
-    }
+    } | more
     if hints.is_typeddict(record) or len(problems) > before:
         return keys
     try:
         return record(**keys)
-    except Exception as error:  # __post_init__ is the user's
-        problems.append(f"{_at(where)} is refused: {error}")
+    except Exception as error:  # __post_init__ and a model's validators are the user's
+        if not hints.is_model(record) or not hasattr(error, "errors"):
+            problems.append(f"{_at(where)} is refused: {error}")
+            return value
+        for one in error.errors():
+            place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"])
+            problems.append(f"{_at(where + place)} is refused: {one['msg']}")
         return value
 
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
+import atexit
+import contextlib
+import errno
 import inspect
 import json
-import re
+import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from grpo_jax.text import nearest, replace_lone_surrogates, shorten
 from grpo_jax.tools.arguments import check_arguments, show
-from grpo_jax.tools.user_code import error_text, message_of
+from grpo_jax.tools.user_code import error_text, message_of, users_code
 
 if TYPE_CHECKING:
     from grpo_jax.tools.load import Toolbox
 
 _MESSAGE_LIMIT = 1000  # characters of an exception's message that a model gets to see
 _NAMES_LISTED = 20
-# Lone surrogates, which no tokenizer takes, become U+FFFD.
-_SURROGATE = re.compile("[\ud800-\udfff]")
+OUT_OF_MEMORY = "ran out of memory"
 
 
 def run_tool(
@@ -42,10 +45,12 @@ def run_tool(
         try:
             call = json.loads(call)
         except (ValueError, RecursionError) as error:
-            return f"Error: the call is not JSON: {_cut(message_of(error))}"
+            return f"Error: the call is not JSON: {shorten(message_of(error), _MESSAGE_LIMIT)}"
     if not isinstance(call, Mapping) or "name" not in call:
         return 'Error: a call is an object {"name": …, "arguments": {…}}'
-    return execute(function_table(tools), call["name"], call.get("arguments", {}), lax)[0]
+    functions, name = function_table(tools), call["name"]
+    with users_code(functions.get(name) if isinstance(name, str) else None):
+        return execute(functions, name, call.get("arguments", {}), lax)[0]
 
 
 def function_table(tools: Toolbox | Mapping[str, Callable] | Iterable[Callable]) -> dict[str, Callable]:
@@ -74,7 +79,7 @@ def execute(
         text = f"Error: {name} returned {len(text)} characters, more than the limit of {limit}"
     if outcome == "ok" and text.startswith("Error:"):
         outcome = "error"
-    return _SURROGATE.sub("\ufffd", text), outcome
+    return replace_lone_surrogates(text), outcome
 
 
 def _attempt(functions: Mapping[str, Callable], name: Any, arguments: Any, lax: bool) -> tuple[str, str]:
@@ -85,58 +90,146 @@ def _attempt(functions: Mapping[str, Callable], name: Any, arguments: Any, lax: 
     try:
         arguments = check_arguments(functions[name], arguments, lax)
     except Exception as error:  # mostly ValueError; also nesting too deep, or a value's own __eq__
-        return f"Error: wrong arguments for {name}: {_cut(message_of(error))}", "error"
+        return f"Error: wrong arguments for {name}: {shorten(message_of(error), _MESSAGE_LIMIT)}", "error"
     try:
-        result = functions[name](**arguments)
-        if inspect.isawaitable(result):
-            result = _wait_for(result)
-        return str(result), "ok"
+        return str(call_users(functions[name], **arguments)), "ok"
     except KeyboardInterrupt:
         raise
     except SystemExit as error:
         return f"Error: {name} called sys.exit({error.code!r})", "crash"
     except MemoryError:
-        return f"Error: {name} ran out of memory", "crash"
+        return f"Error: {name} {OUT_OF_MEMORY}", "crash"
     except BaseException as error:  # cancelled tasks and pytest's outcomes are not Exceptions
-        return f"Error: {name} raised {_cut(error_text(error))}", "error"
-
-
-def _wait_for(awaitable: Any) -> Any:
-    """The result of an async tool, also where this thread already runs an event loop (a notebook)."""
-    import asyncio
-
-    async def finish():
-        return await awaitable
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(finish())
-    box: list[Any] = []
-
-    def in_thread():
-        try:
-            box.append((asyncio.run(finish()), None))
-        except BaseException as error:
-            box.append((None, error))
-
-    thread = threading.Thread(target=in_thread)
-    thread.start()
-    thread.join()
-    result, error = box[0]
-    if error is not None:
-        raise error
-    return result
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # from mmap or fork
+            return f"Error: {name} {OUT_OF_MEMORY}", "crash"
+        return f"Error: {name} raised {shorten(error_text(error), _MESSAGE_LIMIT)}", "error"
 
 
 def _unknown_tool(name: Any, names: list[str]) -> str:
     if not isinstance(name, str):
         return f"Error: a tool's name must be text, got {show(name)}. Available: {', '.join(names[:_NAMES_LISTED])}"
-    shown = name[:60]
     if len(names) > _NAMES_LISTED:
-        names = difflib.get_close_matches(shown, names, 5, 0.0)
-    return f"Error: unknown tool {shown!r}. Available: {', '.join(names)}"
+        names = nearest(name, names, 5)
+    return f"Error: unknown tool {name[:60]!r}. Available: {', '.join(names)}"
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _MESSAGE_LIMIT else text[:_MESSAGE_LIMIT] + "…"
+# --- event loops -----------------------------------------------------------------------------------------
+
+
+class _Loops(list):
+    """The event loops of a thread: one for all its calls, and one for each call inside of a call."""
+
+    task = None  # the async function that runs
+
+    def idle(self):
+        """The thread's current loop, made on first use; another where that one is running or was closed."""
+        import asyncio
+
+        self[:] = [loop for loop in self if not loop.is_closed()]
+        for loop in self:
+            if not loop.is_running():
+                return loop
+        loop = None
+        with contextlib.suppress(RuntimeError), _without_warnings():
+            loop = asyncio.get_event_loop()  # one that the user's file set or asked for when it was imported
+        if loop is None or loop.is_closed() or loop.is_running():
+            loop = asyncio.new_event_loop()
+        self.append(loop)
+        return loop
+
+    def run(self, awaitable: Any) -> Any:
+        """Wait for an async function's result in an idle loop."""
+        import asyncio
+
+        loop, outer = self.idle(), self.task
+        asyncio.set_event_loop(loop)
+        self.task = loop.create_task(_finish(awaitable))
+        try:
+            return loop.run_until_complete(self.task)
+        finally:
+            self.task = outer
+
+    def cancel(self) -> bool:
+        """Cancel the async function that runs, for another thread to call; returns whether one did."""
+        task = self.task
+        if task is not None:
+            with contextlib.suppress(RuntimeError):  # its loop was closed just now
+                task.get_loop().call_soon_threadsafe(task.cancel)
+        return task is not None
+
+    def close(self) -> None:
+        """End the loops, and the tasks that still wait in them."""
+        while self:
+            loop = self.pop()
+            if not loop.is_closed():
+                with sys.modules["asyncio"].Runner(loop_factory=lambda loop=loop: loop):
+                    pass
+
+    def __del__(self):  # its thread has ended
+        for loop in self:
+            loop.close()
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        self.loops = _Loops()
+
+
+_thread = _Thread()
+atexit.register(_thread.loops.close)  # the main thread's
+
+
+def call_users(function: Callable, **arguments: Any) -> Any:
+    """Call a function of the user's, async or not, with the thread's own event loop, which outlives the call.
+
+    So a client, a semaphore or a background task that an async function keeps works in its next call, and a
+    plain function that asks for the current loop, or runs one (asyncio.run), finds it idle. It works inside of
+    a running loop, too, as in a notebook's cell; that one rests for as long.
+    """
+    with _no_running_loop():
+        if "asyncio" in sys.modules:  # whoever has not imported it has no use for a loop, which takes 50 ms
+            sys.modules["asyncio"].set_event_loop(_thread.loops.idle())
+        result = function(**arguments)
+        return _thread.loops.run(result) if inspect.isawaitable(result) else result
+
+
+async def _finish(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def thread_loops() -> _Loops:
+    """This thread's event loops, for whoever ends the thread or its calls."""
+    return _thread.loops
+
+
+@contextlib.contextmanager
+def _no_running_loop() -> Iterator[None]:
+    """Set the loop that this thread runs aside, so that another may run."""
+    asyncio = sys.modules.get("asyncio")
+    running = asyncio._get_running_loop() if hasattr(asyncio, "_get_running_loop") else None
+    if running is None:
+        yield
+        return
+    task = asyncio.current_task(running)
+    if task is not None:
+        asyncio._leave_task(running, task)
+    asyncio._set_running_loop(None)
+    try:
+        yield
+    finally:
+        asyncio._set_running_loop(running)
+        asyncio.set_event_loop(running)
+        if task is not None:
+            asyncio._enter_task(running, task)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # it is for the main thread only, as the warning
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

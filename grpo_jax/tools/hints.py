@@ -1,19 +1,44 @@
-"""What the type hints of a tool mean: one reading, shared by schemas and argument checks."""
+"""What the type hints and the docstring of a tool mean: one reading, shared by schemas and argument checks."""
 
 from __future__ import annotations
 
 import collections
 import collections.abc
+import contextlib
 import dataclasses
-import functools
 import inspect
+import json
+import re
+import sys
 import types
 import typing
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
-from grpo_jax.tools.docstrings import read_docstring, split_choices
+from docstring_parser import numpydoc, rest
+from docstring_parser.common import ParseError
+from docstring_parser.google import GoogleParser, Section, SectionType
+
+_PARAMETER_SECTIONS = (
+    "Args",
+    "Arguments",
+    "Parameters",
+    "Keyword Args",
+    "Keyword Arguments",
+    "Other Parameters",
+)
+# As transformers reads them: an "Example:" or "Note:" is part of the description.
+_GOOGLE = GoogleParser(
+    [
+        *(Section(title, "param", SectionType.MULTIPLE) for title in _PARAMETER_SECTIONS),
+        Section("Returns", "returns", SectionType.SINGULAR_OR_MULTIPLE),
+        Section("Raises", "raises", SectionType.MULTIPLE),
+    ]
+)
+_REMEMBERED = "__grpo_jax_fields__"
+_GOOGLE_RETURNS = re.compile(r"^[ \t]*Returns:[ \t]*\n(.*?)(?=^[ \t]*Raises:|\Z)", re.MULTILINE | re.DOTALL)
+_CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)
 
 # A hint's container → what a tool is given for a JSON array.
 ARRAYS: dict[Any, type] = {
@@ -40,31 +65,76 @@ SCALARS: dict[Any, str] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Docstring:
+    """What a docstring says.
+
+    Args:
+        description: the text before the first section.
+        arguments: argument name → its text on one line.
+        returns: the text of the Returns section, None when there is none.
+    """
+
+    description: str
+    arguments: dict[str, str]
+    returns: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Field:
-    """One key of a TypedDict or dataclass, or one argument of a tool.
+    """One argument of a tool, or one key of a TypedDict, dataclass or pydantic model.
 
     Args:
         hint: its type hint, `Annotated` stripped.
         required: it has no default and must be given.
         nullable_default: its default is None, so an explicit null means the same.
+        text: its documentation on one line, None when there is none.
+        choices: the values of a closing `(choices: [...])` in its documentation.
     """
 
     hint: Any
     required: bool
     nullable_default: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameter(Field):
-    """One argument of a tool.
-
-    Args:
-        text: its documentation on one line, None when there is none.
-        choices: the values of a closing `(choices: [...])` in its documentation.
-    """
-
     text: str | None = None
     choices: list | None = None
+
+
+def read_docstring(doc: str) -> Docstring:
+    """Read a docstring in Google's style (with or without types), NumPy's or Sphinx's, whichever fits best."""
+    readings = []
+    for parse in (_GOOGLE.parse, numpydoc.parse, rest.parse):
+        try:
+            readings.append(parse(doc))
+        except ParseError:
+            continue
+    if not readings:
+        return Docstring(doc.strip(), {}, None)
+    best = max(readings, key=lambda reading: len(reading.meta))
+    arguments = {}
+    for parameter in best.params:
+        for name in parameter.arg_name.lstrip("*").split(","):  # NumPy's `width, height : int`
+            arguments[name.strip()] = _one_line(parameter.description)
+    returns = best.returns and _one_line(best.returns.description)
+    if google := _GOOGLE_RETURNS.search(doc):  # as transformers gives it, with its type and its lines
+        returns = google[1].strip()
+    return Docstring((best.description or "").strip(), {k: v for k, v in arguments.items() if v}, returns)
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join(line.strip() for line in (text or "").splitlines()).strip()
+
+
+def _split_choices(text: str) -> tuple[str, list | None]:
+    """Take a closing `(choices: ["a", "b"])` off an argument's text; None when there is none."""
+    match = _CHOICES.search(text)
+    if not match:
+        return text, None
+    try:
+        choices = json.loads(match.group(1))
+    except ValueError:
+        return text, None
+    if not isinstance(choices, list):
+        return text, None
+    return text[: match.start()].strip(), [c.strip() if isinstance(c, str) else c for c in choices]
 
 
 def location(function: Callable) -> str:
@@ -74,42 +144,62 @@ def location(function: Callable) -> str:
     return f"{code.co_filename}:{code.co_firstlineno}, {name}" if code else name
 
 
-def parameters(function: Callable) -> dict[str, Parameter]:
+def parameters(function: Callable) -> dict[str, Field]:
     """Argument name → what is known of it, in the order of the signature.
 
     Raises:
         ValueError: a hint names something that does not exist.
     """
-    if inspect.ismethod(function):
-        return _parameters(function.__func__, True)
-    return _parameters(function, False)
+    method = inspect.ismethod(function)
+    function = function.__func__ if method else function
+    found = _remembered(function, _parameters)
+    return dict(list(found.items())[1:]) if method else found
 
 
-@functools.lru_cache(maxsize=4096)  # bounded: tools made per trajectory must not pile up
-def _parameters(function: Callable, skip_first: bool) -> dict[str, Parameter]:
-    hints = type_hints(function)
+def _remembered(owner: Any, read: Callable) -> Any:
+    """What is read of a function or class, kept on itself: a table of ours would keep the objects of
+    trajectories that are over."""
+    try:
+        return vars(owner)[_REMEMBERED]
+    except (KeyError, TypeError):
+        found = read(owner)
+    with contextlib.suppress(AttributeError, TypeError):  # a function that is written in C
+        setattr(owner, _REMEMBERED, found)
+    return found
+
+
+def _parameters(function: Callable) -> dict[str, Field]:
+    hints, extras = type_hints(function), type_hints(function, include_extras=True)
     texts = read_docstring(inspect.getdoc(function) or "").arguments
-    signature = list(inspect.signature(function).parameters.values())[int(skip_first) :]
-    return {p.name: _parameter(p, hints.get(p.name, Any), texts.get(p.name)) for p in signature}
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        text = texts.get(name) or annotated_text(extras.get(name))
+        text, choices = _split_choices(text) if text else (None, None)
+        required = parameter.default is inspect.Parameter.empty
+        found[name] = Field(hints.get(name, Any), required, parameter.default is None, text, choices)
+    return found
 
 
-def _parameter(parameter: inspect.Parameter, hint: Any, text: str | None) -> Parameter:
-    text, choices = split_choices(text) if text else (None, None)
-    required = parameter.default is inspect.Parameter.empty
-    return Parameter(hint, required, parameter.default is None, text, choices)
+def annotated_text(hint: Any) -> str | None:
+    """The text of `Annotated[int, "text"]`, also as `Doc("text")` or pydantic's `Field(description="text")`."""
+    for note in getattr(hint, "__metadata__", ()):
+        for text in (note, getattr(note, "documentation", None), getattr(note, "description", None)):
+            if isinstance(text, str):
+                return _one_line(text)
+    return None
 
 
-def type_hints(function: Callable) -> dict[str, Any]:
+def type_hints(function: Callable, include_extras: bool = False) -> dict[str, Any]:
     """Argument name → hint, and "return" → hint where that one can be read: no model needs it.
 
     Raises:
         ValueError: an argument's hint names something that does not exist, or is no type.
     """
     try:
-        return typing.get_type_hints(function)
+        return typing.get_type_hints(function, include_extras=include_extras)
     except Exception as error:
         try:
-            return typing.get_type_hints(_without_return(function))
+            return typing.get_type_hints(_without_return(function), include_extras=include_extras)
         except Exception:
             raise ValueError(f"{location(function)}: a type hint cannot be read: {error}") from error
 
@@ -123,7 +213,9 @@ def _without_return(function: Callable) -> Callable:
 
 
 def meaning(hint: Any) -> Any:
-    """The type behind a NewType or a `type` alias; any other hint as it is."""
+    """The type behind a NewType, a `type` alias or `Annotated`; any other hint as it is."""
+    if hasattr(hint, "__metadata__"):
+        return meaning(hint.__origin__)
     if isinstance(hint, typing.NewType):
         return meaning(hint.__supertype__)
     if type(hint).__name__ == "TypeAliasType":  # in typing from Python 3.12 on
@@ -165,8 +257,16 @@ def _written(member: Any) -> Any:
 
 
 def is_record(hint: Any) -> bool:
-    """A TypedDict or a dataclass: a JSON object with known keys."""
-    return is_typeddict(hint) or (isinstance(hint, type) and dataclasses.is_dataclass(hint))
+    """A TypedDict, a dataclass or a pydantic model: a JSON object with known keys."""
+    return is_typeddict(hint) or is_model(hint) or (isinstance(hint, type) and dataclasses.is_dataclass(hint))
+
+
+def is_model(hint: Any) -> bool:
+    """A pydantic model; pydantic itself is imported by the user's file, if at all."""
+    pydantic = sys.modules.get("pydantic")
+    if not isinstance(hint, type) or not hasattr(pydantic, "BaseModel"):
+        return False
+    return issubclass(hint, pydantic.BaseModel) and not issubclass(hint, pydantic.RootModel)
 
 
 def is_typeddict(hint: Any) -> bool:
@@ -179,21 +279,41 @@ def container(hint: Any) -> Any:
     return typing.get_origin(hint) or hint
 
 
-@functools.lru_cache(maxsize=4096)
 def record_fields(record: type) -> dict[str, Field]:
-    """Key → hint and whether it must be given, for a TypedDict or a dataclass."""
+    """Key → hint and whether it must be given, for a TypedDict, a dataclass or a pydantic model."""
+    return _remembered(record, _record_fields)
+
+
+def _record_fields(record: type) -> dict[str, Field]:
+    if is_model(record):
+        return {
+            _alias(name, field): Field(
+                field.annotation, field.is_required(), field.default is None, field.description
+            )
+            for name, field in record.model_fields.items()
+        }
     hints = typing.get_type_hints(record)
+    extras = typing.get_type_hints(record, include_extras=True)
+    texts = {key: annotated_text(hint) for key, hint in extras.items()}
     if is_typeddict(record):
         # Under `from __future__ import annotations` the class itself sees neither Required nor NotRequired.
-        extras = typing.get_type_hints(record, include_extras=True)
         marks = {key: typing.get_origin(hint) for key, hint in extras.items()}
         required = {key for key in record.__required_keys__ if marks[key] is not typing.NotRequired}
         required |= {key for key, mark in marks.items() if mark is typing.Required}
-        return {key: Field(hint, key in required) for key, hint in hints.items()}
-    return {f.name: _field(f, hints[f.name]) for f in dataclasses.fields(record) if f.init}
-
-
-def _field(field: dataclasses.Field, hint: Any) -> Field:
+        return {key: Field(hint, key in required, text=texts[key]) for key, hint in hints.items()}
     missing = dataclasses.MISSING
-    required = field.default is missing and field.default_factory is missing
-    return Field(hint, required, field.default is None)
+    return {
+        f.name: Field(
+            hints[f.name],
+            f.default is missing and f.default_factory is missing,
+            f.default is None,
+            texts[f.name],
+        )
+        for f in dataclasses.fields(record)
+        if f.init
+    }
+
+
+def _alias(name: str, field: Any) -> str:
+    alias = field.validation_alias or field.alias
+    return alias if isinstance(alias, str) else name

@@ -1,17 +1,23 @@
-"""Loads the user's tools from a file or a module and checks what it finds."""
+"""Loads the user's tools from a file, a module or Python objects, and checks what it finds."""
 
 from __future__ import annotations
 
+import base64
+import copy
 import dataclasses
+import functools
 import inspect
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from grpo_jax.tools import hints
 from grpo_jax.tools.schema import get_schema
-from grpo_jax.tools.user_code import import_file, import_module, users_errors
+from grpo_jax.tools.user_code import import_file, import_module, users_code, users_errors
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what chat templates and services allow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +28,8 @@ class Toolbox:
         functions: name → function, in the user's order.
         schemas: what the model sees of them, in the same order.
         source: the file or module they come from, for messages.
-        script: path of the file; None when they come from a module.
-        module: name of the module; None when they come from a file.
+        script: path of the file; None when they come from elsewhere.
+        module: name of the module; None when they come from elsewhere.
         factory: the user's `make_tools`, which makes the functions anew for each trajectory; None without state.
     """
 
@@ -32,27 +38,37 @@ class Toolbox:
     source: str
     script: str | None = None
     module: str | None = None
-    factory: Callable[[], list[Callable]] | None = None
+    factory: Callable[..., list[Callable]] | None = None
 
     @property
     def stateful(self) -> bool:
         """Some functions are methods of an object, so a call may change what the next one answers."""
         return self.factory is not None or any(map(_is_object_method, self.functions.values()))
 
+    def made_for(self, row: Mapping[str, Any]) -> dict[str, Callable]:
+        """Name → function for one trajectory: made anew where there is a factory, which may ask for the row."""
+        if self.factory is None:
+            return self.functions
+        return named_functions(_make(self.factory, row), f"make_tools() in {self.source}")
 
-def load_tools(script: str | os.PathLike | None = None, module: str | None = None) -> Toolbox:
+
+def load_tools(
+    script: str | os.PathLike | None = None, module: str | None = None, row: Mapping[str, Any] | None = None
+) -> Toolbox:
     """Load `TOOL_FUNCTIONS = [f, …]`, or `make_tools()` that returns such a list, and read the schemas.
 
     Args:
-        script: path of a Python file; wins over `module`. Its folder becomes importable.
+        script: path of a Python file; wins over `module`. It finds modules in its own folder first.
         module: dotted name of an importable module.
+        row: a data row for a `make_tools(row)`, from whose functions the schemas are read; default, an empty
+            one.
 
     Raises:
         ValueError: nothing to load, a failing import (with the user's own line), no TOOL_FUNCTIONS, an
             entry that is not a function, a name twice, a missing docstring or type hint.
     """
     namespace, source = _import(script, module)
-    functions, factory = _exports(namespace, source)
+    functions, factory = _exports(namespace, source, row or {})
     return Toolbox(
         functions=functions,
         schemas=[get_schema(f) for f in functions.values()],
@@ -63,13 +79,48 @@ def load_tools(script: str | os.PathLike | None = None, module: str | None = Non
     )
 
 
-def load_functions(script: str | None, module: str | None) -> dict[str, Callable]:
+def tools_of(functions: Sequence[Callable]) -> Toolbox:
+    """A toolbox of functions that are given as objects, from a notebook's cell or anywhere else.
+
+    Raises:
+        ValueError: it holds nothing, something else than functions, a name twice, or a function without
+            docstring or type hints.
+    """
+    named = named_functions(functions, "tools")
+    return Toolbox(named, [get_schema(f) for f in named.values()], "tools")
+
+
+def load_functions(script: str | None, module: str | None, pickled: str | None = None) -> dict[str, Callable]:
     """Name → function as `load_tools` finds them, without schemas (what a worker needs)."""
-    return _exports(*_import(script, module))[0]
+    if pickled is None:
+        return _exports(*_import(script, module), {})[0]
+    import cloudpickle
+
+    with users_errors("reading the functions that were given in Python"):
+        return cloudpickle.loads(base64.b64decode(pickled))
+
+
+def pickled(functions: Mapping[str, Callable]) -> str:
+    """The functions as text for `load_functions`: those of importable modules by name, others by value.
+
+    Raises:
+        ValueError: one holds something that cannot be copied into a worker process.
+    """
+    import cloudpickle
+
+    for name, function in functions.items():
+        try:
+            cloudpickle.dumps(function)
+        except Exception as error:  # whatever the __reduce__ of a user's object raises
+            raise ValueError(
+                f"the tool {name} cannot be copied into worker processes: {error}; make what it holds inside of "
+                'the function or in a file (tools_script), or set tool_executor="inline"'
+            ) from error
+    return base64.b64encode(cloudpickle.dumps(dict(functions))).decode()
 
 
 def named_functions(functions: Any, source: str) -> dict[str, Callable]:
-    """Name → function of a list of functions.
+    """Name → function of a list of functions; one with bound arguments (partial) becomes a function of the rest.
 
     Raises:
         ValueError: it is no list, is empty, holds something else than functions or a name twice.
@@ -78,9 +129,20 @@ def named_functions(functions: Any, source: str) -> dict[str, Callable]:
         raise ValueError(f"{source} must be a list with at least one function, got {functions!r}")
     named: dict[str, Callable] = {}
     for i, function in enumerate(functions):
+        if isinstance(function, functools.partial):
+            function = _without_bound(function)
         name = getattr(function, "__name__", "")
-        if not (inspect.isroutine(function) or hasattr(function, "__wrapped__")) or not name.isidentifier():
+        if name == "<lambda>":
+            raise ValueError(
+                f"{source}[{i}] must be a function defined with `def`, got a lambda, which has no name that a "
+                f"model could call, no type hints and no docstring ({hints.location(function)})"
+            )
+        if not (inspect.isroutine(function) or hasattr(function, "__wrapped__")):
             raise ValueError(f"{source}[{i}] must be a function defined with `def`, got {function!r}")
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{source}[{i}] must have a name of A-Z, a-z, 0-9, '_', '.' and '-', got {name!r}"
+            )
         if name in named:
             both = f"{hints.location(named[name])} and {hints.location(function)}"
             raise ValueError(f"{source} holds the name {name!r} twice ({both}); rename one")
@@ -88,7 +150,36 @@ def named_functions(functions: Any, source: str) -> dict[str, Callable]:
     return named
 
 
-def _exports(namespace: ModuleType, source: str) -> tuple[dict[str, Callable], Callable | None]:
+def _without_bound(partial: functools.partial) -> Callable:
+    """A partial as a function whose signature lacks the bound arguments: no model may change them."""
+
+    if not (inspect.isroutine(partial.func) or hasattr(partial.func, "__wrapped__")):
+        return partial  # which is refused: a class or a callable object
+
+    @functools.wraps(partial.func)
+    def tool(**arguments: Any) -> Any:
+        return partial(**arguments)
+
+    try:
+        signature = inspect.signature(partial, eval_str=True)
+    except Exception:  # whatever reading the text of a hint raises; the schema will say what is wrong
+        signature = inspect.signature(partial)
+    free = [p for name, p in signature.parameters.items() if name not in partial.keywords]
+    kept = {p.name for p in free} | {"return"}
+    tool.__signature__ = signature.replace(parameters=free)
+    tool.__annotations__ = {
+        k: v for k, v in getattr(partial.func, "__annotations__", {}).items() if k in kept
+    }
+    tool.__dict__.update(vars(partial))
+    for own in ("__name__", "__doc__"):  # set on the partial itself
+        if own in vars(partial):
+            setattr(tool, own, vars(partial)[own])
+    return tool
+
+
+def _exports(
+    namespace: ModuleType, source: str, row: Mapping[str, Any]
+) -> tuple[dict[str, Callable], Callable | None]:
     functions = getattr(namespace, "TOOL_FUNCTIONS", None)
     factory = getattr(namespace, "make_tools", None)
     if functions is None and factory is None:
@@ -102,9 +193,21 @@ def _exports(namespace: ModuleType, source: str) -> tuple[dict[str, Callable], C
         )
     if functions is not None:
         return named_functions(functions, f"TOOL_FUNCTIONS in {source}"), None
-    with users_errors(f"make_tools() in {source}"):
-        functions = factory()
+    empty = (
+        " (with an empty row, to read the schemas: use row.get)" if _wants_row(factory) and not row else ""
+    )
+    with users_code(factory), users_errors(f"make_tools() in {source}{empty}"):
+        functions = _make(factory, row)
     return named_functions(functions, f"make_tools() in {source}"), factory
+
+
+def _make(factory: Callable, row: Mapping[str, Any]) -> Any:
+    # A copy: what one trajectory does to the row's tables must not reach another's.
+    return factory(copy.deepcopy(dict(row))) if _wants_row(factory) else factory()
+
+
+def _wants_row(factory: Callable) -> bool:
+    return bool(inspect.signature(factory).parameters)
 
 
 def _import(script: str | os.PathLike | None, module: str | None) -> tuple[ModuleType, str]:
@@ -117,4 +220,5 @@ def _import(script: str | os.PathLike | None, module: str | None) -> tuple[Modul
 
 
 def _is_object_method(function: Callable) -> bool:
+    function = inspect.unwrap(function)
     return inspect.ismethod(function) and not isinstance(function.__self__, type)

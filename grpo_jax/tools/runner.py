@@ -1,20 +1,59 @@
-"""Runs the tool calls of a batch: concurrently, isolated, within limits, equal calls once."""
+"""Runs the tool calls of a batch: concurrently, isolated, within limits, equal calls once.
+
+Calls run in lanes, each one call at a time under a time limit: a worker process, or a thread of this process.
+A lane never raises for what a tool does, and one whose tool hangs or crashes is as good as new for the next call.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-from grpo_jax.tools.call import function_table
-from grpo_jax.tools.lanes import InlineLane, ProcessLane
-from grpo_jax.tools.load import Toolbox
+from grpo_jax.text import shorten
+from grpo_jax.tools.call import execute, thread_loops
+from grpo_jax.tools.load import Toolbox, pickled
+from grpo_jax.tools.user_code import error_text, users_code
 from grpo_jax.types import Outcome, ToolCall, ToolResult
 
 EXECUTORS = ("process", "inline")
+PURITY_SAMPLE = 8  # calls a step that `verify_purity` runs again
+_CANCEL_GRACE = 0.2  # seconds for an async tool to end when it is cancelled
+_START_LIMIT = 120.0  # seconds for importing the user's tools, which may pull in heavy libraries
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one tool call may take.
+
+    Args:
+        seconds: of wall time (`tool_timeout`).
+        memory_mb: MiB of data that a worker process may hold on top of its start (`tool_memory_limit`).
+        characters: of a result (`tool_result_limit`); a longer one becomes an error that says so.
+
+    Raises:
+        ValueError: one is not positive.
+    """
+
+    seconds: float = 5.0
+    memory_mb: int = 2048
+    characters: int = 20_000
+
+    def __post_init__(self):
+        for name, limit in dataclasses.asdict(self).items():
+            if limit <= 0:
+                raise ValueError(f"the limit on a tool's {name} must be positive, got {limit}")
 
 
 class ToolRunner:
@@ -24,46 +63,51 @@ class ToolRunner:
         toolbox: the tools.
         executor: "process" (isolated worker processes) or "inline" (threads of this process, for tools with
             state; a tool that hangs or eats memory is then not stopped, only left behind).
-        timeout: seconds per call.
+        limits: of a call; the one on memory holds for "process" only.
         workers: calls that run at once; default the CPU count, at least 2, and 1 inline, where tools may
             share state.
-        memory_limit_mb: MiB that a worker may map on top of its start; "process" only.
-        result_limit: characters of a result; a longer one becomes an error that says so.
         lax: strings may stand for numbers and booleans.
         cache: equal calls of a step run once. Tools with state are never cached.
 
     Raises:
-        ValueError: an unknown executor, a limit that is not positive, tools with state in processes.
+        ValueError: an unknown executor, tools with state in processes, or functions given in Python that
+            cannot be copied into them.
     """
 
     def __init__(
         self,
         toolbox: Toolbox,
         executor: str = "process",
-        timeout: float = 5.0,
+        limits: Limits = Limits(),
         workers: int | None = None,
-        memory_limit_mb: int = 2048,
-        result_limit: int = 20_000,
         lax: bool = False,
         cache: bool = True,
     ):
-        limits = {"memory_limit_mb": memory_limit_mb, "result_limit": result_limit}
-        _check(toolbox, executor, timeout=timeout, workers=workers, **limits)
+        if executor not in EXECUTORS:
+            raise ValueError(f"tool_executor must be one of {', '.join(EXECUTORS)}, got {executor!r}")
+        if executor == "process" and toolbox.stateful:
+            raise ValueError(
+                f"the tools of {toolbox.source} have state, which worker processes do not share; "
+                "set tool_executor to inline"
+            )
         self._toolbox = toolbox
+        self._rows: Mapping[Hashable, Mapping[str, Any]] = {}
         self._row_functions: dict[Hashable, dict[str, Callable]] = {}
         workers = workers or (1 if executor == "inline" else max(2, os.cpu_count() or 2))
         if executor == "inline":
-            self._lanes = [InlineLane(self._functions_of, timeout, lax, result_limit) for _ in range(workers)]
+            self._lanes = [
+                _InlineLane(self._functions_of, next(iter(toolbox.functions.values()), None), limits, lax)
+                for _ in range(workers)
+            ]
         else:
             setup = {
                 "script": toolbox.script,
                 "module": toolbox.module,
-                "timeout": timeout,
-                "memory_limit_mb": memory_limit_mb,
-                "result_limit": result_limit,
+                "pickled": None if toolbox.script or toolbox.module else pickled(toolbox.functions),
+                "limits": dataclasses.asdict(limits),
                 "lax": lax,
             }
-            self._lanes = [ProcessLane(setup, timeout) for _ in range(workers)]
+            self._lanes = [_ProcessLane(setup, limits.seconds) for _ in range(workers)]
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tools")
         self._free: queue.LifoQueue = queue.LifoQueue()  # the lane used last comes first: its worker is up
         for lane in reversed(self._lanes):
@@ -78,11 +122,18 @@ class ToolRunner:
         """Share of the calls since `start_step` that an equal call had answered."""
         return 1 - self._ran / self._asked if self._asked else 0.0
 
-    def start_step(self) -> None:
-        """Forget the cached results and the rows' objects."""
+    def start_step(
+        self, rows: Sequence[Mapping[str, Any]] | Mapping[Hashable, Mapping[str, Any]] = ()
+    ) -> None:
+        """Forget the cached results and the rows' objects.
+
+        Args:
+            rows: row → the data set's columns for `make_tools(row)`; a sequence where rows are counted from 0.
+        """
         self._results = {}
         self._asked = self._ran = 0
         self._row_functions = {}
+        self._rows = rows if isinstance(rows, Mapping) else dict(enumerate(rows))
 
     def run(self, calls: Sequence[ToolCall], rows: Sequence[Hashable] | None = None) -> list[ToolResult]:
         """Run calls: those of different rows at once, those of one row in order.
@@ -100,18 +151,36 @@ class ToolRunner:
         return [result.result() for result in self.submit(calls, rows)]
 
     def submit(
-        self, calls: Sequence[ToolCall], rows: Sequence[Hashable] | None = None
+        self, calls: Sequence[ToolCall], rows: Sequence[Hashable] | None = None, again: bool = False
     ) -> list[Future[ToolResult]]:
         """Start calls as `run` does and return at once; `result()` of a future waits, and raises as `run`.
 
         A row's earlier calls must have ended, or those of the two batches may run out of order.
-        """
-        return self._submit(calls, range(len(calls)) if rows is None else rows, self._share)
 
-    def run_again(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
-        """Run calls past the cache, each as a row of its own; what the cache holds stays as it is."""
-        futures = self._submit(calls, range(len(calls)), share=False)
-        return [future.result() for future in futures]
+        Args:
+            calls: the calls of a turn, of all rows.
+            rows: the row of each call; default, each call is a row of its own.
+            again: run them past the cache; what it holds stays as it is.
+        """
+        self._check_open()
+        rows = range(len(calls)) if rows is None else rows
+        share = self._share and not again
+        results = self._results if share else {}
+        futures = []
+        units: dict[Hashable, list[tuple[Future[ToolResult], str, str]]] = {}
+        for i, (call, row) in enumerate(zip(calls, rows, strict=True)):
+            line = _encode(call)
+            key = line if share else f"{i} {line}"  # equal keys are run once
+            if key not in results:
+                results[key] = Future()
+                units.setdefault(row, []).append((results[key], call.name, line))
+            futures.append(results[key])
+        if share:
+            self._asked += len(calls)
+            self._ran += sum(map(len, units.values()))
+        for row, requests in units.items():
+            self._pool.submit(self._serve, row, requests)
+        return futures
 
     def close(self) -> None:
         """End the workers; further calls raise."""
@@ -133,29 +202,8 @@ class ToolRunner:
         if self._toolbox.factory is None:
             return self._toolbox.functions
         if row not in self._row_functions:
-            self._row_functions[row] = function_table(self._toolbox.factory())
+            self._row_functions[row] = self._toolbox.made_for(self._rows.get(row, {}))
         return self._row_functions[row]
-
-    def _submit(
-        self, calls: Sequence[ToolCall], rows: Sequence[Hashable], share: bool
-    ) -> list[Future[ToolResult]]:
-        self._check_open()
-        results = self._results if share else {}
-        futures = []
-        units: dict[Hashable, list[tuple[Future[ToolResult], str, str]]] = {}
-        for i, (call, row) in enumerate(zip(calls, rows, strict=True)):
-            line = _encode(call)
-            key = line if share else f"{i} {line}"  # equal keys are run once
-            if key not in results:
-                results[key] = Future()
-                units.setdefault(row, []).append((results[key], call.name, line))
-            futures.append(results[key])
-        if share:
-            self._asked += len(calls)
-            self._ran += sum(map(len, units.values()))
-        for row, requests in units.items():
-            self._pool.submit(self._serve, row, requests)
-        return futures
 
     def _serve(self, row: Hashable, requests: list[tuple[Future[ToolResult], str, str]]) -> None:
         """Run one row's calls on a lane; there are as many lanes as threads."""
@@ -187,19 +235,240 @@ def _encode(call: ToolCall) -> str:
         return json.dumps([str(call.name), None])
 
 
-def _check(toolbox: Toolbox, executor: str, **limits: float | None) -> None:
-    if executor not in EXECUTORS:
-        raise ValueError(f"tool_executor must be one of {', '.join(EXECUTORS)}, got {executor!r}")
-    for name, limit in limits.items():
-        if limit is not None and limit <= 0:
-            raise ValueError(f"{name} must be positive, got {limit}")
-    if executor == "process" and toolbox.stateful:
-        raise ValueError(
-            f"the tools of {toolbox.source} have state, which worker processes do not share; "
-            "set tool_executor to inline"
+class PurityCheck:
+    """Tests that tools are pure, on which the sharing of equal calls rests (`--verify_purity`).
+
+    The first good call of each function in a step, at most `PURITY_SAMPLE`, runs a second time, in the
+    background. A second run that ends by time limit or crash proves nothing and is not counted.
+
+    Args:
+        toolbox: the tools.
+        runner: that ran the calls; from `start` to `finish` it must not be asked for anything else.
+        report: gets a line for each function whose results differ, once.
+
+    Raises:
+        ValueError: the tools have state, so that equal calls may differ.
+    """
+
+    def __init__(self, toolbox: Toolbox, runner: ToolRunner, report: Callable[[str], None]):
+        if toolbox.stateful:
+            raise ValueError(
+                f"verify_purity needs tools without state, and those of {toolbox.source} have state: equal "
+                "calls may differ; leave verify_purity off"
+            )
+        self._runner, self._report = runner, report
+        self._reported: set[str] = set()
+        self._firsts: list[tuple[ToolCall, ToolResult]] = []
+        self._seconds: list[Future[ToolResult]] = []
+
+    def start(self, done: Iterable[tuple[ToolCall, ToolResult]]) -> None:
+        """Begin to run a sample of the step's calls, given with their results, again."""
+        good: dict[str, tuple[ToolCall, ToolResult]] = {}
+        for call, result in done:
+            if result.outcome is Outcome.OK:
+                good.setdefault(call.name, (call, result))
+        self._firsts = list(good.values())[:PURITY_SAMPLE]
+        self._seconds = self._runner.submit([call for call, _ in self._firsts], again=True)
+
+    def finish(self) -> int:
+        """Wait for the second results; returns how many of the step's functions answered differently."""
+        different = 0
+        for (call, first), future in zip(self._firsts, self._seconds, strict=True):
+            second = future.result()
+            if second.text == first.text or second.outcome not in (Outcome.OK, Outcome.ERROR):
+                continue
+            different += 1
+            if call.name not in self._reported:
+                self._reported.add(call.name)
+                given, was, now = (
+                    shorten(text, 200)
+                    for text in (
+                        json.dumps(call.arguments, ensure_ascii=False),
+                        repr(first.text),
+                        repr(second.text),
+                    )
+                )
+                self._report(
+                    f"Warning: the tool {call.name} is not pure: with {given} it returned {was} and then {now}. "
+                    "Equal calls of a step share one result; make it deterministic, or set tool_cache to false"
+                )
+        return different
+
+
+# --- lanes -----------------------------------------------------------------------------------------------
+
+
+class _ProcessLane:
+    """One worker process, started at the first call and after each hang or crash.
+
+    Args:
+        setup: the worker's first line (see `worker.py`).
+        timeout: seconds per call.
+    """
+
+    def __init__(self, setup: dict[str, Any], timeout: float):
+        self._setup = json.dumps(setup)
+        self._timeout = timeout
+        self._process: subprocess.Popen | None = None
+
+    def call(self, name: str, line: str, row: Hashable) -> tuple[str, str]:
+        """Run one call, given as a JSON line; returns the text for the model and the outcome.
+
+        Raises:
+            RuntimeError: the worker cannot load the tools that this process could load.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        try:
+            outcome, text = self._ask(line, self._timeout)
+        except TimeoutError:
+            outcome, text = "timeout", _overtime(name, self._timeout)
+        except (EOFError, OSError, ValueError) as error:
+            outcome, text = "crash", f"Error: {name} {self._cause_of_death(error)}"
+        if outcome in ("timeout", "crash"):
+            self.close()
+        return text, outcome
+
+    def stop(self) -> None:
+        """Kill the worker and what it started; a call under way ends as a crash."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the worker; the next call starts another."""
+        self.stop()
+        process, self._process = self._process, None
+        if process is not None:
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+
+    def _start(self) -> None:
+        self.close()
+        # The parent's own sys.path: the worker imports what the parent would.
+        program = f"import sys; sys.path[:] = {sys.path!r}; from grpo_jax.tools import worker; worker.main()"
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=os.environ | {"PYTHONHASHSEED": "0"},  # a set prints alike in every worker and every run
+            start_new_session=True,  # Ctrl-C is for the parent, and a tool's own children die with it
         )
-    if executor == "process" and toolbox.script is None and toolbox.module is None:
-        raise ValueError(
-            "worker processes load tools by file or module, and this toolbox names none; "
-            "make it with load_tools, or set tool_executor to inline"
-        )
+        os.set_blocking(self._process.stdin.fileno(), False)
+        try:
+            state, why = self._ask(self._setup, _START_LIMIT)
+        except TimeoutError:
+            state, why = "error", f"importing the tools took over {_START_LIMIT:g} s"
+        except (EOFError, OSError, ValueError) as error:
+            state, why = "error", f"importing the tools {self._cause_of_death(error)}"
+        if state != "ready":
+            self.close()
+            raise RuntimeError(f"a tool worker did not start: {why}")
+
+    def _ask(self, line: str, timeout: float) -> tuple[str, str]:
+        answer = json.loads(self._exchange(line, timeout))
+        match answer:
+            case ["ready" | "ok" | "error" | "crash" as outcome, str(text)]:
+                return outcome, text
+        raise ValueError("it wrote into the worker's pipe")
+
+    def _exchange(self, line: str, timeout: float) -> bytes:
+        deadline = time.monotonic() + timeout
+        self._write(line.encode() + b"\n", deadline)
+        chunks: list[bytes] = []
+        while not chunks or not chunks[-1].endswith(b"\n"):
+            _wait(self._process.stdout.fileno(), select.POLLIN, deadline)
+            chunks.append(os.read(self._process.stdout.fileno(), 1 << 16))
+            if not chunks[-1]:
+                raise EOFError("it closed its pipe")
+        return b"".join(chunks)
+
+    def _write(self, data: bytes, deadline: float) -> None:
+        while data:
+            _wait(self._process.stdin.fileno(), select.POLLOUT, deadline)
+            data = data[os.write(self._process.stdin.fileno(), data) :]
+
+    def _cause_of_death(self, error: Exception) -> str:
+        try:
+            code = self._process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            return f"broke its worker process: {error or type(error).__name__}"
+        if code >= 0:
+            return f"ended its worker process with exit code {code}"
+        hint = ", perhaps out of memory" if code == -signal.SIGKILL else ""
+        return f"crashed its worker process ({signal.Signals(-code).name}{hint})"
+
+
+def _wait(fd: int, event: int, deadline: float) -> None:
+    poller = select.poll()
+    poller.register(fd, event)
+    if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
+
+
+def _overtime(name: str, timeout: float) -> str:
+    return f"Error: {name} did not finish within {timeout:g} s"
+
+
+class _InlineLane:
+    """One thread of this process. A tool that hangs keeps its thread, unless it is async; the next call gets a new one.
+
+    Args:
+        functions_of: row → its functions by name.
+        sample: one of the functions, which says from which file they come.
+        limits: of a call.
+        lax: strings may stand for numbers and booleans.
+    """
+
+    def __init__(
+        self,
+        functions_of: Callable[[Hashable], dict[str, Callable]],
+        sample: Callable | None,
+        limits: Limits,
+        lax: bool,
+    ):
+        self._functions_of, self._sample = functions_of, sample
+        self._timeout = limits.seconds
+        self._options = (lax, limits.characters)
+        self._inbox: queue.SimpleQueue | None = None
+
+    def call(self, name: str, line: str, row: Hashable) -> tuple[str, str]:
+        """Run one call, given as a JSON line; returns the text for the model and the outcome."""
+        if self._inbox is None:
+            self._inbox, self._outbox, self._loops = queue.SimpleQueue(), queue.SimpleQueue(), None
+            threading.Thread(target=self._serve, args=(self._inbox, self._outbox), daemon=True).start()
+        with users_code(self._sample):  # on this side: a tool that hangs in its thread must not hold it open
+            self._inbox.put((line, row))
+            try:
+                return self._outbox.get(timeout=self._timeout)
+            except queue.Empty:
+                try:  # an async tool ends here, and keeps the loop in which what it holds is of use
+                    cancelled = self._loops is not None and self._loops.cancel()
+                    self._outbox.get(timeout=_CANCEL_GRACE if cancelled else 0)
+                except queue.Empty:
+                    self.close()
+                return _overtime(name, self._timeout), "timeout"
+
+    def stop(self) -> None:
+        """A thread cannot be killed: a call under way continues until its time limit."""
+
+    def close(self) -> None:
+        """Let the thread end after what it is doing; the next call starts another."""
+        if self._inbox is not None:
+            self._inbox.put(None)
+        self._inbox = None
+
+    def _serve(self, inbox: queue.SimpleQueue, outbox: queue.SimpleQueue) -> None:
+        self._loops = loops = thread_loops()
+        while (request := inbox.get()) is not None:
+            line, row = request
+            try:
+                # Read again from text, so that a tool which changes its arguments does not change the call.
+                outbox.put(execute(self._functions_of(row), *json.loads(line), *self._options))
+            except BaseException as error:  # make_tools() failed, or the tool raised KeyboardInterrupt
+                outbox.put((f"Error: {error_text(error)}", "crash"))
+            del line, row, request
+        loops.close()

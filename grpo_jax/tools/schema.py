@@ -9,9 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_jax.tools import hints
-from grpo_jax.tools.docstrings import read_docstring
 
 logger = logging.getLogger(__name__)
+_MODEL_LIMITS = (
+    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+    *("minLength", "maxLength", "pattern", "format", "minItems", "maxItems", "default"),
+)
 
 
 def get_schema(function: Callable) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def read_schema(function: Callable) -> dict[str, Any]:
         ValueError: a type refers to itself, which a schema cannot say, or to a name that does not exist, or
             is none.
     """
-    doc = read_docstring(inspect.getdoc(function))
+    doc = hints.read_docstring(inspect.getdoc(function))
     parameters = hints.parameters(function)
     try:
         properties = {name: _property(p) for name, p in parameters.items()}
@@ -131,7 +134,7 @@ def _transformers_schema(function: Callable) -> dict[str, Any] | None:
         chat_template_utils.is_torch_available = torch_check
 
 
-def _property(parameter: hints.Parameter) -> dict[str, Any]:
+def _property(parameter: hints.Field) -> dict[str, Any]:
     schema = type_schema(parameter.hint)
     if parameter.choices is not None:
         schema["enum"] = parameter.choices
@@ -179,10 +182,28 @@ def _union_schema(members: tuple) -> dict[str, Any]:
 
 def _record_schema(record: type) -> dict[str, Any]:
     fields = hints.record_fields(record)
-    schema = {"type": "object", "properties": {k: type_schema(f.hint) for k, f in fields.items()}}
+    schema = {"type": "object", "properties": {key: _property(field) for key, field in fields.items()}}
+    if hints.is_model(record):
+        _add_limits(schema["properties"], record)
     if required := [k for k, f in fields.items() if f.required]:
         schema["required"] = required
     return schema
+
+
+def _add_limits(properties: dict[str, dict], model: Any) -> None:
+    """What a pydantic model says of its fields and no type hint does: limits, formats, defaults."""
+    try:
+        own = model.model_json_schema()["properties"]
+    except Exception:  # one of its types has no JSON form for pydantic
+        return
+    for key in properties.keys() & own.keys():
+        named = properties[key].keys() & {"type", "enum", "anyOf"}
+        limits = (
+            own[key] if not named and "$ref" not in own[key] else {k: own[key].get(k) for k in _MODEL_LIMITS}
+        )
+        properties[key] |= {
+            k: v for k, v in limits.items() if v is not None and k not in ("title", "description")
+        }
 
 
 def _array_schema(kind: Any, members: tuple) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The first line is the set-up (`runner.py` writes it), answered with `["ready", ""]` or `["error", why]`. Every
 further line is a call `[name, arguments]`, answered with `[outcome, text]`. Imports neither jax nor
-transformers, so that it starts in a few hundredths of a second.
+transformers, so that it starts in a fifth of a second.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
-from grpo_jax.tools.call import execute
+from grpo_jax.tools import user_code
+from grpo_jax.tools.call import OUT_OF_MEMORY, execute
 from grpo_jax.tools.load import load_functions
 
+_UNLIMITED_STACK = 2 * 2**20  # bytes of a thread's stack where `ulimit -s` is unlimited, on x86-64
+_THREAD_HEAP = 2**20  # bytes that malloc and Python take for a thread that does little
 _ORPHAN_GRACE = 5.0  # seconds past the time limit, for the parent to act first
 
 
@@ -23,9 +27,10 @@ def main() -> None:
     """Serve calls until the parent closes the pipe."""
     calls, answers = _protocol_pipes()
     setup = json.loads(calls.readline())
+    user_code.has_own_process = True
     try:
-        functions = load_functions(setup["script"], setup["module"])
-        _limit_memory(setup["memory_limit_mb"])
+        functions = load_functions(setup["script"], setup["module"], setup["pickled"])
+        _limit_memory(setup["limits"]["memory_mb"])
     except Exception as error:
         answers.write(json.dumps(["error", str(error)]) + "\n")
         return
@@ -33,7 +38,7 @@ def main() -> None:
     worker = os.getpid()
     for line in calls:
         # Should the parent be gone, nobody else ends a hanging tool: SIGALRM's default action does.
-        signal.setitimer(signal.ITIMER_REAL, setup["timeout"] + _ORPHAN_GRACE)
+        signal.setitimer(signal.ITIMER_REAL, setup["limits"]["seconds"] + _ORPHAN_GRACE)
         answer = _answer(functions, line, setup)
         if os.getpid() != worker:  # a child that the tool forked: one call must not be answered twice
             os._exit(0)
@@ -53,18 +58,40 @@ def _protocol_pipes():
 
 
 def _limit_memory(megabytes: int) -> None:
-    """Cap the address space at what is mapped now plus `megabytes`."""
+    """Cap the data of this process (heap and private mappings) at what it holds now plus `megabytes`.
+
+    The stacks of threads are data to the kernel, though mostly untouched: each thread raises the cap by its own.
+    Address space that is only reserved, as by malloc for each thread, does not count.
+    """
     if sys.platform != "linux":
         print("tool_memory_limit needs Linux: tools run without it here", file=sys.stderr)
         return
     import resource
 
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + megabytes * 2**20
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    status = Path("/proc/self/status").read_text()
+    now = int(status.partition("VmData:")[2].split()[0]) * 1024
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    stack = _UNLIMITED_STACK if stack == resource.RLIM_INFINITY else stack
+
+    def limit_for(threads: int) -> None:
+        limit = now + megabytes * 2**20 + threads * (max(stack, threading.stack_size()) + _THREAD_HEAP)
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+        )
+
+    def counted(start):
+        def start_counted(*args, **kwargs):
+            limit_for(native + threading.active_count())
+            return start(*args, **kwargs)
+
+        return start_counted
+
+    native = 2 * (os.cpu_count() or 1)  # the pools of numerical libraries, which start when first used
+    limit_for(native)
+    for name in ("_start_new_thread", "_start_joinable_thread"):  # the latter from Python 3.13 on
+        if hasattr(threading, name):
+            setattr(threading, name, counted(getattr(threading, name)))
 
 
 def _answer(functions: dict, line: str, setup: dict) -> str:
@@ -72,5 +99,7 @@ def _answer(functions: dict, line: str, setup: dict) -> str:
         name, arguments = json.loads(line)
     except (ValueError, RecursionError) as error:
         return json.dumps(["error", f"Error: the call cannot be read: {error}"])
-    text, outcome = execute(functions, name, arguments, setup["lax"], setup["result_limit"])
+    text, outcome = execute(functions, name, arguments, setup["lax"], setup["limits"]["characters"])
+    if text == f"Error: {name} {OUT_OF_MEMORY}":
+        text += f"; tool_memory_limit is {setup['limits']['memory_mb']} MB"
     return json.dumps([outcome, text])

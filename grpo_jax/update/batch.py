@@ -1,7 +1,7 @@
-"""From ragged token lists to the three padded levels of the prefix tree (host side, numpy).
+"""From trajectories, which are ragged, to the batch of an update, the padded prefix tree.
 
-A batch is a tree: one preamble, P prompts, B completions. Shapes come from
-buckets, so that a run compiles few programs.
+A batch is a tree: one preamble, P prompts, B completions. Shapes come from buckets, so that a run
+compiles few programs.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
+from flax import struct
+from jaxtyping import Bool, Float, Int
 
-from grpo_jax.types import StepBatch, Trajectory
+from grpo_jax.models.level import AnyArray, Level
+from grpo_jax.types import Trajectory
 
 SMALLEST_COMPLETION = 64  # shorter completions are padded to it: a second program costs more
 
@@ -105,88 +109,137 @@ def pad_rows(rows: Sequence[Sequence], width: int, dtype=np.int32) -> tuple[np.n
     return out, np.arange(width)[None] < lengths
 
 
-def trunk_arrays(tree: Tree, prompts: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """The preamble's and the prompts' arrays, under their names in `StepBatch`."""
-    preamble, preamble_valid = pad_rows([tree.preamble], tree.T0)
+def preamble_level(tree: Tree) -> Level:
+    """What all prompts share, [1, T0]."""
+    tokens, valid = pad_rows([tree.preamble], tree.T0)
+    return Level(tokens, np.arange(tree.T0, dtype=np.int32)[None], valid, shared=True)
+
+
+def prompts_level(tree: Tree, prompts: Sequence[Sequence[int]]) -> Level:
+    """Each prompt's own tokens but for its last, [P, T1]."""
     tokens, valid = pad_rows([tree.rest(p) for p in prompts], tree.T1)
     positions = len(tree.preamble) + np.arange(tree.T1, dtype=np.int32)[None].repeat(len(prompts), 0)
-    return {
-        "preamble": preamble,
-        "preamble_valid": preamble_valid,
-        "prompts": tokens,
-        "prompts_positions": positions,
-        "prompts_valid": valid,
-    }
+    return Level(tokens, positions, valid, shared=True)
 
 
-def teaching_groups(
-    advantages: Sequence[float], learned: Sequence[bool], generations: int, sizes: Sequence[int]
-) -> list[int]:
-    """The groups to keep: those with a learned row whose advantage is not 0, filled up to the next size.
+@struct.dataclass
+class Completions:
+    """What an update learns: one row per completion.
 
-    Where the loss is made of advantages alone (no KL), the others' gradient is exactly 0: groups whose
-    rewards are all equal, which late in a run are most of them.
+    A row of `level` holds the prompt's last token and the completion but for its last token, so that its
+    position t predicts token t of the completion, which is target t.
 
     Args:
-        advantages: [B], a group's rows next to each other.
-        learned: [B].
+        level: [b, T2] tokens.
+        targets: [b, T2] the token ids that follow those of `level`.
+        trained: [b, T2] True where the target was sampled and is in the loss.
+        sampler_logprobs: [b, T2] nats, the sampler's; 0 where not sampled.
+        advantages: [b].
+        old_logprobs: [b, T2] nats of the policy before this batch's first update; None means the current
+            ones (one update per batch).
+        ref_logprobs: [b, T2] nats of the frozen reference; None when beta is 0.
+    """
+
+    level: Level
+    targets: Int[AnyArray, "b T2"]
+    trained: Bool[AnyArray, "b T2"]
+    sampler_logprobs: Float[AnyArray, "b T2"]
+    advantages: Float[AnyArray, " b"]
+    old_logprobs: Float[AnyArray, "b T2"] | None = None
+    ref_logprobs: Float[AnyArray, "b T2"] | None = None
+
+
+@struct.dataclass
+class Batch:
+    """What one update sees: the three levels of the prefix tree, and what its loss divides by.
+
+    Args:
+        preamble: [1, T0].
+        prompts: [P, T1].
+        completions: B rows.
+        tokens: trained tokens of the whole batch; groups without an advantage may be left out of
+            `completions` and still count here.
+        rows: completions of the whole batch.
+        J: loss positions per row, a bucket that no row's count of trained tokens exceeds.
+    """
+
+    preamble: Level
+    prompts: Level
+    completions: Completions
+    tokens: Int[AnyArray, ""]
+    rows: Int[AnyArray, ""]
+    J: int = struct.field(pytree_node=False)
+
+    @property
+    def trunk(self) -> tuple[Level, ...]:
+        """The levels above the completions; one without tokens is left out."""
+        return tuple(level for level in (self.preamble, self.prompts) if level.tokens.shape[1])
+
+    def with_logprobs(self, **logprobs: jax.Array) -> Batch:
+        """The batch with `old_logprobs` or `ref_logprobs`."""
+        return dataclasses.replace(self, completions=dataclasses.replace(self.completions, **logprobs))
+
+
+def make_batch(
+    tree: Tree,
+    trajectories: Sequence[Trajectory],
+    generations: int,
+    *,
+    mask_truncated: bool = False,
+    sizes: Sequence[int] = (),
+) -> Batch:
+    """One update's batch (numpy arrays) from trajectories with their advantages.
+
+    Args:
+        tree: of the data set.
+        trajectories: B = P·G, a group's completions next to each other.
         generations: G.
-        sizes: numbers of groups allowed besides all of them.
+        mask_truncated: leave completions that the token budget ended out of the loss
+            (`mask_truncated_completions`); they keep their place.
+        sizes: numbers of prompts below P that the batch may shrink to, leaving out groups that
+            `trained_groups` does not name; the loss still divides by the tokens and rows of all.
+    """
+    trained = [not (mask_truncated and t.status.truncated) for t in trajectories]
+    tokens = sum(t.sampled_tokens for t, is_in in zip(trajectories, trained, strict=True) if is_in)
+    chosen = range(len(trajectories))
+    if sizes:
+        acts = [t.advantage != 0 and is_in for t, is_in in zip(trajectories, trained, strict=True)]
+        groups = trained_groups(np.reshape(acts, (-1, generations)).any(1), sizes)
+        chosen = [g * generations + i for g in groups for i in range(generations)]
+    rows = [trajectories[i] for i in chosen]
+    masks = [[m and trained[i] for m in trajectories[i].sampled_mask] for i in chosen]
+    T2 = completion_bucket(max(len(t.completion_ids) for t in rows), tree.budget)
+    inputs, valid = pad_rows([[t.prompt.ids[-1], *t.completion_ids][:-1] for t in rows], T2)
+    start = np.array([[len(t.prompt.ids) - 1] for t in rows], np.int32)
+    return Batch(
+        preamble=preamble_level(tree),
+        prompts=prompts_level(tree, [t.prompt.ids for t in rows[::generations]]),
+        completions=Completions(
+            level=Level(inputs, start + np.arange(T2, dtype=np.int32), valid),
+            targets=pad_rows([t.completion_ids for t in rows], T2)[0],
+            trained=pad_rows(masks, T2, bool)[0],
+            sampler_logprobs=pad_rows([t.logprobs for t in rows], T2, np.float32)[0],
+            advantages=np.array([t.advantage for t in rows], np.float32),
+        ),
+        tokens=np.array(tokens, np.int32),
+        rows=np.array(len(trajectories), np.int32),
+        J=completion_bucket(max(map(sum, masks)), tree.budget),
+    )
+
+
+def trained_groups(acts: Sequence[bool], sizes: Sequence[int]) -> list[int]:
+    """The groups to keep in an update: those that act on the loss, filled up to the next size.
+
+    Where the loss is made of advantages alone (no KL), the gradient of the others is exactly 0: groups
+    whose rewards are all equal, which late in a run are most of them.
+
+    Args:
+        acts: [P] whether a group has a completion in the loss whose advantage is not 0.
+        sizes: numbers of groups allowed in addition to all of them.
 
     Returns:
         Their indices, rising.
     """
-    rows = (np.asarray(advantages) != 0) & np.asarray(learned)
-    teaches = rows.reshape(-1, generations).any(1)
-    size = min((n for n in sizes if n >= teaches.sum()), default=len(teaches))
-    return sorted(np.argsort(~teaches, kind="stable")[:size].tolist())
-
-
-def step_batch(
-    tree: Tree,
-    trajectories: Sequence[Trajectory],
-    generations: int,
-    advantages: Sequence[float],
-    learned: Sequence[bool] | None = None,
-    sizes: Sequence[int] = (),
-) -> StepBatch:
-    """One update's batch (numpy arrays) from a group-ordered list of trajectories.
-
-    Args:
-        tree: of the data set.
-        trajectories: B = P·G, a group's rows next to each other.
-        generations: G.
-        advantages: [B].
-        learned: [B], False rows keep their place and teach nothing (`mask_truncated_completions`).
-        sizes: numbers of prompts below P that the batch may shrink to, leaving out groups that
-            `teaching_groups` does not name; the loss still divides by the tokens and rows of all.
-    """
-    learned = [True] * len(trajectories) if learned is None else learned
-    loss_tokens = sum(t.sampled_tokens for t, keep in zip(trajectories, learned, strict=True) if keep)
-    loss_rows = len(trajectories)
-    if sizes:
-        groups = teaching_groups(advantages, learned, generations, sizes)
-        chosen = [g * generations + i for g in groups for i in range(generations)]
-        trajectories, advantages, learned = (
-            [x[i] for i in chosen] for x in (trajectories, advantages, learned)
-        )
-    targets = [t.completion_ids for t in trajectories]
-    masks = [[m and keep for m in t.sampled_mask] for t, keep in zip(trajectories, learned, strict=True)]
-    T2 = completion_bucket(max(map(len, targets)), tree.budget)
-    tokens, valid = pad_rows([[t.prompt_ids[-1], *t.completion_ids][:-1] for t in trajectories], T2)
-    start = np.array([[len(t.prompt_ids) - 1] for t in trajectories], np.int32)
-    return StepBatch(
-        **trunk_arrays(tree, [t.prompt_ids for t in trajectories[::generations]]),
-        completions=tokens,
-        completions_positions=start + np.arange(T2, dtype=np.int32),
-        completions_valid=valid,
-        targets=pad_rows(targets, T2)[0],
-        sampled_mask=pad_rows(masks, T2, bool)[0],
-        sampler_logprobs=pad_rows([t.logprobs for t in trajectories], T2, np.float32)[0],
-        old_logprobs=None,
-        ref_logprobs=None,
-        advantages=np.asarray(advantages, np.float32),
-        loss_tokens=np.int32(loss_tokens),
-        loss_rows=np.int32(loss_rows),
-        loss_positions=completion_bucket(max(map(sum, masks)), tree.budget),
-    )
+    acts = np.asarray(acts)
+    size = min((n for n in sizes if n >= acts.sum()), default=len(acts))
+    return sorted(np.argsort(~acts, kind="stable")[:size].tolist())

@@ -6,19 +6,30 @@ A whole loss reads
 
     log_ratio = importance_ratio_log(logprobs, old_logprobs, mask, "token")
     per_token = clipped_surrogate(log_ratio, advantages, epsilon, epsilon_high)
-    per_token += beta * k3_kl(logprobs, ref_logprobs)
+    per_token += beta * k3_kl(logprobs, ref_logprobs, log_ratio)
     loss = aggregate(per_token, mask, "dapo", tokens=mask.sum(), rows=B, max_completion_length=n)
 
 The normalisers `tokens` and `rows` are those of the whole batch, so the losses
-and gradients of micro-batches add up to those of the batch.
+and gradients of micro-batches add up to those of the batch. "TRL" is TRL 1.16
+throughout; `tests/test_trl_update.py` compares whole updates with its trainer.
 """
 
 from __future__ import annotations
 
+import math
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.text import nearest
+
 Count = Int[Array, ""] | int
+
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # the loss types of `clipped_surrogate`
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+LEVELS = ("token", "sequence")
+SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 def importance_ratio_log(
@@ -50,7 +61,7 @@ def importance_ratio_log(
     if level == "sequence":
         mean = log_ratio.sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
         return jnp.broadcast_to(mean, log_ratio.shape)
-    raise ValueError(f"importance_sampling_level must be token or sequence, got {level!r}")
+    raise _unknown("importance_sampling_level", level, LEVELS)
 
 
 def clipped_surrogate(
@@ -82,22 +93,169 @@ def clipped_surrogate(
     return -jnp.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
 
 
-def k3_kl(logprobs: Float[Array, "B J"], ref_logprobs: Float[Array, "B J"]) -> Float[Array, "B J"]:
-    """Estimate of KL(π ‖ π_ref) at a sampled token: e^(ref − π) − (ref − π) − 1, never negative.
+def cispo(
+    log_ratio: Float[Array, "B J"],
+    logprobs: Float[Array, "B J"],
+    advantages: Float[Array, " B"],
+    epsilon_high: float,
+) -> Float[Array, "B J"]:
+    """Policy gradient weighted by the clipped ratio: −stop_gradient(min(ρ, ε_high))·A·log π.
+
+    No token loses its gradient, however far its ratio is.
+
+    Args:
+        log_ratio: log ρ in nats.
+        logprobs: nats, of the policy that is trained.
+        advantages: A, one per row.
+        epsilon_high: the ceiling of the ratio itself, not of ρ − 1 as in `clipped_surrogate`: 5 in ScaleRL.
+
+    Source: MiniMax 2025, "MiniMax-M1", arXiv:2506.13585, equation 4, without its lower bound; Khatri et al.
+    2025, "ScaleRL", arXiv:2510.13786.
+    """
+    weight = jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio), epsilon_high))
+    return -weight * advantages[:, None] * logprobs
+
+
+def sapo(
+    log_ratio: Float[Array, "B J"],
+    advantages: Float[Array, " B"],
+    temperature_pos: float,
+    temperature_neg: float,
+) -> Float[Array, "B J"]:
+    """Surrogate with a soft gate for the clip: −(4/τ)·σ(τ·(ρ − 1))·A; at ρ = 1 its gradient is that of −ρ·A.
+
+    Args:
+        log_ratio: log ρ in nats.
+        advantages: A, one per row.
+        temperature_pos: τ of rows with A > 0; larger closes the gate sooner.
+        temperature_neg: τ of the others.
+
+    Source: Gao et al. 2025, "Soft Adaptive Policy Optimization", arXiv:2511.20347, equations 5 and 6.
+    """
+    tau = jnp.where(advantages > 0, temperature_pos, temperature_neg)[:, None]
+    return -4 / tau * jax.nn.sigmoid(tau * jnp.expm1(log_ratio)) * advantages[:, None]
+
+
+def vespo(
+    token_log_ratio: Float[Array, "B J"],
+    logprobs: Float[Array, "B J"],
+    mask: Bool[Array, "B J"],
+    advantages: Float[Array, " B"],
+    positive: tuple[float, float],
+    negative: tuple[float, float],
+    correction: Float[Array, "B _"] | None = None,
+) -> Float[Array, "B J"]:
+    """Policy gradient weighted by a gamma kernel of the sequence's ratio: −stop_gradient(φ(w))·A·log π.
+
+    φ(w) = w^k · e^(λ·(1 − w)), 1 at w = 1; log w is the sum over the row's masked positions of log ρ.
+
+    Args:
+        token_log_ratio: nats, of each token; cut to ± 20, as their sum is to [log 1e-8, 20].
+        logprobs: nats, of the policy that is trained.
+        mask: True where the loss acts.
+        advantages: A, one per row.
+        positive: (k, λ) of rows with A >= 0.
+        negative: (k, λ) of the others.
+        correction: of `sampler_correction`, which w is multiplied by; None for none.
+
+    Source: "VESPO: Variational Sequence-Level Soft Policy Optimization", arXiv:2602.10693, as in TRL.
+    """
+    lowest = math.log(1e-8)
+    log_w = jnp.where(mask, jnp.clip(token_log_ratio, -20, 20), 0).sum(-1)
+    if correction is not None:  # 1 at masked positions
+        log_w = log_w + jnp.clip(jnp.log(correction), lowest, 20).sum(-1)
+    log_w = jnp.clip(log_w, lowest, 20)
+    k, rate = (jnp.where(advantages >= 0, *pair) for pair in zip(positive, negative, strict=True))
+    weight = jnp.exp(rate + k * log_w - rate * jnp.exp(log_w))
+    return -jax.lax.stop_gradient(weight * advantages)[:, None] * logprobs
+
+
+def k3_kl(
+    logprobs: Float[Array, "B J"],
+    ref_logprobs: Float[Array, "B J"],
+    log_ratio: Float[Array, "B J"] | None = None,
+) -> Float[Array, "B J"]:
+    """Estimate of KL(π ‖ π_ref) at a sampled token: ρ·(e^(ref − π) − (ref − π) − 1), never negative.
+
+    The ratio is neither clipped nor cut off from the gradient. With token ratios its gradient is then an
+    unbiased one of the KL, on policy too, where the weight is 1: that of the unweighted k3 alone is not.
 
     Args:
         logprobs: nats, of the policy that is trained.
         ref_logprobs: nats, of the frozen reference.
+        log_ratio: log ρ in nats, of the tokens or of their sequences, as TRL does by default
+            (`use_bias_correction_kl`); None for ρ = 1.
 
     Returns:
-        nats; not weighted by the importance ratio, as in TRL.
+        nats.
 
-    Source: Schulman 2020, "Approximating KL Divergence" (k3); Shao et al. 2024,
-    "DeepSeekMath", equation 4.
+    Source: Schulman 2020, "Approximating KL Divergence" (k3); Shao et al. 2024, "DeepSeekMath",
+    equation 4; the ratio: DeepSeek-AI 2025, "DeepSeek-V3.2", arXiv:2512.02556, equation 7.
     """
     difference = ref_logprobs - logprobs
     # expm1: near the reference, exp − 1 in float32 is all rounding.
-    return jnp.expm1(difference) - difference
+    kl = jnp.expm1(difference) - difference
+    return kl if log_ratio is None else kl * jnp.exp(log_ratio)
+
+
+def off_policy_kept(
+    logprobs: Float[Array, "B J"],
+    sampler_logprobs: Float[Array, "B J"],
+    mask: Bool[Array, "B J"],
+    advantages: Float[Array, " B"],
+    threshold: float,
+) -> Bool[Array, "B 1"]:
+    """Rows whose surrogate is kept: A >= 0, or mean(log π_sampler − log π) <= threshold over the row.
+
+    Args:
+        logprobs: nats, of the policy that is trained.
+        sampler_logprobs: nats, with which the tokens were sampled.
+        mask: True where the loss acts.
+        advantages: A, one per row.
+        threshold: δ in nats per token.
+
+    Source: DeepSeek-AI 2025, "DeepSeek-V3.2", arXiv:2512.02556, equation 9.
+    """
+    gap = jnp.where(mask, sampler_logprobs - jax.lax.stop_gradient(logprobs), 0).sum(-1)
+    return ((advantages >= 0) | (gap / jnp.maximum(mask.sum(-1), 1) <= threshold))[:, None]
+
+
+def sampler_correction(
+    old_logprobs: Float[Array, "B J"],
+    sampler_logprobs: Float[Array, "B J"],
+    mask: Bool[Array, "B J"],
+    mode: str,
+    clip_min: float | None,
+    clip_max: float | None,
+) -> Float[Array, "B _"]:
+    """Weight of each token for the gap between sampler and trainer: ρ = π_old / π_sampler, bounded.
+
+    Args:
+        old_logprobs: nats, the trainer's before the batch's first update.
+        sampler_logprobs: nats, with which the tokens were sampled.
+        mask: True where the loss acts.
+        mode: token_… has a ratio per token, sequence_… their product over the row; …_truncate moves a ratio
+            to the nearest bound, …_mask gives 0 to those outside.
+        clip_min: lower bound, at most 1; None for none.
+        clip_max: upper bound, at least 1; None for none.
+
+    Returns:
+        [B, J], or [B, 1] where a row has one ratio; 1 at masked positions. No gradient passes.
+
+    Raises:
+        ValueError: when mode is unknown.
+
+    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training";
+    the names, and the sum over a sequence where `importance_ratio_log` takes the mean, are TRL's.
+    """
+    if mode not in SAMPLER_CORRECTIONS:
+        raise _unknown("sampler_correction", mode, SAMPLER_CORRECTIONS)
+    log_ratio = jnp.where(mask, jax.lax.stop_gradient(old_logprobs) - sampler_logprobs, 0.0)
+    if mode.startswith("sequence"):
+        log_ratio = log_ratio.sum(-1, keepdims=True)
+    ratio = jnp.exp(log_ratio)
+    bounded = jnp.clip(ratio, clip_min, clip_max)
+    return bounded if mode.endswith("truncate") else jnp.where(ratio == bounded, ratio, 0.0)
 
 
 def entropy_floor(
@@ -132,20 +290,20 @@ def aggregate(
 ) -> Float[Array, ""]:
     """One number from the losses of all positions; what each loss type divides by.
 
-    grpo:       Σ_rows (mean over the row's positions) / rows
-    bnpo, dapo: Σ / tokens
-    dr_grpo:    Σ / (rows · max_completion_length)
+    grpo, sapo:               Σ_rows (mean over the row's positions) / rows
+    bnpo, dapo, cispo, vespo: Σ / tokens
+    dr_grpo:                  Σ / (rows · max_completion_length)
+    luspo:                    Σ / rows
 
     TRL's bnpo divides by the tokens of each process's micro-batch, its dapo by those of the
     whole batch. Here splitting a batch never changes the result, so the two coincide.
     A row whose mask is empty (`mask_truncated_completions`) adds 0 and still counts in
-    `rows`, as in TRL. In TRL's dapo its tokens count in the divisor too; here they count
-    when the caller counts them in `tokens`.
+    `rows`; its tokens are not in `tokens`; both as in TRL.
 
     Args:
         per_token: the loss of each position.
         mask: True where the loss acts.
-        loss_type: "grpo", "bnpo", "dr_grpo" or "dapo".
+        loss_type: one of `LOSS_TYPES`.
         tokens: masked positions of the whole batch; 0 is taken as 1.
         rows: B of the whole batch.
         max_completion_length: budget of a completion in tokens.
@@ -157,16 +315,19 @@ def aggregate(
         ValueError: when loss_type is unknown.
 
     Source: grpo: Shao et al. 2024, "DeepSeekMath", equation 3; dapo: Yu et al. 2025, "DAPO"
-    (token-level loss); dr_grpo: Liu et al. 2025, "Understanding R1-Zero-Like Training".
+    (token-level loss); dr_grpo: Liu et al. 2025, "Understanding R1-Zero-Like Training"; luspo: Liu et al.
+    2026, "Length-Unbiased Sequence Policy Optimization", arXiv:2602.05261.
     """
     row_sums = jnp.where(mask, per_token, 0.0).sum(-1)
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "sapo"):
         return (row_sums / jnp.maximum(mask.sum(-1), 1)).sum() / rows
-    if loss_type in ("bnpo", "dapo"):
+    if loss_type in ("bnpo", "dapo", "cispo", "vespo"):
         return row_sums.sum() / jnp.maximum(tokens, 1)
     if loss_type == "dr_grpo":
         return row_sums.sum() / (rows * max_completion_length)
-    raise ValueError(f"loss_type must be grpo, bnpo, dr_grpo or dapo, got {loss_type!r}")
+    if loss_type == "luspo":
+        return row_sums.sum() / rows
+    raise _unknown("loss_type", loss_type, LOSS_TYPES)
 
 
 def clip_fractions(
@@ -199,3 +360,9 @@ def clip_fractions(
     high = (ratio > 1 + epsilon_high) & (advantages[:, None] > 0)
     kinds = {"low": low, "high": high, "region": low | high}
     return {f"clip_ratio/{k}_mean": (v & mask).sum() / jnp.maximum(tokens, 1) for k, v in kinds.items()}
+
+
+def _unknown(option: str, value: str, valid: tuple[str, ...]) -> ValueError:
+    return ValueError(
+        f"{option} must be one of {', '.join(valid)}, got {value!r}; nearest: {nearest(value, valid)[0]}"
+    )

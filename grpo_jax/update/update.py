@@ -14,19 +14,45 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from grpo_jax.models import cost
 from grpo_jax.models.logprobs import first_positions, token_logprobs
 from grpo_jax.models.lora import Frozen, dropout_keys, fold_in, join
-from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
+from grpo_jax.models.qwen import ALL_ROUNDINGS, ModelConfig, Params, extend, head_weights
 from grpo_jax.models.sharding import Layout
-from grpo_jax.types import StepBatch, TrainState
 from grpo_jax.update import losses
-from grpo_jax.update.batch import Tree
+from grpo_jax.update.batch import Batch, Completions, Tree
 from grpo_jax.update.optimizer import in_float32, round_like
 
-Metrics = dict[str, Array]
+
+@struct.dataclass
+class TrainState:
+    """All that an update changes.
+
+    Args:
+        step: int32 scalar, updates done (skipped ones included).
+        params: what is trained: master weights in `param_dtype`, layers stacked [L, …], or float32
+            adapters on frozen weights.
+        opt_state: optax state.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+class Metrics(NamedTuple):
+    """What an objective reports of a micro-batch, by metric name.
+
+    Args:
+        sums: its shares of the batch's figures, which add up.
+        maxima: largest values, of which the largest counts.
+    """
+
+    sums: dict[str, Array]
+    maxima: dict[str, Array]
 
 
 class Learned(NamedTuple):
@@ -55,9 +81,9 @@ class Totals(NamedTuple):
     """What the shares of micro-batches are divided by.
 
     Args:
-        tokens: learned tokens of the whole batch.
-        rows: of the whole batch.
-        present: learned tokens of the groups that the update was given, for means over them.
+        tokens: trained tokens of the whole batch.
+        rows: completions of the whole batch.
+        present: trained tokens of the groups that the update was given, for means over them.
     """
 
     tokens: Array
@@ -105,11 +131,12 @@ class ModelStep:
 
 @dataclasses.dataclass(frozen=True)
 class GrpoObjective:
-    """Clipped surrogate with group-relative advantages, plus β · KL to the reference.
+    """A surrogate with group-relative advantages, plus β · KL to the reference, minus a bonus for entropy.
 
-    Below 1, `top_entropy_quantile` is the share of the batch's sampled tokens that the surrogate acts on, those
-    of highest entropy; the KL acts on all, and all are divided by, as in TRL. `entropy_floor` is what they
-    reach; None: what those of this call reach, which is the same where it sees the whole batch.
+    Below 1, `top_entropy_quantile` is the share of the batch's sampled tokens that the surrogate and the bonus
+    act on, those of highest entropy; the KL acts on all, and the surrogate is divided by all, as in TRL.
+    `entropy_floor` is what they reach and `floor_tokens` their number; None: those of this call, which are the
+    same where it sees the whole batch.
 
     Source: Shao et al. 2024, "DeepSeekMath", equation 3; `losses` has the formulas.
     """
@@ -122,28 +149,73 @@ class GrpoObjective:
     importance_sampling_level: str = "token"
     max_completion_length: int = 256
     top_entropy_quantile: float = 1.0
+    use_bias_correction_kl: bool = True
+    sapo_temperatures: tuple[float, float] = (1.0, 1.05)  # A > 0, else
+    vespo_positive: tuple[float, float] = (2.0, 3.0)  # k and λ
+    vespo_negative: tuple[float, float] = (3.0, 2.0)
+    entropy_coef: float = 0.0
+    off_policy_mask_threshold: float | None = None
+    sampler_correction: str = "none"
+    sampler_correction_bounds: tuple[float | None, float | None] = (None, 3.0)
     entropy_floor: Array | None = None
+    floor_tokens: Array | None = None
+
+    @property
+    def needs_all_rows(self) -> bool:
+        """Whether rows of advantage 0 have a part in the loss, so that no group can be left out."""
+        return bool(self.beta or self.entropy_coef) or self.top_entropy_quantile < 1
+
+    def with_floor(self, entropies: Array, mask: Array) -> GrpoObjective:
+        """The objective whose `top_entropy_quantile` is that of these positions."""
+        floor = losses.entropy_floor(entropies, mask, self.top_entropy_quantile)
+        tokens = (mask & (entropies >= floor)).sum()
+        return dataclasses.replace(self, entropy_floor=floor, floor_tokens=tokens)
 
     def __call__(self, x: Learned, totals: Totals) -> tuple[Array, Metrics]:
         """The micro-batch's share of the loss and of each metric."""
+        if self.top_entropy_quantile < 1 and self.entropy_floor is None:
+            return self.with_floor(x.entropies, x.mask)(x, totals)
         old = jax.lax.stop_gradient(x.logprobs) if x.old_logprobs is None else x.old_logprobs
         log_ratio = losses.importance_ratio_log(x.logprobs, old, x.mask, self.importance_sampling_level)
-        clip = (self.epsilon, self.epsilon_high)
-        per_token = losses.clipped_surrogate(log_ratio, x.advantages, *clip, self.delta)
-        if self.top_entropy_quantile < 1:
-            floor = self.entropy_floor
-            if floor is None:
-                floor = losses.entropy_floor(x.entropies, x.mask, self.top_entropy_quantile)
-            per_token = jnp.where(x.entropies >= floor, per_token, 0)
-        metrics = losses.clip_fractions(log_ratio, x.advantages, x.mask, *clip, tokens=totals.tokens)
+        correction = None
+        if self.sampler_correction != "none":
+            modes = (self.sampler_correction, *self.sampler_correction_bounds)
+            correction = losses.sampler_correction(old, x.sampler_logprobs, x.mask, *modes)
+        entropies, metrics = jax.lax.stop_gradient(x.entropies), {}
+
+        # 1. the surrogate of each position
+        if self.loss_type == "cispo":
+            per_token = losses.cispo(log_ratio, x.logprobs, x.advantages, self.epsilon_high)
+            clipped = (jnp.exp(log_ratio) > self.epsilon_high) & (x.advantages[:, None] > 0)
+            metrics["cispo_clip_ratio"] = (clipped & x.mask).sum() / jnp.maximum(totals.tokens, 1)
+        elif self.loss_type == "sapo":
+            per_token = losses.sapo(log_ratio, x.advantages, *self.sapo_temperatures)
+        elif self.loss_type == "vespo":
+            of_tokens = losses.importance_ratio_log(x.logprobs, old, x.mask, "token")
+            pairs = (self.vespo_positive, self.vespo_negative)
+            per_token = losses.vespo(of_tokens, x.logprobs, x.mask, x.advantages, *pairs, correction)
+        else:
+            clip = (self.epsilon, self.epsilon_high)
+            per_token = losses.clipped_surrogate(log_ratio, x.advantages, *clip, self.delta)
+            metrics |= losses.clip_fractions(log_ratio, x.advantages, x.mask, *clip, tokens=totals.tokens)
+
+        # 2. the positions that it acts on, and their weights
+        chosen, chosen_tokens = x.mask, totals.tokens
+        if self.entropy_floor is not None:
+            chosen, chosen_tokens = x.mask & (entropies >= self.entropy_floor), self.floor_tokens
+            per_token = jnp.where(chosen, per_token, 0)
+        if self.off_policy_mask_threshold is not None:
+            sequence = (x.logprobs, x.sampler_logprobs, x.mask, x.advantages)
+            per_token = per_token * losses.off_policy_kept(*sequence, self.off_policy_mask_threshold)
+        if correction is not None and self.loss_type != "vespo":  # there it is part of the weight
+            per_token = per_token * correction
+
+        # 3. what does not depend on the rewards
         if self.beta:
-            kl = losses.k3_kl(x.logprobs, x.ref_logprobs)
+            weight = log_ratio if self.use_bias_correction_kl else None
+            kl = losses.k3_kl(x.logprobs, x.ref_logprobs, weight)
             per_token = per_token + self.beta * kl
             metrics["kl"] = _mean(kl, x.mask, totals)
-        metrics["entropy"] = _mean(x.entropies, x.mask, totals)
-        gap = jnp.where(x.mask, jnp.abs(x.logprobs - x.sampler_logprobs), 0)
-        metrics["sampling/sampling_logp_difference/mean"] = _mean(gap, x.mask, totals)
-        metrics["sampling/sampling_logp_difference/max"] = gap.max()
         loss = losses.aggregate(
             per_token,
             x.mask,
@@ -152,12 +224,20 @@ class GrpoObjective:
             rows=totals.rows,
             max_completion_length=self.max_completion_length,
         )
-        return loss, metrics
+        if self.entropy_coef:
+            bonus = jnp.where(chosen, x.entropies, 0).sum() / jnp.maximum(chosen_tokens, 1)
+            loss = loss - self.entropy_coef * bonus
+
+        metrics["entropy"] = _mean(entropies, x.mask, totals)
+        gap = jnp.where(x.mask, jnp.abs(x.logprobs - x.sampler_logprobs), 0)
+        metrics["sampling/sampling_logp_difference/mean"] = _mean(gap, x.mask, totals)
+        return loss, Metrics(metrics, {"sampling/sampling_logp_difference/max": gap.max()})
 
 
 def sft_objective(x: Learned, totals: Totals) -> tuple[Array, Metrics]:
     """Mean negative log-likelihood of the gold tokens, in nats."""
-    return -_mean(x.logprobs, x.mask, totals), {"entropy": _mean(x.entropies, x.mask, totals)}
+    entropies = jax.lax.stop_gradient(x.entropies)
+    return -_mean(x.logprobs, x.mask, totals), Metrics({"entropy": _mean(entropies, x.mask, totals)}, {})
 
 
 def _mean(values, mask, totals):
@@ -170,10 +250,10 @@ def make_update(
     objective: Objective,
     state: TrainState,
     frozen: Frozen | None = None,
-) -> Callable[[TrainState, StepBatch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted, sharded update: (state, batch) -> (state, metrics). The state is donated.
 
-    A step whose loss or gradient is not finite changes nothing but the step count and
+    An update whose loss or gradient is not finite changes nothing but the step count and
     reports `skipped` = 1.
 
     Args:
@@ -184,9 +264,8 @@ def make_update(
         frozen: what the trained adapters sit on; None when all weights are trained.
     """
 
-    def update(state: TrainState, batch: StepBatch, frozen: Frozen | None = None):
-        keys = dropout_keys(frozen, state.step, batch.completions.shape[0])
-        batch = dataclasses.replace(batch, dropout_keys=keys)
+    def update(state: TrainState, batch: Batch, frozen: Frozen | None = None):
+        batch = with_dropout(batch, dropout_keys(frozen, state.step, len(batch.completions.targets)))
         loss_fn = lambda trained: batch_loss(step, objective, join(trained, frozen), batch)  # noqa: E731
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         grads = in_float32(grads)
@@ -195,8 +274,8 @@ def make_update(
         weights = in_float32(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, weights, finite=finite)
         weights = round_like(optax.apply_updates(weights, updates), state.params, state.step, 0)
-        metrics |= {"loss": loss, "grad_norm": norm, "skipped": ~finite}
-        return TrainState(state.step + 1, weights, opt_state), metrics
+        report = metrics.sums | metrics.maxima | {"loss": loss, "grad_norm": norm, "skipped": ~finite}
+        return TrainState(state.step + 1, weights, opt_state), report
 
     shardings = state_shardings(step.layout, state)
     options = dict(
@@ -205,94 +284,90 @@ def make_update(
     if frozen is None:
         return jax.jit(update, in_shardings=(shardings, None), **options)
     jitted = jax.jit(update, in_shardings=(shardings, None, None), **options)
-    return lambda state, batch: jitted(state, batch, frozen)  # an argument: a constant would be copied
+    run = lambda state, batch: jitted(state, batch, frozen)  # noqa: E731 an argument: a constant would be copied
+    run.lower = lambda state, batch: jitted.lower(state, batch, frozen)
+    return run
 
 
-def state_shardings(layout: Layout, state: TrainState) -> TrainState:
-    """NamedShardings of a TrainState: moments lie where their weights lie."""
-    return layout.params(state)
+def make_score(step: ModelStep) -> Callable[[Params, Batch], Float[Array, "B T2"]]:
+    """Jitted log-probabilities [B, T2] of the trained tokens, 0 elsewhere (reference and old policy)."""
 
-
-def make_score(step: ModelStep) -> Callable[[Params, StepBatch], Float[Array, "B T2"]]:
-    """Jitted log-probabilities [B, T2] of the sampled tokens, 0 elsewhere (reference and old policy)."""
-
-    def score(params: Params, batch: StepBatch) -> Array:
-        index, mask = first_positions(batch.sampled_mask, batch.loss_positions)
+    def score(params: Params, batch: Batch) -> Array:
+        index, mask = first_positions(batch.completions.trained, batch.J)
 
         def gather(x: Learned, totals: Totals):
             return x.logprobs
 
         logprobs = _over_micro_batches(step, params, batch, gather, stack=True)
         rows = jnp.arange(index.shape[0])[:, None]
-        return jnp.zeros(batch.completions.shape).at[rows, index].add(jnp.where(mask, logprobs, 0))
+        return jnp.zeros(batch.completions.targets.shape).at[rows, index].add(jnp.where(mask, logprobs, 0))
 
     return jax.jit(score, compiler_options=ALL_ROUNDINGS)
 
 
-def batch_loss(step: ModelStep, objective: Objective, params: Params, batch: StepBatch):
-    """(loss, metrics) of a whole batch; differentiable in params."""
+def batch_loss(step: ModelStep, objective: Objective, params: Params, batch: Batch) -> tuple[Array, Metrics]:
+    """The loss of a whole batch, differentiable in params, and its metrics."""
     chooses = isinstance(objective, GrpoObjective) and objective.top_entropy_quantile < 1
     if chooses and step.micro_batches > 1:  # no micro-batch knows the others' entropies: a forward pass more
         seen = _over_micro_batches(
             step, jax.lax.stop_gradient(params), batch, lambda x, _: (x.entropies, x.mask), stack=True
         )
-        floor = losses.entropy_floor(*seen, objective.top_entropy_quantile)
-        objective = dataclasses.replace(objective, entropy_floor=floor)
+        objective = objective.with_floor(*seen)
     return _over_micro_batches(step, params, batch, objective, stack=False)
 
 
-def _over_micro_batches(step, params, batch, function, stack):
-    """Run `function(Learned, Totals)` over the micro-batches; sum its results, or stack rows again.
+# --- micro-batches: the same result, with the activations of one part of the completions at a time ---
 
-    With one micro-batch all three levels go through the model layer by layer
-    together. With several, the trunk's keys and values are computed once, kept in fp32,
-    and differentiation pulls their summed cotangent back once.
+
+def _over_micro_batches(step, params, batch: Batch, function, stack: bool):
+    """Run `function(Learned, Totals)` over the micro-batches; combine its (loss, Metrics), or stack rows again.
+
+    With one micro-batch all three levels go through the model layer by layer together. With several, the
+    trunk's keys and values are computed once, kept in fp32, and differentiation pulls their summed
+    cotangent back once.
     """
-    P, B = batch.prompts.shape[0], batch.completions.shape[0]
-    totals = Totals(batch.loss_tokens, batch.loss_rows, batch.sampled_mask.sum())
-    trunk = trunk_levels(batch)
+    P, B = len(batch.prompts.tokens), len(batch.completions.targets)
+    totals = Totals(batch.tokens, batch.rows, batch.completions.trained.sum())
+    trunk = batch.trunk
     if step.micro_batches == 1:
-        hidden, _ = step.extend(params, (*trunk, completion_level(batch)))
-        return function(_learn(step, params, hidden[-1], batch), totals)
+        hidden, _ = step.extend(params, (*trunk, batch.completions.level))
+        return function(_learn(step, params, hidden[-1], batch.completions, batch.J), totals)
     split = _Split.of(P, B // P, step.micro_batches)
     kvs = step.extend(params, trunk, keep_kv=True)[1] if trunk else ()
     kvs = jax.tree.map(lambda x: x.astype(jnp.float32), kvs)
 
     @jax.checkpoint
-    def one(params, kvs, part, prompt_part):
-        segments = tuple(
-            (
-                _slice_prompts(kv, prompt_part, split, step.dtype, P),
-                _slice_valid(lv.valid, prompt_part, split, P),
-            )
-            for kv, lv in zip(kvs, trunk, strict=True)
-        )
-        hidden, _ = step.extend(params, (completion_level(part),), segments)
-        return function(_learn(step, params, hidden[-1], part), totals)
+    def one(params, kvs, completions, part):
+        segments = []
+        for level, kv in zip(trunk, kvs, strict=True):
+            valid = level.valid
+            if level is batch.prompts:  # the preamble's one row serves everyone
+                kv, valid = split.prompts_of(part, kv, axis=1), split.prompts_of(part, valid, axis=0)
+            segments.append((jax.tree.map(lambda x: x.astype(step.dtype), kv), valid))
+        hidden, _ = step.extend(params, (completions.level,), tuple(segments))
+        return function(_learn(step, params, hidden[-1], completions, batch.J), totals)
 
-    parts = _per_row(batch, split.apart)
-    prompt_parts = jnp.arange(step.micro_batches) // split.generations
+    completions = jax.tree.map(split.apart, batch.completions)
+    parts = jnp.arange(step.micro_batches) // split.generations
 
     def scan_step(carry, x):
-        out = one(params, kvs, _with_rows(batch, x[0]), x[1])
-        return (carry, out) if stack else (_accumulate(carry, out), None)
+        out = one(params, kvs, *x)
+        return (carry, out) if stack else (_combined(carry, out), None)
 
     if stack:
-        stacked = jax.lax.scan(scan_step, None, (parts, prompt_parts))[1]
+        stacked = jax.lax.scan(scan_step, None, (completions, parts))[1]
         return jax.tree.map(split.together, stacked)
-    first = jax.tree.map(lambda x: x[0], parts)
-    zero = jax.eval_shape(lambda: one(params, kvs, _with_rows(batch, first), prompt_parts[0]))
+    first = jax.tree.map(lambda x: x[0], completions)
+    zero = jax.eval_shape(lambda: one(params, kvs, first, parts[0]))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zero)
-    return jax.lax.scan(scan_step, zero, (parts, prompt_parts))[0]
+    return jax.lax.scan(scan_step, zero, (completions, parts))[0]
 
 
-def _accumulate(carry, out):
-    """Shares add up; a maximum stays a maximum."""
-
-    def combine(path, a, b):
-        return jnp.maximum(a, b) if jax.tree_util.keystr(path).endswith("max']") else a + b
-
-    return jax.tree_util.tree_map_with_path(combine, carry, out)
+def _combined(a: tuple[Array, Metrics], b: tuple[Array, Metrics]) -> tuple[Array, Metrics]:
+    (loss_a, metrics_a), (loss_b, metrics_b) = a, b
+    sums = jax.tree.map(jnp.add, metrics_a.sums, metrics_b.sums)
+    maxima = jax.tree.map(jnp.maximum, metrics_a.maxima, metrics_b.maxima)
+    return loss_a + loss_b, Metrics(sums, maxima)
 
 
 class _Split(NamedTuple):
@@ -304,7 +379,7 @@ class _Split(NamedTuple):
     G: int
 
     @classmethod
-    def of(cls, P: int, G: int, micro_batches: int):
+    def of(cls, P: int, G: int, micro_batches: int) -> _Split:
         """Split generations first: every micro-batch then uses every prompt's keys and values."""
         generations = math.gcd(micro_batches, G)
         prompts = micro_batches // generations
@@ -325,75 +400,35 @@ class _Split(NamedTuple):
         shape = (self.prompts, self.generations, self.P // self.prompts, self.G // self.generations)
         return x.reshape(*shape, *x.shape[2:]).swapaxes(1, 2).reshape(self.P * self.G, *x.shape[2:])
 
-
-def _slice_prompts(kv: KV, part, split: _Split, dtype, P: int) -> KV:
-    """The part's own prompts; the preamble's single row serves everyone."""
-
-    def pick(x):
-        if split.prompts > 1 and x.shape[1] == P and P > 1:
-            size = P // split.prompts
-            x = jax.lax.dynamic_slice_in_dim(x, part * size, size, 1)
-        return x.astype(dtype)
-
-    return jax.tree.map(pick, kv)
+    def prompts_of(self, part, tree, axis: int):
+        """The prompts of a group of prompts, out of all prompts along an axis."""
+        if self.prompts == 1:
+            return tree
+        size = self.P // self.prompts
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, part * size, size, axis), tree)
 
 
-def _slice_valid(valid, part, split: _Split, P: int):
-    if split.prompts > 1 and valid.shape[0] == P and P > 1:
-        size = P // split.prompts
-        return jax.lax.dynamic_slice_in_dim(valid, part * size, size, 0)
-    return valid
+def with_dropout(batch: Batch, keys: Array | None) -> Batch:
+    """Each level's rows with their dropout keys; a shared row takes that of the first completion below it."""
+    if keys is None:
+        return batch
 
+    def with_keys(level, number):
+        own = keys[:: len(keys) // len(level.tokens)]
+        return dataclasses.replace(level, dropout_keys=fold_in(own, number))
 
-ROW_FIELDS = (
-    "completions",
-    "completions_positions",
-    "completions_valid",
-    "targets",
-    "sampled_mask",
-    "sampler_logprobs",
-    "old_logprobs",
-    "ref_logprobs",
-    "advantages",
-    "dropout_keys",
-)
-
-
-def _per_row(batch, function):
-    return {name: jax.tree.map(function, getattr(batch, name)) for name in ROW_FIELDS}
-
-
-def _with_rows(batch, rows):
-    return dataclasses.replace(batch, **rows)
-
-
-def trunk_levels(batch: StepBatch) -> tuple[Level, ...]:
-    """Preamble and prompts; a level without tokens is left out."""
-    T0 = batch.preamble.shape[1]
-    positions = jnp.arange(T0, dtype=jnp.int32)[None]
-    preamble, prompts = (_level_keys(batch, i, len(x)) for i, x in enumerate((batch.preamble, batch.prompts)))
-    levels = (
-        Level(batch.preamble, positions, batch.preamble_valid, True, preamble),
-        Level(batch.prompts, batch.prompts_positions, batch.prompts_valid, True, prompts),
+    completions = dataclasses.replace(batch.completions, level=with_keys(batch.completions.level, 2))
+    return dataclasses.replace(
+        batch,
+        preamble=with_keys(batch.preamble, 0),
+        prompts=with_keys(batch.prompts, 1),
+        completions=completions,
     )
-    return tuple(level for level in levels if level.tokens.shape[1])
 
 
-def completion_level(batch: StepBatch) -> Level:
-    """The completions, or a micro-batch of them."""
-    keys = _level_keys(batch, 2, len(batch.completions))
-    return Level(batch.completions, batch.completions_positions, batch.completions_valid, dropout_keys=keys)
-
-
-def _level_keys(batch: StepBatch, level: int, rows: int):
-    """Dropout keys of a level's rows: each takes that of the first completion below it."""
-    keys = batch.dropout_keys
-    return None if keys is None else fold_in(keys[:: len(keys) // rows], level)
-
-
-def _learn(step: ModelStep, params: Params, hidden, batch: StepBatch) -> Learned:
+def _learn(step: ModelStep, params: Params, hidden, completions: Completions, J: int) -> Learned:
     """Gather each row's loss positions and take their log-probabilities."""
-    index, mask = first_positions(batch.sampled_mask, batch.loss_positions)
+    index, mask = first_positions(completions.trained, J)
     hidden = jnp.take_along_axis(hidden, index[..., None], 1)
 
     def at(x):
@@ -402,7 +437,7 @@ def _learn(step: ModelStep, params: Params, hidden, batch: StepBatch) -> Learned
     logprobs, entropies = token_logprobs(
         hidden,
         head_weights(params),
-        at(batch.targets),
+        at(completions.targets),
         step.temperature,
         shards=step.layout.head_shards(step.cfg.V),
         constrain=step.layout.constrain,
@@ -411,11 +446,14 @@ def _learn(step: ModelStep, params: Params, hidden, batch: StepBatch) -> Learned
         logprobs,
         entropies,
         mask,
-        at(batch.sampler_logprobs),
-        at(batch.old_logprobs),
-        at(batch.ref_logprobs),
-        batch.advantages,
+        at(completions.sampler_logprobs),
+        at(completions.old_logprobs),
+        at(completions.ref_logprobs),
+        completions.advantages,
     )
+
+
+# --- where things lie, and how many micro-batches ---
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
@@ -424,18 +462,20 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, layout: 
     return jax.device_put(state, state_shardings(layout, state))
 
 
-def place_batch(layout: Layout, batch: StepBatch) -> StepBatch:
+def state_shardings(layout: Layout, state: TrainState) -> TrainState:
+    """NamedShardings of a TrainState: moments lie where their weights lie."""
+    return layout.params(state)
+
+
+def place_batch(layout: Layout, batch: Batch) -> Batch:
     """A host batch, the same in every process, on the devices."""
     return jax.tree.map(layout.put, batch, batch_shardings(layout, batch))
 
 
-def batch_shardings(layout: Layout, batch: StepBatch) -> StepBatch:
-    """NamedShardings of a StepBatch: completions lie over rows, shared levels everywhere."""
-
-    def sharding(path, x):
-        return layout.rows(x) if path[0].name in ROW_FIELDS else layout.replicated
-
-    return jax.tree_util.tree_map_with_path(sharding, batch)
+def batch_shardings(layout: Layout, batch: Batch) -> Batch:
+    """NamedShardings of a Batch: completions lie over rows, all else everywhere."""
+    everywhere = jax.tree.map(lambda _: layout.replicated, batch)
+    return dataclasses.replace(everywhere, completions=jax.tree.map(layout.rows, batch.completions))
 
 
 def update_sizes(step: ModelStep, P: int, G: int) -> tuple[int, ...]:
@@ -451,7 +491,7 @@ def update_sizes(step: ModelStep, P: int, G: int) -> tuple[int, ...]:
 def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
     """The fewest micro-batches whose completions' activations fit in a third of the memory.
 
-    An estimate, see `cost.activation_bytes`. One micro-batch is best where it fits: the trunk
+    An estimate, see `cost.micro_batches`. One micro-batch is best where it fits: the trunk
     is then never kept.
 
     Args:

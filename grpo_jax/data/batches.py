@@ -1,0 +1,124 @@
+"""The order in which rows are drawn, the place in it that a checkpoint keeps, and the steps of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of the rows in an epoch: a permutation of 0 … n − 1 that depends on nothing else.
+
+    Args:
+        seed: of the run, >= 0.
+        epoch: counted from 0.
+        n: number of rows.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cursor:
+    """Where the next batch starts; part of a checkpoint.
+
+    Args:
+        epoch: counted from 0, also the number of finished epochs.
+        next_index: place in the epoch's order.
+    """
+
+    epoch: int = 0
+    next_index: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        """The cursor as a JSON object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, int]) -> Cursor:
+        """The inverse of `to_json`."""
+        return cls(epoch=int(value["epoch"]), next_index=int(value["next_index"]))
+
+
+def next_batch(n: int, size: int, cursor: Cursor, seed: int) -> tuple[list[tuple[int, int]], Cursor]:
+    """Draw the next batch of rows; an incomplete last batch of an epoch is dropped.
+
+    Args:
+        n: number of rows.
+        size: rows per batch.
+        cursor: where the last batch ended.
+        seed: of the run.
+
+    Returns:
+        [size] pairs (example_index, draw_index) and the next cursor, which is at the next epoch's
+        start as soon as this epoch has no full batch left. draw_index = epoch · n + place in the
+        epoch is the key of the row's randomness.
+
+    Raises:
+        ValueError: size is not in 1 … n.
+    """
+    if not 1 <= size <= n:
+        raise ValueError(
+            f"a batch must hold between 1 prompt and the data set's {n} rows, got {size}; "
+            "lower the batch size or add rows"
+        )
+    if cursor.next_index + size > n:  # a cursor that was saved with a smaller batch
+        cursor = Cursor(cursor.epoch + 1, 0)
+    order = epoch_order(seed, cursor.epoch, n)
+    stop = cursor.next_index + size
+    draws = [(int(order[place]), cursor.epoch * n + place) for place in range(cursor.next_index, stop)]
+    return draws, Cursor(cursor.epoch, stop) if stop + size <= n else Cursor(cursor.epoch + 1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The batches and updates of a run.
+
+    Args:
+        P: prompts per batch.
+        G: completions per prompt.
+        batches_per_epoch: full batches; an incomplete last one is dropped.
+        batches: of the whole run.
+        updates_per_batch: optimizer steps on each batch, `num_iterations`.
+    """
+
+    P: int
+    G: int
+    batches_per_epoch: int
+    batches: int
+    updates_per_batch: int
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.batches * self.updates_per_batch
+
+
+def count_steps(
+    rows: int, *, P: int, G: int, epochs: float, max_updates: int = -1, updates_per_batch: int = 1
+) -> Steps:
+    """The steps of a run over a data set.
+
+    Args:
+        rows: of the data set.
+        P: prompts per batch.
+        G: completions per prompt.
+        epochs: how often the data is gone through; a fraction is rounded up to whole batches.
+        max_updates: updates after which the run ends instead, rounded up to whole batches; ignored unless > 0.
+        updates_per_batch: optimizer steps on each batch.
+
+    Raises:
+        ValueError: the data has fewer rows than one batch has prompts.
+    """
+    if rows < P:
+        raise ValueError(
+            f"one update needs {P} prompts ({P} × {G} completions), the data has {rows} rows; "
+            "lower per_device_train_batch_size or gradient_accumulation_steps, or add rows"
+        )
+    per_epoch = rows // P
+    batches = math.ceil(epochs * per_epoch)
+    if max_updates > 0:
+        batches = math.ceil(max_updates / updates_per_batch)
+    return Steps(P, G, per_epoch, batches, updates_per_batch)

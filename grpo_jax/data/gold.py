@@ -1,0 +1,185 @@
+"""Gold calls: the calls that answer a row, as fine-tuning, `--check` and the evaluation's schema figure read them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
+from typing import Any, Protocol
+
+from grpo_jax.data.rows import parsed_text, recorded_call, row_tools, show_json
+from grpo_jax.text import shorten
+from grpo_jax.types import Example, Outcome, ToolCall, ToolResult
+
+CallAndResult = tuple[ToolCall, ToolResult]
+
+
+def gold_calls(example: Example, functions: Mapping[str, Callable]) -> list[ToolCall]:
+    """The calls that answer a row, in order, from its column `tool_call`, else from `ground_truth`.
+
+    Arrow and Parquet give every call the parameters of all tools, and null for those that it does not have.
+    From both columns these nulls are dropped:
+    1. of a parameter that the function does not have;
+    2. of its own parameter, where that has a default and does not take null: null stays for all others;
+    3. inside objects, but for the required keys of a TypedDict or dataclass.
+    From `ground_truth` every other key that the function does not have is dropped too, and integral floats
+    become int, as the original's data needs. In `tool_call` both stay.
+
+    Args:
+        example: the row.
+        functions: tool name → function, whose signature says which parameters are its own.
+
+    Returns:
+        The calls; none for a row that has neither column, or null in it.
+
+    Raises:
+        ValueError: a call is not {"name": text, "arguments": object}, or names an unknown tool or one
+            that the row does not see.
+    """
+    column = "ground_truth" if example.extra.get("tool_call") is None else "tool_call"
+    value = parsed_text(example.extra.get(column))
+    try:
+        gold = [
+            _gold_call(call, functions, column == "ground_truth")
+            for call in ([] if value is None else value if isinstance(value, list) else [value])
+        ]
+    except ValueError as error:
+        raise ValueError(f"{example.source}: column {column!r}: {error}") from None
+    seen = row_tools(example, functions) if gold else []
+    for call in gold:
+        if call.name not in seen:
+            raise ValueError(
+                f"{example.source}: column {column!r}: the row does not see the tool {call.name!r}, only "
+                f"{', '.join(seen)}; add it to the column 'tools'"
+            )
+    return gold
+
+
+def _gold_call(call: Any, functions: Mapping[str, Callable], original: bool) -> ToolCall:
+    read = recorded_call(parsed_text(call))
+    if read is None:
+        raise ValueError(f'a call must be {{"name": text, "arguments": object}}, got {show_json(call)}')
+    name, arguments = read["name"], read["arguments"]
+    if name not in functions:
+        raise ValueError(f"unknown tool {name!r}; the tools are {', '.join(functions)}")
+    written = signature(functions[name]).parameters
+    parameters = {key: p for key, p in written.items() if p.kind is not Parameter.VAR_KEYWORD}
+    free, hints = len(parameters) < len(written), _hints(functions[name])
+    kept = {}
+    for key, value in arguments.items():
+        parameter, hint = parameters.get(key), hints.get(key, Any)
+        if value is None:
+            if parameter is None:
+                continue
+            default = parameter.default
+            if default is not Parameter.empty and default is not None and not _takes_null(hint):
+                continue
+        elif parameter is None and original and not free:
+            continue
+        kept[key] = _without_nulls(value, hint)
+    return ToolCall(name, _integers(kept) if original else kept)
+
+
+def _without_nulls(value: Any, hint: Any) -> Any:
+    """A value without the nulls inside its objects, but for what its type hint requires."""
+    if isinstance(value, list):
+        item = next(iter(typing.get_args(_some(hint))), Any)
+        return [_without_nulls(inner, item) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    record, required, inside = _some(hint), (), {}
+    if typing.is_typeddict(record):
+        required, inside = record.__required_keys__, _hints(record)
+    elif dataclasses.is_dataclass(record):
+        missing = dataclasses.MISSING
+        required = {
+            f.name
+            for f in dataclasses.fields(record)
+            if f.default is missing and f.default_factory is missing
+        }
+        inside = _hints(record)
+    values = (*typing.get_args(record), Any, Any)[1]  # of dict[str, hint]
+    return {
+        key: _without_nulls(inner, inside.get(key, values))
+        for key, inner in value.items()
+        if inner is not None or key in required
+    }
+
+
+def _integers(value: Any) -> Any:
+    """A value with its integral floats as int: Arrow has one type for all numbers of a column."""
+    if isinstance(value, dict):
+        return {key: _integers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_integers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _hints(of: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(of)
+    except Exception:  # of no use here; what loads the tools has refused or reported it
+        return {}
+
+
+def _takes_null(hint: Any) -> bool:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(map(_takes_null, typing.get_args(hint)))
+    return hint in (Any, object, None, type(None)) or None in typing.get_args(hint)  # or Literal[…, None]
+
+
+def _some(hint: Any) -> Any:
+    """A hint without its `| None`."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        members = [member for member in typing.get_args(hint) if member is not type(None)]
+        return _some(members[0]) if len(members) == 1 else Any
+    return hint
+
+
+def gold_texts(example: Example, functions: Mapping[str, Callable]) -> list[str]:
+    """A row's gold calls as the JSON that the model is to write."""
+    return [
+        json.dumps({"name": call.name, "arguments": call.arguments})
+        for call in gold_calls(example, functions)
+    ]
+
+
+# Running them
+
+
+class Runner(Protocol):
+    """What runs calls: `tools.ToolRunner`."""
+
+    def start_step(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def run(self, calls: Sequence[ToolCall], rows: Sequence[int]) -> list[ToolResult]: ...
+
+
+def run_gold_calls(
+    examples: Sequence[Example], functions: Mapping[str, Callable], runner: Runner
+) -> list[list[CallAndResult]]:
+    """The gold calls of every row, each with its result."""
+    gold = [gold_calls(example, functions) for example in examples]
+    flat = [(i, call) for i, calls in enumerate(gold) for call in calls]
+    runner.start_step([example.columns for example in examples])
+    results = iter(runner.run([call for _, call in flat], [i for i, _ in flat]))
+    return [[(call, next(results)) for call in calls] for calls in gold]
+
+
+def failed_call(calls: Sequence[CallAndResult], answers: bool) -> CallAndResult | None:
+    """The first gold call of a row that did not run; None where all did, or where its error is the answer.
+
+    Args:
+        calls: the row's calls in order.
+        answers: whether the last result is the row's answer.
+    """
+    return None if answers else next((pair for pair in calls if pair[1].outcome is not Outcome.OK), None)
+
+
+def show_call(call: ToolCall, result: ToolResult) -> str:
+    """A call and its result in a message to the user: `add(a=1) returns "Error: …"`."""
+    arguments = shorten(", ".join(f"{name}={value!r}" for name, value in call.arguments.items()), 200)
+    return f"{call.name}({arguments}) returns {shorten(json.dumps(result.text, ensure_ascii=False), 200)}"

@@ -1,0 +1,199 @@
+"""Cold start on gold calls.
+
+Supervised fine-tuning on the same prefix tree, with the same update, as GRPO: a
+gold row is a trajectory whose turns were written instead of sampled. It ends by
+a rule: a validation slice at the end of the training rows is evaluated greedily
+every few updates until its exact_answer_match reaches `sft_stop_match`, four times as
+often once half of that is reached: a small model learns the second half in a few updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_jax import hosts
+from grpo_jax.data.batches import Cursor, next_batch
+from grpo_jax.data.gold import failed_call, gold_calls, run_gold_calls, show_call
+from grpo_jax.models.lora import join
+from grpo_jax.rollout.conversation import Conversation
+from grpo_jax.rollout.loop import answered
+from grpo_jax.rollout.parsing import call_message
+from grpo_jax.run.evaluation import evaluate
+from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
+from grpo_jax.run.job import DataSet, Job
+from grpo_jax.scoring.rewards import same_answer
+from grpo_jax.types import Message, Prompt, ToolCall, ToolResult, Trajectory
+from grpo_jax.update.batch import make_batch, make_tree
+from grpo_jax.update.optimizer import make_schedule
+from grpo_jax.update.update import ModelStep, init_state, make_update, place_batch, sft_objective
+
+WARMUP = 10  # updates; AdamW's second moment is not to be trusted before
+
+
+def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None) -> dict[str, Any]:
+    """Fine-tune on gold calls until the validation rule holds, and write an HF folder.
+
+    With `use_peft` adapters are trained here too, and merged into the folder that is written:
+    what starts from it, as GRPO, has adapters of its own.
+
+    Args:
+        job: the parts.
+        data: the training rows; the last `sft_validation_size` of them are held out.
+        folder: where the model is written.
+        adapter: where a PEFT folder is written, if adapters were trained.
+
+    Returns:
+        {"steps", "validation"}: updates done and the last validation's figures.
+
+    Raises:
+        ValueError: see `cold_start_rows`; too few rows whose gold calls run, or a gold conversation over
+            the budget; raised before anything is compiled.
+    """
+    config = job.config
+    train, held_out = cold_start_rows(job, data)
+    train, gold = _with_gold(job, train)
+    _check_budget(gold, config.max_grpo_completion_length)
+    schedule = make_schedule("constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps)
+    optimizer = job.optimizer(schedule)
+    trained, frozen = job.load_trained()
+    state = init_state(trained, optimizer, job.training)
+    step = ModelStep(job.model, job.training, job.dtype, remat=config.gradient_checkpointing)
+    update = make_update(step, optimizer, sft_objective, state, frozen)
+    cursor, report, every = Cursor(), {}, config.sft_eval_steps
+    with job.console.progress("Cold start", config.sft_max_steps) as bar:
+        for done in range(1, config.sft_max_steps + 1):
+            draws, cursor = next_batch(len(gold), config.sft_batch_size, cursor, config.seed)
+            batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
+            state, metrics = update(state, place_batch(step.layout, batch))
+            if done % every == 0 or done == config.sft_max_steps:
+                params = job.greedy.export(join(state.params, frozen))
+                report = evaluate(job, params, held_out, "Validation").summary
+                match = report["exact_answer_match"]  # there is one: `check_stop_rule`
+                job.console.line(
+                    f"cold start {done}: loss {float(metrics['loss']):.3f}, "
+                    f"validation exact_answer_match {match:.3f}"
+                )
+                if match >= config.sft_stop_match:
+                    break
+                if match >= config.sft_stop_match / 2:
+                    every = max(1, config.sft_eval_steps // 4)
+            bar.advance(1)
+    job.save_model(state.params, frozen, folder, adapter)
+    return {"steps": done, "validation": report}
+
+
+def _check_gold_calls(job: Job, prompts: Sequence[Prompt]) -> None:
+    for prompt in prompts:
+        if not gold_calls(prompt.example, job.toolbox.functions):
+            raise ValueError(
+                f"{prompt.example.source}: fine-tuning needs a gold call in column tool_call or ground_truth, "
+                "got none"
+            )
+
+
+def _with_gold(job: Job, train: DataSet) -> tuple[DataSet, list[Trajectory]]:
+    """The rows whose gold calls run, with their trajectories; refused calls are nothing to imitate."""
+    # not in every host: a tool that answers differently would make them run different programs
+    gold = hosts.of_first(lambda: gold_trajectories(job, train.prompts))
+    runs, failed = [], {}
+    for i, trajectory in enumerate(gold):
+        answers = same_answer(trajectory.calls[-1][1].text, trajectory.prompt.example.answer)
+        if (pair := failed_call(trajectory.calls, answers)) is None:
+            runs.append(i)
+        else:
+            failed[i] = pair
+    if not failed:
+        return train, gold
+    first, pair = next(iter(failed.items()))
+    source = train.prompts[first].example.source
+    shown = f"the first, {source}: {show_call(*pair)}; correct the call or the tool"
+    if not runs:
+        raise ValueError(f"no gold call of the {len(gold)} rows to fine-tune on runs; {shown}")
+    found = f"the gold calls of {len(failed)} of {len(gold)} rows do not run"
+    if len(runs) < (size := job.config.sft_batch_size):
+        raise ValueError(
+            f"{found}, and the {len(runs)} others are fewer than sft_batch_size, {size}; lower it, or correct the "
+            f"rows: {shown}"
+        )
+    job.console.line(f"Warning: {found}, and fine-tuning leaves these rows out; {shown}")
+    return _part(job, [train.prompts[i] for i in runs]), [gold[i] for i in runs]
+
+
+def _check_budget(gold: Sequence[Trajectory], budget: int) -> None:
+    for trajectory in gold:
+        if (tokens := len(trajectory.completion_ids)) > budget:
+            raise ValueError(
+                f"{trajectory.prompt.example.source}: the gold conversation has {tokens} tokens after the prompt, "
+                f"max_grpo_completion_length is {budget}; raise it"
+            )
+
+
+def gold_trajectories(job: Job, prompts: Sequence[Prompt]) -> list[Trajectory]:
+    """Gold rows as trajectories: their calls with the results of running them; the last result is the answer.
+
+    Every row must hold a gold call. The budget is not looked at.
+    """
+    made = run_gold_calls([p.example for p in prompts], job.toolbox.functions, job.runner)
+    return [
+        written_trajectory(job.conversation, prompt, calls, calls[-1][1].text)
+        for prompt, calls in zip(prompts, made, strict=True)
+    ]
+
+
+def written_trajectory(
+    conversation: Conversation,
+    prompt: Prompt,
+    calls: Sequence[tuple[ToolCall, ToolResult]],
+    answer: str,
+) -> Trajectory:
+    """A trajectory whose turns were written instead of sampled.
+
+    Args:
+        conversation: tokenizer and template.
+        calls: each is a turn of its own, followed by its result; may be empty.
+        answer: the text of the last turn.
+    """
+    ids: list[int] = []
+    mask: list[bool] = []
+    messages: list[Message] = []
+
+    def append(new: list[int], learned: bool, message: Message) -> None:
+        ids.extend(new)
+        mask.extend([learned] * len(new))
+        messages.append(message)
+
+    for call, result in calls:
+        turn = {"role": "assistant", "content": "", "tool_calls": [call_message(call)]}
+        append(conversation.assistant_ids("", [call]), True, turn)
+        response = {"role": "tool", "name": call.name, "content": result.text}
+        append(conversation.response_ids([(call.name, result.text)]), False, response)
+    append(conversation.assistant_ids(answer, []), True, {"role": "assistant", "content": answer})
+    return Trajectory(prompt, ids, mask, [0.0] * len(ids), messages, list(calls), answered(calls))
+
+
+def cold_start_rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
+    """Training rows, and the validation rows at the end of the file.
+
+    Raises:
+        ValueError: too few rows, a training row without a gold call, or validation rows whose answers
+            are all errors.
+    """
+    size = job.config.sft_validation_size
+    if len(data.prompts) < size + job.config.sft_batch_size:
+        raise ValueError(
+            f"the cold start needs sft_validation_size + sft_batch_size rows, "
+            f"{size} + {job.config.sft_batch_size}, got {len(data.prompts)}; lower one of them"
+        )
+
+    train, held_out = _part(job, data.prompts[:-size]), _part(job, data.prompts[-size:])
+    _check_gold_calls(job, train.prompts)
+    check_gold_calls(held_out.prompts, job.toolbox.functions)
+    check_stop_rule(held_out.prompts, job.config.sft_stop_match)
+    return train, held_out
+
+
+def _part(job: Job, prompts: list[Prompt]) -> DataSet:
+    budget = job.config.max_grpo_completion_length
+    return DataSet(prompts, make_tree([p.ids for p in prompts], budget, job.row_devices))

@@ -1,0 +1,62 @@
+"""Checks of rows against the model and the options, before anything compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from grpo_jax.data.gold import gold_calls
+from grpo_jax.types import Prompt
+
+
+def check_context(prompts: Sequence[Prompt], budget: int, positions: int | None) -> None:
+    """Whether every prompt and its completion fit into the model's positions.
+
+    Args:
+        prompts: at least one.
+        budget: max_grpo_completion_length, tokens after the prompt at most.
+        positions: `ModelConfig.positions`; None for a model that names no limit.
+
+    Raises:
+        ValueError: the longest prompt and the budget are more than that.
+    """
+    longest = max(prompts, key=lambda p: len(p.ids))
+    tokens = len(longest.ids)
+    if positions is None or tokens + budget <= positions:
+        return
+    room = positions - tokens
+    fixes = [f"lower max_grpo_completion_length to at most {room}"] if room > 0 else []
+    if min(len(p.ids) for p in prompts) + budget <= positions:
+        fixes.append(
+            f"drop longer prompts with max_prompt_length {positions - budget}, overlong_prompts drop"
+        )
+    fixes.append("choose a model with a longer context, or add YaRN to its config.json (rope_scaling)")
+    raise ValueError(
+        f"{longest.example.source}: the longest prompt has {tokens} tokens, which with "
+        f"max_grpo_completion_length {budget} makes {tokens + budget}; the model was made for {positions} positions "
+        f"(max_position_embeddings in its config.json, times the factor of YaRN): {'; or '.join(fixes)}"
+    )
+
+
+def check_stop_rule(prompts: Sequence[Prompt], sft_stop_match: float) -> None:
+    """Whether the rows that the cold start holds out have the figure by which it stops.
+
+    Raises:
+        ValueError: every answer is an `Error:`, and such rows have no exact_answer_match.
+    """
+    if all(p.example.answer.startswith("Error:") for p in prompts):
+        raise ValueError(
+            f"{prompts[0].example.source}: the answers of all {len(prompts)} validation rows (the last "
+            "sft_validation_size of the training rows) begin with 'Error:', so that they have no "
+            f"exact_answer_match to stop the cold start by (sft_stop_match {sft_stop_match}); put rows with other "
+            "answers at the end of the file, or raise sft_validation_size"
+        )
+
+
+def check_gold_calls(prompts: Sequence[Prompt], functions: Mapping[str, Callable]) -> None:
+    """Whether the gold calls of evaluation rows, where there are any, can be compared with.
+
+    Raises:
+        ValueError: see `gold_calls`.
+    """
+    for prompt in prompts:
+        gold_calls(prompt.example, functions)

@@ -1,0 +1,84 @@
+"""What updates a policy: the jitted update and score, the schedule, the frozen reference, built from a job."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from grpo_jax import hosts
+from grpo_jax.models.lora import Frozen, join
+from grpo_jax.models.qwen import Params
+from grpo_jax.run.job import Job, grpo_objective
+from grpo_jax.update.batch import Batch, Tree
+from grpo_jax.update.optimizer import make_schedule
+from grpo_jax.update.update import (
+    ModelStep,
+    TrainState,
+    init_state,
+    make_score,
+    make_update,
+    micro_batches_for,
+    update_sizes,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """The compiled parts of an update and what they were made for.
+
+    Args:
+        step: how the model runs.
+        schedule: updates done -> learning rate.
+        update: the jitted update.
+        score: jitted log-probabilities of a frozen or earlier policy.
+        reference: parameters of the frozen reference; None when beta is 0.
+        frozen: the base under trained adapters; None when all weights are trained.
+        sizes: numbers of prompts that an update may shrink to.
+    """
+
+    step: ModelStep
+    schedule: Callable[[int], float]
+    update: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
+    score: Callable[[Params, Batch], Any]
+    reference: Params | None
+    frozen: Frozen | None
+    sizes: tuple[int, ...]
+
+    def params(self, state: TrainState) -> Params:
+        """The whole model's parameters."""
+        return join(state.params, self.frozen)
+
+
+def make_learner(job: Job, tree: Tree, P: int, updates: int) -> tuple[Learner, TrainState]:
+    """The learner of a job and the state before its first update.
+
+    Args:
+        job: the parts.
+        tree: of the training data.
+        P: prompts per batch.
+        updates: of the whole run.
+    """
+    config, G = job.config, job.config.num_generations
+    warmup = config.warmup_updates(updates)
+    schedule = make_schedule(config.lr_scheduler_type, config.learning_rate, warmup, updates)
+    optimizer = job.optimizer(schedule)
+    trained, frozen = job.load_trained()
+    state = init_state(trained, optimizer, job.training)
+    step = ModelStep(job.model, job.training, job.dtype, config.gradient_checkpointing, config.temperature)
+    fits = lambda: micro_batches_for(step, tree, P, G)  # noqa: E731
+    parts = config.micro_batches or hosts.of_first(fits)  # hosts may differ in memory
+    if parts > 1:
+        job.console.line(f"The update runs its {P * G} completions in {parts} micro-batches")
+    step = dataclasses.replace(step, micro_batches=parts)
+    objective = grpo_objective(config)
+    reference = None
+    if config.beta:
+        reference = frozen.base if frozen else job.load_params(dtype=job.dtype)
+    update = make_update(step, optimizer, objective, state, frozen)
+    sizes = () if objective.needs_all_rows else update_sizes(step, P, G)
+    log.debug("Updates of %s prompts", " or ".join(map(str, (P, *sizes))))
+    return Learner(step, schedule, update, make_score(step), reference, frozen, sizes), state

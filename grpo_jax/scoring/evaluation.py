@@ -1,0 +1,96 @@
+"""The figures of a greedy evaluation over the whole tool loop.
+
+- response_validity: share of examples with at least one parsable call to a known tool whose result does
+  not begin with `Error:`;
+- exact_answer_match: share of examples whose last tool result equals the answer, whitespace and case
+  ignored;
+- tool_call_schema_match: mean over examples of 0.3 · right name + 0.7 · share of gold arguments reproduced.
+
+Examples whose gold answer is itself an `Error:` are counted separately.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.scoring.intervals import bootstrap_interval, wilson_interval
+from grpo_jax.scoring.rewards import same_answer
+from grpo_jax.types import Outcome, ToolCall, Trajectory
+
+NAME_WEIGHT = 0.3
+
+
+def summarize(trajectories: Sequence[Trajectory], gold: Sequence[list[ToolCall]]) -> dict[str, Any]:
+    """The figures of evaluated examples with their 95 % intervals, `n` and `error_answers`, as in summary.json.
+
+    Args:
+        trajectories: one per example.
+        gold: the calls that answer each; empty where an example names none.
+    """
+    examples = [t.prompt.example for t in trajectories]
+    wants_error = [e.answer.startswith("Error:") for e in examples]
+    rows = [i for i, error in enumerate(wants_error) if not error]
+    valid = [_is_valid(trajectories[i]) for i in rows]
+    exact = [_is_exact(trajectories[i], examples[i].answer) for i in rows]
+    match = [schema_match([c for c, _ in trajectories[i].calls], gold[i]) for i in rows if gold[i]]
+    n = len(rows)
+    errors = [_is_exact(trajectories[i], examples[i].answer) for i, error in enumerate(wants_error) if error]
+    return {
+        "response_validity": sum(valid) / n if n else None,
+        "exact_answer_match": sum(exact) / n if n else None,
+        "tool_call_schema_match": float(np.mean(match)) if match else None,
+        "n": n,
+        "intervals": {
+            "response_validity": wilson_interval(sum(valid), n),
+            "exact_answer_match": wilson_interval(sum(exact), n),
+            "tool_call_schema_match": bootstrap_interval(match, seed=0) if match else None,
+        },
+        "error_answers": {
+            "n": len(errors),
+            "exact_answer_match": sum(errors) / len(errors) if errors else None,
+        },
+    }
+
+
+def _is_valid(trajectory: Trajectory) -> bool:
+    return any(result.outcome is Outcome.OK for _, result in trajectory.calls)
+
+
+def _is_exact(trajectory: Trajectory, answer: str) -> bool:
+    return bool(trajectory.calls) and same_answer(trajectory.calls[-1][1].text, answer)
+
+
+def schema_match(calls: Sequence[ToolCall], gold: Sequence[ToolCall]) -> float:
+    """How much of the gold calls was reproduced, in [0, 1]; each gold call takes its best unused call."""
+    unused, total = list(calls), 0.0
+    for want in gold:
+        scores = [call_match(call, want) for call in unused]
+        if scores:
+            best = int(np.argmax(scores))
+            total += scores[best]
+            unused.pop(best)
+    return total / len(gold)
+
+
+def call_match(call: ToolCall, gold: ToolCall) -> float:
+    """0.3 · right name + 0.7 · share of gold arguments reproduced; nothing for another tool's arguments."""
+    if call.name != gold.name:
+        return 0.0
+    same = [equal_values(call.arguments.get(k), v) for k, v in gold.arguments.items()]
+    return NAME_WEIGHT + (1 - NAME_WEIGHT) * (sum(same) / len(same) if same else 1.0)
+
+
+def equal_values(a: Any, b: Any) -> bool:
+    """Equality as the schema figure means it: numbers to 2 decimals, null equals absent inside objects."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return round(a, 2) == round(b, 2)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return all(equal_values(a.get(k), b.get(k)) for k in a.keys() | b.keys())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(equal_values, a, b))
+    return a == b

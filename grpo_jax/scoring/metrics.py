@@ -1,0 +1,159 @@
+"""Figures of a batch of completions, under TRL's names where TRL has them, and what they say about a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from grpo_jax.text import shorten
+from grpo_jax.types import Message, Outcome, Status, Trajectory
+
+# The names under which a run writes its own metrics, and what others of them begin with.
+RUN_METRICS = frozenset(
+    [
+        "step",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "loss",
+        "kl",
+        "entropy",
+        "grad_norm",
+        "skipped",
+        "learning_rate",
+        "epoch",
+        "num_tokens",
+        "step_time",
+    ]
+)
+RUN_PREFIXES = (
+    "completions/",
+    "rewards/",
+    "status/",
+    "tools/",
+    "rollout/",
+    "sampling/",
+    "clip_ratio/",
+    "eval/",
+)
+
+
+def is_run_metric(name: str) -> bool:
+    """Whether a run writes, or may write, a metric of its own under this name."""
+    return name in RUN_METRICS or name.startswith(RUN_PREFIXES)
+
+
+def trajectory_metrics(
+    trajectories: Sequence[Trajectory],
+    rewards: Sequence[float],
+    group_std: Sequence[float],
+    reward_names: Sequence[str],
+) -> dict[str, float]:
+    """The metrics of a batch.
+
+    `completions/*_length` count sampled tokens, without tool responses.
+    `tools/call_frequency` is calls per completion, `tools/failure_frequency` failures
+    per call. Deviations have Bessel's correction. `status/NAME` are shares of the rows.
+
+    Args:
+        trajectories: [B].
+        rewards: [B] what all reward functions gave together; NaN where none applies.
+        group_std: [P] deviation of each group's rewards.
+        reward_names: one per value of a trajectory's rewards.
+
+    Raises:
+        ValueError: when there are no trajectories.
+    """
+    if not trajectories:
+        raise ValueError("metrics need at least one trajectory, got none")
+    n = len(trajectories)
+    mean, std = _mean_and_std(rewards)
+    metrics = {"reward": mean, "reward_std": std}
+    for k, name in enumerate(reward_names):
+        mean, std = _mean_and_std([one.rewards[k] for one in trajectories])
+        metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
+    # 1e-8 is torch.isclose's tolerance around zero, which TRL uses.
+    metrics["frac_reward_zero_std"] = float(np.mean(np.asarray(group_std) <= 1e-8))
+
+    lengths = [one.sampled_tokens for one in trajectories]
+    metrics |= {
+        "completions/mean_length": sum(lengths) / n,
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": sum(one.status.truncated for one in trajectories) / n,
+    }
+
+    outcomes = [result.outcome for one in trajectories for _, result in one.calls]
+    failures = sum(outcome is not Outcome.OK for outcome in outcomes)
+    metrics["tools/call_frequency"] = len(outcomes) / n
+    metrics["tools/failure_frequency"] = failures / len(outcomes) if outcomes else 0.0
+
+    counts = Counter(one.status for one in trajectories)
+    return metrics | {f"status/{status.value}": counts[status] / n for status in Status}
+
+
+def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and deviation of the values that are there; NaN and 0 when none is."""
+    there = np.asarray(values, np.float64)
+    there = there[~np.isnan(there)]
+    if there.size == 0:
+        return math.nan, 0.0
+    return float(there.mean()), float(there.std(ddof=1)) if there.size > 1 else 0.0
+
+
+class FirstCalls:
+    """Finds out in a run's first batches that the model writes no tool call.
+
+    Args:
+        batches: how many to wait for; at most those of the run.
+    """
+
+    def __init__(self, batches: int):
+        self._left = batches
+        self._seen: list[Trajectory] = []
+
+    def hint(self, trajectories: Sequence[Trajectory]) -> str | None:
+        """What to print after a batch: once a hint, when no turn of the first batches held a `<tool_call>`."""
+        if self._left <= 0:
+            return None
+        self._seen += trajectories
+        turns = [m for one in self._seen for m in one.messages if m["role"] == "assistant"]
+        if any(map(_tries_a_call, turns)):
+            self._left, self._seen = 0, []
+            return None
+        self._left -= 1
+        if self._left:
+            return None
+        texts = [m.get("content") or "" for m in turns]
+        bare = [text for text in texts if _BARE_CALL.search(text)]
+        cut = sum(one.status is Status.OVERLONG for one in self._seen)
+        if bare:
+            cause = (
+                f"{len(bare)} held a call as bare or fenced JSON, which is not run, the first {shorten(bare[0], 200)!r}; "
+                "ask for <tool_call> tags in system_prompt"
+            )
+        elif 2 * cut > len(self._seen):
+            cause = f"max_grpo_completion_length ended {cut} of {len(self._seen)} completions; raise it"
+        else:
+            cause = "rollouts/ shows what the model writes instead; ask for a call in system_prompt"
+        return (
+            f"Hint: none of the {len(texts)} turns of the first updates held a <tool_call>: {cause}, set cold_start "
+            "to learn from gold calls first, or choose a model that was trained on this chat template with tools"
+        )
+
+
+# {"name": …, "arguments": …}, with the keys in either order and under either of their usual names
+_BARE_CALL = re.compile(
+    r'\{\s*"(?:name|function)"\s*:\s*"[^"]*"\s*,\s*"(?:arguments|parameters)"\s*:'
+    r'|\{\s*"(?:arguments|parameters)"\s*:\s*\{.*"(?:name|function)"\s*:',
+    re.S,
+)
+
+
+def _tries_a_call(message: Message) -> bool:
+    """A call that was run, or one that does not parse, whose content is the raw text."""
+    return bool(message.get("tool_calls")) or "<tool_call>" in (message.get("content") or "")

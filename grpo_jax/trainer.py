@@ -1,0 +1,488 @@
+"""GRPO: sample groups of completions with their tool turns, score them, compare each with its group, update.
+
+`GRPOTrainer.train` is the algorithm from the first batch to the finished model; `_learn` is its loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from grpo_jax import hosts
+from grpo_jax.data.batches import Cursor, Steps, next_batch
+from grpo_jax.data.rows import read_prompt
+from grpo_jax.models.lora import LoraConfig
+from grpo_jax.models.qwen import Params
+from grpo_jax.preflight.check import check_job
+from grpo_jax.rollout.loop import make_policy, roll_out
+from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.run.checkpoint import Checkpoints, StopSignal, find_start, machine_meta
+from grpo_jax.run.cold_start import cold_start_rows, fine_tune
+from grpo_jax.run.compiling import watch_compiles
+from grpo_jax.run.config import write_resolved
+from grpo_jax.run.console import Console, note_dependencies, setup_logging
+from grpo_jax.run.evaluation import compare, evaluate
+from grpo_jax.run.fields import DEFAULT_TOOLS
+from grpo_jax.run.identity import adapters_meta, run_identity
+from grpo_jax.run.inputs import check_gold_calls
+from grpo_jax.run.job import DataSet, Job, load_data, open_job, read_inputs, steps_of
+from grpo_jax.run.learner import Learner, make_learner
+from grpo_jax.run.lock import run_lock
+from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
+from grpo_jax.run.options import GRPOConfig
+from grpo_jax.run.report import write_report
+from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
+from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
+from grpo_jax.scoring.rewards import RewardOutcome, TrainerState, joined
+from grpo_jax.types import Example, Message, Trajectory
+from grpo_jax.update.batch import make_batch, make_tree
+from grpo_jax.update.update import TrainState, place_batch, state_shardings
+
+note_dependencies()
+
+# What a run leaves in output_dir, and all that --overwrite_output_dir removes.
+LEAVINGS = (
+    "resolved_config.yaml",
+    "metrics.jsonl",
+    "rollouts",
+    "checkpoints",
+    "model",
+    "adapter",
+    "summary.json",
+    "base_model",
+    "cold_start",
+    "tensorboard",
+    "wandb",
+    "mlflow.db",
+    "tracker.json",
+    "report.html",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run stands when `train` returns.
+
+    Args:
+        global_step: updates done.
+        finished: False when it was asked to stop before its last update.
+        metrics: the figures of summary.json.
+    """
+
+    global_step: int
+    finished: bool
+    metrics: dict[str, Any]
+
+
+class GRPOTrainer:
+    """Trains a model to call Python functions with GRPO; the keyword names are TRL's.
+
+    Args:
+        model: hub id, HF folder, a checkpoint's folder, or "scratch" for a new small model.
+        reward_funcs: one reward, or several: functions, and names of built-in rewards.
+        args: every other option; see `GRPOConfig`.
+        train_dataset: path or name of a data set, a list of dicts, or a `datasets.Dataset`.
+        eval_dataset: the same, for the evaluations.
+        tools: the functions that the model may call.
+        console: where it prints.
+
+    What is left out is taken from the options in `args`. Everything is loaded and checked here, before
+    anything compiles.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: bad input; says the rule, the offending value and the fix.
+
+    Example:
+        trainer = GRPOTrainer("scratch", exact, GRPOConfig(output_dir="runs/mine"), rows, tools=[add])
+        trainer.train()
+        trainer.generate("What is 15 plus 27?")
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        tools: Sequence[Callable] | None = None,
+        console: Console | None = None,
+    ):
+        config = GRPOConfig() if args is None else args
+        if model is not None:
+            config = dataclasses.replace(config, model_name_or_path=str(model))
+        console, timer = console or Console(), PhaseTimer()
+        setup_logging(console, config.log_level)
+        self.output_dir = Path(config.output_dir)
+        self._learned: tuple[Learner, TrainState] | None = None
+        by_options = config.tools_script or config.tool_functions_module != DEFAULT_TOOLS
+        if tools is None and not by_options and (train_dataset is not None or reward_funcs is not None):
+            raise ValueError("tools must be a list with at least one function, got None")
+        train = config.required("dataset_id_or_path") if train_dataset is None else train_dataset
+        evaluation = config.eval_dataset_id_or_path if eval_dataset is None else eval_dataset
+        inputs = read_inputs(config, train, evaluation, tools, reward_funcs)  # before anything is written
+        if config.overwrite_output_dir:
+            with run_lock(self.output_dir, "GRPOTrainer"):
+                hosts.of_first(lambda: _start_over(self.output_dir))
+        with watch_compiles(console, timer):
+            self.job = open_job(config, console, timer, inputs)
+            self.data = load_data(self.job, inputs.train)
+            self.evaluation = inputs.evaluation and load_data(self.job, inputs.evaluation)
+        weakref.finalize(self, self.job.runner.close)
+        if self.evaluation is not None:
+            check_gold_calls(self.evaluation.prompts, self.job.toolbox.functions)
+        if not config.check:  # a check gives its hints first
+            hosts.share(range(self.steps.P))  # raises where the prompts do not divide by the hosts
+
+    @functools.cached_property
+    def steps(self) -> Steps:
+        """The batches and updates of the run."""
+        return steps_of(self.job.config, len(self.data.prompts), self.job.row_devices)
+
+    def train(self) -> TrainResult:
+        """Train to the run's last update and export the model.
+
+        A run that was interrupted continues from its newest checkpoint; a finished one returns its figures.
+        """
+        job, config, out = self.job, self.job.config, self.output_dir
+        with run_lock(out, "grpo_jax.train"), watch_compiles(job.console, job.timer):
+            summary = hosts.of_first(lambda: read_summary(out))
+            job.timer.restore(summary.get("timings", {}))
+            if config.cold_start and not hosts.of_first((out / "cold_start").exists):
+                cold_start_rows(job, self.data)  # raises where it would, before anything compiles
+            print_steps(job.console, self.steps, self.data)
+            with Checkpoints(out / "checkpoints", keep=config.save_total_limit) as checkpoints:
+                return self._train(summary, checkpoints)
+
+    def _train(self, summary: dict[str, Any], checkpoints: Checkpoints) -> TrainResult:
+        """Start, learn, finish."""
+        job, config, out = self.job, self.job.config, self.output_dir
+        line = job.console.line
+        wanted, allowed = config.resume_from_checkpoint, config.allow_config_change
+        start = find_start(checkpoints, wanted, summary, self._fresh_meta(), allowed)
+        for note in start.notes:
+            line(note)
+        if start.finished is not None:
+            line(
+                f"The run in {out} is finished after {start.finished} updates (summary.json, model/). A higher "
+                "--max_steps or --num_train_epochs continues it, --overwrite_output_dir starts over, another "
+                "--output_dir keeps both."
+            )
+            self.job = dataclasses.replace(job, folder=out / "model", checkpoint=None)
+            return TrainResult(start.finished, True, summary)
+        summary.pop("after", None)
+        hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
+        if config.cold_start:
+            job = self.job = self._cold_started(summary)
+        with StopSignal() as stop:
+            learner, state = make_learner(job, self.data.tree, self.steps.P, self.steps.updates)
+            if start.checkpoint is not None:
+                state = start.restore(checkpoints, state, state_shardings(learner.step.layout, state))
+                job.timer.restore(start.meta.get("timings", {}))
+                line(
+                    f"Continuing from the checkpoint of update {start.checkpoint[1]} in {start.checkpoint[0]}"
+                )
+            self._learned = learner, state
+            if "before" not in summary and self.evaluation is not None:
+                summary["before"] = self._evaluated("Evaluation before")
+                self._write_summary(summary)
+            stopped = self._learn(start.meta, checkpoints, stop)
+        step = int(self._learned[1].step)
+        if stopped:
+            self._write_summary(summary)
+            hosts.of_first(lambda: write_report(out))
+            line(f"Stopped after update {step}, which is saved. The same command continues.")
+            return TrainResult(step, False, summary)
+        self.save_model(out / "model", out / "adapter")
+        summary |= {"after": None, "updates": step}
+        if self.evaluation is not None:
+            summary["after"] = self._evaluated("Evaluation after")
+            compare(job.console, {"before": summary["before"], "after": summary["after"]})
+        self._write_summary(summary)
+        report = hosts.of_first(lambda: write_report(out))
+        line(f"Finished: {step} updates; the model is in {out / 'model'}")
+        line(f"Curves and conversations: {report}")
+        return TrainResult(step, True, summary)
+
+    def _learn(self, meta: dict[str, Any], checkpoints: Checkpoints, stop: StopSignal) -> bool:
+        """The loop of GRPO, from the state in `_learned`; returns whether it was asked to stop early."""
+        job, data, steps, config, timer = self.job, self.data, self.steps, self.job.config, self.job.timer
+        learner, state = self._learned
+        sampler = job.sampler(Sampling(config.temperature, config.top_k, config.top_p, config.min_p or 0.0))
+        loop = job.tool_loop(sampler, data.tree)
+        cursor, num_tokens, first = Cursor.from_json(meta["cursor"]), meta["num_tokens"], int(state.step)
+        names = [reward.name for reward in job.rewards]
+        weights = config.reward_weights or [1.0] * len(names)
+        records = Records(config, resume_step=first or None)
+        first_calls = FirstCalls(batches=min(3, steps.batches))
+
+        def due(every: int | None) -> bool:
+            """Whether this batch reached a multiple of `every`; several updates per batch may step over it."""
+            return every is not None and step // every > (step - steps.updates_per_batch) // every
+
+        with records, job.console.progress("GRPO", steps.batches) as bar:
+            bar.advance(first // steps.updates_per_batch)
+            for _ in range(first // steps.updates_per_batch, steps.batches):
+                began = time.perf_counter()
+                now = TrainerState(
+                    global_step=int(state.step),
+                    max_steps=steps.updates,
+                    epoch=cursor.epoch + cursor.next_index / len(data.prompts),
+                    num_train_epochs=steps.batches / steps.batches_per_epoch,
+                )
+
+                # The next prompts, in an order that only seed and epoch decide.
+                draws, cursor = next_batch(len(data.prompts), steps.P, cursor, config.seed)
+                prompts = [dataclasses.replace(data.prompts[i], draw=draw) for i, draw in draws]
+
+                # Roll out: G completions of each prompt, with the tools that they call.
+                with timer("rollout"), job.console.progress("Rollout", steps.P * steps.G) as rows:
+                    rollout = roll_out(
+                        loop,
+                        make_policy(loop, sampler.export(learner.params(state))),
+                        prompts,
+                        generations=steps.G,
+                        seed=config.seed,
+                        on_turn=rows.advance,
+                        stop=lambda: stop.requested,
+                    )
+
+                # Score them, and compare each with its group.
+                if job.purity is not None:  # while what follows runs, which needs no tools
+                    job.purity.start(call for t in hosts.share(rollout.trajectories) for call in t.calls)
+                with timer("reward"):
+                    outcome = _scored(job, rollout.trajectories, now)
+                    rewards = combine_rewards(outcome.values, weights)
+                    advantages = batch_advantages(
+                        outcome.values,
+                        weights,
+                        steps.G,
+                        scale=config.scale_rewards,
+                        aggregation=config.multi_objective_aggregation,
+                        estimator=config.advantage_estimator,
+                    )
+                    trajectories = [
+                        dataclasses.replace(t, rewards=tuple(values), advantage=advantage)
+                        for t, values, advantage in zip(
+                            rollout.trajectories, outcome.values.tolist(), advantages.tolist(), strict=True
+                        )
+                    ]
+
+                # Update the policy on the batch.
+                with timer("update"):
+                    batch = make_batch(
+                        data.tree,
+                        trajectories,
+                        steps.G,
+                        mask_truncated=config.mask_truncated_completions,
+                        sizes=learner.sizes,
+                    )
+                    batch = place_batch(learner.step.layout, batch)
+                    if learner.reference is not None:
+                        batch = batch.with_logprobs(ref_logprobs=learner.score(learner.reference, batch))
+                    if steps.updates_per_batch > 1:
+                        batch = batch.with_logprobs(old_logprobs=learner.score(learner.params(state), batch))
+                    for _ in range(steps.updates_per_batch):
+                        state, metrics = learner.update(state, batch)
+                    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                self._learned, step = (learner, state), int(state.step)
+
+                # Record.
+                num_tokens += sum(len(t.prompt.ids) + len(t.completion_ids) for t in trajectories)
+                record = {
+                    **trajectory_metrics(trajectories, rewards, group_std(rewards, steps.G), names),
+                    **outcome.metrics,
+                    **metrics,
+                    "learning_rate": float(learner.schedule(step - 1)),
+                    "epoch": cursor.epoch + cursor.next_index / len(data.prompts),
+                    "num_tokens": num_tokens,
+                    "rollout/wasted_decode": rollout.wasted_decode,
+                }
+                if job.purity is not None:
+                    record["tools/impure"] = sum(hosts.gather(job.purity.finish))
+                record["step_time"] = time.perf_counter() - began
+                done = step >= steps.updates
+                if self.evaluation is not None and due(config.eval_steps) and not done:
+                    figures = self._evaluated(f"Evaluation at {step}")
+                    record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
+                records.write(step, record, trajectories, names, outcome.extras)
+                bar.advance(1, reward=record["reward"], spread=record["reward_std"])
+                if hint := first_calls.hint(trajectories):
+                    job.console.line(hint)
+                if record["skipped"]:
+                    job.console.line(
+                        f"Warning: update {step} was skipped: its loss or gradient is not finite"
+                    )
+                if due(config.logging_steps) or step == steps.updates_per_batch or done:
+                    _print_update(job, steps, step, record, trajectories)
+
+                # Save and stop when due. Several hosts stop after the same update: one that is asked after its
+                # rollout stops after the next.
+                stopping = stop.requested if hosts.alone() else rollout.stop
+                checkpoints.check()
+                by_strategy = {"no": False, "epoch": cursor.next_index == 0, "steps": due(config.save_steps)}
+                saves = by_strategy[config.save_strategy] or (done and config.save_strategy != "no")
+                if stopping or saves:
+                    meta |= {"cursor": cursor.to_json(), "num_tokens": num_tokens, "timings": timer.seconds}
+                    with timer("save"):
+                        checkpoints.save(step, state, meta)
+                if stopping and not done:
+                    return True
+        return False
+
+    def check(self) -> bool:
+        """Print what the run would learn from, as `--check` does; False when no right answer would be rewarded."""
+        passed = check_job(self.job, self.data, self.evaluation) == 0
+        print_steps(self.job.console, self.steps, self.data)
+        return passed
+
+    def evaluate(self) -> dict[str, Any]:
+        """The figures of a greedy evaluation on `eval_dataset`, with their intervals.
+
+        Raises:
+            ValueError: there is no evaluation data set.
+        """
+        if self.evaluation is None:
+            raise ValueError("evaluate needs eval_dataset, got none; give it to GRPOTrainer")
+        with watch_compiles(self.job.console, self.job.timer):
+            return self._evaluated("Evaluation")
+
+    def generate(self, prompt: str | list[Message]) -> list[Message]:
+        """A whole conversation with tools, sampled greedily.
+
+        Args:
+            prompt: the user's text, or chat messages.
+
+        Returns:
+            The prompt's messages and those that follow: assistant turns, tool calls and their results.
+        """
+        messages = read_prompt(prompt)
+        asked = self.job.prompt(Example(messages, ""))
+        shared = self.data.tree.preamble
+        tree = make_tree([asked.ids, [*shared, *asked.ids[-1:]]], self.data.tree.budget, self.job.row_devices)
+        loop = self.job.tool_loop(self.job.greedy, tree)
+        with watch_compiles(self.job.console, self.job.timer):
+            rollout = roll_out(loop, make_policy(loop, self._weights()), [asked])
+        return messages + rollout.trajectories[0].messages
+
+    def save_model(self, folder: str | Path, adapter: str | Path | None = None) -> None:
+        """Write the model as an HF folder, adapters merged.
+
+        Args:
+            folder: of the model.
+            adapter: PEFT folder for the adapters alone; left out where there are none.
+        """
+        if self._learned is None:
+            trained, frozen = self.job.load_trained()
+        else:
+            trained, frozen = self._learned[1].params, self._learned[0].frozen
+        with self.job.timer("save"):
+            self.job.save_model(trained, frozen, Path(folder), None if adapter is None else Path(adapter))
+
+    def _weights(self) -> Params:
+        """Rollout weights of the policy as it is now."""
+        if self._learned is None:
+            return self.job.greedy.export(self.job.load_params())
+        learner, state = self._learned
+        return self.job.greedy.export(learner.params(state))
+
+    def _evaluated(self, title: str) -> dict[str, Any]:
+        with self.job.timer("evaluate"):
+            summary = evaluate(self.job, self._weights(), self.evaluation, title).summary
+        value = summary["exact_answer_match"]
+        shown = "–" if value is None else f"{value:.3f}"
+        self.job.console.line(f"{title}: exact_answer_match {shown} on {summary['n']} rows")
+        return summary
+
+    def _cold_started(self, summary: dict[str, Any]) -> Job:
+        """The job with the cold-started model in place of its own; fine-tunes unless that is done."""
+        job, folder = self.job, self.output_dir / "cold_start"
+        if not hosts.of_first(folder.exists):
+            with job.timer("cold_start"):
+                report = fine_tune(job, self.data, folder)
+            job.console.line(
+                f"Cold start: {report['steps']} updates on gold calls; GRPO starts from {folder}"
+            )
+            summary["cold_start"] = report
+            self._write_summary(summary)
+        return dataclasses.replace(job, folder=folder, checkpoint=None, model_name=str(folder.absolute()))
+
+    def _fresh_meta(self) -> dict[str, Any]:
+        """What a checkpoint of a run that starts from its model says; see `find_start`."""
+        job, config, steps = self.job, self.job.config, self.steps
+        source, name = job.folder.absolute(), job.model_name
+        if config.cold_start:
+            source = (self.output_dir / "cold_start").absolute()
+            name = str(source)
+        numbers = {"seed": config.seed, "prompts": steps.P, "num_generations": steps.G}
+        numbers |= {"num_iterations": steps.updates_per_batch, "updates": steps.updates}
+        meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(source)} | machine_meta()
+        # adapters are float32 always
+        meta["param_dtype"] = "float32" if config.use_peft else config.param_dtype
+        if config.use_peft:
+            targets = config.lora_target_modules
+            lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
+            meta |= adapters_meta(lora, name, job.dtype)
+        options = dataclasses.asdict(config)
+        prompts, toolbox = self.data.prompts, job.toolbox
+        meta["run"] = run_identity(prompts, toolbox, job.rewards, numbers, str(source), options)
+        return meta
+
+    def _write_summary(self, summary: dict[str, Any]) -> None:
+        path, seconds = self.output_dir / "summary.json", self.job.timer.seconds
+        hosts.of_first(lambda: write_json_atomic(path, {**summary, "timings": seconds}))
+
+
+def _scored(job: Job, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
+    """The rewards of a batch: each host scores the completions whose tools it ran, and all get them all."""
+    own = hosts.share(trajectories)
+    score = lambda: (job.score(own, now), job.runner.cache_hit_rate)  # noqa: E731
+    outcomes, hit_rates = zip(*hosts.gather(score), strict=True)
+    outcome = joined(outcomes)
+    outcome.metrics["tools/cache_hit_rate"] = sum(hit_rates) / len(hit_rates)
+    return outcome
+
+
+def _start_over(out: Path) -> None:
+    for name in LEAVINGS:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def print_steps(console: Console, steps: Steps, data: DataSet) -> None:
+    """The shapes of a batch and how many there are."""
+    tree = data.tree
+    rest = max(len(tree.rest(p.ids)) for p in data.prompts) + 1
+    console.line(
+        f"Prefix tree: preamble {len(tree.preamble)} tokens once, {steps.P} prompts of up to {rest} tokens, "
+        f"{steps.P} × {steps.G} completions of up to {tree.budget} tokens"
+    )
+    dropped = len(data.prompts) - steps.P * steps.batches_per_epoch
+    console.line(
+        f"{len(data.prompts)} rows, {steps.batches_per_epoch} batches an epoch"
+        + (f" ({dropped} rows of each epoch's end are left out)" if dropped else "")
+        + f", {steps.updates} updates in all"
+    )
+
+
+def _print_update(
+    job: Job, steps: Steps, step: int, record: dict[str, Any], trajectories: Sequence[Trajectory]
+) -> None:
+    job.console.line(
+        f"update {step}/{steps.updates}: reward {record['reward']:.3f} ± {record['reward_std']:.3f}, "
+        f"length {record['completions/mean_length']:.1f}, loss {record['loss']:+.4f}, "
+        f"entropy {record['entropy']:.3f}, {record['step_time']:.2f} s"
+    )
+    if job.config.log_completions:
+        job.console.samples(trajectories, [t.prompt.example.answer for t in trajectories])
