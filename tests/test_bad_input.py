@@ -267,10 +267,10 @@ def test_missing_rewards_are_named(tmp_path):
     [
         (
             ["--num_generation", "4"],
-            "--num_generation: unknown option 'num_generation' (value 4); nearest: num_generations",
+            "--num_generation: unknown option 'num_generation'; nearest: num_generations",
         ),
         (["--max_steps", "many"], "--max_steps: max_steps must be a whole number, got 'many'"),
-        (["--beta", "-1"], "--beta: beta must be >= 0, got '-1'"),
+        (["--beta", "-1"], "--beta: beta must be >= 0, got -1"),
         (
             ["--loss_type", "ppo"],
             "--loss_type: loss_type must be one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, got 'ppo'",
@@ -286,7 +286,11 @@ def test_bad_flags_are_named_with_the_fix(tmp_path, flags, message):
 @pytest.mark.parametrize(
     ("changes", "line", "message"),
     [
-        ({"learning_rat": 1e-4}, 1, "unknown option 'learning_rat' (value 0.0001); nearest: learning_rate"),
+        (
+            {"learning_rat": 1e-4},
+            1,
+            "unknown option 'learning_rat'; nearest: learning_rate (its value: 0.0001)",
+        ),
         ({"max_steps": "many"}, 1, "max_steps must be a whole number, got 'many'"),
     ],
 )

@@ -64,7 +64,7 @@ def test_wrong_options_are_reported_before_jax_is_imported():
     )
     ran = python("-c", code)
     assert ran.stdout == "2 False\n"
-    assert ran.stderr == "Error: --sed: unknown option 'sed' (value 1); nearest: seed\n"
+    assert ran.stderr == "Error: --sed: unknown option 'sed'; nearest: seed (its value: 1)\n"
 
 
 @pytest.mark.parametrize("option", ["check", "plan"])

@@ -22,7 +22,7 @@ from grpo_jax.run.trl_options import ALIASES, EQUAL, HANDLED, INSTEAD, REFUSED, 
 
 ROOT = Path(__file__).parent.parent
 
-# As the original's recipe generator writes it.
+# As the YAML generator of the original writes it.
 ORIGINAL = """\
 model_name_or_path: Qwen/Qwen3-1.7B
 model_revision: main
@@ -210,7 +210,7 @@ def test_within_one_source_both_stay_and_the_file_wins_later(tmp_path):
     [
         (
             "seed: 1\nnum_generation: 4",
-            "c.yaml:2: unknown option 'num_generation' (value 4); nearest: num_generations",
+            "c.yaml:2: unknown option 'num_generation'; nearest: num_generations (its value: 4)",
         ),
         ("seed: 1\n\nsave_steps: often", "c.yaml:3: save_steps must be a number, got 'often'"),
         (
@@ -261,12 +261,12 @@ def test_yaml_errors_name_file_line_and_fix(text, expected, tmp_path):
     [
         (
             ["--num_generation", "4"],
-            "--num_generation: unknown option 'num_generation' (value 4); nearest: num_generations",
+            "--num_generation: unknown option 'num_generation'; nearest: num_generations (its value: 4)",
         ),
-        (["--zzz=4"], "--zzz: unknown option 'zzz' (value 4); --help lists every option"),
+        (["--zzz=4"], "--zzz: unknown option 'zzz'; --help lists every option (its value: 4)"),
         (
             ["--load_in_4bt"],
-            "--load_in_4bt: unknown option 'load_in_4bt' (value True); nearest: load_in_4bit",
+            "--load_in_4bt: unknown option 'load_in_4bt'; nearest: load_in_4bit (its value: True)",
         ),
         (["--seed=1", "2"], "'2' belongs to no option; write --option value"),
         (["--config"], "--config needs a value"),
@@ -308,7 +308,7 @@ def test_missing_config_file_is_named():
         ("max_steps", 0, "must be -1 or >= 1, got 0"),
         ("mesh_data", 0, "must be -1 or >= 1, got 0"),
         ("warmup_steps", 2.5, "must be >= 0, and whole from 1 on, got 2.5"),
-        ("delta", 1, "must be > 1, the ratio of an unchanged policy, got 1"),
+        ("delta", 1, "must be > 1 (an unchanged policy has the ratio 1), got 1"),
         ("beta", -1, "must be >= 0, got -1"),
         ("tool_timeout", 0, "must be > 0, got 0"),
         ("seed", -1, "must be in [0, 2**32 - 1], got -1"),
@@ -440,8 +440,8 @@ steps_per_generation: 3
     ) == [
         "14 options are wrong:",
         "--seed needs a value",
-        "c.yaml:1: unknown option 'num_generation' (value 4); nearest: num_generations",
-        "c.yaml:2: unknown option 'lerning_rate' (value 1e-05); nearest: learning_rate",
+        "c.yaml:1: unknown option 'num_generation'; nearest: num_generations (its value: 4)",
+        "c.yaml:2: unknown option 'lerning_rate'; nearest: learning_rate (its value: 1e-05)",
         "c.yaml:3: load_in_4bit True is not supported: weights are not quantised; use dtype bfloat16",
         "c.yaml:4: repetition_penalty 1.1 is not supported: sampling knows temperature, top_p, top_k and min_p",
         "c.yaml:5: save_steps must be a number, got 'often'",
@@ -452,8 +452,8 @@ steps_per_generation: 3
         "c.yaml:11: steps_per_generation must equal gradient_accumulation_steps 1, got 3: every update samples "
         "its own batch; num_iterations makes more updates of one batch",
         "--beta: beta must be a number, got 'x'",
-        "--zzz: unknown option 'zzz' (value 3); --help lists every option",
-        "--zzz2: unknown option 'zzz2' (value True); --help lists every option",
+        "--zzz: unknown option 'zzz'; --help lists every option (its value: 3)",
+        "--zzz2: unknown option 'zzz2'; --help lists every option (its value: True)",
     ]
     assert "c.yaml:9: use_vllm has no effect here: the sampler is built in" in caplog.text
 
@@ -496,7 +496,7 @@ def test_trl_keywords_are_handled_as_names_of_a_file(caplog):
 
 def test_an_unknown_keyword_is_a_type_error_that_names_the_nearest():
     with pytest.raises(
-        TypeError, match=r"^unknown option 'num_generation' \(value 4\); nearest: num_generations$"
+        TypeError, match=r"^unknown option 'num_generation'; nearest: num_generations \(its value: 4\)$"
     ):
         GRPOConfig(num_generation=4)
 
@@ -689,10 +689,10 @@ def test_required_option_that_is_not_set_is_named():
     assert GRPOConfig(model_name_or_path="m").required("model_name_or_path") == "m"
 
 
-# --- names of TRL and the recipe ---
+# --- names of TRL and the original ---
 
 
-def test_original_recipe_runs_as_it_is(tmp_path, caplog, monkeypatch):
+def test_yaml_of_the_original_runs_as_it_is(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no tracker is installed
     config = parse(text=ORIGINAL, tmp_path=tmp_path).config
     assert config.batch_size(1) == 32

@@ -62,7 +62,7 @@ def test_every_config_writes_into_a_folder_of_its_own_and_names_files_that_exist
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "default"])
-def test_qwen3_configs_have_the_original_recipes_values(name):
+def test_qwen3_configs_have_the_values_of_the_original(name):
     config = parsed(name).config
     expected = {
         "num_generations": 8,

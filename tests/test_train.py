@@ -98,7 +98,7 @@ def test_the_smoke_run_says_what_it_does_in_plain_lines():
     for text in (
         "Loaded 2 tool functions:",
         "  add(a: int, b: int) -> str",
-        "Reward function: math_reward (rewards/math_reward.py)",
+        f"Reward function: math_reward ({launch.ROOT}/rewards/math_reward.py)",
         "2 prompts of up to",
         "Compiling update …",
         "Cold start: 4 updates on gold calls",

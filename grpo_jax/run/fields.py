@@ -200,7 +200,7 @@ class Options:
         None,
         "Upper bound of the ratio where the advantage is negative; unset: none.",
         gt=1,
-        why="the ratio of an unchanged policy",
+        why="(an unchanged policy has the ratio 1)",
     )
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = _opt(
         "dapo", "Loss of a token, and how token losses are averaged."

@@ -235,7 +235,7 @@ def _rule_of(name: str, error: Mapping[str, Any]) -> str:
         bounds = [f"{signs[s]} {getattr(m, s)}" for m in field.metadata for s in signs if hasattr(m, s)]
         why = field.json_schema_extra["why"]
         return (
-            " and ".join(bounds) + (f" {why}" if why.startswith("to ") else f", {why}" if why else "") + got
+            f"{' and '.join(bounds)}{why and ' '}{why}, got {error['input']}"  # a flag's text without quotes
         )
     return KINDS[option_type(name).kind] + got
 

@@ -82,7 +82,7 @@ def settle(entries: Iterable[Entry], options: Collection[str]) -> Settled:
             settled.unknown = True
             close = nearest(name, [*options, *ALIASES], cutoff=0.6) or nearest(name, HANDLED, cutoff=0.6)
             hint = f"nearest: {close[0]}" if close else "--help lists every option"
-            problems.append(f"{where}unknown option {name!r} (value {show(value)}); {hint}")
+            problems.append(f"{where}unknown option {name!r}; {hint} (its value: {show(value)})")
     for name, value, where in sets:
         problems += _set(name, value, where, found)
     return settled
