@@ -7,16 +7,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from grpo_jax.preflight.plan import show_plan
 from grpo_jax.run.command import INTERRUPTED, run_command
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
-from grpo_jax.run.lock import check_writable
-from grpo_jax.trainer import GRPOTrainer
 
 
 def run(resolved: ResolvedConfig, console: Console) -> int:
     """Train as configured, or only say what training would meet (`check`, `plan`); returns the exit status."""
+    from grpo_jax.preflight.plan import show_plan  # here, so that --help does not wait for jax
+    from grpo_jax.run.lock import check_writable
+    from grpo_jax.trainer import GRPOTrainer
+
     config = resolved.config
     if config.plan is not None:
         return show_plan(config, console)

@@ -119,6 +119,7 @@ class GRPOTrainer:
         config = GRPOConfig() if args is None else args
         if model is not None:
             config = dataclasses.replace(config, model_name_or_path=str(model))
+        config = config.with_absolute_paths()  # code of the user may change the working directory
         console, timer = console or Console(), PhaseTimer()
         setup_logging(console, config.log_level)
         self.output_dir = Path(config.output_dir)
@@ -223,6 +224,8 @@ class GRPOTrainer:
         weights = config.reward_weights or [1.0] * len(names)
         records = Records(config, resume_step=first or None)
         first_calls = FirstCalls(batches=min(3, steps.batches))
+        per_epoch = steps.batches_per_epoch * steps.updates_per_batch
+        every = {of: config.interval(of, steps.updates, per_epoch) for of in ("eval", "save", "logging")}
 
         def due(every: int | None) -> bool:
             """Whether this batch reached a multiple of `every`; several updates per batch may step over it."""
@@ -310,7 +313,7 @@ class GRPOTrainer:
                     record["tools/impure"] = sum(hosts.gather(job.purity.finish))
                 record["step_time"] = time.perf_counter() - began
                 done = step >= steps.updates
-                if self.evaluation is not None and due(config.eval_steps) and not done:
+                if self.evaluation is not None and due(every["eval"]) and not done:
                     figures = self._evaluated(f"Evaluation at {step}")
                     record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
                 records.write(step, record, trajectories, names, outcome.extras)
@@ -321,16 +324,14 @@ class GRPOTrainer:
                     job.console.line(
                         f"Warning: update {step} was skipped: its loss or gradient is not finite"
                     )
-                if due(config.logging_steps) or step == steps.updates_per_batch or done:
+                if due(every["logging"]) or step == steps.updates_per_batch or done:
                     _print_update(job, steps, step, record, trajectories)
 
                 # Save and stop when due. Several hosts stop after the same update: one that is asked after its
                 # rollout stops after the next.
                 stopping = stop.requested if hosts.alone() else rollout.stop
                 checkpoints.check()
-                by_strategy = {"no": False, "epoch": cursor.next_index == 0, "steps": due(config.save_steps)}
-                saves = by_strategy[config.save_strategy] or (done and config.save_strategy != "no")
-                if stopping or saves:
+                if stopping or due(every["save"]) or (done and config.save_strategy != "no"):
                     meta |= {"cursor": cursor.to_json(), "num_tokens": num_tokens, "timings": timer.seconds}
                     with timer("save"):
                         checkpoints.save(step, state, meta)
