@@ -140,7 +140,6 @@ class Records:
     """What the first host writes of every step; nothing in the others. A context manager.
 
     Args:
-        config: the options of the run.
         resume_step: updates done at the checkpoint that the run continues from; None for a new run.
     """
 

@@ -1,7 +1,8 @@
 """Runs the tool calls of a batch: concurrently, isolated, within limits, equal calls once.
 
 Calls run in lanes, each one call at a time under a time limit: a worker process, or a thread of this process.
-A lane never raises for what a tool does, and one whose tool hangs or crashes is as good as new for the next call.
+A lane never raises for what a tool does, and one whose tool hangs or crashes is replaced before the next
+call.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class ToolRunner:
     Args:
         toolbox: the tools.
         executor: "process" (isolated worker processes) or "inline" (threads of this process, for tools with
-            state; a tool that hangs or eats memory is then not stopped, only left behind).
+            state; a tool that hangs or eats memory is then not stopped, only abandoned).
         limits: of a call; the one on memory holds for "process" only.
         workers: calls that run at once; default the CPU count, at least 2, and 1 inline, where tools may
             share state.
