@@ -1,6 +1,6 @@
 """Two rewards with weights: the tool's result, and a final answer that states it.
 
-python examples/final_answer.py    # some minutes on 2 CPU cores; no GPU, no download
+    python examples/final_answer.py    # some minutes on 2 CPU cores; no GPU, no download
 """
 
 import re

@@ -1,6 +1,6 @@
 """Your own tools, reward and data from Python: a new small model learns to call two functions.
 
-python examples/own_tools.py    # some minutes on 2 CPU cores; no GPU, no download
+    python examples/own_tools.py    # some minutes on 2 CPU cores; no GPU, no download
 """
 
 import random

@@ -1,6 +1,6 @@
 """Questions that need two calls, the second with the result of the first, and a reward per step.
 
-python examples/two_calls.py    # some minutes on 2 CPU cores; no GPU, no download
+    python examples/two_calls.py    # some minutes on 2 CPU cores; no GPU, no download
 """
 
 from pathlib import Path
@@ -26,11 +26,7 @@ def steps(completions, answer, tool_call, **kwargs):
 def main(**options) -> GRPOTrainer:
     """Cold start on gold conversations of two calls, then GRPO; options override those below."""
     settings = {"max_steps": 60, "per_device_train_batch_size": 128, "learning_rate": 5e-4}
-    settings |= {
-        "max_completion_length": 191,
-        "max_tool_calling_iterations": 2,
-        "output_dir": "runs/two_calls",
-    }
+    settings |= {"max_completion_length": 191, "max_tool_calling_iterations": 2, "output_dir": "runs/two_calls"}
     settings |= {"cold_start": True, "sft_learning_rate": 2.5e-3, "sft_stop_match": 0.4}
     trainer = GRPOTrainer(
         model="scratch",

@@ -2,8 +2,8 @@
 
 Each decodes its own rows with all others, runs their tool calls and scores them; everything that decides
 what runs next on the devices is agreed upon here first, because a process that runs anything other than the
-others hangs them all. All processes call `gather`, `of_first`, `agree`, `check_alike`
-and `fetch`, in the same order. With one process nothing here communicates, and errors keep their own path.
+others hangs them all. All processes call `gather`, `of_first`, `agree`, `check_alike` and `fetch`, in the
+same order. With one process nothing here communicates, and errors keep their own path.
 Importing this imports no jax: data, tools and rewards are read without it.
 """
 
@@ -72,8 +72,7 @@ def join_processes(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def _launched_together(environ: Mapping[str, str]) -> bool:
-    """Whether a launcher says that it started several processes; a cluster sets its variables for a single
-    one too."""
+    """Whether a launcher says that it started several processes; a cluster sets them for one too."""
     counts = [environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     if environ.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
         hosts = len(environ.get("TPU_WORKER_HOSTNAMES", "").split(","))

@@ -46,8 +46,7 @@ RATIOS = {
 }
 STATE_PARAMETERS = {"state", "property_state", "state_residency"}
 CURRENCY_PARAMETERS = {"base_currency", "target_currency", "intermediate_currency"}
-# Of the other numbers, whole ones are ages, years, months, scores and counts; fractions are money, except
-# these.
+# Of the other numbers, whole ones are ages, years, months, scores and counts; fractions are money, but not these.
 PLAIN = {"spot_rate_override", "credit_score_impact_weight"}
 # Money in the base currency: no dollar sign.
 UNSIGNED = {"amount", "transfer_fee_fixed"}

@@ -80,8 +80,7 @@ def keep(x: Array) -> Array:
     """x, which a layer under `jax.checkpoint` keeps for its backward pass; bfloat16 as bits.
 
     XLA slices bfloat16 in float32 on a CPU: every layer would convert the stack of all layers' values there
-    and back, and the backward pass would hold a copy of it twice as large (docs/log.md). It leaves the bits
-    alone.
+    and back, and the backward pass would hold a copy of it twice as large (docs/log.md). Bits are left alone.
     """
     if x.dtype != jnp.bfloat16:
         return checkpoint_name(x, KEPT)

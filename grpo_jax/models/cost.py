@@ -92,8 +92,7 @@ def update_flop(cfg: ModelConfig, x: Lengths, remat: bool) -> dict[str, float]:
 
     Per token and layer: 2W forward and 4W backward; a key costs 4NH forward and 10NH backward (scores are
     recomputed, never kept). With remat the forward pass is run again, except for attention, which keeps its
-    output
-    and log-sum-exp, and the MLP's last product, whose result the backward pass does not need: 2(W - DF).
+    output and log-sum-exp, and the MLP's last product, whose result the backward pass does not need: 2(W - DF).
     Head: 2DV a token, again in the backward pass, and twice that for the two gradients: 8DV.
     """
     dense = 6 * layer_weights(cfg) + (2 * (layer_weights(cfg) - cfg.D * cfg.F) if remat else 0)
@@ -134,7 +133,6 @@ def kept_bytes(cfg: ModelConfig, itemsize: int, remat: bool = True, tensor: int 
     projections before and after their norm and rotation, and the MLP: 6D + 8NH + 8KH + 3F.
 
     Args:
-        cfg: sizes.
         itemsize: bytes of an activation.
         remat: layers are recomputed in the backward pass.
         tensor: devices that share heads and width.
@@ -158,7 +156,6 @@ def layer_bytes(
     twice its weights' gradients), then through attention (6D + 12NH + 12KH, and blocks of scores).
 
     Args:
-        cfg: sizes.
         tokens: of the larger part, shared levels or completions, which take turns.
         waiting: tokens of the other part, recomputed under remat: 2D + 2NH + 4KH, and 2F if not in blocks.
         tensor: devices that share heads and width.
@@ -180,8 +177,6 @@ def micro_batches(
     """The fewest micro-batches whose completions' activations fit in a third of the memory.
 
     Args:
-        cfg: sizes.
-        P: prompts per update.
         G: completions per prompt.
         tokens: of a completion, divided by the devices that rows are spread over.
         itemsize: bytes of an activation.

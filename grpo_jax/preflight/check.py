@@ -56,9 +56,7 @@ def check_job(job: Job, data: DataSet, evaluation: DataSet | None) -> int:
     """Print what a job would learn from, and hints where its data would earn nothing.
 
     Args:
-        job: the parts.
-        data: the training rows.
-        evaluation: the evaluation rows, if there are any; they are only read.
+        evaluation: the evaluation rows, which are only read; None without any.
 
     Returns:
         The exit status: 1 when no right answer would be rewarded, else 0.
@@ -202,7 +200,6 @@ def _score_by_hand(
     """Score three conversations of each row as two batches of a run, and print what they earn in the first.
 
     Args:
-        job: the parts.
         rows: n rows to score.
         gold: all rows, to take wrong calls from.
         last: what the rows' own conversations are.

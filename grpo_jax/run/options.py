@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class UnknownOption(ValueError, TypeError):
-    """A name of no option: a TypeError, as any function raises for an unknown keyword, and a ValueError, as
-    for other wrong options."""
+    """No option has this name: a TypeError, as for any unknown keyword, and a ValueError, as for wrong options."""
 
 
 class GRPOConfig(Options):

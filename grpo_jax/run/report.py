@@ -45,9 +45,6 @@ details { margin: .3rem 0 } summary { cursor: pointer } .who { color: #777; widt
 def write_report(output_dir: str | Path) -> Path:
     """Write report.html from what a run has left so far.
 
-    Returns:
-        The file.
-
     Raises:
         FileNotFoundError: when the folder holds no run.
     """

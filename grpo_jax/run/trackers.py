@@ -43,7 +43,6 @@ def open_tracker(
         name: a value of `report_to`.
         resume_step: updates done at the checkpoint that the run continues from: the service's run is then
             continued as well. None for a new one.
-        config: options by name, shown next to the metrics.
     """
     if name == "none":
         return None

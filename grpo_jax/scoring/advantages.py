@@ -126,8 +126,7 @@ def decoupled_advantages(
 
     A_k are the `group_advantages` of function k with scale "group", so that a function whose values lie close
     together counts as much as one whose values are widely spread. The deviation is over all rows to which
-    some
-    function applies; their mean is 0, as that of every group is.
+    some function applies; their mean is 0, as that of every group is.
 
     Args:
         values: [B, n] one column per reward function; NaN or None where it does not apply.

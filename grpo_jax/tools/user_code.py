@@ -1,5 +1,4 @@
-"""Imports the user's files, isolates the run from their side effects, and reports which of the user's lines
-failed.
+"""Imports the user's files, isolates the run from what they do, and reports which of their lines failed.
 
 A file of the user's is imported as a submodule of this module, whose name holds its folder:
 `grpo_jax.tools.user_code./home/me/tools.my_tools`. Helper modules next to it become its siblings. So files
@@ -245,8 +244,7 @@ def _same_file(one: str | None, other: str | None) -> bool:
     return one is not None and other is not None and os.path.realpath(one) == os.path.realpath(other)
 
 
-# --- process state that the run relies on
-# -----------------------------------------------------------------------------------
+# --- process state that the run relies on ----------------------------------------------------------------
 
 has_own_process = (
     False  # set by a tool worker, in which the user's code alone runs: nothing is restored there
@@ -258,8 +256,7 @@ _shared: tuple = ()
 
 @contextlib.contextmanager
 def users_code(function: Callable | None = None) -> Iterator[None]:
-    """Let the user's code run in the block, in this process, and restore the process state that the run
-    relies on.
+    """Run the user's code in the block, in this process; restore the process state that the run relies on.
 
     Restored: the working directory, `sys.path`, and the environment variables that jax and XLA read; in the
     main thread also `sys.stdout`, `sys.stderr`, signal handlers (except those of the timers, which stay the

@@ -191,7 +191,6 @@ def make_batch(
     """One update's batch (numpy arrays) from trajectories with their advantages.
 
     Args:
-        tree: of the data set.
         trajectories: B = P·G, a group's completions next to each other.
         generations: G.
         mask_truncated: leave completions that the token budget ended out of the loss

@@ -99,7 +99,6 @@ class ModelStep:
     """How the model is run in training.
 
     Args:
-        cfg: sizes.
         layout: the training column.
         dtype: of activations.
         remat: recompute layers in the backward pass (`gradient_checkpointing`).
@@ -257,8 +256,6 @@ def make_update(
     reports `skipped` = 1.
 
     Args:
-        step: how the model runs.
-        optimizer: from `optimizer.make_optimizer`.
         objective: `GrpoObjective(...)` or `sft_objective`.
         state: the state (or its shapes), for the shardings.
         frozen: what the trained adapters sit on; None when all weights are trained.
@@ -409,8 +406,7 @@ class _Split(NamedTuple):
 
 
 def with_dropout(batch: Batch, keys: Array | None) -> Batch:
-    """The batch with dropout keys for each level's rows; a shared row takes that of the first completion
-    below it."""
+    """The batch with dropout keys for all rows; a shared row takes that of the first completion below it."""
     if keys is None:
         return batch
 
@@ -494,12 +490,6 @@ def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
 
     An estimate, see `cost.micro_batches`. One micro-batch is best where it fits: the trunk
     is then never kept.
-
-    Args:
-        step: how the model runs.
-        tree: the lengths.
-        P: prompts per update.
-        G: completions per prompt.
     """
     tokens = tree.budget / (step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"])
     itemsize = jnp.dtype(step.dtype).itemsize
