@@ -689,7 +689,7 @@ def test_required_option_that_is_not_set_is_named():
     assert GRPOConfig(model_name_or_path="m").required("model_name_or_path") == "m"
 
 
-# --- names of TRL and the recipe ---
+# --- names of TRL and the original TRL recipe ---
 
 
 def test_original_recipe_runs_as_it_is(tmp_path, caplog, monkeypatch):
