@@ -1,4 +1,4 @@
-"""Runs TRL's GRPOTrainer on a job's weights and prompts in a process of its own, and prints how they compare.
+"""Runs TRL's GRPOTrainer on a job's weights and prompts in a separate process, and prints how they compare.
 
 TRL gets the same weights and token ids, samples exactly as many tokens a row (end-of-turn suppressed),
 computes in fp32 on as many threads, and is run with gradient checkpointing on and off: the faster counts.
@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(args: argparse.Namespace, shape: Shape) -> TrlOptions:
-    """Four steps of a small job, one of a large one, unless told."""
+    """Four steps of a small job, one of a large one, unless an option says otherwise."""
     x = shape.lengths
     small = x.B * (x.T0 + x.T1 + x.T2) < 30_000  # tokens: TRL takes seconds
     return TrlOptions(
@@ -66,8 +66,6 @@ def compare(shape: Shape, options: TrlOptions, seconds: float, peak: int, entrop
     """Print TRL's times, both peaks, and `ratio to TRL` as the last line.
 
     Args:
-        shape: of our step.
-        options: of TRL's.
         seconds: of our step.
         peak: of our process, in bytes.
         entropy: of our policy in nats; TRL's should be near it, since the weights are the same.
@@ -108,7 +106,7 @@ def write_job(folder: Path, shape: Shape, options: TrlOptions) -> None:
 
 
 def run_trl(folder: Path, checkpointing: bool, micro_batches: int) -> dict[str, Any] | None:
-    """One run of `trl_step.py`, printed; None where it failed, as for want of memory."""
+    """One run of `trl_step.py`, printed; None where it failed, for example out of memory."""
     job = json.loads((folder / "job.json").read_text())
     job |= {"checkpointing": checkpointing, "micro_batches": micro_batches}
     (folder / "job.json").write_text(json.dumps(job))

@@ -68,7 +68,7 @@ def changed(base: Shape, sweep: str, value: int) -> tuple[Shape, ToolTurns]:
 
 
 def measure(shape: Shape, turns: ToolTurns, repeats: int) -> dict[str, float]:
-    """Median seconds of each part, compilation apart."""
+    """Median seconds of each part, without compilation."""
     running = RunningStep(make_job(shape, turns))
     parts = {name: getattr(running, name) for name in ("export", *PARTS)}
     seconds: dict[str, list[float]] = {name: [] for name in parts}

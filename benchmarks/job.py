@@ -115,14 +115,12 @@ class Job:
     """The parts of a step and what they run on.
 
     Args:
-        shape: model and lengths.
         turns: scripted tool turns within the T2 tokens of a completion.
         prompts: P lists of token ids.
         tree: of the prompts.
         sampler: the jitted functions of the rollout.
         update: the jitted update.
         new_state: makes the state before the first update.
-        step: how the model runs in training.
     """
 
     shape: Shape
@@ -164,7 +162,6 @@ def make_job(
     """Build the jitted functions for a shape; nothing is compiled yet.
 
     Args:
-        shape: model and lengths.
         turns: scripted tool turns.
         dtype: of activations and rollout weights; None means `compute_dtype`.
         mesh: of the devices; None means all that are present, along data.

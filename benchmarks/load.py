@@ -90,7 +90,7 @@ def main() -> None:
         writer = multiprocessing.get_context("spawn").Process(
             target=write_checkpoint, args=(folder, args.stored)
         )
-        writer.start()  # in a process of its own: memory that it frees would be used again, unseen
+        writer.start()  # in a separate process: memory that it frees would be reused, unseen
         writer.join()
         cfg = read_config(folder)
         shardings = Layout(make_mesh()).params(abstract_params(cfg))

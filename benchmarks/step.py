@@ -4,7 +4,7 @@
     python benchmarks/step.py --shape recipe --prompts 1 --generations 8 --compare trl
     python benchmarks/step.py --model qwen3-1.7b --rows 64
 
-`tiny` is the quickstart's model and prompts; `recipe` is the original recipe's job: about 5,800 shared
+`tiny` is the quickstart's model and prompts; `recipe` is the original TRL recipe's job: about 5,800 shared
 preamble tokens (8 financial tools), 160 completion tokens, a 4-layer model of width 128 with the published
 vocabulary of 151,936 rows. `--model` puts a model of a published size into its place. Weights and tokens
 are random; every row samples the same number of tokens, end-of-turn suppressed. The reward is one real tool
@@ -49,7 +49,7 @@ class Timings:
         seconds: median seconds of each part's other calls.
         machine: the best that the probes reached.
         peak: bytes in use at most, before the probes.
-        temporary: bytes of the update beside its arguments and results, by XLA's memory_analysis.
+        temporary: bytes of the update in addition to its arguments and results, by XLA's memory_analysis.
         metrics: of the last update.
     """
 

@@ -1,8 +1,8 @@
-"""TRL's side of `step.py --compare trl`; started by `compare_trl.py` in a process of its own, without jax.
+"""TRL's side of `step.py --compare trl`; started by `compare_trl.py` in a separate process, without jax.
 
     python benchmarks/trl_step.py FOLDER
 
-FOLDER holds `model/` (HF layout) and `job.json`; `result.json` is written beside them.
+FOLDER holds `model/` (HF layout) and `job.json`; `result.json` is written next to them.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ class StepTimes(TrainerCallback):
 
 
 def grpo_config(job: dict[str, Any], folder: Path) -> GRPOConfig:
-    """TRL's options: its defaults, but for precision and what fixes the amount of work."""
+    """TRL's options: its defaults, except precision and what fixes the amount of work."""
     parts, rows = job["micro_batches"], len(job["prompts"]) * job["generations"]
-    whole_groups = len(job["prompts"]) % parts == 0  # a part of its own prompts can be sampled on its own
+    whole_groups = len(job["prompts"]) % parts == 0  # parts of whole prompts can be sampled separately
     return GRPOConfig(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=rows // parts,
@@ -129,7 +129,7 @@ def run(folder: Path) -> dict[str, Any]:
     """
     job = json.loads((folder / "job.json").read_text())
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # an error instead of the machine's end
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # an error instead of exhausting the machine
     torch.set_num_threads(job["threads"])
     prompts = [" ".join(map(str, ids)) for ids in job["prompts"]]
     times = StepTimes()

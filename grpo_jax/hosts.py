@@ -1,9 +1,9 @@
-"""What the processes of a run tell each other; there is one per host, and all run the same program.
+"""Communication between the processes of a run; there is one per host, and all run the same program.
 
-Each decodes its own rows with all others, runs their tool calls and scores them; whatever decides
-what is run next on the devices is agreed upon here first, because a process that runs something
-else than the others hangs them all. All processes call `gather`, `of_first`, `agree`, `check_alike`
-and `fetch`, in the same order. With one process nothing here communicates, and errors keep their own path.
+Each decodes its own rows with all others, runs their tool calls and scores them; everything that decides
+what runs next on the devices is agreed upon here first, because a process that runs anything other than the
+others hangs them all. All processes call `gather`, `of_first`, `agree`, `check_alike` and `fetch`, in the
+same order. With one process nothing here communicates, and errors keep their own path.
 Importing this imports no jax: data, tools and rewards are read without it.
 """
 
@@ -64,7 +64,7 @@ def join_processes(environ: Mapping[str, str] = os.environ) -> None:
     explicit = {"coordinator_address": address} | {name: int(text) for name, text in given.items()}
     try:
         jax.distributed.initialize(**(explicit if address else {}))
-    except ValueError as error:  # jax names an argument of its own
+    except ValueError as error:  # jax's message names its own argument
         raise ValueError(
             f"jax cannot join the processes of a run here: {error} Set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
             f"JAX_NUM_PROCESSES and JAX_PROCESS_ID, or {JOIN}=0 to stay alone"
@@ -72,7 +72,7 @@ def join_processes(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def _launched_together(environ: Mapping[str, str]) -> bool:
-    """Whether a launcher says that it started several processes; a cluster's variables are there for one too."""
+    """Whether a launcher says that it started several processes; a cluster sets them for one too."""
     counts = [environ.get(name, "") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
     if environ.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
         hosts = len(environ.get("TPU_WORKER_HOSTNAMES", "").split(","))
@@ -82,7 +82,7 @@ def _launched_together(environ: Mapping[str, str]) -> bool:
 
 def alone() -> bool:
     """Whether this is the only process; starts no backend."""
-    jax = sys.modules.get("jax")  # whoever joined others imported it
+    jax = sys.modules.get("jax")  # joining others imports it
     return jax is None or not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
@@ -153,7 +153,7 @@ def of_first(make: Callable[[], T]) -> T:
 
 
 def agree(figures: Sequence[int]) -> np.ndarray:
-    """[processes, n] int32: everybody's figures, in one all-gather."""
+    """[processes, n] int32: the figures of every process, in one all-gather."""
     own = np.array(figures, np.int32)
     return own[None] if alone() else _all_gather(own)
 

@@ -1,7 +1,7 @@
 """How people say things: the phrases from which `make_financial_data.py` writes its questions.
 
-Every entry holds the phrases of the training file and, apart from them, those of the
-test file; no phrase serves both. `{}` is the parameter's value, `{month}` and `{year}`
+Every entry holds the phrases of the training file and, separately, those of the test file; no phrase serves
+both. `{}` is the parameter's value, `{month}` and `{year}`
 the same money per month or year, `{name}` the value of parameter `name`. A dict has one
 entry per value of the parameter: enum values, true and false, "zero", "loss" (below
 zero), "number" (any other).

@@ -24,7 +24,7 @@ JOBS = {
     "quantile": ["--top_entropy_quantile", "0.5", "--micro_batches", "2", "--scale_rewards", "batch"],
     "cold": ["--cold_start", "true", "--sft_max_steps", "4", "--mask_truncated_completions", "true"],
 }
-# varies between the completions of a model that knows nothing, so that every update has advantages
+# varies between the completions of an untrained model, so that every update has advantages
 REWARD = """
 def reward_func(completions, completion_ids, **kwargs):
     return [sum(ids) % 11 / 11 for ids in completion_ids]

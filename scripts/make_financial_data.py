@@ -46,7 +46,7 @@ RATIOS = {
 }
 STATE_PARAMETERS = {"state", "property_state", "state_residency"}
 CURRENCY_PARAMETERS = {"base_currency", "target_currency", "intermediate_currency"}
-# Of the other numbers, whole ones are ages, years, months, scores and counts; fractions are money, but for these.
+# Of the other numbers, whole ones are ages, years, months, scores and counts; fractions are money, but not these.
 PLAIN = {"spot_rate_override", "credit_score_impact_weight"}
 # Money in the base currency: no dollar sign.
 UNSIGNED = {"amount", "transfer_fee_fixed"}
@@ -83,7 +83,7 @@ class Writer:
     def question(self, entries: dict) -> str:
         """The question's text: what is asked, and one clause for each stated parameter."""
         ask = self.pick(entries["ask"])
-        # What the asking sentence or another clause names needs no clause of its own.
+        # What the asking sentence or another clause names needs no separate clause.
         named = set(re.findall(r"\{(\w+)\}", ask)) | {"consolidation_rate"}
         clauses = [self.clause(name, entries[name]) for name in self.stated if name not in named]
         self.rng.shuffle(clauses)

@@ -1,7 +1,7 @@
 """What every test needs, set before jax is imported.
 
 Tests see one CPU device. Those that need eight live in `on_eight_devices.py`, which
-`test_sharding.py` runs in a process of its own.
+`test_sharding.py` runs in a separate process.
 """
 
 import os

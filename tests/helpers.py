@@ -194,7 +194,7 @@ class Script:
 
     def __init__(self, **settings):
         self.load([])
-        sampler_module._shared_functions.cache_clear()  # functions of its own: what is patched is traced
+        sampler_module._shared_functions.cache_clear()  # new functions, so that what is patched is traced
         made = new_sampler(**settings)
         sampler_module._shared_functions.cache_clear()
         self.sampler = dataclasses.replace(

@@ -143,7 +143,7 @@ def spread_reward() -> Path:
 def options(output_dir: Path, **changes: Any) -> list[str]:
     """The words of a small run: 4 updates of 2 prompts × 4 generations, a checkpoint after each.
 
-    They name a config file beside the output_dir.
+    They name a config file next to the output_dir.
 
     Args:
         output_dir: the run's folder.
@@ -211,7 +211,7 @@ def _jax_settings_kept():
 
 
 def start(command: str, argv: list[Any], environment: dict[str, str] | None = None) -> subprocess.Popen:
-    """Start a command as a user does, in a process group of its own."""
+    """Start a command as a user does, in a separate process group."""
     return subprocess.Popen(
         [sys.executable, "-m", f"grpo_jax.{command}", *map(str, argv)],
         cwd=ROOT,
@@ -243,7 +243,7 @@ def whole() -> Ran:
 
 @functools.cache
 def smoke() -> Ran:
-    """The command of configs/smoke.yaml, as a process of its own."""
+    """The command of configs/smoke.yaml, in a separate process."""
     return smoke_run(FOLDER / "smoke")
 
 

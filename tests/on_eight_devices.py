@@ -1,4 +1,4 @@
-"""Tests that need eight devices; `test_sharding.py` runs them in a process of its own."""
+"""Tests that need eight devices; `test_sharding.py` runs them in a separate process."""
 
 import functools
 

@@ -102,7 +102,8 @@ def test_leave_one_out_equals_its_definition_on_1000_groups():
 
 
 # Group 1: function 1 gives (1, 0), which ranks (0.7070068, -0.7070068) as above, function 2 (0, 100), the same with
-# the other sign but for 1e-4 / 70.71: -+0.7071058; weights 2 and 1. Group 2: function 1 equal, function 2 once only.
+# the other sign except for 1e-4 / 70.71: -+0.7071058; weights 2 and 1. Group 2: function 1 equal, function
+# 2 once only.
 def test_gdpo_by_hand():
     values = [[1, 0], [0, 100], [5, 7], [5, NAN]]
     total = 2 * 0.7070068 - 0.7071058  # 0.7069078; squares sum to 2 * 0.4997186, std sqrt(0.9994373 / 3)

@@ -155,7 +155,7 @@ def test_a_root_logger_that_the_user_configured_is_honoured():
     assert (printed(theirs), ours.getvalue()) == (["schema"], "")
 
 
-# What is on the root logger when a run begins, in a process of its own: the user's lines, our import, and a
+# What is on the root logger when a run begins, in a separate process: the user's lines, our import, and a
 # library that configures the root logger while it is imported.
 START = """
 import io, logging, sys

@@ -1,4 +1,4 @@
-"""The committed data files: reproducible, solvable, and train and test apart."""
+"""The committed data files: reproducible, solvable, and train and test separate."""
 
 import collections
 import inspect
@@ -111,7 +111,7 @@ def test_every_number_is_in_the_question_or_documented(split):
             if value == defaults.get(parameter, "required"):
                 continue
             for number in _numbers_in(value):
-                # An amount may be told per month where the parameter is per year, or the reverse.
+                # An amount may be stated per month where the parameter is per year, or the reverse.
                 told = {round(abs(number) * factor, 6) for factor in (1, 100, 12, 1 / 12)}
                 spoken_zero = number == 0 and parameter in ("child_current_age", "spouse_income")
                 assert spoken_zero or told & found, (parameter, number, question(row))

@@ -532,7 +532,7 @@ OTHER = {
         hedging_strategy="collar", tax_reporting_required=True,
     ),
 }  # fmt: skip
-# What must hold besides for a parameter to matter.
+# What must hold as well for a parameter to matter.
 CONTEXT = {
     "interest_rate_threshold": {"extra_payment_allocation": "high_interest_only"},
     "consolidation_available": {"consolidation_rate": 0.02},

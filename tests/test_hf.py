@@ -47,7 +47,7 @@ def assert_same_tensors(got, want):
 
 
 def test_every_leaf_is_read_as_the_published_layout_means_it(case, tmp_path):
-    """x · leaf, with heads and layers apart, is what torch's `x @ weight.T + bias` gives."""
+    """x · leaf, with separate heads and layers, equals torch's `x @ weight.T + bias`."""
     tensors = random_tensors(case)
     cfg, params = load(write_checkpoint(tmp_path, case))
     check_params(cfg, params)

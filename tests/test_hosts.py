@@ -326,7 +326,7 @@ def two(tmp_path_factory):
 
 
 def assert_same_run(ran, one):
-    """The same tokens (the reward is a sum of them), tool calls and figures; weights but for rounding."""
+    """The same tokens (the reward is a sum of them), tool calls and figures; weights up to rounding."""
     for step in range(1, UPDATES + 1):
         rows, want = (r.jsonl(f"rollouts/step_{step:06d}.jsonl") for r in (ran, one))
         for name in ("prompt", "messages", "rewards", "status"):

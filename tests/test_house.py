@@ -22,7 +22,7 @@ LAYERS = [
     {"rollout"},
     {"run"},
     {"trainer", "preflight"},
-]  # whatever is named nowhere here is a command, or the package's own __init__
+]  # a module not named here is a command, or the package's own __init__
 MOST_PARAMETERS = 7
 
 KNOWN_IMPORTS: set[str] = set()  # "module -> module"

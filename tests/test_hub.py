@@ -56,7 +56,7 @@ def test_what_is_not_cached_is_named_with_the_mend(cache, name, revision, offlin
 
 
 def test_the_environment_variable_is_honoured(cache):
-    """In a process of its own, as a user sets it."""
+    """In a separate process, as a user sets it."""
     code = f"from grpo_jax.models.hf import fetch_model; print(fetch_model({NAME!r}, 'v2'))"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache.parent)}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])

@@ -1,4 +1,4 @@
-"""What decides a run's result is told from what does not, and what differs is named."""
+"""What decides a run's result is distinguished from what does not, and differences are named."""
 
 import functools
 

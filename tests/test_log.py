@@ -146,7 +146,7 @@ def test_a_phase_inside_another_is_charged_only_to_itself():
         with timer("compile"):
             clock.now += 10
         clock.now += 2
-    clock.now += 100  # between phases: nobody's
+    clock.now += 100  # between phases: charged to none
     with timer("rollout"):
         clock.now += 4
     assert timer.seconds["rollout"] == 7

@@ -327,7 +327,8 @@ def test_finished_rows_cost_little_and_change_nothing():
 
 
 def test_tools_run_while_other_rows_decode(script):
-    """The tool of row 0 ends only once decode goes on with rows 2 and 3: were it waited for, it would time out."""
+    """The tool of row 0 ends only once decode continues with rows 2 and 3: were it waited for, it would
+    time out."""
     events, decode_goes_on = [], threading.Event()
 
     def nap(seconds: float) -> str:
@@ -348,7 +349,7 @@ def test_tools_run_while_other_rows_decode(script):
         runner.submit = lambda *args: events.append("submit") or submit(*args)
         row = helpers.rollout(loop, PROMPTS[:2], generations=2)[0]
     assert texts(row, "tool") == ["decode went on"]
-    # two rows end, the others go on and end, and the answer to row 0 makes its next turn
+    # two rows end, the others continue and end, and the answer to row 0 makes its next turn
     assert events == ["decode", "submit", "decode", "decode"]
 
 

@@ -325,7 +325,7 @@ def test_no_turn_breaks_the_parsers(text, cut):
         turn = _parsed_within_a_second(text, call_format)
         if turn.error is not None:
             assert turn.error.startswith(REASON) and turn.calls == () and turn.content == text
-            turn.error.encode("utf-8")  # the model may be told
+            turn.error.encode("utf-8")  # it may be sent to the model
         for call in turn.calls:
             assert call.name in ("add", "convert")
             assert json.loads(json.dumps(call.arguments, allow_nan=False)) == call.arguments

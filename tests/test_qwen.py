@@ -65,7 +65,7 @@ def level(rows, starts, shared=False, width=None):
 
 
 def random_tree(tree):
-    """(the tree's levels, its rows written out as one level, what each completion token teaches).
+    """(the tree's levels, its rows written out as one level, the cotangent of each completion token).
 
     The last is [B, LONGEST, D]: a random cotangent where a completion has a real token, else 0.
     """

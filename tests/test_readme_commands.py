@@ -97,7 +97,8 @@ def run(line, folder):
 
 @pytest.mark.slow
 def test_the_readmes_own_tools_train_a_model_that_is_evaluated_exported_and_drawn(tmp_path):
-    """The three files and the commands as they stand, but for the model, which is a new one, and fewer updates."""
+    """The three files and the commands as they stand, except the model, which is a new one, and fewer
+    updates."""
     readme = (ROOT / "README.md").read_text()
     for name, text in re.findall(
         r"^`([\w.]+\.(?:py|jsonl))`[^\n]*\n\n```\w*\n(.*?)^```", readme, re.M | re.S

@@ -126,7 +126,7 @@ def test_a_token_without_mass_is_never_drawn():
 
 
 def test_two_uniforms_reach_the_tail_of_a_long_vocabulary():
-    """Beside a likely token, single steps of the running sum are lost in float32; blocks are not.
+    """Next to a likely token, single steps of the running sum are lost in float32; blocks are not.
 
     1,024 tokens in 128 blocks of 8: the first block holds the likely token alone, every other
     token has 5e-8 of its mass. A float32 uniform is a multiple of 2^-23.
@@ -250,7 +250,7 @@ def test_finished_rows_do_not_advance(script):
 
 
 def test_decode_comes_back_once_few_rows_go_on(script):
-    """Row 1 ends first, then row 3; at most two go on then. What remains is decoded by the next call."""
+    """Row 1 ends first, then row 3; at most two continue then. The rest is decoded by the next call."""
     script.load([[7] * 9, [7, END], [8] * 8, [7, 7, END]])
     cache, turn = script.sampler.decode(
         *start(script.sampler), fresh_cache(script.sampler), keys(4), jnp.ones(4, bool), jnp.full(4, 9), 2

@@ -297,7 +297,7 @@ def test_the_command_learns_the_calls_and_never_opens_the_test_file(tmp_path):
     assert ran.status == 0, ran.err
     losses = [float(x) for x in re.findall(r"cold start \d+: loss ([\d.]+)", ran.out)]
     assert len(losses) == 2
-    assert losses[1] < losses[0] < 6.2  # ln 512 = 6.24 nats is what guessing costs
+    assert losses[1] < losses[0] < 6.2  # ln 512 = 6.24 nats: uniform guessing
     assert {path.name for path in ran.folder.iterdir()} == {"model", "resolved_config.yaml", "sft.json"}
     report = ran.json("sft.json")
     assert report["steps"] == 16

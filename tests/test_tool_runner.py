@@ -1,4 +1,4 @@
-"""Running tools: whatever one call does, the others continue and nothing raises."""
+"""Running tools: for anything that one call does, the others continue and nothing raises."""
 
 import asyncio
 import gc

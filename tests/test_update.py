@@ -498,7 +498,7 @@ def test_a_batch_without_learned_rows_changes_nothing():
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_reported():
-    """Weights and moments stay bit for bit, the step counts, and the next one goes on."""
+    """Weights and moments stay bit for bit, the step counts, and the next update continues."""
     state, metrics = update(fresh_state(), base())
     assert not metrics["skipped"]
     before = jax.device_get(state)

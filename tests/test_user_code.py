@@ -1,4 +1,4 @@
-"""The user's files find their own modules and nobody else's, and the run keeps its footing."""
+"""The user's files find their own modules only, and the run's process state stays as it was."""
 
 import asyncio
 import importlib
@@ -163,7 +163,7 @@ POOL = """
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_process_pool_finds_the_file_and_its_helpers(write, method):
-    """In a program of its own, where no __main__ of the test's is imported again. Two files share all names."""
+    """In a separate program, where no __main__ of the test's is imported again. Two files share all names."""
     write({"a/pool.py": POOL, "a/utils.py": "def double(n):\n    return 2 * n\n"})
     folder = write({"b/pool.py": POOL, "b/utils.py": "def double(n):\n    return 20 * n\n"})
     code = (

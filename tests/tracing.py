@@ -13,7 +13,7 @@ def largest_array(function, *args) -> int:
 
 
 def temporary_bytes(function, *args, **compiler_options) -> int:
-    """XLA's own count of the memory that the compiled function needs beside arguments and results."""
+    """XLA's own count of the memory that the compiled function needs in addition to arguments and results."""
     compiled = jax.jit(function).lower(*args).compile(compiler_options)
     return compiled.memory_analysis().temp_size_in_bytes
 

@@ -49,7 +49,6 @@ def next_batch(n: int, size: int, cursor: Cursor, seed: int) -> tuple[list[tuple
         n: number of rows.
         size: rows per batch.
         cursor: where the last batch ended.
-        seed: of the run.
 
     Returns:
         [size] pairs (example_index, draw_index) and the next cursor, which is at the next epoch's

@@ -23,10 +23,10 @@ def gold_calls(example: Example, functions: Mapping[str, Callable]) -> list[Tool
     Arrow and Parquet give every call the parameters of all tools, and null for those that it does not have.
     From both columns these nulls are dropped:
     1. of a parameter that the function does not have;
-    2. of its own parameter, where that has a default and does not take null: null stays for all others;
-    3. inside objects, but for the required keys of a TypedDict or dataclass.
+    2. of a parameter of the function that has a default and does not take null: null stays for all others;
+    3. inside objects, except the required keys of a TypedDict or dataclass.
     From `ground_truth` every other key that the function does not have is dropped too, and integral floats
-    become int, as the original's data needs. In `tool_call` both stay.
+    become int, as the original TRL recipe's data needs. In `tool_call` both stay.
 
     Args:
         example: the row.
@@ -84,7 +84,7 @@ def _gold_call(call: Any, functions: Mapping[str, Callable], original: bool) -> 
 
 
 def _without_nulls(value: Any, hint: Any) -> Any:
-    """A value without the nulls inside its objects, but for what its type hint requires."""
+    """A value without the nulls inside its objects, except those that its type hint requires."""
     if isinstance(value, list):
         item = next(iter(typing.get_args(_some(hint))), Any)
         return [_without_nulls(inner, item) for inner in value]

@@ -279,7 +279,7 @@ def _tfds_rows(source: str) -> Iterator[Row]:
     name, _, split = source.removeprefix("tfds:").partition(":")
     try:
         data = _prepared(name).as_data_source(split=split or "train")
-    except Exception as error:  # whatever the builder's own download code raises
+    except Exception as error:  # the builder's own download code may raise anything
         raise ValueError(f"{source} cannot be loaded: {_reason(error)}; {_LOCAL}") from error
     for i in range(len(data)):
         yield f"{source}:{i + 1}", _plain(data[i])

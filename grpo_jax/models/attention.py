@@ -80,7 +80,7 @@ def keep(x: Array) -> Array:
     """x, which a layer under `jax.checkpoint` keeps for its backward pass; bfloat16 as bits.
 
     XLA slices bfloat16 in float32 on a CPU: every layer would convert the stack of all layers' values there
-    and back, and the backward pass would hold a copy of it twice as large (docs/log.md). Bits it leaves alone.
+    and back, and the backward pass would hold a copy of it twice as large (docs/log.md). Bits are left alone.
     """
     if x.dtype != jnp.bfloat16:
         return checkpoint_name(x, KEPT)
@@ -184,7 +184,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def dot_fp32(spec: str, a: Array, b: Array) -> Array:
-    """An einsum with products summed in fp32, whatever the inputs' type."""
+    """An einsum whose products are summed in fp32 for inputs of any type."""
     if on_cpu():  # which lacks bf16 × bf16 = fp32 in some layouts; the cast is exact
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
@@ -206,7 +206,6 @@ def _tile(q_shape, S, causal, score_bytes) -> _Tiling:
         q_shape: [n, K, G, T, H] as `_by_segment` makes it.
         S: keys.
         causal: query t sees keys up to t only.
-        score_bytes: of one block.
     """
     n, K, G, T, _ = q_shape
     heads = 4 * n * K * G  # bytes of one (query, key) pair over all heads
@@ -233,7 +232,7 @@ def even_block(size: int, limit: int) -> int:
 
 
 def _pad_keys(segment: Segment, tiling: _Tiling) -> Segment:
-    """Key slots filled up to whole blocks; what is added is not valid."""
+    """Key slots padded to whole blocks; the padding is not valid."""
     k, v = (_pad_to(x, 2, tiling.key_block) for x in (segment.k, segment.v))
     return Segment(k, v, _pad_to(segment.valid, 1, tiling.key_block))
 
@@ -253,7 +252,7 @@ def _by_segment(x, n, causal):
     """[B, K, R, T, E] -> [n, K, G, T', E], or unchanged where each row has its own keys.
 
     All queries of a segment row see the same keys. On one device they are one long dimension
-    to cut blocks from (G = 1). On several, the rows stay a dimension of their own (G = B/n),
+    to cut blocks from (G = 1). On several, the rows stay a separate dimension (G = B/n),
     since rows are sharded: a block cut across them would gather all queries everywhere.
     """
     if causal:

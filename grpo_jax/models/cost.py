@@ -1,9 +1,9 @@
 """The work of a GRPO step in FLOP and bytes, the least time that a machine could take for it, and its activations.
 
-Pure arithmetic; docs/performance.md has the same formulas with their reasons. Letters as in DESIGN and
-`grpo_jax.types`; one multiply-add is 2 FLOP. Only what no implementation can leave out is counted: no
+Pure arithmetic; docs/performance.md has the same formulas with their reasons. Letters as in CONTRIBUTING.md
+and `grpo_jax.types`; one multiply-add is 2 FLOP. Only what no implementation can leave out is counted: no
 padding, no norms, no softmax, and the last layer of the two shared levels computes keys and values only,
-since nobody reads its output.
+since its output is not used.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def update_flop(cfg: ModelConfig, x: Lengths, remat: bool) -> dict[str, float]:
     """FLOP of one update by level.
 
     Per token and layer: 2W forward and 4W backward; a key costs 4NH forward and 10NH backward (scores are
-    made again, never kept). With remat the forward is run again, but for attention, which keeps its output
-    and log-sum-exp, and the MLP's last product, whose result the backward pass does not need: 2(W - DF).
+    recomputed, never kept). With remat the forward pass is run again, except for attention, which keeps its
+    output and log-sum-exp, and the MLP's last product, whose result the backward pass does not need: 2(W - DF).
     Head: 2DV a token, again in the backward pass, and twice that for the two gradients: 8DV.
     """
     dense = 6 * layer_weights(cfg) + (2 * (layer_weights(cfg) - cfg.D * cfg.F) if remat else 0)
@@ -133,7 +133,6 @@ def kept_bytes(cfg: ModelConfig, itemsize: int, remat: bool = True, tensor: int 
     projections before and after their norm and rotation, and the MLP: 6D + 8NH + 8KH + 3F.
 
     Args:
-        cfg: sizes.
         itemsize: bytes of an activation.
         remat: layers are recomputed in the backward pass.
         tensor: devices that share heads and width.
@@ -157,9 +156,8 @@ def layer_bytes(
     twice its weights' gradients), then through attention (6D + 12NH + 12KH, and blocks of scores).
 
     Args:
-        cfg: sizes.
         tokens: of the larger part, shared levels or completions, which take turns.
-        waiting: tokens of the other part, made again under remat: 2D + 2NH + 4KH, and 2F if not in blocks.
+        waiting: tokens of the other part, recomputed under remat: 2D + 2NH + 4KH, and 2F if not in blocks.
         tensor: devices that share heads and width.
         score_bytes: of attention scores at a time.
         mlp_tokens: of a block of the MLP.
@@ -179,8 +177,6 @@ def micro_batches(
     """The fewest micro-batches whose completions' activations fit in a third of the memory.
 
     Args:
-        cfg: sizes.
-        P: prompts per update.
         G: completions per prompt.
         tokens: of a completion, divided by the devices that rows are spread over.
         itemsize: bytes of an activation.

@@ -59,8 +59,8 @@ STORED_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 class Stored:
     """A tensor in a safetensors file; an index maps it into memory for as long as the result is used.
 
-    A map of one's own for each read, because a map of the whole file, as safetensors keeps
-    it, holds on to every page that was ever read.
+    Each read maps the file anew, because one map of the whole file, as safetensors keeps it, holds on to
+    every page that was ever read.
     """
 
     path: Path
@@ -231,7 +231,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model folder.
 
     Raises:
-        ValueError: it is no JSON, or something else than an object; names the file.
+        ValueError: it is not JSON, or not an object; names the file.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -250,9 +250,8 @@ def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype=np.floa
 
     Args:
         folder: holds safetensors, one file or several with an index.
-        cfg: from `read_config`.
         shardings: a tree like params.
-        dtype: of the result, whatever the file holds.
+        dtype: of the result; the file's tensors are cast to it.
 
     Raises:
         FileNotFoundError: a weight file is missing.
@@ -292,7 +291,6 @@ def save_model(
     Args:
         folder: replaced when it exists.
         params: stacked, on one host or several devices.
-        cfg: the model's sizes.
         source: the folder that the model was loaded from.
         max_shard_size: of one weight file.
 
@@ -334,7 +332,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
                 folder.rename(aside)  # at no moment is there neither the old nor the new
             part.rename(folder)
             shutil.rmtree(aside, ignore_errors=True)
-        except SafetensorError as error:  # it writes by itself, and has no error of its own for a full disk
+        except SafetensorError as error:  # it has no specific error for a full disk
             raise cannot_write(folder, str(error)) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -380,7 +378,7 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Stored]]:
 
     Raises:
         FileNotFoundError: a weight file is missing.
-        ValueError: a file is truncated, or holds a tensor of another type than float32, float16 and bfloat16.
+        ValueError: a file is truncated, or holds a tensor of a type other than float32, float16 and bfloat16.
     """
     if (folder / INDEX).exists():
         names = sorted(set(read_json_object(folder / INDEX).get("weight_map", {}).values()))

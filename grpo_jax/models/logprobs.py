@@ -102,7 +102,7 @@ class _Blocks(NamedTuple):
     def cut(self, head_VD):
         """[V, D] -> [count, shards · width, D]; a shard's rows stay on their device.
 
-        Shards are no dimension of their own: of a single one a CPU would make a copy of the whole head.
+        Shards are not a separate dimension: for a single one a CPU would copy the whole head.
         """
         D = head_VD.shape[1]
         x = head_VD.reshape(self.shards, -1, D)

@@ -1,7 +1,7 @@
 """LoRA: adapters next to frozen weights, as PEFT defines them.
 
 A target module computes y = x·W + (alpha / rank)·B(A(dropout(x))): A random, B zero, both
-float32 and trained; W is the frozen base. Adapters are a tree of their own, stacked [L, …]:
+float32 and trained; W is the frozen base. Adapters are a separate tree, stacked [L, …]:
 {"q_lora_a": [L, D, R], "q_lora_b": [L, R, N, H], …}, A with the weight's input dimensions and
 B with its output's. `qwen.extend` finds them in the parameters under "lora" (`join`); the
 rollout and the written model hold their product merged into the weights (`merge`).
@@ -112,7 +112,6 @@ def init_adapters(layers: Params, config: LoraConfig, seed: int) -> Params:
     Args:
         layers: the model's stacked layers, or their shapes.
         config: which modules, of what rank.
-        seed: of A.
     """
     out = {}
     for module in config.modules:

@@ -19,7 +19,6 @@ def save_adapter(folder: Path, adapters: Params, config: LoraConfig, base: str) 
     Args:
         folder: replaced when it exists.
         adapters: stacked; see `lora`.
-        config: of the adapters.
         base: hub id or folder of the model that they were trained on.
     """
     tensors = peft_tensors(adapters, config)

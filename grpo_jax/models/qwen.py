@@ -33,8 +33,9 @@ SIZES = (
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
 MAY_BE_NULL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-# Compiler options of every program that runs `extend`. By default XLA drops roundings to bfloat16 inside what it
-# fuses, in each program others. All kept, they are the published models' own, and sampler and update round alike:
+# Compiler options of every program that runs `extend`. By default XLA drops roundings to bfloat16 inside
+# fusions, different ones in each program. With all of them kept, they are those of the published models,
+# and sampler and update round alike:
 # their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_loop.py).
 ALL_ROUNDINGS = {"xla_allow_excess_precision": False}
 MLP_TOKENS = 2048  # of a block, see `in_token_blocks`
@@ -183,7 +184,7 @@ biased_heads.defvjp(lambda x, w, bias: (biased_heads(x, w, bias), (x, w)), _bias
 
 
 class Attention(nnx.Module):
-    """Projections of grouped-query attention; the attending itself is `attention.attend`."""
+    """Projections of grouped-query attention; `attention.attend` computes the attention itself."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         def kernel(*shape, fan_in):
@@ -238,7 +239,7 @@ class MLP(nnx.Module):
 
 
 def in_token_blocks(mlp: Callable[[Array], Array], x: Float[Array, "n T D"]) -> Float[Array, "n T D"]:
-    """mlp(x), at most 2,048 tokens at a time; the backward pass makes a block's hidden values again.
+    """mlp(x), at most 2,048 tokens at a time; the backward pass recomputes a block's hidden values.
 
     They are F wide, and those of all tokens would be most of what an update under remat holds at once: 15.1
     and 13.6 GB for Qwen3-1.7B (docs/log.md). Not on several devices, which share the tokens out.
@@ -369,13 +370,13 @@ def extend(
     layer's keys and values of the upper levels need not outlive it.
 
     Args:
-        params: stacked layers run under `lax.scan`, the last on its own where that pays; a list of layers is unrolled. With
+        params: stacked layers run under `lax.scan`, the last separately where that pays; a list of layers
+        is unrolled. With
             adapters under "lora" (see `lora.join`) the layers are stacked.
         levels: from the most shared to the least; rows of each divide the rows of the next.
         segments: (keys and values of every layer, valid [n, S]) of earlier calls.
-        cfg: the model's sizes.
         dtype: of activations; weights are cast to it layer by layer.
-        remat: recompute each layer in the backward pass, but for what attention returned; the MLP takes
+        remat: recompute each layer in the backward pass, except for what attention returned; the MLP takes
             its tokens in blocks.
         keep_kv: return the levels' keys and values.
         constrain: sharding constraint on an array, by kind; see `sharding`.
@@ -433,7 +434,7 @@ def _embed(table, levels, dtype):
 
 
 def _scan(run_layer, xs, layers, kvs, keys, last_unrolled):
-    """Layers under one loop; with `last_unrolled` the last one is code of its own behind it."""
+    """Layers under one loop; with `last_unrolled` the last one is unrolled after it."""
 
     def step(xs, per_layer):
         return run_layer(xs, *per_layer)
@@ -449,10 +450,10 @@ def _scan(run_layer, xs, layers, kvs, keys, last_unrolled):
 def _last_unrolled(levels, L: int) -> bool:
     """Whether the last layer leaves the loop over layers, at the price of a longer compilation.
 
-    Of shared levels it then makes keys and values alone, since nobody reads their output; inside the loop it
+    Of shared levels it then makes keys and values only, since their output is not used; inside the loop it
     must do all. That pays where they hold most of the tokens and a layer is a good part of the model: the
     original's update of 1 × 8 rows 2.97 -> 2.68 s, compiled in 13.0 instead of 11.5 s (docs/log.md). Weights are
-    copied when cut from their stack, so deep models, who would gain little, keep one loop.
+    copied when cut from their stack, so deep models, which would gain little, keep one loop.
     """
     shared = sum(level.tokens.size for level in levels if level.shared)
     return L <= FEW_LAYERS and 2 * shared > sum(level.tokens.size for level in levels)

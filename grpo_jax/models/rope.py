@@ -49,7 +49,7 @@ def read_rope(config: dict[str, Any], source: str) -> tuple[float, Yarn | None]:
 
     Raises:
         KeyError: a key is missing.
-        ValueError: another type of scaling than YaRN, or an option of it that is unknown or out of range.
+        ValueError: a type of scaling other than YaRN, or an option of it that is unknown or out of range.
     """
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
@@ -69,7 +69,7 @@ def read_rope(config: dict[str, Any], source: str) -> tuple[float, Yarn | None]:
 def read_position_limit(config: dict[str, Any], yarn: Yarn | None) -> int | None:
     """Positions that the model was made for, as a `config.json` gives them; None where it does not say.
 
-    With YaRN they are factor times those of the pretraining, whether or not `max_position_embeddings`
+    With YaRN they are `factor` times those of the pretraining, whether or not `max_position_embeddings`
     already counts them.
 
     Args:
@@ -113,7 +113,6 @@ def frequencies(theta: float, H: int, yarn: Yarn | None = None) -> np.ndarray:
     Args:
         theta: base; frequency i is theta^(-2i/H).
         H: head size.
-        yarn: how they are scaled.
     """
     exponent = np.arange(0, H, 2, dtype=np.float32) / H
     period = (theta ** exponent.astype(np.float64)).astype(np.float32)

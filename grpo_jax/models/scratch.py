@@ -104,7 +104,6 @@ def make_tiny_checkpoint(
         texts: what the tokenizer is trained on, as often as the model will meet them; the
             template's own words are added.
         sizes: of the model; the tokenizer has at most as many ids as the embedding has rows.
-        seed: of the weights.
 
     Returns:
         The folder.

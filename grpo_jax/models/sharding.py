@@ -68,7 +68,7 @@ ACTIVATIONS = {
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """The mesh over all devices; -1 for data takes what fsdp and tensor leave.
 
-    Of several hosts, each holds a run of places along data and fsdp: the rows whose tools it runs.
+    With several hosts, each holds a contiguous range along data and fsdp: the rows whose tools it runs.
 
     Raises:
         ValueError: when the sizes do not multiply to the number of devices, tensor does not divide the
@@ -98,7 +98,6 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, n: int, devices: str) -> tuple
     """Devices along data, fsdp and tensor; -1 for data takes what the others leave.
 
     Args:
-        data, fsdp, tensor: as the options ask.
         n: devices to be filled.
         devices: what they are called in an error.
 
@@ -122,7 +121,6 @@ class Layout:
     """One column of the tables on a mesh.
 
     Args:
-        mesh: from `make_mesh`.
         rollout: the rollout's column instead of training's.
     """
 
@@ -175,7 +173,7 @@ class Layout:
         """Sharding constraint inside jit, by kind; `layer_weights` takes a whole layer.
 
         A layer's weights are constrained to their spec without fsdp: that gathers them for
-        the layer's use, which is what makes the training column FSDP.
+        the layer's use, which makes the training column FSDP.
         """
         if self.mesh.size == 1:
             return x

@@ -29,7 +29,7 @@ def device_count() -> int:
 
 @contextlib.contextmanager
 def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
-    """Trace for these devices, which need not be here: `tpu_devices` describes a TPU's."""
+    """Trace for these devices, which need not be present: `tpu_devices` describes a TPU's."""
     token = _named.set(devices)
     try:
         yield
@@ -38,7 +38,7 @@ def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
 
 
 def tpu_devices(kind: str, count: int) -> Sequence[jax.Device]:
-    """Devices of a TPU slice that nobody has to own, to compile for.
+    """Devices of a TPU slice to compile for; the slice need not exist.
 
     Args:
         kind: a name in `SLICES`.
@@ -53,6 +53,6 @@ def tpu_devices(kind: str, count: int) -> Sequence[jax.Device]:
             break
         axis = axes[doubled % len(axes)]
         shape = tuple(size * 2 if i == axis else size for i, size in enumerate(shape))
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is asked for no TPU of its own
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU in this machine
     name = f"{kind}:{'x'.join(map(str, shape))}"
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[:count]

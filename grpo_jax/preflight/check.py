@@ -1,7 +1,7 @@
 """What a job would learn from, before it costs anything: `python -m grpo_jax.train --check`.
 
-Runs the gold calls, scores three conversations written by hand with the job's rewards, twice,
-calls each tool twice, and gives hints where the data would earn nothing. No weights are read and
+Runs the gold calls, scores three hand-written conversations with the job's rewards, twice, calls each tool
+twice, and gives hints where the data would earn no reward. No weights are read and
 nothing is compiled.
 """
 
@@ -45,7 +45,7 @@ from grpo_jax.scoring.metrics import trajectory_metrics
 from grpo_jax.scoring.rewards import TrainerState
 from grpo_jax.types import Example, Outcome, Prompt, ToolCall, ToolResult, Trajectory
 
-SECONDS = 30.0  # of running gold calls; what a large file or slow tools leave over is said
+SECONDS = 30.0  # spent on running gold calls; how many rows were left out is reported
 ROWS_AT_ONCE = 16  # between looks at the clock: where tools hang, each call takes its whole time limit
 SCORED_ROWS = 8
 MADE_UP_CALLS = 2  # accepted ones of a tool, to see which words its results share
@@ -56,9 +56,7 @@ def check_job(job: Job, data: DataSet, evaluation: DataSet | None) -> int:
     """Print what a job would learn from, and hints where its data would earn nothing.
 
     Args:
-        job: the parts.
-        data: the training rows.
-        evaluation: the evaluation rows, if there are any; they are only read.
+        evaluation: the evaluation rows, which are only read; None without any.
 
     Returns:
         The exit status: 1 when no right answer would be rewarded, else 0.
@@ -202,7 +200,6 @@ def _score_by_hand(
     """Score three conversations of each row as two batches of a run, and print what they earn in the first.
 
     Args:
-        job: the parts.
         rows: n rows to score.
         gold: all rows, to take wrong calls from.
         last: what the rows' own conversations are.
@@ -215,7 +212,7 @@ def _score_by_hand(
     conversations = [c for row in rows for c in _conversations(job, row, gold)]
     weights = job.config.reward_weights or [1.0] * len(job.rewards)
     names, both = [reward.name for reward in job.rewards], []
-    with tempfile.TemporaryDirectory() as elsewhere:  # what rewards log has to fit into a run's files
+    with tempfile.TemporaryDirectory() as elsewhere:  # a run's files must be able to hold what rewards log
         metrics = MetricsWriter(elsewhere)
         for step in (0, 1):
             outcome = job.score(conversations, TrainerState(step, 2, 0.0, job.config.num_train_epochs))

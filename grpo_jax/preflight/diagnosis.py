@@ -61,7 +61,7 @@ class Gold:
 
     @property
     def turns(self) -> int:
-        """Tool turns: a gold call has one of its own."""
+        """Tool turns: one per gold call."""
         return len(self.trajectory.calls)
 
     @property

@@ -1,8 +1,8 @@
 """What a step of a job needs on a device, by item.
 
 What lies there is counted from the shapes and shardings of the real functions; what the update and decode need
-while they run is read off these programs, compiled for the machine. For a machine that nothing here compiles for
-it is an estimate. No weights are loaded and nothing runs.
+while they run is read off these programs, compiled for the machine. For a machine that cannot be compiled
+for here it is an estimate. No weights are loaded and nothing runs.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def step_bytes(job: Job, step: Step, temporary: Temporary) -> StepBytes:
 
 
 def devices_of(machine: Machine) -> Sequence[jax.Device]:
-    """The machine's devices to compile for; empty where nothing here compiles for them."""
+    """The machine's devices to compile for; empty where they cannot be compiled for here."""
     if machine.kind == "cpu":
         with contextlib.suppress(RuntimeError):  # a backend has started, and has the devices that it has
             jax.config.update("jax_num_cpu_devices", machine.count)

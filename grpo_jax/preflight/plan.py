@@ -80,7 +80,7 @@ def find_remedies(job: Job, scale: Temporary = AS_ESTIMATED) -> list[tuple[dict[
         best, size = min(
             ((c, peak(together | c)) for c in family), key=lambda x: x[1], default=({}, math.inf)
         )
-        if size < least:  # what lowers nothing is not asked for
+        if size < least:  # an option that lowers nothing is not asked for
             together, least = together | best, size
         if least <= limit:
             return [(together, least)]
@@ -132,10 +132,6 @@ def step_hours(job: Job, step: Step) -> float | None:
 
 def show_plan(config: GRPOConfig, console: Console) -> int:
     """Print what the job's steps need on the machine of the option `plan`.
-
-    Args:
-        config: the options.
-        console: where it prints.
 
     Returns:
         0 where it fits, else 1.

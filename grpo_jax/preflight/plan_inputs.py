@@ -175,7 +175,6 @@ def data_lengths(config: GRPOConfig, folder: Path | None) -> DataLengths:
     """Read the data and the tools, and count or estimate the tokens of the prompts.
 
     Args:
-        config: the options.
         folder: the model's, if there is one.
     """
     toolbox = load_tools(config.tools_script, config.tool_functions_module)

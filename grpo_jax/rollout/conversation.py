@@ -6,8 +6,8 @@ appended; nothing is rendered again. The appended ids equal the template's own
 rendering of the whole conversation wherever the template is prefix-preserving.
 Two published exceptions, both in Qwen3's (hybrid) template when it renders a
 *finished* conversation again: it drops the think blocks of turns before the last
-user message, and the empty think block of a turn that is not the last. Appended
-ids keep them, which is what the policy saw when it sampled.
+user message, and the empty think block of a turn that is not the last. Appended ids keep them, as the
+policy saw them when it sampled.
 
 Text is text: a control token's string (`<|im_end|>`, `<tool_call>`) inside user
 text, a tool's output or a schema is encoded as plain characters. Contents are
@@ -42,7 +42,7 @@ class Conversation:
 
     Args:
         tokenizer: the HF fast tokenizer that renders and decodes.
-        encode_plain: text to ids with no control token, whatever the text holds.
+        encode_plain: text to ids, never to a control token.
         control_ids: every added token of the tokenizer, special or not, with its id.
         control: matches any of them, the longest first.
         end_of_turn: the control token that the template closes an assistant turn with.
@@ -95,7 +95,7 @@ class Conversation:
     def assistant_ids(self, content: str, calls: list[ToolCall]) -> list[int]:
         """A gold assistant turn as the policy should sample it, end-of-turn token included.
 
-        It is encoded apart from the prompt, as the sampler meets it: no token spans
+        It is encoded separately from the prompt, as the sampler meets it: no token spans
         the generation prompt's end.
 
         Raises:
@@ -179,7 +179,7 @@ def load_conversation(
 
     Raises:
         ValueError: the tokenizer cannot be found or loaded, or its template is missing
-            or cannot carry tool calls; the message names the mend.
+            or cannot carry tool calls; the message names the fix.
     """
     tokenizer = _load_tokenizer(Path(folder))
     kwargs = dict(chat_template_kwargs or {})
@@ -237,7 +237,7 @@ def _control_ids(tokenizer: Any) -> dict[str, int]:
     """Every added token with its id.
 
     Raises:
-        ValueError: one swallows neighbouring blanks or needs a word boundary, so that
+        ValueError: one swallows neighbouring whitespace or needs a word boundary, so that
             splitting at its string would not give the tokenizer's own ids.
     """
     for token in tokenizer.added_tokens_decoder.values():
@@ -263,7 +263,7 @@ def _configured_eos(folder: Path) -> list[int]:
     """The end-of-sequence ids of generation_config.json; empty without that file.
 
     Raises:
-        ValueError: the file is no JSON object, or has something else than ids there.
+        ValueError: the file is not a JSON object, or the entry is not ids.
     """
     path = folder / "generation_config.json"
     eos = read_json_object(path).get("eos_token_id") if path.exists() else None

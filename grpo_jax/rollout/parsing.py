@@ -41,7 +41,7 @@ class _CallError(ValueError):
 
 
 def parse_turn(text: str, schemas: list[Schema], call_format: CallFormat = "hermes") -> ParsedTurn:
-    """Read one model turn; never raises, whatever the text holds.
+    """Read one model turn; never raises, for any text.
 
     A `<tool_call>` inside a think block is not a call. A think block that is never
     closed takes the rest of the turn: no call, no error. If any call does not parse,
@@ -55,7 +55,7 @@ def parse_turn(text: str, schemas: list[Schema], call_format: CallFormat = "herm
     Returns:
         The parsed turn. `error` begins with one of "unterminated", "not JSON",
         "not an object", "no name", "unknown tool", "arguments not an object",
-        "trailing text". Blanks around `content` and `reasoning_content` are stripped
+        "trailing text". Whitespace around `content` and `reasoning_content` is stripped
         when the turn holds a block; a turn without one is returned as it is.
     """
     read_call = _read_qwen3_coder if call_format == "qwen3_coder" else _read_hermes
@@ -106,7 +106,7 @@ def _skip_blanks(text: str, at: int) -> int:
 
 
 def _expect_close(text: str, at: int, what: str) -> int:
-    """Index after `</tool_call>`, which must follow `at` with only blanks between."""
+    """Index after `</tool_call>`, which must follow `at` with only whitespace between."""
     at = _skip_blanks(text, at)
     if text.startswith("</tool_call>", at):
         return at + len("</tool_call>")
@@ -271,7 +271,7 @@ def _read_qwen3_coder(text: str, at: int, tools: dict[str, Schema]) -> tuple[Too
 def _typed_value(text: str, schema: Schema) -> Any:
     """A parameter's text as the value that its schema asks for.
 
-    The format has no quotes, so only the schema tells 5 from "5". Text that does not
+    The format has no quotes, so only the schema distinguishes 5 from "5". Text that does not
     read as any allowed type stays text: the argument check then names the parameter.
     """
     types = _json_types(schema)
@@ -287,7 +287,7 @@ def _typed_value(text: str, schema: Schema) -> Any:
 
 
 def _whole_json(text: str) -> Any:
-    """The one JSON value that `text` is, blanks around it allowed."""
+    """The one JSON value in `text`; whitespace around it is allowed."""
     value, end = _read_json(text, _skip_blanks(text, 0))
     if _skip_blanks(text, end) < len(text):
         raise ValueError("text after the JSON value")

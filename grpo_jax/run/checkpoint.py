@@ -56,7 +56,7 @@ class Checkpoints:
         async_save: return from `save` as soon as the state is copied, and write in the background.
 
     Raises:
-        ValueError: when keep is below 1, or the folder holds something else than checkpoints.
+        ValueError: when keep is below 1, or the folder holds anything other than checkpoints.
     """
 
     def __init__(self, directory: str | Path, *, keep: int | None = None, async_save: bool = True):
@@ -191,7 +191,7 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        # Orbax and TensorStore have no error of their own for a disk that is full or gone.
+        # Orbax and TensorStore have no specific error for a disk that is full or gone.
         except Exception as error:
             raise cannot_write(self._newest, _reason(error)) from None
 
@@ -290,12 +290,12 @@ def find_start(
             many it made.
         fresh: the meta of a fresh start: `cursor`, `source`, `run` (see `run_identity`), the `MACHINE`'s keys, and
             with adapters those of `adapters_meta`.
-        allow_change: continue in spite of differences that change the result.
+        allow_change: continue despite differences that change the result.
 
     Raises:
         ValueError: a fresh start over checkpoints; a path that is no step's folder; a named step that is not
             the newest of a run that has checkpoints; a finished run without any; other adapters; a
-            difference that would change the result without a word.
+            difference that would silently change the result.
     """
     newest, updates = checkpoints.latest(), fresh["run"]["numbers"]["updates"]
     found = None if newest is None else (checkpoints.directory, newest)

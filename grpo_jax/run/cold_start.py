@@ -36,10 +36,9 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
     """Fine-tune on gold calls until the validation rule holds, and write an HF folder.
 
     With `use_peft` adapters are trained here too, and merged into the folder that is written:
-    what starts from it, as GRPO, has adapters of its own.
+    a run that starts from it, such as GRPO, has new adapters.
 
     Args:
-        job: the parts.
         data: the training rows; the last `sft_validation_size` of them are held out.
         folder: where the model is written.
         adapter: where a PEFT folder is written, if adapters were trained.
@@ -94,7 +93,7 @@ def _check_gold_calls(job: Job, prompts: Sequence[Prompt]) -> None:
 
 
 def _with_gold(job: Job, train: DataSet) -> tuple[DataSet, list[Trajectory]]:
-    """The rows whose gold calls run, with their trajectories; refused calls are nothing to imitate."""
+    """The rows whose gold calls run, with their trajectories; refused calls are not imitated."""
     # not in every host: a tool that answers differently would make them run different programs
     gold = hosts.of_first(lambda: gold_trajectories(job, train.prompts))
     runs, failed = [], {}
@@ -151,8 +150,7 @@ def written_trajectory(
     """A trajectory whose turns were written instead of sampled.
 
     Args:
-        conversation: tokenizer and template.
-        calls: each is a turn of its own, followed by its result; may be empty.
+        calls: each is a separate turn, followed by its result; may be empty.
         answer: the text of the last turn.
     """
     ids: list[int] = []

@@ -27,7 +27,7 @@ def run_command(
     Bad input (ValueError, FileNotFoundError) is printed as a sentence, with status 2, results that cannot
     be written (OutputError) as one with status 1; anything else, as a reward function that raises, keeps
     its traceback. Of several hosts the first prints, and all end when one fails. Paths are absolute before
-    any code of the user runs.
+    any user code runs.
     """
     from_shell = argv is None
     argv = sys.argv[1:] if argv is None else argv
@@ -48,7 +48,7 @@ def run_command(
     from grpo_jax import hosts
 
     def end_all(status: int) -> int:
-        """The exit status of an error of which the other hosts do not know; they would wait forever."""
+        """The exit status of an error of which the other hosts do not know; those would wait forever."""
         if hosts.alone():
             return status
         sys.stdout.flush()
@@ -56,7 +56,7 @@ def run_command(
         os._exit(status)  # at once: jax then ends the others, and a proper end would wait for them
 
     console = Console()
-    if from_shell:  # no code of the user has run since the imports
+    if from_shell:  # no user code has run since the imports
         note_dependencies()
     try:
         if config.plan is None:  # a plan is for a machine that need not be here

@@ -1,4 +1,4 @@
-"""Says when something compiles, and for how long."""
+"""Announces compilations and measures their time."""
 
 from __future__ import annotations
 

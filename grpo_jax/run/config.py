@@ -26,7 +26,6 @@ class ResolvedConfig:
     """A config and where each value came from.
 
     Args:
-        config: the options.
         origin: option -> "file:line", "--flag" or "default".
         path: the YAML file, None without one.
     """
@@ -97,7 +96,7 @@ def read_yaml(path: str) -> list[tuple[str, Any, int]]:
 
 
 def _read_flags(argv: Sequence[str]) -> tuple[list[Entry], str | None, list[str]]:
-    """The flags as entries, the file of --config, and what is wrong with the words by themselves."""
+    """The flags as entries, the file of --config, and what is wrong with the words themselves."""
     words: dict[str, list[str]] = {}
     problems, current = [], None
     for word in argv:

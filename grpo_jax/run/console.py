@@ -62,8 +62,6 @@ class Console:
         """Print a table.
 
         Args:
-            title: the line above it.
-            columns: their names.
             rows: one value per column each; printed as text.
         """
         if not self.terminal:
@@ -106,7 +104,6 @@ class Console:
         Bars may be nested; each is removed at its end.
 
         Args:
-            description: what is being done.
             total: units of work.
 
         Yields:
@@ -228,7 +225,6 @@ def setup_logging(console: Console, level: str) -> None:
     level other than "info" is then set on our own logger.
 
     Args:
-        console: where records go.
         level: "debug", "info" or "warning".
     """
     ours = logging.getLogger("grpo_jax")

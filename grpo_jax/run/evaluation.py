@@ -34,14 +34,11 @@ def evaluate(job: Job, params: Params, data: DataSet, title: str) -> Evaluation:
     """Run every prompt greedily and score the calls.
 
     Args:
-        job: the parts.
         params: rollout weights, from `sampler.export`.
-        data: the prompts.
-        title: of the progress bar.
     """
     gold = [gold_calls(p.example, job.toolbox.functions) for p in data.prompts]
     size = job.config.eval_batch_size
-    if not hosts.alone():  # every host has rows, if only such as fill up
+    if not hosts.alone():  # every host has rows, some of which may be padding
         size = -(-size // job.row_devices) * job.row_devices
     loop = job.tool_loop(job.greedy, data.tree)
     policy = make_policy(loop, params)

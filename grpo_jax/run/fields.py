@@ -1,7 +1,7 @@
 """The options: their types, defaults, help and the values that each may have.
 
 Names, meanings and defaults are those of TRL 1.16's GRPOConfig where the option
-exists there, and of the original's arguments otherwise. Three depart from TRL: `dtype`
+exists there, and of the original TRL recipe's arguments otherwise. Three depart from TRL: `dtype`
 (auto), `eval_strategy` and `log_level`.
 """
 

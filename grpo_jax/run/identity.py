@@ -48,7 +48,7 @@ class Difference:
 
     Args:
         text: what, with both values.
-        refused: it would change the result without a word.
+        refused: it would silently change the result.
     """
 
     text: str
@@ -67,8 +67,6 @@ def run_identity(
 
     Args:
         prompts: of the training data, in order.
-        toolbox: the tools.
-        rewards: the reward functions.
         numbers: `seed`, `prompts` and `num_generations` of an update, `num_iterations`, `updates` of the run.
         model: folder that the run starts from.
         options: by name.
@@ -90,7 +88,7 @@ def run_identity(
 
 
 def differences(then: Identity, now: Identity) -> list[Difference]:
-    """In what a run differs from the checkpoint that it continues; refused ones first.
+    """The differences between a run and the checkpoint that it continues; refused ones first.
 
     Args:
         then: of the checkpoint.
@@ -121,7 +119,7 @@ def differences(then: Identity, now: Identity) -> list[Difference]:
 
 
 def _horizon(now: Identity) -> str:
-    """What another number of updates does to the learning rate."""
+    """The effect of a different number of updates on the learning rate."""
     schedule, warmup = now["options"]["lr_scheduler_type"], now["options"]["warmup_steps"]
     if schedule not in ("linear", "cosine") and not (schedule != "constant" and 0 < warmup < 1):
         return ""
@@ -163,7 +161,6 @@ def adapters_meta(config: LoraConfig, name: str, dtype: Any) -> dict[str, Any]:
     """What the checkpoints of a run with adapters say of them.
 
     Args:
-        config: the adapters' settings.
         name: hub id or folder of the base.
         dtype: of the base in the run.
     """
@@ -208,7 +205,7 @@ def _digest(text: str | bytes) -> str:
 
 
 def _row(example: Example) -> str:
-    """Everything of a row but the place that it was read from."""
+    """Everything of a row except the place that it was read from."""
 
     def of_object(value: Any) -> str:  # of a hub data set, which holds more than JSON's types
         return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

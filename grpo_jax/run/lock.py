@@ -1,4 +1,4 @@
-"""One living run per output_dir."""
+"""One active run per output_dir."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ def run_lock(output_dir: str | os.PathLike, command: str) -> Iterator[None]:
     that a killed run left behind locks nothing. Of several hosts the first locks for all.
 
     Args:
-        output_dir: of the run.
         command: that holds it, for the message.
 
     Raises:
-        ValueError: another living run writes there, or the folder cannot be made or written.
+        ValueError: another active run writes there, or the folder cannot be made or written.
     """
     path = Path(output_dir).absolute() / LOCK
     held: list[IO[str]] = []

@@ -38,11 +38,9 @@ class MetricsWriter:
     """metrics.jsonl, one object a step, and a tracker when asked.
 
     Args:
-        output_dir: folder of the run.
         report_to: the tracker's name, or "none"; see `trackers`.
         resume_step: updates done at the checkpoint that the run continues from; later
             lines are dropped, since those steps come again. None for a new run.
-        config: options by name, for the tracker.
     """
 
     def __init__(
@@ -91,11 +89,7 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
 
 
 class RolloutLog:
-    """rollouts/step_000012.jsonl: every completion of a step, one object a row.
-
-    Args:
-        output_dir: folder of the run.
-    """
+    """rollouts/step_000012.jsonl: every completion of a step, one object a row."""
 
     def __init__(self, output_dir: str | os.PathLike):
         self.folder = Path(output_dir) / "rollouts"
@@ -115,9 +109,6 @@ class RolloutLog:
             reward_names: one per value of a trajectory's rewards.
             extras: more columns, [B] values each (what rewards gave to `log_extra`); none has the name of a
                 row's own column, see `scoring.rewards.ROW_COLUMNS`.
-
-        Returns:
-            The file.
         """
         rows = [
             {
@@ -140,7 +131,6 @@ class Records:
     """What the first host writes of every step; nothing in the others. A context manager.
 
     Args:
-        config: the options of the run.
         resume_step: updates done at the checkpoint that the run continues from; None for a new run.
     """
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class UnknownOption(ValueError, TypeError):
-    """A name of no option: a TypeError as any function raises, and a ValueError as other wrong options are."""
+    """No option has this name: a TypeError, as for any unknown keyword, and a ValueError, as for wrong options."""
 
 
 class GRPOConfig(Options):
@@ -86,7 +86,8 @@ class GRPOConfig(Options):
 
         Args:
             event: what is due.
-            total: updates of the run, of which an interval below 1 is a share, rounded up as transformers does.
+            total: updates of the run, of which an interval below 1 is a fraction, rounded up as
+            transformers does.
             per_epoch: updates of an epoch.
         """
         strategy = {"save": self.save_strategy, "eval": self.eval_strategy}.get(event)
@@ -99,10 +100,10 @@ class GRPOConfig(Options):
             return None
         return (
             int(steps) if steps >= 1 else math.ceil(total * steps - 1e-9)
-        )  # 0.1 · 30 is 3, whatever its last bit
+        )  # 0.1 · 30 is 3, also where rounding leaves it slightly above
 
     def required(self, name: str) -> str:
-        """The value of an option that this command cannot do without.
+        """The value of an option that this command requires.
 
         Raises:
             ValueError: it is not set.
@@ -114,7 +115,7 @@ class GRPOConfig(Options):
     def with_absolute_paths(self) -> GRPOConfig:
         """The same options with absolute paths, so that code which changes the working directory moves nothing.
 
-        Data, models and tokenizers may be names of the hub: a path is what exists.
+        Data, models and tokenizers may be names of the hub: only what exists is taken as a path.
         """
         paths = {name: field.json_schema_extra["path"] for name, field in OPTIONS.items()}
         given = {n: getattr(self, n) for n, kind in paths.items() if kind and getattr(self, n) is not None}

@@ -1,4 +1,4 @@
-"""report.html: a run to look at, one file that needs no network.
+"""report.html: a run's curves and conversations in one file that needs no network.
 
     python -m grpo_jax.report runs/quickstart
 
@@ -44,12 +44,6 @@ details { margin: .3rem 0 } summary { cursor: pointer } .who { color: #777; widt
 
 def write_report(output_dir: str | Path) -> Path:
     """Write report.html from what a run has left so far.
-
-    Args:
-        output_dir: folder of the run.
-
-    Returns:
-        The file.
 
     Raises:
         FileNotFoundError: when the folder holds no run.

@@ -41,10 +41,8 @@ def open_tracker(
 
     Args:
         name: a value of `report_to`.
-        output_dir: folder of the run.
         resume_step: updates done at the checkpoint that the run continues from: the service's run is then
             continued as well. None for a new one.
-        config: options by name, shown next to the metrics.
     """
     if name == "none":
         return None

@@ -1,4 +1,4 @@
-"""TRL's, transformers' and the original's option names: what trl_options.yaml says of each.
+"""Option names of TRL, transformers and the original TRL recipe, read from trl_options.yaml.
 
 - aliases, sets: an option here under another name, or one value of an option.
 - equal: must have the value of an option here.
@@ -56,7 +56,6 @@ def settle(entries: Iterable[Entry], options: Collection[str]) -> Settled:
     """Read the names of one source (a file, the flags, a call), and warn of those that have no effect.
 
     Args:
-        entries: as they were given.
         options: the names that are options here.
     """
     settled, sets = Settled(), []

@@ -25,12 +25,6 @@ Place = Callable[[Any], Any]  # a tree of weights -> the tree of its shardings, 
 def restore_weights(checkpoints: Checkpoints, step: int, place: Place, dtype: Any = jnp.float32) -> Params:
     """A step's whole weights; adapters are merged into their base.
 
-    Args:
-        checkpoints: of a run.
-        step: one of its steps.
-        place: where the weights go.
-        dtype: of the result.
-
     Raises:
         ValueError, FileNotFoundError: no such step, it is damaged, or its source is gone.
     """

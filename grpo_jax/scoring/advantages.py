@@ -82,7 +82,7 @@ def group_advantages(
 
     The mean and the deviation (Bessel's correction) are over the rows with a
     reward. A group with one such row has nothing to compare it with: advantage 0
-    (but for the estimator "none"), as has every row without a reward. Equal rewards give exactly 0.
+    (except with the estimator "none"), as has every row without a reward. Equal rewards give exactly 0.
 
     Args:
         rewards: [B] the rows of a group next to each other; NaN where there is none.
@@ -122,11 +122,11 @@ def group_advantages(
 def decoupled_advantages(
     values: ArrayLike, weights: ArrayLike, num_generations: int
 ) -> Float[np.ndarray, " B"]:
-    """Each reward function ranked on its own: A = s / (std_batch(s) + 1e-4), s = Σ_k w_k · A_k.
+    """Each reward function normalised separately: A = s / (std_batch(s) + 1e-4), s = Σ_k w_k · A_k.
 
     A_k are the `group_advantages` of function k with scale "group", so that a function whose values lie close
-    together counts as much as one whose values lie far apart. The deviation is over all rows to which some
-    function applies; their mean is 0, as that of every group is.
+    together counts as much as one whose values are widely spread. The deviation is over all rows to which
+    some function applies; their mean is 0, as that of every group is.
 
     Args:
         values: [B, n] one column per reward function; NaN or None where it does not apply.

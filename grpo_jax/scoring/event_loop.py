@@ -17,7 +17,7 @@ SECONDS_TO_END = 1.0  # that background tasks have to end when the process does
 
 
 class EventLoop:
-    """An event loop that runs where it is needed, and between its uses in a thread of its own.
+    """An event loop that runs where it is needed, and in a separate thread between its uses.
 
     Rewards run in the caller's thread, since signals (time limits, for one) work in the main thread only.
     The thread keeps connections and background tasks alive from one update to the next; it starts with the

@@ -43,7 +43,7 @@ RUN_PREFIXES = (
 
 
 def is_run_metric(name: str) -> bool:
-    """Whether a run writes, or may write, a metric of its own under this name."""
+    """Whether the run itself writes, or may write, a metric under this name."""
     return name in RUN_METRICS or name.startswith(RUN_PREFIXES)
 
 

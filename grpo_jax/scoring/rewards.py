@@ -1,6 +1,6 @@
 """Loads reward functions, calls them on a batch, and checks what they return.
 
-A reward function is the user's code: anything that it does wrong becomes a `RewardError` that
+A reward function is the user's code: any fault of it becomes a `RewardError` that
 names the function and the row.
 """
 
@@ -224,7 +224,6 @@ def call_rewards(
     process share one event loop, see `EventLoop`.
 
     Args:
-        rewards: the functions.
         completions: [B] the messages after each prompt.
         answer: [B] expected answers.
         prompts: [B] each prompt as messages.
@@ -233,8 +232,8 @@ def call_rewards(
         columns: the data set's other columns, [B] values each.
 
     Raises:
-        RewardError: a function raises, lacks a keyword, or returns or logs something else than one
-            finite number or None per row.
+        RewardError: a function raises, lacks a keyword, or returns or logs anything other than one finite
+            number or None per row.
     """
     batch = {
         **columns,
@@ -333,7 +332,7 @@ def _columns(rewards: Sequence[RewardFunction], logs: Sequence[_Log], n: int) ->
 
 
 def _own_name(function: str, name: str, taken: bool) -> str:
-    """The name that what a reward logs is written under, so that the run's own stays what it is."""
+    """The name under which a reward's logged value is written, so that it does not replace the run's own."""
     if taken:
         _warn_once(
             f"{function}({name!r}, …): the run writes {name!r} itself; the reward's is called 'logged/{name}'"

@@ -1,4 +1,4 @@
-"""The tool layer: loading, schemas, argument checks, and running tools so that nothing they do hurts."""
+"""The tool layer: loading, schemas, argument checks, and running tools in isolation."""
 
 from grpo_jax.tools.arguments import check_arguments
 from grpo_jax.tools.call import run_tool

@@ -62,7 +62,7 @@ def function_table(tools: Toolbox | Mapping[str, Callable] | Iterable[Callable])
 def execute(
     functions: Mapping[str, Callable], name: Any, arguments: Any, lax: bool = False, limit: int | None = None
 ) -> tuple[str, str]:
-    """Run one call and say what became of it.
+    """Run one call; returns its text and outcome.
 
     Args:
         functions: name → function.
@@ -183,11 +183,11 @@ def call_users(function: Callable, **arguments: Any) -> Any:
     """Call a function of the user's, async or not, with the thread's own event loop, which outlives the call.
 
     So a client, a semaphore or a background task that an async function keeps works in its next call, and a
-    plain function that asks for the current loop, or runs one (asyncio.run), finds it idle. It works inside of
-    a running loop, too, as in a notebook's cell; that one rests for as long.
+    plain function that asks for the current loop, or runs one (asyncio.run), finds it idle. It also works
+    inside a running loop, as in a notebook's cell; that one is suspended meanwhile.
     """
     with _no_running_loop():
-        if "asyncio" in sys.modules:  # whoever has not imported it has no use for a loop, which takes 50 ms
+        if "asyncio" in sys.modules:  # else no loop is needed; the import takes 50 ms
             sys.modules["asyncio"].set_event_loop(_thread.loops.idle())
         result = function(**arguments)
         return _thread.loops.run(result) if inspect.isawaitable(result) else result

@@ -205,7 +205,7 @@ def type_hints(function: Callable, include_extras: bool = False) -> dict[str, An
 
 
 def _without_return(function: Callable) -> Callable:
-    """A function with the same hints but for the return value's."""
+    """A function with the same hints except the return value's."""
     function = inspect.unwrap(getattr(function, "__func__", function))
     bare = types.FunctionType(function.__code__, function.__globals__)
     bare.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if name != "return"}

@@ -83,7 +83,7 @@ def tools_of(functions: Sequence[Callable]) -> Toolbox:
     """A toolbox of functions that are given as objects, from a notebook's cell or anywhere else.
 
     Raises:
-        ValueError: it holds nothing, something else than functions, a name twice, or a function without
+        ValueError: it is empty, holds anything other than functions, a name twice, or a function without
             docstring or type hints.
     """
     named = named_functions(functions, "tools")
@@ -111,7 +111,7 @@ def pickled(functions: Mapping[str, Callable]) -> str:
     for name, function in functions.items():
         try:
             cloudpickle.dumps(function)
-        except Exception as error:  # whatever the __reduce__ of a user's object raises
+        except Exception as error:  # the __reduce__ of a user's object may raise anything
             raise ValueError(
                 f"the tool {name} cannot be copied into worker processes: {error}; make what it holds inside of "
                 'the function or in a file (tools_script), or set tool_executor="inline"'
@@ -123,7 +123,7 @@ def named_functions(functions: Any, source: str) -> dict[str, Callable]:
     """Name → function of a list of functions; one with bound arguments (partial) becomes a function of the rest.
 
     Raises:
-        ValueError: it is no list, is empty, holds something else than functions or a name twice.
+        ValueError: it is not a list, is empty, or holds anything other than functions or a name twice.
     """
     if not isinstance(functions, list | tuple) or not functions:
         raise ValueError(f"{source} must be a list with at least one function, got {functions!r}")
@@ -162,7 +162,7 @@ def _without_bound(partial: functools.partial) -> Callable:
 
     try:
         signature = inspect.signature(partial, eval_str=True)
-    except Exception:  # whatever reading the text of a hint raises; the schema will say what is wrong
+    except Exception:  # evaluating a hint may raise anything; the schema will say what is wrong
         signature = inspect.signature(partial)
     free = [p for name, p in signature.parameters.items() if name not in partial.keywords]
     kept = {p.name for p in free} | {"return"}

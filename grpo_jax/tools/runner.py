@@ -1,7 +1,7 @@
 """Runs the tool calls of a batch: concurrently, isolated, within limits, equal calls once.
 
 Calls run in lanes, each one call at a time under a time limit: a worker process, or a thread of this process.
-A lane never raises for what a tool does, and one whose tool hangs or crashes is as good as new for the next call.
+A lane never raises for what a tool does; where a tool hangs or crashes, it is replaced for the next call.
 """
 
 from __future__ import annotations
@@ -60,9 +60,8 @@ class ToolRunner:
     """Runs tool calls and never raises for what a tool or a model does.
 
     Args:
-        toolbox: the tools.
         executor: "process" (isolated worker processes) or "inline" (threads of this process, for tools with
-            state; a tool that hangs or eats memory is then not stopped, only left behind).
+            state; a tool that hangs or eats memory is then not stopped, only abandoned).
         limits: of a call; the one on memory holds for "process" only.
         workers: calls that run at once; default the CPU count, at least 2, and 1 inline, where tools may
             share state.
@@ -242,7 +241,6 @@ class PurityCheck:
     background. A second run that ends by time limit or crash proves nothing and is not counted.
 
     Args:
-        toolbox: the tools.
         runner: that ran the calls; from `start` to `finish` it must not be asked for anything else.
         report: gets a line for each function whose results differ, once.
 

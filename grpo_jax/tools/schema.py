@@ -51,7 +51,7 @@ def signature_line(function: Callable) -> str:
     """`add(a: int, b: int) -> str`, for the start-up print."""
     try:
         signature = inspect.signature(function, eval_str=True)
-    except Exception:  # whatever reading the text of a hint raises
+    except Exception:  # evaluating the text of a hint may raise anything
         signature = inspect.signature(function)
     return f"{function.__name__}{signature}"
 
@@ -128,7 +128,7 @@ def _transformers_schema(function: Callable) -> dict[str, Any] | None:
     chat_template_utils.is_torch_available = lambda: False
     try:
         return chat_template_utils.get_json_schema(function)
-    except Exception:  # it has no common base class; whatever the reason, read_schema says what is wrong
+    except Exception:  # its errors share no base class; read_schema says what is wrong
         return None
     finally:
         chat_template_utils.is_torch_available = torch_check

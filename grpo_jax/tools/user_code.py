@@ -1,4 +1,4 @@
-"""Imports the user's files, keeps what they do from the run, and says which of the user's lines failed.
+"""Imports the user's files, isolates the run from what they do, and reports which of their lines failed.
 
 A file of the user's is imported as a submodule of this module, whose name holds its folder:
 `grpo_jax.tools.user_code./home/me/tools.my_tools`. Helper modules next to it become its siblings. So files
@@ -76,7 +76,7 @@ def import_module(name: str) -> ModuleType:
             finally:
                 added = [entry for entry in sys.path if entry not in before]
     finally:
-        sys.path += added  # it may import from there later, but nobody's modules are hidden by it
+        sys.path += added  # it may import from there later, but hides no module of others
 
 
 def _is_absent(module: str) -> bool:
@@ -94,7 +94,7 @@ def _is_absent(module: str) -> bool:
 class _Home:
     """A folder with files of the user's: what is imported in them is looked for there first.
 
-    Their modules have builtins of their own, with this object's `__import__`; nobody else's imports change.
+    Their modules have separate builtins, with this object's `__import__`; no other module's imports change.
     """
 
     def __init__(self, folder: str):
@@ -110,7 +110,7 @@ class _Home:
         self._importlib.import_module = self._import_module
 
     def run(self, path: Path) -> ModuleType:
-        """Import one of the folder's files by its path, whatever its name is."""
+        """Import one of the folder's files by its path; its name may be any."""
         self._forget_changed()
         spec = PathFinder.find_spec(path.stem, [self.folder])
         plain = spec is not None and spec.origin == str(
@@ -244,7 +244,7 @@ def _same_file(one: str | None, other: str | None) -> bool:
     return one is not None and other is not None and os.path.realpath(one) == os.path.realpath(other)
 
 
-# --- the run's footing -----------------------------------------------------------------------------------
+# --- process state that the run relies on ----------------------------------------------------------------
 
 has_own_process = (
     False  # set by a tool worker, in which the user's code alone runs: nothing is restored there
@@ -256,10 +256,10 @@ _shared: tuple = ()
 
 @contextlib.contextmanager
 def users_code(function: Callable | None = None) -> Iterator[None]:
-    """Let the user's code run in the block, in this process, and put back what the run stands on.
+    """Run the user's code in the block, in this process; restore the process state that the run relies on.
 
     Restored: the working directory, `sys.path`, and the environment variables that jax and XLA read; in the
-    main thread also `sys.stdout`, `sys.stderr`, signal handlers (but those of the timers, which stay the
+    main thread also `sys.stdout`, `sys.stderr`, signal handlers (except those of the timers, which stay the
     user's), a timer left on, warning filters, numpy's handling of floating-point errors, and the event loop
     policy. Not restored, since the run never reads them: the global random generators of `random` and numpy,
     which are the user's to seed. Where blocks of several threads overlap, the last
@@ -376,7 +376,7 @@ def _loop_policy() -> object | None:
 
 @contextlib.contextmanager
 def users_errors(doing: str) -> Iterator[None]:
-    """Turn whatever the user's code raises in the block into a ValueError that shows the user's own lines.
+    """Turn any exception of the user's code in the block into a ValueError that shows the user's own lines.
 
     Args:
         doing: what failed then, as "importing tools.py".

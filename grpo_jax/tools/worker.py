@@ -37,7 +37,7 @@ def main() -> None:
     answers.write('["ready", ""]\n')
     worker = os.getpid()
     for line in calls:
-        # Should the parent be gone, nobody else ends a hanging tool: SIGALRM's default action does.
+        # Without its parent nothing else ends a hanging tool: SIGALRM's default action does.
         signal.setitimer(signal.ITIMER_REAL, setup["limits"]["seconds"] + _ORPHAN_GRACE)
         answer = _answer(functions, line, setup)
         if os.getpid() != worker:  # a child that the tool forked: one call must not be answered twice

@@ -37,7 +37,7 @@ class Tree:
     budget: int
 
     def rest(self, prompt: Sequence[int]) -> Sequence[int]:
-        """A prompt's own tokens: what follows the preamble, but for the last token."""
+        """A prompt's own tokens: what follows the preamble, except the last token."""
         return prompt[len(self.preamble) : -1]
 
 
@@ -116,7 +116,7 @@ def preamble_level(tree: Tree) -> Level:
 
 
 def prompts_level(tree: Tree, prompts: Sequence[Sequence[int]]) -> Level:
-    """Each prompt's own tokens but for its last, [P, T1]."""
+    """Each prompt's own tokens except its last, [P, T1]."""
     tokens, valid = pad_rows([tree.rest(p) for p in prompts], tree.T1)
     positions = len(tree.preamble) + np.arange(tree.T1, dtype=np.int32)[None].repeat(len(prompts), 0)
     return Level(tokens, positions, valid, shared=True)
@@ -124,9 +124,9 @@ def prompts_level(tree: Tree, prompts: Sequence[Sequence[int]]) -> Level:
 
 @struct.dataclass
 class Completions:
-    """What an update learns: one row per completion.
+    """What an update learns from: one row per completion.
 
-    A row of `level` holds the prompt's last token and the completion but for its last token, so that its
+    A row of `level` holds the prompt's last token and the completion without its last token, so that its
     position t predicts token t of the completion, which is target t.
 
     Args:
@@ -191,7 +191,6 @@ def make_batch(
     """One update's batch (numpy arrays) from trajectories with their advantages.
 
     Args:
-        tree: of the data set.
         trajectories: B = P·G, a group's completions next to each other.
         generations: G.
         mask_truncated: leave completions that the token budget ended out of the loss

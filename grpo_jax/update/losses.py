@@ -1,7 +1,7 @@
 """The GRPO losses as formulas: arrays and scalars in, arrays out.
 
-Everything lives on loss positions [B, J] with a bool mask [B, J]. What lies at
-masked positions must be finite and has no influence on a loss or a gradient.
+All arrays are on loss positions [B, J] with a bool mask [B, J]. Values where the mask is False must be
+finite and have no influence on a loss or a gradient.
 A whole loss reads
 
     log_ratio = importance_ratio_log(logprobs, old_logprobs, mask, "token")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# What is left of the learning rate after a share (0 to 1) of the updates that follow the warm-up.
+# Factor on the learning rate after a share (0 to 1) of the updates that follow the warm-up.
 DECAYS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "constant": jnp.ones_like,
     "constant_with_warmup": jnp.ones_like,
@@ -61,7 +61,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW in float32, after clipping the gradient by its global norm.
 
-    Gradients and parameters are given to it in float32, whatever the parameters are kept in.
+    Gradients and parameters are passed to it in float32, also where the parameters are stored in bfloat16.
 
     Args:
         schedule: number of updates done → learning rate.
@@ -93,7 +93,8 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
     The same arithmetic as all layers at once. But a step and the new moments are separate kernels on a
     CPU, which both read the old moments, so that XLA copies those first: all of them, unless a loop
-    keeps it to one layer. At Qwen3-1.7B the update then needs 14.8 instead of 17.8 GB beside its arguments (docs/log.md).
+    keeps it to one layer. At Qwen3-1.7B the update then needs 14.8 instead of 17.8 GB in addition to its
+    arguments (docs/log.md).
 
     Args:
         inner: works on each element by itself; its state holds arrays shaped like the parameters, and

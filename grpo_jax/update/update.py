@@ -99,7 +99,6 @@ class ModelStep:
     """How the model is run in training.
 
     Args:
-        cfg: sizes.
         layout: the training column.
         dtype: of activations.
         remat: recompute layers in the backward pass (`gradient_checkpointing`).
@@ -162,7 +161,7 @@ class GrpoObjective:
 
     @property
     def needs_all_rows(self) -> bool:
-        """Whether rows of advantage 0 have a part in the loss, so that no group can be left out."""
+        """Whether rows of advantage 0 contribute to the loss, so that no group can be left out."""
         return bool(self.beta or self.entropy_coef) or self.top_entropy_quantile < 1
 
     def with_floor(self, entropies: Array, mask: Array) -> GrpoObjective:
@@ -257,8 +256,6 @@ def make_update(
     reports `skipped` = 1.
 
     Args:
-        step: how the model runs.
-        optimizer: from `optimizer.make_optimizer`.
         objective: `GrpoObjective(...)` or `sft_objective`.
         state: the state (or its shapes), for the shardings.
         frozen: what the trained adapters sit on; None when all weights are trained.
@@ -308,7 +305,7 @@ def make_score(step: ModelStep) -> Callable[[Params, Batch], Float[Array, "B T2"
 def batch_loss(step: ModelStep, objective: Objective, params: Params, batch: Batch) -> tuple[Array, Metrics]:
     """The loss of a whole batch, differentiable in params, and its metrics."""
     chooses = isinstance(objective, GrpoObjective) and objective.top_entropy_quantile < 1
-    if chooses and step.micro_batches > 1:  # no micro-batch knows the others' entropies: a forward pass more
+    if chooses and step.micro_batches > 1:  # the quantile is over all of them: one more forward pass
         seen = _over_micro_batches(
             step, jax.lax.stop_gradient(params), batch, lambda x, _: (x.entropies, x.mask), stack=True
         )
@@ -409,7 +406,7 @@ class _Split(NamedTuple):
 
 
 def with_dropout(batch: Batch, keys: Array | None) -> Batch:
-    """Each level's rows with their dropout keys; a shared row takes that of the first completion below it."""
+    """The batch with dropout keys for all rows; a shared row takes that of the first completion below it."""
     if keys is None:
         return batch
 
@@ -481,7 +478,7 @@ def batch_shardings(layout: Layout, batch: Batch) -> Batch:
 def update_sizes(step: ModelStep, P: int, G: int) -> tuple[int, ...]:
     """Numbers of prompts that an update of P × G rows may shrink to: a half and a quarter.
 
-    Those whose rows fill the devices and split into the micro-batches. Each is a program more.
+    Only those whose rows fill the devices and split into the micro-batches. Each needs one more program.
     """
     devices = step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"]
     prompts = step.micro_batches // math.gcd(step.micro_batches, G)
@@ -493,12 +490,6 @@ def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
 
     An estimate, see `cost.micro_batches`. One micro-batch is best where it fits: the trunk
     is then never kept.
-
-    Args:
-        step: how the model runs.
-        tree: the lengths.
-        P: prompts per update.
-        G: completions per prompt.
     """
     tokens = tree.budget / (step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"])
     itemsize = jnp.dtype(step.dtype).itemsize

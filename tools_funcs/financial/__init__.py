@@ -1,1 +1,1 @@
-"""The rooms of `tools_funcs.financial_tools_complex`: one tool a file."""
+"""The modules of `tools_funcs.financial_tools_complex`: one tool per file."""

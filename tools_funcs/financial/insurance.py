@@ -100,7 +100,7 @@ def _income_lacking(income: float, dependents: int, spouse_income: float | None)
     """Dollars a year that the survivors would lack.
 
     They need 60 % of the household's income, 5 points more for each dependent, at most 80 %.
-    Without spouse and dependents nobody is left to provide for.
+    Without spouse and dependents there is no one to provide for.
     """
     if spouse_income is None and dependents == 0:
         return 0.0

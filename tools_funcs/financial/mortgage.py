@@ -112,7 +112,7 @@ def calculate_mortgage_affordability(
         price = min(price, down_payment / program.min_down)
 
     loan = price - down_payment
-    # A price of exactly five times the down payment needs no insurance, whatever its last bit.
+    # A price of exactly five times the down payment needs no insurance, also after rounding.
     insured = loan > INSURANCE_FREE_LTV * price * (1 + 1e-9)
     parts = {
         "P&I": loan * repayment,
