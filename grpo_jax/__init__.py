@@ -4,7 +4,7 @@ import logging
 import sys
 
 __version__ = "0.1.0"
-__all__ = ["GRPOConfig", "GRPOTrainer"]
+__all__ = ["GRPOConfig", "GRPOTrainer"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 # Handlers on the root logger before our own imports: dependencies add some, see `run.console.setup_logging`.
 ROOT_HANDLERS = tuple(logging.getLogger().handlers)

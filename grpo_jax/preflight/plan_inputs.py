@@ -107,7 +107,7 @@ def read_machine(text: str) -> Machine:
         cores = CORES_A_DEVICE.get(kind, 1)
         if kind == "cpu" and count:
             memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            shares = memory, CPU_CORE_FLOPS * os.cpu_count(), CPU_BYTES
+            shares = memory, CPU_CORE_FLOPS * (os.cpu_count() or 1), CPU_BYTES
             return Machine(plain.lower(), Device(*(share / count for share in shares)), count)
         if kind in DEVICES and count and count % cores == 0:
             return Machine(plain.lower(), DEVICES[kind], count // cores)

@@ -125,13 +125,13 @@ def _transformers_schema(function: Callable) -> dict[str, Any] | None:
 
     torch_check = getattr(chat_template_utils, "is_torch_available", None)
     # It would import torch, whose CUDA libraries may clash with jax's, only to ask if a hint is a tensor.
-    chat_template_utils.is_torch_available = lambda: False
+    chat_template_utils.is_torch_available = lambda: False  # pyright: ignore[reportPrivateImportUsage]
     try:
         return chat_template_utils.get_json_schema(function)
     except Exception:  # its errors share no base class; read_schema says what is wrong
         return None
     finally:
-        chat_template_utils.is_torch_available = torch_check
+        chat_template_utils.is_torch_available = torch_check  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _property(parameter: hints.Field) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def import_module(name: str) -> ModuleType:
     if _is_absent(name):
         raise ValueError(f"tool_functions_module {name!r} is not importable; for a file set tools_script")
     before = list(sys.path)
+    added: list[str] = []
     try:
         with users_code(), users_errors(f"importing {name}"):
             try:
@@ -354,7 +355,7 @@ def _restore_main(footing: tuple) -> None:
     if not timer and signal.getitimer(signal.ITIMER_REAL)[0]:
         signal.setitimer(signal.ITIMER_REAL, 0)
     if warnings.filters != filters:
-        warnings.filters[:] = filters
+        warnings.filters[:] = filters  # pyright: ignore[reportIndexIssue]
         warnings._filters_mutated()
     if floats is not None and sys.modules["numpy"].geterr() != floats:
         sys.modules["numpy"].seterr(**floats)

@@ -239,6 +239,6 @@ def trained_groups(acts: Sequence[bool], sizes: Sequence[int]) -> list[int]:
     Returns:
         Their indices, rising.
     """
-    acts = np.asarray(acts)
-    size = min((n for n in sizes if n >= acts.sum()), default=len(acts))
-    return sorted(np.argsort(~acts, kind="stable")[:size].tolist())
+    idle = ~np.asarray(acts, bool)
+    size = min((n for n in sizes if n >= (~idle).sum()), default=len(idle))
+    return sorted(np.argsort(idle, kind="stable")[:size].tolist())
