@@ -139,7 +139,7 @@ class ToolRunner:
 
         Args:
             calls: the calls of a turn, of all rows.
-            rows: the row of each call; default, each call is a row of its own.
+            rows: the row of each call; by default each call has a separate row.
 
         Returns:
             One result per call, in the order of `calls`.
@@ -158,7 +158,7 @@ class ToolRunner:
 
         Args:
             calls: the calls of a turn, of all rows.
-            rows: the row of each call; default, each call is a row of its own.
+            rows: the row of each call; by default each call has a separate row.
             again: run them past the cache; what it holds stays as it is.
         """
         self._check_open()
