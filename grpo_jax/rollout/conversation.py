@@ -124,7 +124,7 @@ class Conversation:
         return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
     def parse(self, ids: list[int], schemas: list[Schema]) -> ParsedTurn:
-        """Read a sampled turn strictly; see `grpo_jax.parsing.parse_turn`."""
+        """Read a sampled turn strictly; see `parsing.parse_turn`."""
         text = "<think>" * self.opens_thinking + self.decode(ids)
         return parse_turn(text, schemas, self.call_format)
 
