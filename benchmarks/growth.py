@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py > growth.md         # about 10 minutes on 2 idle cores; draws docs/growth.png
 
-One length is changed at a time. The model has 4 layers of width 128 and 4,096 vocabulary rows; tool turns are
+One length varies at a time. The model has 4 layers of width 128 and 4,096 vocabulary rows; tool turns are
 scripted: 32 tokens are sampled, a response of 32 tokens is fed, and so on. Needs matplotlib.
 """
 

@@ -117,7 +117,7 @@ def grpo_config(job: dict[str, Any], folder: Path) -> GRPOConfig:
 
 
 def reward(completions: list[Any], **kwargs: Any) -> list[float]:
-    """Differs within a group, so that there is something to learn."""
+    """Differs within a group, so that advantages are not zero."""
     return [float(i % 3) for i in range(len(completions))]
 
 

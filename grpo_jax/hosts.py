@@ -31,7 +31,7 @@ class HostError(RuntimeError):
 def join_processes(environ: Mapping[str, str] = os.environ) -> None:
     """Connect the processes of a run, before anything touches a device; a single process stays alone.
 
-    `jax.distributed.initialize` finds the others by itself on a cluster that it knows. It is called where srun,
+    `jax.distributed.initialize` finds the others by itself on a known cluster. It is called where srun,
     mpirun or a TPU slice count several processes, where `JAX_COORDINATOR_ADDRESS` is set (with
     `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` where no cluster knows them), and with `GRPO_JAX_DISTRIBUTED=1`;
     `GRPO_JAX_DISTRIBUTED=0` keeps a process alone.

@@ -81,7 +81,7 @@ def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _answer(value: Any) -> str:
-    """The answer as the tool would return it: a value that is no text as its JSON text."""
+    """The answer as the tool would return it: a value that is not text as its JSON text."""
     if isinstance(value, str):
         return value
     try:
@@ -186,7 +186,7 @@ def _message(message: Any, which: str) -> Message:
 
 
 def recorded_call(call: Any) -> dict[str, Any] | None:
-    """A recorded call's {"name", "arguments"}, arguments as an object; None where it is no call.
+    """A recorded call's {"name", "arguments"}, arguments as an object; None where it is not a call.
 
     Args:
         call: {"name", "arguments"}, also inside {"function": …}; the arguments may be JSON text.

@@ -172,7 +172,7 @@ def fetch_model(name_or_path: str, revision: str | None = None, *, weights: bool
 def fetch_tokenizer(name_or_path: str) -> Path:
     """A local folder for a tokenizer; as `fetch_model`, without weights.
 
-    transformers would ask for each file that may exist, six times each: 55 s where no hub answers.
+    transformers would request each file that may exist, six times each: 55 s where no hub answers.
     """
     return _fetch("tokenizer", name_or_path, None, TEXT_FILES)
 

@@ -1,6 +1,6 @@
 """Qwen2, Qwen2.5 and Qwen3 in Flax NNX, behind one pure primitive: `extend`.
 
-Modules live in this file only. Everyone else holds `params`, a nested dict of
+Modules live in this file only. All other modules hold `params`, a nested dict of
 arrays whose layers are stacked [L, …] (training) or a list of per-layer dicts
 (rollout), and calls `extend(params, levels, segments)`.
 """
@@ -34,9 +34,9 @@ SIZES = (
 )  # fmt: skip
 MAY_BE_NULL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 # Compiler options of every program that runs `extend`. By default XLA drops roundings to bfloat16 inside
-# fusions, different ones in each program. With all of them kept, they are those of the published models,
-# and sampler and update round alike:
-# their log-probabilities in bf16 differ by 0.0021 nats on average instead of 0.0030 (tests/test_loop.py).
+# fusions, different ones in each program. With all of them kept, they are those of the published models, and
+# sampler and update round alike: their log-probabilities in bf16 differ by 0.0021 nats on average instead of
+# 0.0030 (tests/test_loop.py).
 ALL_ROUNDINGS = {"xla_allow_excess_precision": False}
 MLP_TOKENS = 2048  # of a block, see `in_token_blocks`
 FEW_LAYERS = 8  # see `_last_unrolled`
@@ -131,7 +131,7 @@ def rms_norm(x, scale, eps: float):
     return (x32.astype(x.dtype) * scale).reshape(x.shape)
 
 
-@jax.checkpoint  # its inputs are kept for the backward pass anyway, the steps between need not be
+@jax.checkpoint  # its inputs are kept for the backward pass anyway; intermediate values need not be
 def gated(gate, up):
     """silu(gate) · up, the first factor computed in fp32."""
     return jax.nn.silu(gate.astype(jnp.float32)).astype(gate.dtype) * up
@@ -371,8 +371,7 @@ def extend(
 
     Args:
         params: stacked layers run under `lax.scan`, the last separately where that pays; a list of layers
-        is unrolled. With
-            adapters under "lora" (see `lora.join`) the layers are stacked.
+            is unrolled. With adapters under "lora" (see `lora.join`) the layers are stacked.
         levels: from the most shared to the least; rows of each divide the rows of the next.
         segments: (keys and values of every layer, valid [n, S]) of earlier calls.
         dtype: of activations; weights are cast to it layer by layer.

@@ -1,7 +1,7 @@
 """A small Qwen3-shaped checkpoint made from scratch, in the layout of a published one.
 
 It exists so that the whole pipeline runs in minutes on a CPU without a download:
-the same files, names and template as Qwen3, a byte-level BPE trained on the spot,
+the same files, names and template as Qwen3, a byte-level BPE trained on the given texts,
 random weights. The chat template writes what Qwen3's does for tools, calls and
 tool responses, but inserts no think blocks, so that it is prefix-preserving:
 rendering a longer conversation only ever appends.

@@ -217,7 +217,7 @@ def made_up_arguments(parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]
 def corrected(arguments: Mapping[str, Any], error: str) -> dict[str, Any] | None:
     """Arguments with the one that an error asks for: "age must be from 18 to 80", "state must be one of AL, …".
 
-    None where the error says neither of an argument, or the argument is so already.
+    None where the error says neither of any argument, or the argument already complies.
     """
     if found := re.search(
         r"(\w+)(?:\[\d+\])* must be .*?(?:from|between) (-?[\d.]+\d|\d) (?:to|and) (-?[\d.]*\d)", error
@@ -268,7 +268,7 @@ def _made_up(schema: Mapping[str, Any], number: float) -> Any:
 
 
 def second_call_hints(results: Mapping[str, Sequence[ToolResult]]) -> list[Hint]:
-    """Tools that do not answer an equal call as they did before.
+    """Tools that answer an equal call differently than before.
 
     Args:
         results: tool → results of one call, in the order in which it was made again and again; the first

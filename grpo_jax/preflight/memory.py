@@ -262,7 +262,7 @@ def step_bytes(job: Job, step: Step, temporary: Temporary) -> StepBytes:
 def devices_of(machine: Machine) -> Sequence[jax.Device]:
     """The machine's devices to compile for; empty where they cannot be compiled for here."""
     if machine.kind == "cpu":
-        with contextlib.suppress(RuntimeError):  # a backend has started, and has the devices that it has
+        with contextlib.suppress(RuntimeError):  # a backend has started, and its devices are fixed
             jax.config.update("jax_num_cpu_devices", machine.count)
             jax.config.update("jax_platforms", "cpu")  # a plan takes no accelerator
         return jax.devices("cpu")[: machine.count] if len(jax.devices("cpu")) >= machine.count else ()
@@ -273,7 +273,7 @@ def devices_of(machine: Machine) -> Sequence[jax.Device]:
 
 
 def compile_step(job: Job, step: Step, devices: Sequence[jax.Device]) -> Temporary:
-    """What XLA says that the update and decode need, compiled for the devices; nothing runs.
+    """What the update and decode need according to XLA, compiled for the devices; nothing runs.
 
     Decode's layers are unrolled: of a deep model those of two and four layers are compiled, the rest is linear.
     """
@@ -292,7 +292,7 @@ def compile_step(job: Job, step: Step, devices: Sequence[jax.Device]) -> Tempora
 
 
 def temporary_bytes(lowered: jax.stages.Lowered) -> float:
-    """What XLA says that a program needs next to its arguments, on one device."""
+    """What a program needs in addition to its arguments on one device, according to XLA."""
     try:
         return lowered.compile().memory_analysis().temp_size_in_bytes
     except jax.errors.JaxRuntimeError as error:  # XLA refuses what a TPU cannot hold, and says what it takes

@@ -62,7 +62,7 @@ def find_remedies(job: Job, scale: Temporary = AS_ESTIMATED) -> list[tuple[dict[
         changed = dataclasses.replace(job, config=dataclasses.replace(job.config, **changes))
         try:
             step = plan_step(changed)
-        except ValueError:  # a mesh or a batch that the other options do not allow
+        except ValueError:  # a mesh or batch that other options do not allow
             return math.inf
         about = estimate(changed, step)
         about = Temporary(about.update * scale.update, about.decode * scale.decode)

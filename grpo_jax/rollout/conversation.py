@@ -47,7 +47,7 @@ class Conversation:
         control: matches any of them, the longest first.
         end_of_turn: the control token that the template closes an assistant turn with.
         stop_ids: ids that end a turn; the first is the end-of-turn token.
-        pad_id: id for positions that nothing reads.
+        pad_id: id for positions that are never read.
         vocab_size: every id of the tokenizer lies below; a model may have more rows.
         call_format: how the template writes tool calls.
         opens_thinking: the generation prompt ends inside an open think block.
@@ -124,7 +124,7 @@ class Conversation:
         return self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
     def parse(self, ids: list[int], schemas: list[Schema]) -> ParsedTurn:
-        """Read a sampled turn strictly; see `grpo_jax.parsing.parse_turn`."""
+        """Read a sampled turn strictly; see `parsing.parse_turn`."""
         text = "<think>" * self.opens_thinking + self.decode(ids)
         return parse_turn(text, schemas, self.call_format)
 

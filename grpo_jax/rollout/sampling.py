@@ -1,4 +1,4 @@
-"""How a token is drawn: randomness that belongs to the completion, and inverse-CDF sampling."""
+"""How a token is drawn: random keys per completion, and inverse-CDF sampling."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Checkpoints: save, restore, where a run starts, and stopping cleanly on Ctrl-C or SIGTERM.
 
-All of Orbax is in here. A checkpoint is a folder named after its step with three
+Only this module uses Orbax. A checkpoint is a folder named after its step with three
 items: `params`, `optimizer` (with the step counter) and `meta` (JSON). It appears
-under its name only when it is complete; a save that was cut off leaves a
-`*.orbax-checkpoint-tmp` folder, which nothing reads.
+under its name only when it is complete; an interrupted save leaves a
+`*.orbax-checkpoint-tmp` folder, which is never read.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         _refuse_other_folders(self.directory)
         options = ocp.CheckpointManagerOptions(
-            create=False,  # a mistyped folder to read from must not appear
+            create=False,  # a mistyped folder to read from must not be created
             preservation_policy=LatestN(keep),
             enable_async_checkpointing=async_save,
         )
@@ -88,7 +88,7 @@ class Checkpoints:
         Args:
             step: updates done; newer than every checkpoint in the folder.
             state: what to restore.
-            meta: anything JSON: data cursor, timings, thread count, flags.
+            meta: any JSON: data cursor, timings, thread count, flags.
 
         Raises:
             ValueError: when the folder already holds this step or a newer one.
@@ -113,7 +113,7 @@ class Checkpoints:
         self._quiet.enter_context(_late_writes_ignored())
         with self._writing():
             self._manager.save(step, args=items)
-        # Orbax says that a save failed only when somebody waits for it
+        # Orbax reports that a save failed only when it is waited for
         self._written = self._waiter.submit(self._manager.wait_until_finished)
 
     def steps(self) -> list[int]:

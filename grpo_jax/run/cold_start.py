@@ -29,7 +29,7 @@ from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.optimizer import make_schedule
 from grpo_jax.update.update import ModelStep, init_state, make_update, place_batch, sft_objective
 
-WARMUP = 10  # updates; AdamW's second moment is not to be trusted before
+WARMUP = 10  # updates; AdamW's second moment is not reliable before
 
 
 def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class _Announce(logging.Handler):
 def watch_compiles(console: Console, timer: PhaseTimer) -> Iterator[None]:
     """Within the block, announce compilations and charge their seconds to the phase "compile".
 
-    Tracing is not counted: it nests, so that its parts would be counted twice.
+    Tracing is not counted: it nests, so parts of it would be counted twice.
     """
     active = True
 
@@ -49,7 +49,7 @@ def watch_compiles(console: Console, timer: PhaseTimer) -> Iterator[None]:
 
     logger, handler = logging.getLogger(_LOGGER), _Announce(console)
     level, propagate = logger.level, logger.propagate
-    jax.monitoring.register_event_duration_secs_listener(charge)  # jax cannot take one back: hence `active`
+    jax.monitoring.register_event_duration_secs_listener(charge)  # jax cannot unregister one: hence `active`
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False

@@ -1,8 +1,7 @@
 """What the program prints: lines, tables and progress bars with time left.
 
-On a terminal rich draws them; elsewhere (a file, a pipe, CI) they are plain lines,
-and a long phase reports every few seconds. Everything printed goes through here, so
-that nothing tears a bar.
+On a terminal rich draws them; elsewhere (a file, a pipe, CI) they are plain lines, and a long phase reports
+every few seconds. All output goes through here, so that nothing breaks a bar.
 """
 
 from __future__ import annotations
@@ -198,7 +197,7 @@ def _message(message: dict[str, Any]) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without control characters (but newline and tab): a model may write escape sequences."""
+    """The text without control characters (except newline and tab): a model may write escape sequences."""
     return "".join(c if (c >= " " and c != "\x7f") or c in "\n\t" else "�" for c in text)
 
 
@@ -243,7 +242,7 @@ _dependencies_handlers: list[logging.Handler] = []
 
 
 def note_dependencies() -> None:
-    """Take the root handlers that were added since `import grpo_jax` for those of dependencies.
+    """Treat the root handlers that were added since `import grpo_jax` as those of dependencies.
 
     To be called when the heavy imports are done, before the user's code runs again.
     """

@@ -38,7 +38,7 @@ def _opt(
 
 
 def _rule(text: str, holds: typing.Callable[[Any], bool]) -> AfterValidator:
-    """A check that pydantic has no name for; `text` says in an error what the value must be."""
+    """A check that pydantic does not provide; `text` says in an error what the value must be."""
 
     def check(value):
         if not holds(value):

@@ -24,7 +24,7 @@ from grpo_jax.types import Example, Prompt
 
 Identity = dict[str, Any]  # JSON, from `run_identity`
 
-# Options that are compared by what they lead to, or that do not change what is learned.
+# Options that are compared by their effect, or that do not change what is learned.
 NOT_COMPARED = frozenset((
     "tools_script", "tool_functions_module", "reward_fn", "reward_function_name",  # by their source
     "dataset_id_or_path", "dataset_columns", "system_prompt", "max_prompt_length", "overlong_prompts",  # by the rows

@@ -28,7 +28,7 @@ def run_lock(output_dir: str | os.PathLike, command: str) -> Iterator[None]:
     """A block in which this run is the only one that writes into a folder, which is made if missing.
 
     The lock is the system's, on a file that also names host and process for the message of the second
-    run. It ends with the process, however that ends, and is not inherited by forked children; a file
+    run. It ends with the process in every case, and is not inherited by forked children; a file
     that a killed run left behind locks nothing. Of several hosts the first locks for all.
 
     Args:

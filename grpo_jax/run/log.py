@@ -35,12 +35,12 @@ def read_summary(output_dir: str | os.PathLike) -> dict[str, Any]:
 
 
 class MetricsWriter:
-    """metrics.jsonl, one object a step, and a tracker when asked.
+    """metrics.jsonl, one object per step, and a tracker if one is named.
 
     Args:
         report_to: the tracker's name, or "none"; see `trackers`.
         resume_step: updates done at the checkpoint that the run continues from; later
-            lines are dropped, since those steps come again. None for a new run.
+            lines are dropped, since those steps are repeated. None for a new run.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MetricsWriter:
             OutputError: the file is gone, or the disk full.
         """
         values = plain(metrics)
-        if not self.path.exists():  # what is written to a file that was removed is lost
+        if not self.path.exists():  # writes to a removed file are lost
             raise cannot_write(self.path, "it, or its folder, was removed while the run is writing it")
         with writing(self.path):
             self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
@@ -89,7 +89,7 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
 
 
 class RolloutLog:
-    """rollouts/step_000012.jsonl: every completion of a step, one object a row."""
+    """rollouts/step_000012.jsonl: every completion of a step, one object per row."""
 
     def __init__(self, output_dir: str | os.PathLike):
         self.folder = Path(output_dir) / "rollouts"
@@ -195,7 +195,7 @@ class PhaseTimer:
             self._running.pop()
 
     def move(self, phase: str, seconds: float) -> None:
-        """Charge seconds that have just passed to another phase than the one that is running."""
+        """Charge seconds that have just passed to a phase other than the current one."""
         if self._running:
             self.seconds[self._running[-1]] -= seconds
             self.seconds[phase] += seconds

@@ -86,8 +86,7 @@ class GRPOConfig(Options):
 
         Args:
             event: what is due.
-            total: updates of the run, of which an interval below 1 is a fraction, rounded up as
-            transformers does.
+            total: updates of the run, of which an interval below 1 is a fraction, rounded up.
             per_epoch: updates of an epoch.
         """
         strategy = {"save": self.save_strategy, "eval": self.eval_strategy}.get(event)

@@ -24,7 +24,7 @@ from grpo_jax.scoring.rewards import ROW_COLUMNS
 
 WINDOW = 10  # updates of a running mean
 WIDTH = 10.0  # inches of a picture
-# panel -> the metrics in it; what a run never wrote is left out, and so is a panel without any
+# panel -> the metrics in it; metrics that a run never wrote are left out, and so is a panel without any
 PANELS = {
     "entropy, nats": ("entropy",),
     "KL to the reference, nats": ("kl",),

@@ -1,6 +1,6 @@
 """Where metrics go in addition to metrics.jsonl: TensorBoard files, Weights & Biases, MLflow.
 
-Each package is imported when asked for: that takes a second or more, and only tensorboardX is always there.
+Each package is imported on demand: that takes a second or more, and only tensorboardX is always installed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Tracker(Protocol):
 
 
 def is_installed(name: str) -> bool:
-    """Whether a tracker's package is there; nothing is imported."""
+    """Whether a tracker's package is installed; nothing is imported."""
     return importlib.util.find_spec(PACKAGES[name]) is not None
 
 
@@ -55,7 +55,7 @@ class _TensorBoard:
     def __init__(self, folder: Path, resume_step: int | None, config: dict[str, Any]):
         from tensorboardX import SummaryWriter
 
-        purge = None if resume_step is None else resume_step + 1  # these steps come again
+        purge = None if resume_step is None else resume_step + 1  # these steps are repeated
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -70,7 +70,7 @@ class _TensorBoard:
 class _WeightsAndBiases:
     """WANDB_PROJECT, WANDB_MODE and the like are wandb's own; the project is grpo_jax unless named.
 
-    wandb takes no step twice: steps that come again after a resume keep their first values, which are the same.
+    wandb accepts no step twice: steps repeated after a resume keep their first values, which are the same.
     """
 
     def __init__(self, folder: Path, resume_step: int | None, config: dict[str, Any]):

@@ -118,7 +118,7 @@ def _set(name: str, value: Any, where: str, found: dict[str, tuple[Any, str]]) -
 
 
 def _built_in_tracker(value: Any, where: str) -> Any:
-    """report_to as TRL takes it, a name or a list, without the trackers that are not there."""
+    """report_to as TRL takes it, a name or a list, without the trackers that are not available."""
     names = value if isinstance(value, list) else [value]
     unsupported = [name for name in names if name in TRACKERS]
     missing = [name for name in names if name in PACKAGES and not is_installed(name)]

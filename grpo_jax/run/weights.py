@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, whole again: those of adapters need the base that they were trained on.
+"""The whole weights of a checkpoint: adapters need the base that they were trained on.
 
 A checkpoint of a run with adapters holds them alone; its meta names the rest: `source`, the base's
 folder, `lora`, the adapters' settings, and `base`, what others call it and the dtype it had in the run.

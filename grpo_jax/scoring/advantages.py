@@ -16,7 +16,7 @@ SCALES = ("group", "batch", "none")
 ESTIMATORS = ("group", "loo", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 
-# TRL's constant; it keeps a group of nearly equal rewards from being blown up.
+# TRL's constant; it keeps nearly equal rewards of a group from being amplified.
 STD_EPSILON = 1e-4
 
 

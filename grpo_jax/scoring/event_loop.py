@@ -1,4 +1,4 @@
-"""The one event loop that reward functions run in, for the life of the process.
+"""The one event loop that reward functions run in, for the lifetime of the process.
 
 What a reward's module keeps between updates (semaphores, clients, connections, background tasks) belongs to
 the loop it was first used in, so each update must find the same one.

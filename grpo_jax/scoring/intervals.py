@@ -16,7 +16,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
         n: rows.
 
     Returns:
-        (low, high) in [0, 1]; (0, 1) for no rows, which say nothing.
+        (low, high) in [0, 1]; (0, 1) for no rows.
 
     Raises:
         ValueError: when successes is not in [0, n].

@@ -31,7 +31,7 @@ from grpo_jax.types import PARSER_NAME, Message
 
 _log = logging.getLogger(__name__)
 _loop = EventLoop()
-# What the functions print. One object for the life of the process: a log handler that a library makes in
+# What the functions print. One object for the lifetime of the process: a log handler that a library makes in
 # the first call, for what is then standard error, keeps writing to it.
 _printed = io.StringIO()
 
@@ -220,7 +220,7 @@ def call_rewards(
     """Score a batch with every reward function; async ones run concurrently.
 
     A function without `**kwargs` gets only the keywords that it names. What the functions print
-    is logged at INFO when all have returned, so that it does not tear a progress bar. All calls of a
+    is logged at INFO when all have returned, so that it does not break a progress bar. All calls of a
     process share one event loop, see `EventLoop`.
 
     Args:

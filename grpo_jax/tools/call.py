@@ -153,7 +153,7 @@ class _Loops(list):
         """Cancel the async function that runs, for another thread to call; returns whether one did."""
         task = self.task
         if task is not None:
-            with contextlib.suppress(RuntimeError):  # its loop was closed just now
+            with contextlib.suppress(RuntimeError):  # its loop has just been closed
                 task.get_loop().call_soon_threadsafe(task.cancel)
         return task is not None
 
@@ -180,7 +180,7 @@ atexit.register(_thread.loops.close)  # the main thread's
 
 
 def call_users(function: Callable, **arguments: Any) -> Any:
-    """Call a function of the user's, async or not, with the thread's own event loop, which outlives the call.
+    """Call a user function, async or not, with the thread's own event loop, which outlives the call.
 
     So a client, a semaphore or a background task that an async function keeps works in its next call, and a
     plain function that asks for the current loop, or runs one (asyncio.run), finds it idle. It also works
@@ -198,7 +198,7 @@ async def _finish(awaitable: Any) -> Any:
 
 
 def thread_loops() -> _Loops:
-    """This thread's event loops, for whoever ends the thread or its calls."""
+    """This thread's event loops, for the code that ends the thread or its calls."""
     return _thread.loops
 
 

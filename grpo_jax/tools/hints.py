@@ -1,4 +1,4 @@
-"""What the type hints and the docstring of a tool mean: one reading, shared by schemas and argument checks."""
+"""Reads the type hints and the docstring of a tool, for both schemas and argument checks."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def annotated_text(hint: Any) -> str | None:
 
 
 def type_hints(function: Callable, include_extras: bool = False) -> dict[str, Any]:
-    """Argument name → hint, and "return" → hint where that one can be read: no model needs it.
+    """Argument name → hint, and "return" → hint where it can be read: no model needs it.
 
     Raises:
         ValueError: an argument's hint names something that does not exist, or is no type.

@@ -30,7 +30,7 @@ from grpo_jax.types import Outcome, ToolCall, ToolResult
 EXECUTORS = ("process", "inline")
 PURITY_SAMPLE = 8  # calls a step that `verify_purity` runs again
 _CANCEL_GRACE = 0.2  # seconds for an async tool to end when it is cancelled
-_START_LIMIT = 120.0  # seconds for importing the user's tools, which may pull in heavy libraries
+_START_LIMIT = 120.0  # seconds for importing the user's tools, which may import heavy libraries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Limits:
 
 
 class ToolRunner:
-    """Runs tool calls and never raises for what a tool or a model does.
+    """Runs tool calls; never raises for anything that a tool or a model does.
 
     Args:
         executor: "process" (isolated worker processes) or "inline" (threads of this process, for tools with
@@ -108,7 +108,7 @@ class ToolRunner:
             }
             self._lanes = [_ProcessLane(setup, limits.seconds) for _ in range(workers)]
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tools")
-        self._free: queue.LifoQueue = queue.LifoQueue()  # the lane used last comes first: its worker is up
+        self._free: queue.LifoQueue = queue.LifoQueue()  # the lane used last comes first: its worker runs
         for lane in reversed(self._lanes):
             self._free.put(lane)
         self._share = cache and not toolbox.stateful
@@ -139,7 +139,7 @@ class ToolRunner:
 
         Args:
             calls: the calls of a turn, of all rows.
-            rows: the row of each call; default, each call is a row of its own.
+            rows: the row of each call; by default each call has a separate row.
 
         Returns:
             One result per call, in the order of `calls`.
@@ -158,7 +158,7 @@ class ToolRunner:
 
         Args:
             calls: the calls of a turn, of all rows.
-            rows: the row of each call; default, each call is a row of its own.
+            rows: the row of each call; by default each call has a separate row.
             again: run them past the cache; what it holds stays as it is.
         """
         self._check_open()
@@ -197,7 +197,7 @@ class ToolRunner:
         self.close()
 
     def _functions_of(self, row: Hashable) -> dict[str, Callable]:
-        """The row's own functions where `make_tools` makes them, else everybody's."""
+        """The row's own functions where `make_tools` makes them, else those shared by all rows."""
         if self._toolbox.factory is None:
             return self._toolbox.functions
         if row not in self._row_functions:
@@ -214,7 +214,7 @@ class ToolRunner:
                 text, outcome = lane.call(name, line, row)
                 self._check_open()  # what `close` killed is no crash of the tool
                 future.set_result(ToolResult(text, Outcome(outcome), time.perf_counter() - start))
-        except BaseException as error:  # whoever waits for these calls raises it
+        except BaseException as error:  # raised where these calls are waited for
             for future, _, _ in requests:
                 if not future.done():
                     future.set_exception(error)

@@ -191,7 +191,7 @@ def _record_schema(record: type) -> dict[str, Any]:
 
 
 def _add_limits(properties: dict[str, dict], model: Any) -> None:
-    """What a pydantic model says of its fields and no type hint does: limits, formats, defaults."""
+    """Adds what a pydantic model says of its fields and type hints do not: limits, formats, defaults."""
     try:
         own = model.model_json_schema()["properties"]
     except Exception:  # one of its types has no JSON form for pydantic

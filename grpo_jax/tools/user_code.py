@@ -1,6 +1,6 @@
 """Imports the user's files, isolates the run from what they do, and reports which of their lines failed.
 
-A file of the user's is imported as a submodule of this module, whose name holds its folder:
+A user file is imported as a submodule of this module, whose name holds its folder:
 `grpo_jax.tools.user_code./home/me/tools.my_tools`. Helper modules next to it become its siblings. So files
 of equal name in two folders, or one named like an installed package, never meet in `sys.modules`, nothing is
 added to `sys.path`, and a process that is started anew (spawn, forkserver) finds every such module by its name.
@@ -93,7 +93,7 @@ def _is_absent(module: str) -> bool:
 
 
 class _Home:
-    """A folder with files of the user's: what is imported in them is looked for there first.
+    """A folder with user files: imports in them are looked up there first.
 
     Their modules have separate builtins, with this object's `__import__`; no other module's imports change.
     """
@@ -170,7 +170,8 @@ class _Home:
 
         1. Python's built-in and frozen modules come first.
         2. A file that imports its own name means the other module of that name (json.py that imports json).
-        3. What is the same file for everybody, as where the folder is on sys.path, is imported once.
+        3. A module that is the same file for all importers, as where the folder is on sys.path, is imported
+        once.
         4. A folder without `__init__.py` is a package only where there is no other.
         """
         if top in self._known:
@@ -226,7 +227,7 @@ def _home(folder: str) -> _Home:
 
 
 def _usual_spec(top: str, path: list[str]) -> ModuleSpec | None:
-    """What everybody else's `import` of a top-level name finds, given sys.path."""
+    """What any other `import` of a top-level name finds, given sys.path."""
     if top in sys.modules:
         return getattr(sys.modules[top], "__spec__", None)
     specs = (one.find_spec(top, path if one is PathFinder else None) for one in sys.meta_path)
@@ -364,7 +365,7 @@ def _restore_main(footing: tuple) -> None:
 
 
 def _loop_policy() -> object | None:
-    """The event loop policy that somebody chose; None for the default."""
+    """The event loop policy that was set; None for the default."""
     asyncio = sys.modules.get("asyncio")
     if not hasattr(asyncio, "events") or not hasattr(asyncio, "DefaultEventLoopPolicy"):
         return None

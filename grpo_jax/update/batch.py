@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from grpo_jax.models.level import AnyArray, Level
 from grpo_jax.types import Trajectory
 
-SMALLEST_COMPLETION = 64  # shorter completions are padded to it: a second program costs more
+SMALLEST_COMPLETION = 64  # shorter completions are padded to it: another program costs more
 
 
 @dataclasses.dataclass(frozen=True)

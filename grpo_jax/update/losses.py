@@ -193,7 +193,7 @@ def k3_kl(
     equation 4; the ratio: DeepSeek-AI 2025, "DeepSeek-V3.2", arXiv:2512.02556, equation 7.
     """
     difference = ref_logprobs - logprobs
-    # expm1: near the reference, exp − 1 in float32 is all rounding.
+    # expm1: near the reference, exp − 1 in float32 is only rounding error.
     kl = jnp.expm1(difference) - difference
     return kl if log_ratio is None else kl * jnp.exp(log_ratio)
 

@@ -89,7 +89,7 @@ def make_optimizer(
 
 
 def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`inner` over the stacked weights one layer at a time and in place; `finite=False` changes nothing.
+    """Runs `inner` over the stacked weights one layer at a time and in place; `finite=False` changes nothing.
 
     The same arithmetic as all layers at once. But a step and the new moments are separate kernels on a
     CPU, which both read the old moments, so that XLA copies those first: all of them, unless a loop
