@@ -35,9 +35,9 @@ def row(rng: random.Random) -> dict:
 def main(**options) -> GRPOTrainer:
     """Cold start on gold calls, then GRPO; options override those below."""
     rng = random.Random(0)
-    settings = {"max_steps": 40, "per_device_train_batch_size": 64, "learning_rate": 5e-4}
-    settings |= {"max_completion_length": 63, "output_dir": "runs/own_tools"}
-    settings |= {"cold_start": True, "sft_learning_rate": 2.5e-3, "sft_stop_match": 0.5}
+    settings = {"max_steps": 60, "per_device_train_batch_size": 128, "learning_rate": 5e-4}
+    settings |= {"max_completion_length": 63, "adam_beta2": 0.95, "output_dir": "runs/own_tools"}
+    settings |= {"cold_start": True, "sft_learning_rate": 2.5e-3, "sft_stop_match": 0.4}
     trainer = GRPOTrainer(
         model="scratch",  # or a hub id, or a folder
         tools=[add, multiply],

@@ -274,7 +274,7 @@ def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
 
 
 def _pending_and_responses(flights, responses, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `sampler.append` feeds: the pending token and the responses but for their last token, which is pending next.
+    """What `sampler.append` feeds: the pending token and the responses except for their last token, which is pending next.
 
     Returns:
         (tokens [B, T], count [B], pending [B]); T is the bucket of the longest response.

@@ -2,8 +2,8 @@
 
 The trunk (preamble and prompts) is prefilled once; each row owns a cache that
 holds everything but one pending token. `decode` loops on the device: no Python
-per token, one host read per call. Once few rows of a call go on, it may go on with
-those alone (see `compaction_pays`).
+per token, one host read per call. Once few rows are still running, it may continue
+with those alone (see `compaction_pays`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from grpo_jax.rollout.sampling import Sampling, sample
 
 Trunk = tuple[tuple[KV, Bool[Array, "n S"]], ...]
 
-# Decode goes on with half of its rows, then with an eighth, once no more of them go on: each is a program more.
+# Decode continues with half of its rows, then with an eighth, once no more of them are running: one more program each.
 # With one row in eight eight times as long, and lengths spread by 20 %, finished rows are then 12 % of the work
 # on 128 rows and not 80 % (simulated); a quarter between the two saves no point more, a sixteenth after them three.
 PARTS = (1, 2, 8)
@@ -82,7 +82,7 @@ class Sampler:
         prefill: (params, trunk so far, level) -> KV of the level.
         begin: (pending [B], position [B]) -> an empty Cache.
         decode: (params, trunk, cache, keys [B, 2], live [B], remaining [B], stop_at = 0) ->
-            (cache, Turn). Samples until at most `stop_at` rows go on.
+            (cache, Turn). Samples until at most `stop_at` rows are running.
         append: (params, trunk, cache, tokens [B, T], count [B], pending [B]) -> cache.
         budget: tokens after the prompt that a row may reach.
         layout: the rollout column.
@@ -159,8 +159,8 @@ def make_sampler(
             ]  # all that are live, filled up with finished ones
             few_trunk = tuple(_take(s, chosen * s[1].shape[0] // B, layout) for s in trunk)
             few = _Rows(params, keys[chosen], remaining[chosen])
-            go_on = functools.partial(step, few_trunk, few)
-            return _put(state, chosen, _while_above(until, go_on, _take(state, chosen, layout)), layout)
+            run_few = functools.partial(step, few_trunk, few)
+            return _put(state, chosen, _while_above(until, run_few, _take(state, chosen, layout)), layout)
 
         # on all rows until those that are live fit the next size, then on so many, and so on
         first, *ends = (jnp.maximum(fewer, stop_at) for fewer in (*sizes[1:], 0))
@@ -194,7 +194,7 @@ def compaction_pays(budget: int, on_cpu: bool | None = None) -> bool:
 def part_sizes(B: int, slots: int, trunk: Trunk, layout: Layout) -> tuple[int, ...]:
     """Row counts that decode may shrink to, falling from B; each fills the devices along data.
 
-    Rows taken out have their prompt's keys and values copied beside their own; a size whose
+    Rows taken out have their prompt's keys and values copied next to their own; a size whose
     copies would outgrow what the B rows hold (long prompts, nothing shared) is left out.
     """
     data = layout.mesh.shape["data"]
@@ -238,7 +238,7 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
 
 
 class _Rows(NamedTuple):
-    """What decode reads and does not change, but for the trunk."""
+    """What decode reads and does not change, except for the trunk."""
 
     params: Params
     keys: Any
@@ -246,7 +246,7 @@ class _Rows(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What decode changes: by row, but for scalars."""
+    """What decode changes: by row, except for scalars."""
 
     cache: Cache
     live: Bool[Array, " B"]
@@ -262,7 +262,8 @@ def _turned(trunk: Trunk) -> Trunk:
 def _turned_once(trunk: Trunk) -> Trunk:
     """`_turned`, and laid out so in memory, as a CPU multiplies keys.
 
-    XLA would else turn every layer's keys at every token: 1.0 of 8.4 ms at the recipe's 5,800 (docs/log.md).
+    Otherwise XLA transposes every layer's keys at every token: 1.0 of 8.4 ms at the original TRL recipe's 5,800
+    tokens (docs/log.md).
     """
 
     def laid_out(k):
@@ -272,7 +273,7 @@ def _turned_once(trunk: Trunk) -> Trunk:
 
 
 def _while_above(until, body, state: _State) -> _State:
-    """Repeat `body` while more than `until` rows go on."""
+    """Repeat `body` while more than `until` rows are running."""
     return jax.lax.while_loop(lambda s: s.live.sum() > until, body, state)
 
 
@@ -307,7 +308,7 @@ def _feed_pending(run, params, trunk, cache, live):
 
 
 def _append(run, params, trunk, cache, tokens, count, pending):
-    """Feed `count` known tokens per row (the pending one and a response but for its last)."""
+    """Feed `count` known tokens per row (the pending one and a response except for its last)."""
     B, T = tokens.shape
     t = jnp.arange(T)
     valid = t < count[:, None]
