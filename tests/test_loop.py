@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
 
+from grpo_jax.rollout.loop import make_policy, roll_out
 from grpo_jax.tools import Limits, Toolbox, ToolRunner
 from grpo_jax.types import Outcome, Status
 from grpo_jax.update.batch import make_batch, response_bucket, update_shapes
@@ -384,7 +385,9 @@ def test_a_row_may_call_only_the_tools_that_its_prompt_shows(script):
     script.load([turns] * 4)
     loop = helpers.tool_loop(script.sampler, malformed_feedback=True)
     shown = [SCHEMAS, [s for s in SCHEMAS if s["function"]["name"] in ("multiply", "echo")]]
-    rows = helpers.rollout(loop, PROMPTS[:2], generations=2, schemas=shown)
+    policy = make_policy(loop, loop.sampler.export(helpers.weights()))
+    prompts = [helpers.prompt(PROMPTS[i], i, schemas) for i, schemas in enumerate(shown)]
+    rows = roll_out(loop, policy, prompts, generations=2).trajectories
     assert [len(row.calls) for row in rows] == [1, 1, 0, 0]
     assert texts(rows[1], "tool") == ["Sum: 3"]
     reason = "Error: the tool call does not parse: unknown tool: 'add'; try one of multiply, echo"

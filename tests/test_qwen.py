@@ -149,7 +149,7 @@ def test_the_last_layer_is_apart_where_shared_tokens_are_most_of_a_shallow_model
     def levels(shared, rows):
         return level([[1] * shared], [0], shared=True, width=shared), level([[1] * rows], [0], width=rows)
 
-    assert qwen._last_unrolled(levels(33, 32), 8) and qwen._last_apart(levels(33, 32)[:1], 1)
+    assert qwen._last_unrolled(levels(33, 32), 8) and qwen._last_unrolled(levels(33, 32)[:1], 1)
     assert not qwen._last_unrolled(levels(32, 32), 8)
     assert not qwen._last_unrolled(levels(33, 32), 9)
 

@@ -151,7 +151,7 @@ def roll_out(
         loop.sampler, policy.params, policy.preamble, prompts_level(loop.tree, [p.ids for p in filled])
     )
     trunk = policy.preamble + of_prompts
-    draws = np.repeat([prompt.draw for prompt, _ in own], G)
+    draws = np.repeat([-1 if given is None else prompt.draw for prompt, given in own], G)
     keys = put(row_keys(seed, draws, np.tile(np.arange(G), len(own))))
     cache = loop.sampler.begin(
         put(np.array([f.trajectory.prompt.ids[-1] for f in flights], np.int32)),
