@@ -26,10 +26,10 @@ from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join
 from grpo_jax.models.peft import peft_tensors
 from grpo_jax.models.sharding import Layout, make_mesh
 from grpo_jax.run.job import grpo_objective
-from grpo_jax.run.options import Config
+from grpo_jax.run.options import GRPOConfig as Config  # next to TRL's
 from grpo_jax.scoring.advantages import batch_advantages
-from grpo_jax.types import Status, Trajectory
-from grpo_jax.update.batch import make_tree, step_batch
+from grpo_jax.types import Example, Prompt, Status, Trajectory
+from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.optimizer import make_optimizer, make_schedule
 from grpo_jax.update.update import (
     Learned,
@@ -319,29 +319,31 @@ def run_ours(case, folder):
         statuses = [Status.OVERLONG if one else Status.ANSWERED for one in truncated]
         trajectories = [
             Trajectory(
-                prompts()[p],
+                Prompt(Example([], ""), prompts()[p], []),
                 ids,
                 mask,
                 np.where(mask, sampler_logprobs(case, ids), 0).tolist(),
-                [],
-                [],
-                status,
+                status=status,
+                advantage=float(advantage),
             )
-            for (p, g, ids, mask), status in zip(rows, statuses, strict=True)
+            for (p, g, ids, mask), status, advantage in zip(rows, statuses, advantages, strict=True)
         ]
         learned = [not (config.mask_truncated_completions and t.status.truncated) for t in trajectories]
         tree = make_tree(prompts(), BUDGET)
-        whole = step_batch(tree, trajectories, G, advantages, learned=None)
-        batch = step_batch(tree, trajectories, G, advantages, learned, sizes)
+        whole = make_batch(tree, trajectories, G)
+        batch = make_batch(
+            tree, trajectories, G, mask_truncated=config.mask_truncated_completions, sizes=sizes
+        )
         if config.beta:
-            batch = dataclasses.replace(batch, ref_logprobs=score(params, batch))
+            batch = batch.with_logprobs(ref_logprobs=score(params, batch))
         if case.old:
-            old = np.zeros(batch.completions.shape, np.float32)
-            for i, (ids, valid) in enumerate(zip(batch.targets, batch.completions_valid, strict=True)):
+            given = batch.completions
+            old = np.zeros(given.targets.shape, np.float32)
+            for i, (ids, valid) in enumerate(zip(given.targets, given.level.valid, strict=True)):
                 old[i, : valid.sum()] = old_logprobs(case, ids[valid].tolist())
-            batch = dataclasses.replace(batch, old_logprobs=jnp.asarray(old))
+            batch = batch.with_logprobs(old_logprobs=jnp.asarray(old))
         elif case.iterations > 1:
-            batch = dataclasses.replace(batch, old_logprobs=score(join(state.params, frozen), batch))
+            batch = batch.with_logprobs(old_logprobs=score(join(state.params, frozen), batch))
         for _ in range(case.iterations):
             logprobs = score(join(state.params, frozen), whole)
             record.logprobs.append(by_row(logprobs, rows, learned))
@@ -416,7 +418,9 @@ def run_trl(case, folder, adapters, tmp_path):
         "vllm_importance_sampling_clip_min": config.sampler_correction_min,
         "vllm_importance_sampling_clip_max": config.sampler_correction_max,
     }
-    options = {name: value for name, value in options.items() if name not in ("eval_steps", "dtype")}
+    options = {
+        name: value for name, value in options.items() if name not in ("eval_steps", "eval_strategy", "dtype")
+    }
     peft = {name: value for name, value in dataclasses.asdict(config).items() if name.startswith("lora_")}
     with_sampler = corrects or config.off_policy_mask_threshold is not None
 
@@ -663,11 +667,12 @@ def test_the_loss_of_every_combination_equals_trls_with_its_gradient(loss_type, 
             continue
         x = positions(seed)
         tokens = x.mask.sum()
-        totals, objective = Totals(tokens, np.int32(len(x.mask)), tokens), grpo_objective(config)
+        totals = Totals(*(jnp.int32(n) for n in (tokens, len(x.mask), tokens)))
+        objective = grpo_objective(config)
 
         def ours(logprobs, entropies):
             learned = x._replace(logprobs=logprobs, entropies=entropies)  # noqa: B023
-            return objective(learned, totals)  # noqa: B023
+            return objective(jax.tree.map(jnp.asarray, learned), totals)  # noqa: B023
 
         learned = (jnp.asarray(x.logprobs), jnp.asarray(x.entropies))
         (loss, metrics), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(*learned)
@@ -678,7 +683,7 @@ def test_the_loss_of_every_combination_equals_trls_with_its_gradient(loss_type, 
         same = {"kl", "entropy"}
         if level == "token" and not config.delta:
             same |= {"cispo_clip_ratio", *(f"clip_ratio/{name}_mean" for name in ("low", "high", "region"))}
-        for name in same & metrics.keys():
-            np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-5, err_msg=name)
+        for name in same & metrics.sums.keys():
+            np.testing.assert_allclose(metrics.sums[name], want_metrics[name], rtol=1e-5, err_msg=name)
         compared += 1
     assert compared or (loss_type, level) == ("luspo", "token")
