@@ -130,11 +130,10 @@ class GRPOTrainer:
         train = config.required("dataset_id_or_path") if train_dataset is None else train_dataset
         evaluation = config.eval_dataset_id_or_path if eval_dataset is None else eval_dataset
         inputs = read_inputs(config, train, evaluation, tools, reward_funcs)  # before anything is written
-        if config.overwrite_output_dir:
-            with run_lock(self.output_dir, "GRPOTrainer"):
+        with run_lock(self.output_dir, "grpo_jax.train"), watch_compiles(console, timer):
+            if config.overwrite_output_dir:
                 hosts.of_first(lambda: _start_over(self.output_dir))
-        with watch_compiles(console, timer):
-            self.job = open_job(config, console, timer, inputs)
+            self.job = open_job(config, console, timer, inputs)  # writes a new model into base_model
             self.data = load_data(self.job, inputs.train)
             self.evaluation = inputs.evaluation and load_data(self.job, inputs.evaluation)
         weakref.finalize(self, self.job.runner.close)

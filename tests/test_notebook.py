@@ -17,7 +17,7 @@ def test_it_shows_its_outputs_when_opened_on_a_code_host():
     shown = outputs(nbformat.read(PATH, as_version=4))
     assert not [out for out in shown if out.output_type == "error"]
     assert any("image/png" in out.get("data", {}) for out in shown)
-    text = "".join(out.get("text", "") for out in shown)
+    text = "".join(out.get("text", out.get("data", {}).get("text/plain", "")) for out in shown)
     assert "Check passed" in text and "Finished: " in text and "exact_answer_match" in text
 
 
