@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -424,22 +425,29 @@ def _reason(error: BaseException) -> str:
 
 
 class _OrbaxTraces(logging.Filter):
-    """Drops what Orbax's threads log of a save that fails, trace by trace: `Checkpoints` raises it once."""
+    """Drops what is logged of the writes of a save that fails, one by one: `Checkpoints` raises it once.
+
+    Orbax's threads log theirs, and asyncio those that nobody waited for.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in record.pathname)
+        error = record.exc_info[1] if record.exc_info else None
+        return error is None or "orbax" not in f"{record.pathname} {error}"
 
 
-logging.getLogger("absl").addFilter(_OrbaxTraces())
+for _logger in ("absl", "asyncio"):
+    logging.getLogger(_logger).addFilter(_OrbaxTraces())
 
 
 @contextlib.contextmanager
 def _late_writes_ignored() -> Iterator[None]:
     """A block after whose failed save nothing is printed of the writes that end after Orbax gave up.
 
-    TensorStore calls each into an event loop that is closed by then, and prints the trace of that.
+    TensorStore calls each into an event loop that is closed by then, and prints the trace of that; of those
+    that had not begun Python warns that nobody awaited them.
     """
     previous = sys.unraisablehook
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
 
     def hook(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
