@@ -26,6 +26,8 @@ def test_it_runs_from_start_to_end(tmp_path, monkeypatch):
     """Learning the tools: right at least half as often again as after the cold start, or nearly always."""
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(launch.ROOT))
+    for name in ("XLA_FLAGS", "NPROC"):  # the tests' own: programs that compile faster train more slowly
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{sys.prefix}/bin", prepend=":")
     notebook = nbformat.read(PATH, as_version=4)
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
