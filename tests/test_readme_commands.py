@@ -29,8 +29,8 @@ def commands():
 COMMANDS = sorted(set(commands()))
 
 
-def of(start):
-    return [line for _, line in COMMANDS if line.startswith(start)]
+def of(start, *pages):
+    return [line for page, line in COMMANDS if line.startswith(start) and (not pages or page in pages)]
 
 
 def test_the_pages_have_commands_of_every_kind():
@@ -104,10 +104,10 @@ def test_the_readmes_own_tools_train_a_model_that_is_evaluated_exported_and_draw
         r"^`([\w.]+\.(?:py|jsonl))`[^\n]*\n\n```\w*\n(.*?)^```", readme, re.M | re.S
     ):
         launch.write(tmp_path / name, text)
-    (train,) = [line for line in of("python -m grpo_jax.train") if "my_tools.py" in line]
-    (evaluate,) = of("python -m grpo_jax.evaluate")
-    (export,) = of("python -m grpo_jax.export")
-    (report,) = of("python -m grpo_jax.report")
+    (train,) = [line for line in of("python -m grpo_jax.train", "README.md") if "my_tools.py" in line]
+    (evaluate,) = of("python -m grpo_jax.evaluate", "README.md")
+    (export,) = of("python -m grpo_jax.export", "README.md")
+    (report,) = of("python -m grpo_jax.report", "README.md")
     small = train.replace("Qwen/Qwen2.5-0.5B-Instruct", "scratch").replace("--max_steps 50", "--max_steps 2")
     out = run(f"{small} --max_completion_length 63", tmp_path)
     assert "update 2/2" in out and "2 × 8 completions" in out
@@ -119,7 +119,7 @@ def test_the_readmes_own_tools_train_a_model_that_is_evaluated_exported_and_draw
 @pytest.mark.slow
 def test_the_quickstart_command_runs(tmp_path):
     """README's first command with few updates."""
-    (line,) = [line for line in of("pip install -e . &&")]
+    (line,) = [line for line in of("pip install -e . &&", "README.md")]
     few = "--max_steps 1 --sft_max_steps 2 --sft_eval_steps 2 --eval_dataset_id_or_path data/math_test.jsonl[:32]"
     out = run(f"{line.split('&& ')[1]} {few} --output_dir {tmp_path / 'run'}", ROOT)
     assert "Finished: 1 updates" in out
