@@ -37,7 +37,7 @@ def main(**options) -> GRPOTrainer:
         tools=TOOL_FUNCTIONS,
         reward_funcs=steps,
         train_dataset=str(DATA / "two_step_train.jsonl"),
-        eval_dataset=f"{DATA / 'two_step_test.jsonl'}[:100]",
+        eval_dataset=str(DATA / "two_step_test.jsonl"),
         args=GRPOConfig(**settings | options),
     )
     trainer.train()

@@ -289,6 +289,12 @@ def read_inputs(
     toolbox = load_tools(script, module) if tools is None else tools_of(tools)
     files, names = config.reward_fn, config.reward_function_name
     functions = load_rewards(files, names) if rewards is None else rewards_of(rewards)
+    weights = config.reward_weights
+    if weights is not None and len(weights) != len(functions):
+        raise ValueError(
+            f"reward_weights needs one weight per reward function: {len(functions)} functions "
+            f"({', '.join(reward.name for reward in functions)}), got {weights}"
+        )
     examples = read_examples(config, train)
     evaluated = None if evaluation is None else read_examples(config, evaluation)
     return Inputs(toolbox, functions, examples, evaluated)
