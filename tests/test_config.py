@@ -418,7 +418,8 @@ def test_a_size_of_weight_files_is_one_that_the_hub_library_reads(size):
 def test_reward_weights_are_one_per_function():
     assert GRPOConfig(reward_weights=[2]).reward_weights == [2.0]
     with pytest.raises(ValueError, match=r"1 functions \(accuracy\), got \[1.0, 2.0\]"):
-        GRPOConfig(reward_weights=[1, 2])
+        GRPOConfig(reward_function_name=["accuracy"], reward_weights=[1, 2])
+    assert GRPOConfig(reward_weights=[1, 2]).reward_weights == [1.0, 2.0]  # of functions given in Python
 
 
 def test_all_that_is_wrong_is_reported_in_one_start_in_the_order_of_the_file(tmp_path, caplog):
