@@ -243,8 +243,9 @@ def _rule_of(name: str, error: Mapping[str, Any]) -> str:
 def _contradictions(options: Options) -> list[tuple[str, str]]:
     """(option, what is wrong) of options that are right by themselves."""
     found = []
-    rewards = options.reward_fn or options.reward_function_name  # where neither is named: `read_inputs`
-    if rewards and options.reward_weights is not None and len(options.reward_weights) != len(rewards):
+    named = options.reward_fn or options.reward_function_name
+    rewards = named or ["accuracy"]
+    if named and options.reward_weights is not None and len(options.reward_weights) != len(rewards):
         text = f"reward_weights needs one weight per reward function: {len(rewards)} functions "
         found.append(("reward_weights", f"{text}({', '.join(rewards)}), got {options.reward_weights}"))
 
