@@ -19,7 +19,6 @@ import jax
 from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor, Steps, next_batch
 from grpo_jax.data.rows import read_prompt
-from grpo_jax.models.lora import LoraConfig
 from grpo_jax.models.qwen import Params
 from grpo_jax.preflight.check import check_job
 from grpo_jax.rollout.loop import make_policy, roll_out
@@ -33,7 +32,7 @@ from grpo_jax.run.evaluation import compare, evaluate
 from grpo_jax.run.fields import DEFAULT_TOOLS
 from grpo_jax.run.identity import adapters_meta, run_identity
 from grpo_jax.run.inputs import check_gold_calls
-from grpo_jax.run.job import DataSet, Job, load_data, open_job, read_inputs, steps_of
+from grpo_jax.run.job import DataSet, Job, load_data, lora_config, open_job, read_inputs, steps_of
 from grpo_jax.run.learner import Learner, make_learner
 from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
@@ -428,9 +427,7 @@ class GRPOTrainer:
         # adapters are float32 always
         meta["param_dtype"] = "float32" if config.use_peft else config.param_dtype
         if config.use_peft:
-            targets = config.lora_target_modules
-            lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
-            meta |= adapters_meta(lora, name, job.dtype)
+            meta |= adapters_meta(lora_config(config), name, job.dtype)
         options = dataclasses.asdict(config)
         prompts, toolbox = self.data.prompts, job.toolbox
         meta["run"] = run_identity(prompts, toolbox, job.rewards, numbers, str(source), options)
@@ -444,8 +441,8 @@ class GRPOTrainer:
 def _scored(job: Job, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
     """The rewards of a batch: each host scores the completions whose tools it ran, and all get them all."""
     own = hosts.share(trajectories)
-    score = lambda: (job.score(own, now), job.runner.cache_hit_rate)  # noqa: E731
-    outcomes, hit_rates = zip(*hosts.gather(score), strict=True)
+    gathered = hosts.gather(lambda: (job.score(own, now), job.runner.cache_hit_rate))
+    outcomes, hit_rates = zip(*gathered, strict=True)
     outcome = joined(outcomes)
     outcome.metrics["tools/cache_hit_rate"] = sum(hit_rates) / len(hit_rates)
     return outcome

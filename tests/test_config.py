@@ -400,7 +400,8 @@ def test_options_of_the_loss_that_the_others_leave_without_effect_are_refused(op
     ],
 )
 def test_options_of_the_loss_that_act_together_are_taken(options):
-    GRPOConfig(**options)
+    config = GRPOConfig(**options)
+    assert {name: getattr(config, name) for name in options} == options
 
 
 @pytest.mark.parametrize("size", ["500MB", "1.5gb", "20 KB", "1TB"])
@@ -418,8 +419,17 @@ def test_a_size_of_weight_files_is_one_that_the_hub_library_reads(size):
 def test_reward_weights_are_one_per_function():
     assert GRPOConfig(reward_weights=[2]).reward_weights == [2.0]
     with pytest.raises(ValueError, match=r"1 functions \(accuracy\), got \[1.0, 2.0\]"):
-        GRPOConfig(reward_function_name=["accuracy"], reward_weights=[1, 2])
-    assert GRPOConfig(reward_weights=[1, 2]).reward_weights == [1.0, 2.0]  # of functions given in Python
+        parse_config(["--reward_weights", "1", "2"], prog="train")
+    with pytest.raises(ValueError, match=r"1 functions \(math_reward\), got \[1.0, 2.0\]"):
+        GRPOConfig(reward_function_name=["math_reward"], reward_weights=[1, 2])
+    with pytest.raises(ValueError, match="normalize_then_sum needs several reward functions, got accuracy"):
+        parse_config(["--multi_objective_aggregation", "normalize_then_sum"], prog="train")
+
+
+def test_weights_and_aggregation_wait_for_the_rewards_that_python_gives():
+    """Only GRPOTrainer knows them; see test_trainer."""
+    config = GRPOConfig(reward_weights=[1, 2], multi_objective_aggregation="normalize_then_sum")
+    assert config.reward_weights == [1.0, 2.0]
 
 
 def test_all_that_is_wrong_is_reported_in_one_start_in_the_order_of_the_file(tmp_path, caplog):
@@ -439,7 +449,7 @@ steps_per_generation: 3
     assert message("--seed", "--beta=x", "--zzz", "3", "--zzz2", text=text, tmp_path=tmp_path).split(
         "\n  "
     ) == [
-        "13 options are wrong:",
+        "14 options are wrong:",
         "--seed needs a value",
         "c.yaml:1: unknown option 'num_generation'; nearest: num_generations (its value: 4)",
         "c.yaml:2: unknown option 'lerning_rate'; nearest: learning_rate (its value: 1e-05)",
@@ -448,6 +458,7 @@ steps_per_generation: 3
         "c.yaml:5: save_steps must be a number, got 'often'",
         "c.yaml:6: loss_type must be one of grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo, got 'gpo'; nearest: grpo",
         "c.yaml:7: temperature must be > 0, got 0",
+        "c.yaml:8: reward_weights needs one weight per reward function: 1 functions (accuracy), got [1.0, 2.0]",
         "c.yaml:10: bf16 must be true or false, got 'maybe'",
         "c.yaml:11: steps_per_generation must equal gradient_accumulation_steps 1, got 3: every update samples "
         "its own batch; num_iterations makes more updates of one batch",

@@ -10,6 +10,7 @@ import launch
 import pytest
 
 from grpo_jax.run.config import parse_config
+from grpo_jax.run.trl_options import ALIASES
 
 ROOT = launch.ROOT
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -68,7 +69,9 @@ def test_options_are_those_of_the_command(line, monkeypatch):
         flags = flags[: flags.index("&&")]
     if not flags or flags[0] in ("--help", "COMMAND"):
         return
-    parse_config(flags, prog="test", default_config="configs/default.yaml")
+    resolved = parse_config(flags, prog="test", default_config="configs/default.yaml")
+    given = {word[2:].partition("=")[0] for word in flags if word.startswith("--")} - {"config"}
+    assert all(resolved.origin[ALIASES.get(name, name)] == f"--{name}" for name in given)
 
 
 @pytest.mark.parametrize("line", of("python benchmarks/"), ids=str)

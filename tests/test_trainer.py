@@ -147,6 +147,29 @@ def test_bad_input_is_refused_with_the_commands_sentences_and_leaves_nothing(tmp
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("rewards", "options", "problem"),
+    [
+        ([spread, "accuracy"], {"reward_weights": [1.0, 0.5]}, None),
+        ([spread, "accuracy"], {"multi_objective_aggregation": "normalize_then_sum"}, None),
+        (spread, {"reward_weights": [1.0, 0.5]}, r"1 functions \(spread\), got \[1.0, 0.5\]"),
+        (spread, {"multi_objective_aggregation": "normalize_then_sum"}, "reward functions, got spread"),
+    ],
+)
+def test_options_of_several_rewards_are_checked_with_those_that_are_given(
+    tmp_path, rewards, options, problem
+):
+    folder = tmp_path / "run"
+    given = {"tools": [add, multiply], "reward_funcs": rewards, "train_dataset": launch.rows(10, 24)}
+    given |= {"model": str(launch.small_model()), "args": small_config(folder, **options)}
+    if problem is None:
+        assert len(GRPOTrainer(**given).job.rewards) == 2
+    else:
+        with pytest.raises(ValueError, match=problem):
+            GRPOTrainer(**given)
+        assert not folder.exists()
+
+
 def test_an_unknown_keyword_names_the_nearest_and_an_unsupported_one_what_takes_its_place(caplog):
     with pytest.raises(TypeError, match="learning_rate"):
         GRPOConfig(lerning_rate=1e-5)

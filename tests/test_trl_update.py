@@ -22,15 +22,15 @@ import numpy as np
 import parity
 import pytest
 
-from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join
+from grpo_jax.models.lora import Frozen, init_adapters, join
 from grpo_jax.models.peft import peft_tensors
 from grpo_jax.models.sharding import Layout, make_mesh
-from grpo_jax.run.job import grpo_objective
+from grpo_jax.run.job import adamw, grpo_objective, lora_config
 from grpo_jax.run.options import GRPOConfig as Config  # next to TRL's
 from grpo_jax.scoring.advantages import batch_advantages
 from grpo_jax.types import Example, Prompt, Status, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
-from grpo_jax.update.optimizer import make_optimizer, make_schedule
+from grpo_jax.update.optimizer import make_schedule
 from grpo_jax.update.update import (
     Learned,
     ModelStep,
@@ -274,20 +274,12 @@ def run_ours(case, folder):
     score = scorer(dataclasses.replace(step, micro_batches=1))
     trained, frozen = jax.tree.map(jnp.copy, params), None  # the state is donated
     if config.use_peft:
-        targets = config.lora_target_modules
-        lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
+        lora = lora_config(config)
         shapes = jax.eval_shape(lambda: init_adapters(params["layers"], lora, 0))
         trained = jax.tree.map(jnp.asarray, lora_weights(tuple((k, v.shape) for k, v in shapes.items())))
         frozen = Frozen(params, jnp.uint32(0), lora)
     schedule = make_schedule(config.lr_scheduler_type, config.learning_rate, 0, UPDATES)
-    optimizer = make_optimizer(
-        schedule=schedule,
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    optimizer = adamw(config, schedule)
     state, objective = init_state(trained, optimizer, step.layout), grpo_objective(config)
     update = make_update(step, optimizer, objective, state, frozen)
     sizes = () if objective.needs_all_rows else update_sizes(step, P, G)

@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from grpo_jax.models import cost
 from grpo_jax.models.attention import score_block_bytes
 from grpo_jax.models.logprobs import head_blocks
-from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters
+from grpo_jax.models.lora import Frozen, init_adapters
 from grpo_jax.models.qwen import MLP_TOKENS, Level, ModelConfig, abstract_params
 from grpo_jax.models.sharding import AXES, Layout, mesh_sizes
 from grpo_jax.models.target import SLICES, compiling_for, tpu_devices
@@ -34,11 +34,10 @@ from grpo_jax.preflight.plan_inputs import (
 )
 from grpo_jax.rollout.sampler import Cache, Sampler, make_sampler
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.run.job import grpo_objective
+from grpo_jax.run.job import adamw, grpo_objective, lora_config
 from grpo_jax.run.options import GRPOConfig, compute_dtype
 from grpo_jax.types import Example, Prompt, Status, Trajectory
 from grpo_jax.update.batch import Tree, bucket, completion_bucket, make_batch
-from grpo_jax.update.optimizer import make_optimizer
 from grpo_jax.update.update import (
     ModelStep,
     TrainState,
@@ -156,19 +155,6 @@ def _held(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def _optimizer(config: GRPOConfig) -> optax.GradientTransformation:
-    rates = {
-        "schedule": optax.constant_schedule(0.0),
-        "b1": 0.9,
-        "b2": 0.999,
-        "eps": 1e-8,
-        "weight_decay": 0.0,
-    }
-    return make_optimizer(
-        **rates, max_grad_norm=config.max_grad_norm, moments_dtype=jnp.dtype(config.optim_dtype)
-    )
-
-
 def _state(job: Job, layout: Layout) -> tuple[TrainState, Frozen | None]:
     """What updates change, and what they only read."""
 
@@ -178,11 +164,10 @@ def _state(job: Job, layout: Layout) -> tuple[TrainState, Frozen | None]:
     config, params = job.config, abstract_params(job.model)
     trained, frozen = cast(config.param_dtype), None
     if config.use_peft:
-        targets = config.lora_target_modules
-        lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
+        lora = lora_config(config)
         trained = jax.eval_shape(lambda: init_adapters(params["layers"], lora, 0))
         frozen = Frozen(cast(job.dtype), jax.ShapeDtypeStruct((), jnp.uint32), lora)
-    moments = jax.eval_shape(_optimizer(config).init, trained)
+    moments = jax.eval_shape(adamw(config, optax.constant_schedule(0.0)).init, trained)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, moments)
     return _placed(state, state_shardings(layout, state)), _placed(frozen, layout.params(frozen))
 
@@ -326,7 +311,7 @@ def lower_update(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
     run = ModelStep(
         job.model, layout, job.dtype, config.gradient_checkpointing, config.temperature, step.micro_batches
     )
-    update = make_update(run, _optimizer(config), objective, state, frozen)
+    update = make_update(run, adamw(config, optax.constant_schedule(0.0)), objective, state, frozen)
     return update.lower(state, _placed(batch, batch_shardings(layout, batch)))
 
 

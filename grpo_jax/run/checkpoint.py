@@ -437,17 +437,17 @@ class _OrbaxTraces(logging.Filter):
 
 for _logger in ("absl", "asyncio"):
     logging.getLogger(_logger).addFilter(_OrbaxTraces())
+# Python's warning of those writes that had not begun
+warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
 
 
 @contextlib.contextmanager
 def _late_writes_ignored() -> Iterator[None]:
     """A block after whose failed save nothing is printed of the writes that end after Orbax gave up.
 
-    TensorStore calls each into an event loop that is closed by then, and prints the trace of that; of those
-    that had not begun Python warns that nobody awaited them.
+    TensorStore calls each into an event loop that is closed by then, and prints the trace of that.
     """
     previous = sys.unraisablehook
-    warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
 
     def hook(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":

@@ -22,7 +22,7 @@ from grpo_jax.rollout.loop import answered
 from grpo_jax.rollout.parsing import call_message
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
-from grpo_jax.run.job import DataSet, Job
+from grpo_jax.run.job import DataSet, Job, adamw
 from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.types import Message, Prompt, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
@@ -55,7 +55,7 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
     train, gold = _with_gold(job, train)
     _check_budget(gold, config.max_grpo_completion_length)
     schedule = make_schedule("constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps)
-    optimizer = job.optimizer(schedule)
+    optimizer = adamw(config, schedule)
     trained, frozen = job.load_trained()
     state = init_state(trained, optimizer, job.training)
     step = ModelStep(job.model, job.training, job.dtype, remat=config.gradient_checkpointing)

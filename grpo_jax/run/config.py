@@ -65,7 +65,7 @@ def parse_config(
     if path is None and not any(ALIASES.get(name, name) in OWN_JOB for name, _, _ in flags):
         path = default_config
     file = [(name, value, f"{path}:{line}: ") for name, value, line in read_yaml(path)] if path else []
-    values, where = resolve([file, flags], problems)
+    values, where = resolve([file, flags], problems, rewards=["accuracy"])
     origin = {name: where[name].removesuffix(": ") if name in where else "default" for name in OPTIONS}
     return ResolvedConfig(GRPOConfig(**values), origin, path)
 

@@ -36,7 +36,7 @@ from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
 from grpo_jax.run.inputs import check_context
 from grpo_jax.run.log import PhaseTimer
-from grpo_jax.run.options import GRPOConfig, compute_dtype
+from grpo_jax.run.options import GRPOConfig, compute_dtype, reward_problems
 from grpo_jax.run.weights import restore_weights
 from grpo_jax.scoring.rewards import (
     RewardFunction,
@@ -137,19 +137,6 @@ class Job:
         """The sampler of every evaluation."""
         return self.sampler(Sampling(temperature=0))
 
-    def optimizer(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-        """AdamW with the job's options and a schedule."""
-        config = self.config
-        return make_optimizer(
-            schedule=schedule,
-            b1=config.adam_beta1,
-            b2=config.adam_beta2,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            moments_dtype=jnp.dtype(config.optim_dtype),
-        )
-
     def tool_loop(self, sampler: Sampler, tree: Tree) -> ToolLoop:
         """The multi-turn loop over a data set's prefix tree."""
         config = self.config
@@ -213,8 +200,7 @@ class Job:
                 f"use_peft starts from a model folder or hub id, got the checkpoint {self.checkpoint}; make it "
                 f"a folder with python -m grpo_jax.export --checkpoint {self.checkpoint}"
             )
-        targets = config.lora_target_modules
-        lora = LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, targets)
+        lora = lora_config(config)
         base = self.load_params(dtype=self.dtype)
         adapters = init_adapters(base["layers"], lora, config.seed)
         trained, rest = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (adapters, base))
@@ -289,12 +275,8 @@ def read_inputs(
     toolbox = load_tools(script, module) if tools is None else tools_of(tools)
     files, names = config.reward_fn, config.reward_function_name
     functions = load_rewards(files, names) if rewards is None else rewards_of(rewards)
-    weights = config.reward_weights
-    if weights is not None and len(weights) != len(functions):
-        raise ValueError(
-            f"reward_weights needs one weight per reward function: {len(functions)} functions "
-            f"({', '.join(reward.name for reward in functions)}), got {weights}"
-        )
+    if problems := reward_problems(config, [reward.name for reward in functions]):
+        raise ValueError("\n".join(text for _, text in problems))
     examples = read_examples(config, train)
     evaluated = None if evaluation is None else read_examples(config, evaluation)
     return Inputs(toolbox, functions, examples, evaluated)
@@ -395,6 +377,24 @@ def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
     """What an example's prompt shows of the tools: all, or those that its column `tools` names."""
     names = row_tools(example, toolbox.functions)
     return [schema for schema in toolbox.schemas if schema["function"]["name"] in names]
+
+
+def lora_config(config: GRPOConfig) -> LoraConfig:
+    """The adapters that the options describe."""
+    return LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+
+
+def adamw(config: GRPOConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW with the options' values and a schedule."""
+    return make_optimizer(
+        schedule=schedule,
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        moments_dtype=jnp.dtype(config.optim_dtype),
+    )
 
 
 def grpo_objective(config: GRPOConfig) -> GrpoObjective:

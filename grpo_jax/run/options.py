@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError
@@ -143,13 +143,15 @@ def _absolute(value: Any, kind: str) -> Any:
 
 
 def resolve(
-    sources: Iterable[Iterable[Entry]], problems: Iterable[str] = ()
+    sources: Iterable[Iterable[Entry]], problems: Iterable[str] = (), rewards: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The options that some sources give, the later ones overriding the earlier, after all checks.
 
     Args:
         sources: entries of a file, of the flags, of a call.
         problems: what was found wrong before, to be reported with the rest.
+        rewards: names of the reward functions where no option names one; none where these are not known yet,
+            as in Python.
 
     Returns:
         the value of every option, and the prefix that says where it was given of those that were.
@@ -177,6 +179,10 @@ def resolve(
     options = Options(**values)
     problems += [f"{where[name]}{text}" for name, text in wrong]
     problems += [f"{where.get(name, '')}{text}" for name, text in _contradictions(options)]
+    rewards = options.reward_fn or options.reward_function_name or rewards
+    problems += [
+        f"{where.get(name, '')}{text}" for name, text in rewards and reward_problems(options, rewards)
+    ]
     for name, (value, prefix) in equal.items():
         option, reason = EQUAL[name]
         if value not in (None, getattr(options, option), str(getattr(options, option))):
@@ -240,14 +246,21 @@ def _rule_of(name: str, error: Mapping[str, Any]) -> str:
     return KINDS[option_type(name).kind] + got
 
 
+def reward_problems(options: Options, rewards: Sequence[str]) -> list[tuple[str, str]]:
+    """(option, what is wrong) of options that do not fit the reward functions, given by name."""
+    found = []
+    if options.reward_weights is not None and len(options.reward_weights) != len(rewards):
+        text = f"reward_weights needs one weight per reward function: {len(rewards)} functions "
+        found.append(("reward_weights", f"{text}({', '.join(rewards)}), got {options.reward_weights}"))
+    if options.multi_objective_aggregation == "normalize_then_sum" and len(rewards) < 2:
+        text = f"normalize_then_sum needs several reward functions, got {', '.join(rewards)}"
+        found.append(("multi_objective_aggregation", f"multi_objective_aggregation {text}"))
+    return found
+
+
 def _contradictions(options: Options) -> list[tuple[str, str]]:
     """(option, what is wrong) of options that are right by themselves."""
     found = []
-    named = options.reward_fn or options.reward_function_name
-    rewards = named or ["accuracy"]
-    if named and options.reward_weights is not None and len(options.reward_weights) != len(rewards):
-        text = f"reward_weights needs one weight per reward function: {len(rewards)} functions "
-        found.append(("reward_weights", f"{text}({', '.join(rewards)}), got {options.reward_weights}"))
 
     # the loss
     loss, sequence = options.loss_type, options.importance_sampling_level == "sequence"
@@ -285,9 +298,6 @@ def _contradictions(options: Options) -> list[tuple[str, str]]:
                 text = f"{name} {getattr(options, name)} has no effect with multi_objective_aggregation "
                 text += "normalize_then_sum, which scales each reward by its group and their sum by the batch"
                 found.append((name, f"{text}; leave it out"))
-        if len(rewards) < 2:
-            text = f"normalize_then_sum needs several reward functions, got {', '.join(rewards)}"
-            found.append(("multi_objective_aggregation", f"multi_objective_aggregation {text}"))
     if options.advantage_estimator == "none" and options.scale_rewards != "none":
         text = (
             f"advantage_estimator none with scale_rewards {options.scale_rewards} would divide rewards by a "
