@@ -61,6 +61,11 @@ class Example:
         """The row, as `make_tools(row)` gets it."""
         return {"prompt": self.messages, "answer": self.answer, **self.extra}
 
+    @property
+    def wants_error(self) -> bool:
+        """Whether the answer is an error, which no tool result counts as: such rows have no figures."""
+        return self.answer.startswith("Error:")
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from grpo_jax.report import draw_figure, draw_rewards, read_run
+from grpo_jax.run.report import draw_figure, draw_rewards, read_run
 
 
 def main() -> None:

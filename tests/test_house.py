@@ -4,6 +4,7 @@ Each list of exceptions is exact: one that no longer applies fails its test and 
 """
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,16 @@ def test_the_whole_config_is_read_in_few_places():
 def test_the_modules_whose_shapes_tests_check_are_there(name):
     """`install_import_hook` says nothing about a name that no module has."""
     assert name in MODULES
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for d in ("scripts", "benchmarks") for p in (ROOT / d).glob("*.py")), ids=str
+)
+def test_scripts_import_names_that_there_are(path):
+    """Most are run by hand, and a move would leave them behind."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("grpo_jax."):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                found = hasattr(module, alias.name) or f"{node.module}.{alias.name}"[9:] in MODULES
+                assert found, f"{node.module} has no {alias.name}"

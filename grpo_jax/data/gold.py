@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from grpo_jax.data.rows import parsed_text, recorded_call, row_tools, show_json
 from grpo_jax.text import shorten
+from grpo_jax.tools.hints import is_union
 from grpo_jax.types import Example, Outcome, ToolCall, ToolResult
 
 CallAndResult = tuple[ToolCall, ToolResult]
@@ -126,14 +126,14 @@ def _hints(of: Any) -> dict[str, Any]:
 
 
 def _takes_null(hint: Any) -> bool:
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+    if is_union(hint):
         return any(map(_takes_null, typing.get_args(hint)))
     return hint in (Any, object, None, type(None)) or None in typing.get_args(hint)  # or Literal[…, None]
 
 
 def _some(hint: Any) -> Any:
     """A hint without its `| None`."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+    if is_union(hint):
         members = [member for member in typing.get_args(hint) if member is not type(None)]
         return _some(members[0]) if len(members) == 1 else Any
     return hint

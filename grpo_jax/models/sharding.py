@@ -116,6 +116,11 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, n: int, devices: str) -> tuple
     return data, fsdp, tensor
 
 
+def placed(tree: Any, shardings: Any) -> Any:
+    """The shapes and dtypes of a tree with a tree of shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """One column of the tables on a mesh.
@@ -163,6 +168,11 @@ class Layout:
     def head_shards(self, V: int) -> int:
         """Parts that the V rows of the head are sharded into."""
         return self._size(STAY) if V % self._size(STAY) == 0 else 1
+
+    @property
+    def row_devices(self) -> int:
+        """Devices along data and fsdp, over which training's completions are spread."""
+        return self._size(ROWS)
 
     @property
     def replicated(self) -> NamedSharding:

@@ -37,7 +37,6 @@ from grpo_jax.preflight.diagnosis import (
 )
 from grpo_jax.run.cold_start import cold_start_rows, gold_trajectories, written_trajectory
 from grpo_jax.run.console import Console
-from grpo_jax.run.inputs import check_gold_calls
 from grpo_jax.run.job import DataSet, Job
 from grpo_jax.run.log import MetricsWriter, RolloutLog
 from grpo_jax.scoring.advantages import combine_rewards
@@ -77,8 +76,6 @@ def check_job(job: Job, data: DataSet, evaluation: DataSet | None) -> int:
 
     if config.cold_start:
         cold_start_rows(job, data)
-    if evaluation is not None:
-        check_gold_calls(evaluation.prompts, job.toolbox.functions)
     console.line("Tool schemas, as the model sees them:")
     for schema in job.toolbox.schemas:
         console.line(f"  {json.dumps(schema, ensure_ascii=False)}")

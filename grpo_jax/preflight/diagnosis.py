@@ -137,7 +137,7 @@ def _difference_hint(kind: str, rows: Sequence[Gold], of: int) -> Hint:
 
 def evaluation_hints(examples: Sequence[Example]) -> list[Hint]:
     """Evaluation rows that have no figures, because their answers are all errors."""
-    if not all(example.answer.startswith("Error:") for example in examples):
+    if not all(example.wants_error for example in examples):
         return []
     return [
         Hint(
@@ -171,7 +171,7 @@ def form_hints(
                 "checked whether the tools return the answers; add gold calls, to a few rows at least"
             )
         )
-    answers = [e for e in examples if not e.answer.startswith("Error:")]
+    answers = [e for e in examples if not e.wants_error]
     called = {name: texts for name, texts in results.items() if texts}
     if not answers or not called:
         return hints

@@ -26,7 +26,7 @@ from grpo_jax.models.attention import score_block_bytes
 from grpo_jax.models.logprobs import head_blocks
 from grpo_jax.models.lora import Frozen, init_adapters
 from grpo_jax.models.qwen import MLP_TOKENS, Level, ModelConfig, abstract_params
-from grpo_jax.models.sharding import AXES, Layout, mesh_sizes
+from grpo_jax.models.sharding import AXES, Layout, mesh_sizes, placed
 from grpo_jax.models.target import SLICES, compiling_for, tpu_devices
 from grpo_jax.preflight.plan_inputs import (
     DataLengths,
@@ -40,6 +40,7 @@ from grpo_jax.types import Example, Prompt, Status, Trajectory
 from grpo_jax.update.batch import Tree, bucket, completion_bucket, make_batch
 from grpo_jax.update.update import (
     ModelStep,
+    Split,
     TrainState,
     batch_shardings,
     make_update,
@@ -137,16 +138,11 @@ def plan_step(job: Job) -> Step:
     parts = config.micro_batches or cost.micro_batches(
         job.model, P, G, T2 / row_devices, item, remat, machine.memory
     )
-    if P % (parts // math.gcd(parts, G)):
-        raise ValueError(f"micro_batches {parts} cannot split {P} prompts × {G} generations evenly")
+    Split.of(P, G, parts)  # raises where they do not split
     return Step(cost.Lengths(P, G, T0, T1, T2), sizes, parts)
 
 
 # ---- what lies on a device: the shapes and shardings of the real functions -----------------------------
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def _held(tree: Any) -> int:
@@ -169,7 +165,7 @@ def _state(job: Job, layout: Layout) -> tuple[TrainState, Frozen | None]:
         frozen = Frozen(cast(job.dtype), jax.ShapeDtypeStruct((), jnp.uint32), lora)
     moments = jax.eval_shape(adamw(config, optax.constant_schedule(0.0)).init, trained)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, moments)
-    return _placed(state, state_shardings(layout, state)), _placed(frozen, layout.params(frozen))
+    return placed(state, state_shardings(layout, state)), placed(frozen, layout.params(frozen))
 
 
 def _sampler(model: ModelConfig, dtype: jnp.dtype, budget: int, mesh: Mesh | AbstractMesh) -> Sampler:
@@ -184,13 +180,13 @@ def _rollout(sampler: Sampler, model: ModelConfig, x: cost.Lengths) -> tuple[Any
     """
 
     def kv(tree, kind):
-        return _placed(tree, jax.tree.map(lambda a: sampler.layout.activation(a.shape, kind), tree))
+        return placed(tree, jax.tree.map(lambda a: sampler.layout.activation(a.shape, kind), tree))
 
     def prefill(params, trunk, ids, valid):
         return sampler.prefill.__wrapped__(params, trunk, Level(ids, ids, valid, shared=True))
 
     params = jax.eval_shape(sampler.export.__wrapped__, abstract_params(model))
-    params, trunk = _placed(params, sampler.layout.params(params)), ()
+    params, trunk = placed(params, sampler.layout.params(params)), ()
     for n, T in ((n, T) for n, T in ((1, x.T0), (x.P, x.T1)) if T):
         ids, valid = (jax.ShapeDtypeStruct((n, T), kind) for kind in (jnp.int32, bool))
         trunk = (*trunk, (kv(jax.eval_shape(prefill, params, trunk, ids, valid), "shared_kv"), valid))
@@ -219,7 +215,7 @@ def step_bytes(job: Job, step: Step, temporary: Temporary) -> StepBytes:
     state, frozen = _state(job, Layout(mesh))
     if config.beta and frozen is None:
         shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, job.dtype), state.params)
-        reference = _held(_placed(shapes, Layout(mesh).params(shapes)))
+        reference = _held(placed(shapes, Layout(mesh).params(shapes)))
     if config.eval_dataset_id_or_path is not None:  # a prompt a row, taken to be as long as training's
         rows = dataclasses.replace(step.lengths, P=config.eval_batch_size, G=1)
         evaluation = sum(_rollout_bytes(*rollout, rows, step.sizes)[2:])
@@ -312,7 +308,7 @@ def lower_update(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
         job.model, layout, job.dtype, config.gradient_checkpointing, config.temperature, step.micro_batches
     )
     update = make_update(run, adamw(config, optax.constant_schedule(0.0)), objective, state, frozen)
-    return update.lower(state, _placed(batch, batch_shardings(layout, batch)))
+    return update.lower(state, placed(batch, batch_shardings(layout, batch)))
 
 
 def estimate(job: Job, step: Step) -> Temporary:

@@ -29,7 +29,7 @@ from typing import Any
 import jinja2
 
 from grpo_jax.models.hf import read_json_object
-from grpo_jax.rollout.parsing import CallFormat, assistant_message, call_message, parse_turn
+from grpo_jax.rollout.parsing import CallFormat, assistant_message, parse_turn
 from grpo_jax.text import replace_lone_surrogates
 from grpo_jax.types import Message, ParsedTurn, Schema, ToolCall
 
@@ -102,9 +102,7 @@ class Conversation:
             ValueError: the template does not continue its own generation prompt with
                 this turn, e.g. one with reasoning although thinking is off.
         """
-        turn: Message = {"role": "assistant", "content": content}
-        if calls:
-            turn["tool_calls"] = [call_message(call) for call in calls]
+        turn = assistant_message(ParsedTurn(content, None, tuple(calls), None))
         question = [{"role": "user", "content": "…"}]
         prompt, _ = self._render(question)
         text, hidden = self._render([*question, turn], add_generation_prompt=False)

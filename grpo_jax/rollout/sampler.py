@@ -174,7 +174,7 @@ def make_sampler(
     return Sampler(**shared, decode=decode, budget=budget, layout=layout)
 
 
-def compaction_pays(budget: int, on_cpu: bool | None = None) -> bool:
+def compaction_pays(budget: int) -> bool:
     """Whether decode should leave finished rows out: on a CPU, where its cost follows the rows.
 
     An accelerator's decode follows the bytes read. For Qwen3-1.7B in bf16 (3.44 GB of weights and
@@ -185,10 +185,8 @@ def compaction_pays(budget: int, on_cpu: bool | None = None) -> bool:
 
     Args:
         budget: tokens after the prompt that a row may reach.
-        on_cpu: None: as the program's target.
     """
-    on_cpu = target.on_cpu() if on_cpu is None else on_cpu
-    return on_cpu and budget >= COMPACT_FROM
+    return target.on_cpu() and budget >= COMPACT_FROM
 
 
 def part_sizes(B: int, slots: int, trunk: Trunk, layout: Layout) -> tuple[int, ...]:

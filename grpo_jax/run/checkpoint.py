@@ -37,6 +37,7 @@ from orbax.checkpoint.checkpoint_managers import LatestN
 
 from grpo_jax.data.batches import Cursor
 from grpo_jax.files import OutputError, cannot_write
+from grpo_jax.models.sharding import placed
 from grpo_jax.run.identity import check_adapters, differences
 from grpo_jax.text import shorten
 from grpo_jax.update.update import TrainState
@@ -153,8 +154,7 @@ class Checkpoints:
         Raises:
             ValueError: when there is no such step, or it is damaged.
         """
-        if step not in self.steps():
-            raise ValueError(f"no checkpoint of step {step} in {self.directory}, which holds {self.steps()}")
+        self._check_held(step)
         with self._damage_explained(step):
             return self._manager.restore(step, args=Composite(meta=JsonRestore())).meta
 
@@ -196,10 +196,13 @@ class Checkpoints:
         except Exception as error:
             raise cannot_write(self._newest, _reason(error)) from None
 
-    def _restore(self, step: int, params: Any, **others: CheckpointArgs) -> Composite:
-        self.wait()
+    def _check_held(self, step: int) -> None:
         if step not in self.steps():
             raise ValueError(f"no checkpoint of step {step} in {self.directory}, which holds {self.steps()}")
+
+    def _restore(self, step: int, params: Any, **others: CheckpointArgs) -> Composite:
+        self.wait()
+        self._check_held(step)
         with self._damage_explained(step):
             saved = _shapes(self._manager.item_metadata(step).params.tree)
         wanted = _shapes(params)
@@ -261,7 +264,7 @@ class Start:
         """
         if self.checkpoint is None:
             return fresh
-        target = jax.tree.map(_target, fresh, shardings)
+        target = placed(fresh, shardings)
         with _opened(self.checkpoint[0], own) as source:
             return source.restore(self.checkpoint[1], target)[0]
 
@@ -375,10 +378,6 @@ def _opened(directory: Path, own: Checkpoints) -> Iterator[Checkpoints]:
     """The checkpoints of a folder; the run's own stay open."""
     with contextlib.nullcontext(own) if directory == own.directory else Checkpoints(directory) as source:
         yield source
-
-
-def _target(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 # Stopping

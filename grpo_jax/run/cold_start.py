@@ -19,12 +19,12 @@ from grpo_jax.data.gold import failed_call, gold_calls, run_gold_calls, show_cal
 from grpo_jax.models.lora import join
 from grpo_jax.rollout.conversation import Conversation
 from grpo_jax.rollout.loop import answered
-from grpo_jax.rollout.parsing import call_message
+from grpo_jax.rollout.parsing import assistant_message
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import DataSet, Job, adamw
 from grpo_jax.scoring.rewards import same_answer
-from grpo_jax.types import Message, Prompt, ToolCall, ToolResult, Trajectory
+from grpo_jax.types import Message, ParsedTurn, Prompt, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.optimizer import make_schedule
 from grpo_jax.update.update import ModelStep, init_state, make_update, place_batch, sft_objective
@@ -163,7 +163,7 @@ def written_trajectory(
         messages.append(message)
 
     for call, result in calls:
-        turn = {"role": "assistant", "content": "", "tool_calls": [call_message(call)]}
+        turn = assistant_message(ParsedTurn("", None, (call,), None))
         append(conversation.assistant_ids("", [call]), True, turn)
         response = {"role": "tool", "name": call.name, "content": result.text}
         append(conversation.response_ids([(call.name, result.text)]), False, response)

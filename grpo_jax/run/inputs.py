@@ -43,7 +43,7 @@ def check_stop_rule(prompts: Sequence[Prompt], sft_stop_match: float) -> None:
     Raises:
         ValueError: every answer is an `Error:`, and such rows have no exact_answer_match.
     """
-    if all(p.example.answer.startswith("Error:") for p in prompts):
+    if all(p.example.wants_error for p in prompts):
         raise ValueError(
             f"{prompts[0].example.source}: the answers of all {len(prompts)} validation rows (the last "
             "sft_validation_size of the training rows) begin with 'Error:', so that they have no "

@@ -125,7 +125,7 @@ class Job:
     @property
     def row_devices(self) -> int:
         """Devices along data and fsdp, over which completions are spread."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return self.training.row_devices
 
     def sampler(self, sampling: Sampling) -> Sampler:
         """The jitted rollout functions for one way of sampling, made once."""

@@ -175,8 +175,7 @@ def resolve(
         found |= settled.found
     equal = {name: found.pop(name) for name in EQUAL if name in found}
     where = {name: prefix for name, (_, prefix) in found.items()}
-    values, wrong = _checked({name: value for name, (value, _) in found.items()})
-    options = Options(**values)
+    options, wrong = _checked({name: value for name, (value, _) in found.items()})
     problems += [f"{where[name]}{text}" for name, text in wrong]
     problems += [f"{where.get(name, '')}{text}" for name, text in _contradictions(options)]
     rewards = options.reward_fn or options.reward_function_name or rewards
@@ -206,23 +205,22 @@ def check_option(name: str, value: Any) -> Any:
     Raises:
         ValueError: it has another type, or breaks the option's rule.
     """
-    values, wrong = _checked({name: value})
+    options, wrong = _checked({name: value})
     if wrong:
         raise ValueError(wrong[0][1])
-    return getattr(Options(**values), name)
+    return getattr(options, name)
 
 
-def _checked(values: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The right ones of some values, and (option, what is wrong) of the others."""
+def _checked(values: dict[str, Any]) -> tuple[Options, list[tuple[str, str]]]:
+    """Options of the right ones of some values, and (option, what is wrong) of the others."""
     try:
-        Options(**values)
-        return values, []
+        return Options(**values), []
     except ValidationError as error:
         wrong = {
             e["loc"][0]: e for e in reversed(error.errors(include_url=False))
         }  # the first of each option
     problems = [(n, f"{n} must be {_rule_of(n, wrong[n])}") for n in values if n in wrong]
-    return {n: v for n, v in values.items() if n not in wrong}, problems
+    return Options(**{n: v for n, v in values.items() if n not in wrong}), problems
 
 
 def _rule_of(name: str, error: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from grpo_jax import hosts
 from grpo_jax.models import hf
 from grpo_jax.models.lora import Adapters, LoraConfig, init_adapters, merge
 from grpo_jax.models.qwen import Params, abstract_params
+from grpo_jax.models.sharding import placed
 from grpo_jax.run.checkpoint import Checkpoints
 
 Place = Callable[[Any], Any]  # a tree of weights -> the tree of its shardings, as `Layout.params`
@@ -34,7 +35,7 @@ def restore_weights(checkpoints: Checkpoints, step: int, place: Place, dtype: An
     shapes = abstract_params(model)
     if "lora" not in meta:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-        return checkpoints.restore_params(step, _targets(shapes, place))
+        return checkpoints.restore_params(step, placed(shapes, place(shapes)))
     adapters, config = restore_adapters(checkpoints, step, place)
     base = hf.load_params(source, model, place(shapes), jnp.dtype(meta["base"]["dtype"]))
     whole = base | {"lora": Adapters(adapters, config)}
@@ -57,11 +58,4 @@ def restore_adapters(checkpoints: Checkpoints, step: int, place: Place) -> tuple
     config = LoraConfig.from_json(meta["lora"])
     layers = abstract_params(hf.read_config(Path(meta["source"])))["layers"]
     shapes = jax.eval_shape(lambda: init_adapters(layers, config, seed=0))
-    return checkpoints.restore_params(step, _targets(shapes, place)), config
-
-
-def _targets(shapes: Params, place: Place) -> Params:
-    def target(x, sharding):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(target, shapes, place(shapes))
+    return checkpoints.restore_params(step, placed(shapes, place(shapes))), config

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from grpo_jax.text import nearest
+from grpo_jax.text import unknown_choice
 
 SCALES = ("group", "batch", "none")
 ESTIMATORS = ("group", "loo", "none")
@@ -72,7 +72,7 @@ def batch_advantages(
         return decoupled_advantages(values, weights, num_generations)
     if aggregation == "sum_then_normalize":
         return group_advantages(combine_rewards(values, weights), num_generations, scale, estimator)
-    raise _unknown("multi_objective_aggregation", aggregation, AGGREGATIONS)
+    raise unknown_choice("multi_objective_aggregation", aggregation, AGGREGATIONS)
 
 
 def group_advantages(
@@ -103,9 +103,9 @@ def group_advantages(
     "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; Ahmadian et al. 2024, "Back to Basics".
     """
     if scale not in SCALES:
-        raise _unknown("scale_rewards", scale, SCALES)
+        raise unknown_choice("scale_rewards", scale, SCALES)
     if estimator not in ESTIMATORS:
-        raise _unknown("advantage_estimator", estimator, ESTIMATORS)
+        raise unknown_choice("advantage_estimator", estimator, ESTIMATORS)
     centred = _centred_groups(rewards, num_generations)
     if estimator == "loo":  # r_i − mean of the others = (r_i − mean of all)·n / (n − 1)
         n = np.sum(~np.isnan(centred), axis=1, keepdims=True)
@@ -178,9 +178,3 @@ def _centred_groups(rewards: ArrayLike, num_generations: int) -> Float[np.ndarra
     shifted = groups - np.fmax.reduce(groups, axis=1, keepdims=True)
     count = np.sum(~np.isnan(shifted), axis=1, keepdims=True)
     return shifted - np.nansum(shifted, axis=1, keepdims=True) / np.maximum(count, 1)
-
-
-def _unknown(option: str, value: str, valid: tuple[str, ...]) -> ValueError:
-    return ValueError(
-        f"{option} must be one of {', '.join(valid)}, got {value!r}; nearest: {nearest(value, valid)[0]}"
-    )

@@ -31,13 +31,12 @@ def summarize(trajectories: Sequence[Trajectory], gold: Sequence[list[ToolCall]]
         gold: the calls that answer each; empty where an example names none.
     """
     examples = [t.prompt.example for t in trajectories]
-    wants_error = [e.answer.startswith("Error:") for e in examples]
-    rows = [i for i, error in enumerate(wants_error) if not error]
+    rows = [i for i, example in enumerate(examples) if not example.wants_error]
     valid = [_is_valid(trajectories[i]) for i in rows]
     exact = [_is_exact(trajectories[i], examples[i].answer) for i in rows]
     match = [schema_match([c for c, _ in trajectories[i].calls], gold[i]) for i in rows if gold[i]]
     n = len(rows)
-    errors = [_is_exact(trajectories[i], examples[i].answer) for i, error in enumerate(wants_error) if error]
+    errors = [_is_exact(trajectories[i], examples[i].answer) for i, e in enumerate(examples) if e.wants_error]
     return {
         "response_validity": sum(valid) / n if n else None,
         "exact_answer_match": sum(exact) / n if n else None,

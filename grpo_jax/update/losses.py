@@ -22,11 +22,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.text import nearest
+from grpo_jax.text import unknown_choice
 
 Count = Int[Array, ""] | int
 
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # the loss types of `clipped_surrogate`
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 LEVELS = ("token", "sequence")
 SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -61,7 +60,7 @@ def importance_ratio_log(
     if level == "sequence":
         mean = log_ratio.sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
         return jnp.broadcast_to(mean, log_ratio.shape)
-    raise _unknown("importance_sampling_level", level, LEVELS)
+    raise unknown_choice("importance_sampling_level", level, LEVELS)
 
 
 def clipped_surrogate(
@@ -249,7 +248,7 @@ def sampler_correction(
     the names, and the sum over a sequence where `importance_ratio_log` takes the mean, are TRL's.
     """
     if mode not in SAMPLER_CORRECTIONS:
-        raise _unknown("sampler_correction", mode, SAMPLER_CORRECTIONS)
+        raise unknown_choice("sampler_correction", mode, SAMPLER_CORRECTIONS)
     log_ratio = jnp.where(mask, jax.lax.stop_gradient(old_logprobs) - sampler_logprobs, 0.0)
     if mode.startswith("sequence"):
         log_ratio = log_ratio.sum(-1, keepdims=True)
@@ -327,7 +326,7 @@ def aggregate(
         return row_sums.sum() / (rows * max_completion_length)
     if loss_type == "luspo":
         return row_sums.sum() / rows
-    raise _unknown("loss_type", loss_type, LOSS_TYPES)
+    raise unknown_choice("loss_type", loss_type, LOSS_TYPES)
 
 
 def clip_fractions(
@@ -360,9 +359,3 @@ def clip_fractions(
     high = (ratio > 1 + epsilon_high) & (advantages[:, None] > 0)
     kinds = {"low": low, "high": high, "region": low | high}
     return {f"clip_ratio/{k}_mean": (v & mask).sum() / jnp.maximum(tokens, 1) for k, v in kinds.items()}
-
-
-def _unknown(option: str, value: str, valid: tuple[str, ...]) -> ValueError:
-    return ValueError(
-        f"{option} must be one of {', '.join(valid)}, got {value!r}; nearest: {nearest(value, valid)[0]}"
-    )

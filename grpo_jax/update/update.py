@@ -261,7 +261,7 @@ def make_update(
         frozen: what the trained adapters sit on; None when all weights are trained.
     """
 
-    def update(state: TrainState, batch: Batch, frozen: Frozen | None = None):
+    def update(state: TrainState, batch: Batch, frozen: Frozen | None):
         batch = with_dropout(batch, dropout_keys(frozen, state.step, len(batch.completions.targets)))
         loss_fn = lambda trained: batch_loss(step, objective, join(trained, frozen), batch)  # noqa: E731
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -278,8 +278,6 @@ def make_update(
     options = dict(
         out_shardings=(shardings, step.layout.replicated), donate_argnums=0, compiler_options=ALL_ROUNDINGS
     )
-    if frozen is None:
-        return jax.jit(update, in_shardings=(shardings, None), **options)
     jitted = jax.jit(update, in_shardings=(shardings, None, None), **options)
     run = lambda state, batch: jitted(state, batch, frozen)  # noqa: E731 an argument: a constant would be copied
     run.lower = lambda state, batch: jitted.lower(state, batch, frozen)
@@ -329,7 +327,7 @@ def _over_micro_batches(step, params, batch: Batch, function, stack: bool):
     if step.micro_batches == 1:
         hidden, _ = step.extend(params, (*trunk, batch.completions.level))
         return function(_learn(step, params, hidden[-1], batch.completions, batch.J), totals)
-    split = _Split.of(P, B // P, step.micro_batches)
+    split = Split.of(P, B // P, step.micro_batches)
     kvs = step.extend(params, trunk, keep_kv=True)[1] if trunk else ()
     kvs = jax.tree.map(lambda x: x.astype(jnp.float32), kvs)
 
@@ -367,7 +365,7 @@ def _combined(a: tuple[Array, Metrics], b: tuple[Array, Metrics]) -> tuple[Array
     return loss_a + loss_b, Metrics(sums, maxima)
 
 
-class _Split(NamedTuple):
+class Split(NamedTuple):
     """Micro-batches: `prompts` groups of prompts × `generations` groups of generations."""
 
     prompts: int
@@ -376,7 +374,7 @@ class _Split(NamedTuple):
     G: int
 
     @classmethod
-    def of(cls, P: int, G: int, micro_batches: int) -> _Split:
+    def of(cls, P: int, G: int, micro_batches: int) -> Split:
         """Split generations first: every micro-batch then uses every prompt's keys and values."""
         generations = math.gcd(micro_batches, G)
         prompts = micro_batches // generations
@@ -480,7 +478,7 @@ def update_sizes(step: ModelStep, P: int, G: int) -> tuple[int, ...]:
 
     Only those whose rows fill the devices and split into the micro-batches. Each needs one more program.
     """
-    devices = step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"]
+    devices = step.layout.row_devices
     prompts = step.micro_batches // math.gcd(step.micro_batches, G)
     return tuple(P // n for n in (2, 4) if P % (n * prompts) == 0 and P // n * G % devices == 0)
 
@@ -491,7 +489,7 @@ def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
     An estimate, see `cost.micro_batches`. One micro-batch is best where it fits: the trunk
     is then never kept.
     """
-    tokens = tree.budget / (step.layout.mesh.shape["data"] * step.layout.mesh.shape["fsdp"])
+    tokens = tree.budget / step.layout.row_devices
     itemsize = jnp.dtype(step.dtype).itemsize
     return cost.micro_batches(step.cfg, P, G, tokens, itemsize, step.remat, _memory_bytes())
 
