@@ -97,7 +97,7 @@ def two_layers(folder: Path, architecture: dict) -> Path:
     return write_checkpoint(folder, architecture)
 
 
-@pytest.mark.slow  # a prompt with the 8 tools has 5,800 tokens
+@pytest.mark.slow  # a prompt with the 8 tools has 6,000 tokens
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_path_of_each_config_runs_on_its_architecture_in_two_layers(name, tmp_path, monkeypatch):
     monkeypatch.chdir(launch.ROOT)

@@ -572,7 +572,7 @@ def test_schema_describes_every_parameter(tool):
 
 
 def test_schemas_fill_the_preamble_of_the_default_job():
-    """About 5,800 tokens: the figure that the design page and the benchmarks are about."""
+    """About the 5,800 tokens of the benchmarks' shape `recipe`."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "qwen_tokenizer" / "qwen2_5"
     if not folder.exists():
         pytest.skip("needs the published Qwen2.5 tokenizer")
