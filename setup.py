@@ -41,6 +41,7 @@ TEST = [
     "pyright>=1.1.400",
     "nbclient>=0.10",
     "ipykernel>=6",
+    "pexpect>=4.9",
 ]
 
 setup(

@@ -12,8 +12,9 @@ COMMANDS = {
     "evaluate": "Evaluate a model folder or a checkpoint.",
     "export": "Write a checkpoint as a Hugging Face folder.",
     "report": "Draw a run: report.html.",
+    "chat": "Talk to a model that calls your Python functions.",
 }
-OF_OPTIONS = ("train", "sft", "evaluate")  # which take every option; their help needs no jax
+OF_OPTIONS = ("train", "sft", "evaluate", "chat")  # which take every option; their help needs no jax
 _LIST = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
 USAGE = f"""\
 usage: grpo-jax COMMAND [--option value ...]

@@ -31,7 +31,7 @@ def run(resolved: ResolvedConfig, console: Console) -> None:
             with timer("evaluate"):
                 result = evaluate(job, job.greedy.export(job.load_params()), data, "Evaluation")
     console.samples(result.trajectories, [p.example.answer for p in data.prompts])
-    model = str(job.checkpoint or job.folder)
+    model = str(job.checkpoint or job.adapter or job.folder)
     compare(console, {model: result.summary})
     path = Path(config.output_dir) / "evaluation.json"
     found = result.summary | {"model": model, "timings": timer.seconds}

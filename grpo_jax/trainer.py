@@ -175,7 +175,7 @@ class GRPOTrainer:
                 "--max_steps or --num_train_epochs continues it, --overwrite_output_dir starts over, another "
                 "--output_dir keeps both."
             )
-            self.job = dataclasses.replace(job, folder=out / "model", checkpoint=None)
+            self.job = dataclasses.replace(job, folder=out / "model", checkpoint=None, adapter=None)
             return TrainResult(start.finished, True, summary)
         summary.pop("after", None)
         hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
@@ -412,7 +412,8 @@ class GRPOTrainer:
             )
             summary["cold_start"] = report
             self._write_summary(summary)
-        return dataclasses.replace(job, folder=folder, checkpoint=None, model_name=str(folder.absolute()))
+        name = str(folder.absolute())
+        return dataclasses.replace(job, folder=folder, checkpoint=None, adapter=None, model_name=name)
 
     def _fresh_meta(self) -> dict[str, Any]:
         """What a checkpoint of a run that starts from its model says; see `find_start`."""

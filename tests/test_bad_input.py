@@ -371,13 +371,13 @@ def test_broken_files_of_a_model_are_named(tmp_path, model, name, text, message)
     assert str(model) in said
 
 
-def test_an_adapter_folder_is_no_model(tmp_path):
+def test_the_base_of_an_adapter_folder_that_is_not_there_is_named(tmp_path):
     folder = tmp_path / "adapter"
     launch.write(
         folder / "adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "some/base"}'
     )
     message = rejected(tmp_path, model_name_or_path=folder)
-    assert f"{folder} holds a PEFT adapter, not a model: merge it into some/base first" in message
+    assert "model some/base is no local folder, is not in the hub cache" in message
 
 
 def test_a_weight_file_is_no_model_folder(tmp_path, model):

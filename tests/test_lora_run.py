@@ -153,7 +153,8 @@ def test_evaluating_a_checkpoint_is_evaluating_its_export(tmp_path):
 
     of_step = samples(whole().folder / "checkpoints" / "4", tmp_path / "a")
     assert of_step == samples(whole().folder / "model", tmp_path / "b")
-    assert of_step != samples(launch.small_model(), tmp_path / "c")
+    assert of_step == samples(whole().folder / "adapter", tmp_path / "c")
+    assert of_step != samples(launch.small_model(), tmp_path / "d")
 
 
 def test_adapters_do_not_start_from_a_checkpoint(tmp_path):

@@ -4,11 +4,12 @@ import json
 
 import helpers
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 from test_update import CFG, weights
 
 from grpo_jax.models.lora import LoraConfig
-from grpo_jax.models.peft import save_adapter
+from grpo_jax.models.peft import adapter_base, load_adapter, save_adapter
 
 
 def written(folder, modules, alpha=6.0):
@@ -67,3 +68,31 @@ def test_the_config_is_what_peft_reads_and_a_folder_is_replaced(tmp_path):
     )
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
     assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 4
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    adapters, _ = written(tmp_path / "adapter", ["all-linear"])
+    found = load_adapter(tmp_path / "adapter", weights()["layers"])
+    assert found.config == LoraConfig.of(3, 6.0, 0.05, ["all-linear"])
+    assert found.weights.keys() == adapters.keys()
+    assert all((found.weights[name] == adapters[name]).all() for name in adapters)
+    assert adapter_base(tmp_path / "adapter") == "Qwen/Qwen3-0.6B"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora must be False, got True; merge it with peft first"),
+        ({"r": 4}, "q_proj.lora_A.weight must have shape (4, 16), got (3, 16)"),
+        ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight is unknown"),
+        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "o_proj.lora_A.weight is missing"),
+        ({"target_modules": ".*proj"}, "target_modules must be a list of q_proj"),
+    ],
+)
+def test_adapters_that_are_not_supported_are_named(tmp_path, changes, message):
+    written(tmp_path / "adapter", None)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError) as error:
+        load_adapter(tmp_path / "adapter", weights()["layers"])
+    assert message in str(error.value)

@@ -214,15 +214,6 @@ def read_config(folder: Path) -> ModelConfig:
         FileNotFoundError: no config.json.
         ValueError: it is not JSON, or of an unsupported model; see `ModelConfig.from_hf`.
     """
-    adapter = Path(folder) / "adapter_config.json"
-    if adapter.exists() and not (Path(folder) / "config.json").exists():
-        base = read_json_object(adapter).get("base_model_name_or_path") or "its base model"
-        raise ValueError(
-            f"{folder} holds a PEFT adapter, not a model: merge it into {base} first (in Python "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(MODEL), then "
-            "copy the tokenizer's files there), and name the merged folder. A run of this program leaves the "
-            "merged model in model/, next to adapter/"
-        )
     path = _need(folder, "config.json")
     return ModelConfig.from_hf(read_json_object(path), str(path))
 

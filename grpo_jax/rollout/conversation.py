@@ -87,9 +87,12 @@ class Conversation:
         Returns:
             The ids of all tool responses and of the next generation prompt.
         """
-        messages = [{"role": "user", "content": "…"}, {"role": "assistant", "content": _SENTINEL}]
-        messages += [{"role": "tool", "name": name, "content": text} for name, text in results]
-        text, hidden = self._render(messages)
+        return self.following_ids([{"role": "tool", "name": name, "content": text} for name, text in results])
+
+    def following_ids(self, messages: list[Message]) -> list[int]:
+        """`response_ids` of any messages that follow an assistant turn, as the user's next one."""
+        question = {"role": "user", "content": "…"}
+        text, hidden = self._render([question, {"role": "assistant", "content": _SENTINEL}, *messages])
         return self._encode(text.split(_SENTINEL + self.end_of_turn, 1)[1], hidden)
 
     def assistant_ids(self, content: str, calls: list[ToolCall]) -> list[int]:

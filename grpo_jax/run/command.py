@@ -21,6 +21,7 @@ def run_command(
     run: Callable[[ResolvedConfig, Console], int | None],
     argv: list[str] | None = None,
     default_config: str | None = None,
+    console: Console | None = None,
 ) -> int:
     """Parse the options and run a command; returns its exit status.
 
@@ -55,7 +56,7 @@ def run_command(
         sys.stderr.flush()
         os._exit(status)  # at once: jax then ends the others, and a proper end would wait for them
 
-    console = Console()
+    console = console or Console()
     if from_shell:  # no user code has run since the imports
         note_dependencies()
     try:

@@ -57,6 +57,14 @@ class Console:
         """Print a line."""
         self._rich.print(printable(text), soft_wrap=True)
 
+    def write(self, text: str, style: str = "") -> None:
+        """Print text as it comes, without ending the line.
+
+        Args:
+            style: rich's, as "dim"; seen on a terminal only.
+        """
+        self._rich.print(Text(printable(text), style), end="", soft_wrap=True)
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Print a table.
 

@@ -24,7 +24,7 @@ from grpo_jax.data.gold import gold_calls, gold_texts
 from grpo_jax.data.rows import load_examples, row_tools
 from grpo_jax.models import hf
 from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join, merge
-from grpo_jax.models.peft import save_adapter
+from grpo_jax.models.peft import adapter_base, is_adapter_folder, load_adapter, save_adapter
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
 from grpo_jax.models.scratch import make_tiny_checkpoint
 from grpo_jax.models.sharding import Layout, make_mesh
@@ -37,7 +37,7 @@ from grpo_jax.run.console import Console
 from grpo_jax.run.inputs import check_context
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.options import GRPOConfig, compute_dtype, reward_problems
-from grpo_jax.run.weights import restore_weights
+from grpo_jax.run.weights import merged, restore_weights
 from grpo_jax.scoring.rewards import (
     RewardFunction,
     RewardOutcome,
@@ -94,6 +94,7 @@ class Job:
         runner: runs tool calls.
         folder: HF folder of the model that the job starts from.
         checkpoint: a step's folder whose weights take the place of the folder's; or None.
+        adapter: a PEFT folder whose adapters are merged into the folder's weights; or None.
         model_name: what others call the model: its hub id, or its folder.
         model: its sizes.
         conversation: its tokenizer and template.
@@ -110,6 +111,7 @@ class Job:
     runner: ToolRunner
     folder: Path
     checkpoint: Path | None
+    adapter: Path | None
     model_name: str
     model: ModelConfig
     conversation: Conversation
@@ -176,8 +178,11 @@ class Job:
         """
         dtype, began = jnp.dtype(dtype or self.config.param_dtype), time.perf_counter()
         if self.checkpoint is None:
-            shardings = self.training.params(abstract_params(self.model))
+            shapes = abstract_params(self.model)
+            shardings = self.training.params(shapes)
             params = hf.load_params(self.folder, self.model, shardings, dtype)
+            if self.adapter is not None:
+                params = merged(params, load_adapter(self.adapter, shapes["layers"]), dtype, shardings)
         else:
             with Checkpoints(self.checkpoint.parent) as checkpoints:
                 params = restore_weights(checkpoints, int(self.checkpoint.name), self.training.params, dtype)
@@ -199,6 +204,11 @@ class Job:
             raise ValueError(
                 f"use_peft starts from a model folder or hub id, got the checkpoint {self.checkpoint}; make it "
                 f"a folder with python -m grpo_jax.export --checkpoint {self.checkpoint}"
+            )
+        if self.adapter is not None:
+            raise ValueError(
+                f"use_peft starts from a model folder or hub id, got the adapters {self.adapter}; name the merged "
+                "model, which a run leaves in model/, next to adapter/"
             )
         lora = lora_config(config)
         base = self.load_params(dtype=self.dtype)
@@ -295,8 +305,10 @@ def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: In
     log.debug("Tool schemas:\n%s", json.dumps(toolbox.schemas, indent=2))
     setup_jax(config, console)
     mesh = make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
-    folder, checkpoint = _model_folder(config, inputs, console)
     name = config.required("model_name_or_path")
+    adapter = Path(name).absolute() if is_adapter_folder(name) else None
+    base = config if adapter is None else dataclasses.replace(config, model_name_or_path=adapter_base(name))
+    folder, checkpoint = _model_folder(base, inputs, console)
     model_name = str(folder.absolute()) if name == SCRATCH or Path(name).is_dir() else name
     model = hf.read_config(folder)
     tokenizer = config.tokenizer_name_or_path
@@ -330,6 +342,7 @@ def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: In
         runner,
         folder,
         checkpoint,
+        adapter,
         model_name,
         model,
         conversation,

@@ -38,9 +38,13 @@ def restore_weights(checkpoints: Checkpoints, step: int, place: Place, dtype: An
         return checkpoints.restore_params(step, placed(shapes, place(shapes)))
     adapters, config = restore_adapters(checkpoints, step, place)
     base = hf.load_params(source, model, place(shapes), jnp.dtype(meta["base"]["dtype"]))
-    whole = base | {"lora": Adapters(adapters, config)}
-    merged = jax.tree.map(lambda x: x.astype(dtype), merge(whole, hosts.fetch))
-    return jax.device_put(merged, place(shapes))
+    return merged(base, Adapters(adapters, config), dtype, place(shapes))
+
+
+def merged(base: Params, adapters: Adapters, dtype: Any, shardings: Any) -> Params:
+    """Whole weights: a base with its adapters' product added."""
+    whole = merge(base | {"lora": adapters}, hosts.fetch)
+    return jax.device_put(jax.tree.map(lambda x: x.astype(dtype), whole), shardings)
 
 
 def restore_adapters(checkpoints: Checkpoints, step: int, place: Place) -> tuple[Params, LoraConfig]:

@@ -1,0 +1,237 @@
+"""Talk to a model that calls your Python functions: `python -m grpo_jax.chat`.
+
+In a terminal: text as it is sampled, calls with their results. From or into a pipe: one JSON object a line, each way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from grpo_jax import hosts
+from grpo_jax.data.rows import read_prompt
+from grpo_jax.rollout.chat import INTERRUPTED, Called, Chat, Limits, Malformed, Piece, Reply
+from grpo_jax.rollout.loop import ToolLoop
+from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.run.checkpoint import StopSignal
+from grpo_jax.run.command import run_command
+from grpo_jax.run.compiling import watch_compiles
+from grpo_jax.run.config import ResolvedConfig
+from grpo_jax.run.console import Console
+from grpo_jax.run.job import SCRATCH, Inputs, Job, open_job
+from grpo_jax.run.log import PhaseTimer
+from grpo_jax.text import nearest, shorten
+from grpo_jax.tools import load_tools, signature_line
+from grpo_jax.types import Message, Status
+from grpo_jax.update.batch import make_tree
+
+HISTORY = Path("~/.cache/grpo_jax/chat_history")  # what was typed, for the arrow keys
+COMMANDS = {
+    "/tools": "the functions that the model may call",
+    "/history": "the conversation so far",
+    "/reset": "begin a new conversation",
+    "/help": "this list",
+    "/quit": "end, as Ctrl-D; Ctrl-C stops an answer",
+}
+RESULT_CHARACTERS = 2000  # of a tool's result, on the terminal
+WHY = {
+    Status.OVERLONG: "the answer reached max_grpo_completion_length",
+    Status.OVERLONG_TOOL_RESPONSE: "the tool's result did not fit max_grpo_completion_length",
+    Status.TOOL_LIMIT: "max_tool_calling_iterations was reached",
+    Status.MALFORMED_CALL: "its call does not parse",
+    INTERRUPTED: "stopped",
+}
+
+
+def run(resolved: ResolvedConfig, console: Console) -> int | None:
+    """Open the model and talk until the input ends; nothing is written but what is said."""
+    given = resolved.config
+    if not hosts.alone():
+        raise ValueError("chat runs in one process; start it on one host, without a cluster's variables")
+    if given.required("model_name_or_path") == SCRATCH:
+        raise ValueError("model_name_or_path must be a trained model to chat with, got 'scratch'")
+    # a person may ask the same twice and expect a tool to look again
+    config = dataclasses.replace(given, tool_cache=False, verify_purity=False)
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p or 0.0)
+    if resolved.origin["temperature"] == "default":
+        sampling = Sampling(temperature=0)
+    timer = PhaseTimer()
+    toolbox = load_tools(config.tools_script, config.tool_functions_module)
+    job = open_job(config, console, timer, Inputs(toolbox, [], [], None))
+    with watch_compiles(console, timer), job.runner:
+        chat = open_chat(job, sampling)
+        return talk(job, chat) if _at_terminal() else answer_lines(chat)
+
+
+def open_chat(job: Job, sampling: Sampling) -> Chat:
+    """A conversation with a job's model and tools."""
+    schemas, system, config = job.toolbox.schemas, job.config.system_prompt, job.config
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    prompts = [
+        job.conversation.prompt_ids([*opening, {"role": "user", "content": text}], schemas) for text in "ab"
+    ]
+
+    @functools.cache
+    def loop_of(capacity: int) -> ToolLoop:
+        longer = dataclasses.replace(
+            job, config=dataclasses.replace(config, max_grpo_completion_length=capacity)
+        )
+        return longer.tool_loop(longer.sampler(sampling), make_tree(prompts, capacity, job.row_devices))
+
+    params = job.sampler(sampling).export(job.load_params())
+    limits = Limits(config.max_grpo_completion_length, job.model.positions)
+    return Chat(loop_of, params, schemas, system, limits, config.seed)
+
+
+# --- a terminal ---
+
+
+def talk(job: Job, chat: Chat) -> None:
+    """Read a person's lines and answer each."""
+    console = job.console
+    console.line("Say something; /help lists what else there is.")
+    with _typed_before():
+        while True:
+            try:
+                text = input("\n> ").strip()
+                if text == "/quit":
+                    return
+                if text.startswith("/"):
+                    _obey(job, chat, text)
+                elif text:
+                    with StopSignal() as stop:
+                        _show(console, chat, text, lambda stop=stop: stop.requested)
+            except ValueError as error:
+                console.line(f"Error: {error}")
+            except EOFError:
+                return console.line("")
+            except KeyboardInterrupt:
+                console.line("")
+
+
+def _show(console: Console, chat: Chat, text: str, stop: Callable[[], bool]) -> None:
+    """Print an answer as it comes."""
+    at_start = True  # of a line
+
+    def write(text: str, style: str = "") -> None:
+        nonlocal at_start
+        if text:
+            console.write(text, style)
+            at_start = text.endswith("\n")
+
+    def line(text: str, style: str) -> None:
+        write(("" if at_start else "\n") + text + "\n", style)
+
+    for event in chat.say(text, stop):
+        if isinstance(event, Piece):
+            write(event.text.lstrip("\n") if at_start else event.text)
+        elif isinstance(event, Called):
+            call, result = event.call, event.result
+            arguments = ", ".join(f"{name}={value!r}" for name, value in call.arguments.items())
+            line(f"→ {call.name}({arguments})", "cyan")
+            line(f"← {shorten(result.text, RESULT_CHARACTERS)}", "green" if result.outcome == "ok" else "red")
+        elif isinstance(event, Malformed):
+            line(f"The call does not parse: {event.reason}", "red")
+        elif isinstance(event, Reply):
+            ended = f": {WHY[event.status]}" if event.status in WHY else ""
+            line(f"[{event.status}{ended}; {event.tokens} tokens]", "dim")
+
+
+def _obey(job: Job, chat: Chat, command: str) -> None:
+    line = job.console.line
+    if command == "/tools":
+        for function in job.toolbox.functions.values():
+            line(f"{signature_line(function)}\n    {(inspect.getdoc(function) or '').splitlines()[0]}")
+    elif command == "/history":
+        for message in chat.messages:
+            line(json.dumps(message, ensure_ascii=False))
+    elif command == "/reset":
+        chat.reset()
+        line("A new conversation.")
+    elif command == "/help":
+        for name, what in COMMANDS.items():
+            line(f"{name:<10}{what}")
+    else:
+        close = nearest(command, COMMANDS, cutoff=0.6)
+        line(
+            f"No command {command}; {f'nearest: {close[0]}' if close else 'there are ' + ', '.join(COMMANDS)}"
+        )
+
+
+@contextlib.contextmanager
+def _typed_before() -> Iterator[None]:
+    """Line editing, with what was typed in earlier conversations where Python has readline."""
+    try:
+        import readline
+    except ImportError:  # not on every system
+        yield
+        return
+    path = HISTORY.expanduser()
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.set_history_length(1000)
+            readline.write_history_file(path)
+
+
+# --- a pipe ---
+
+
+def answer_lines(chat: Chat) -> int:
+    """Answer each line of standard input with one of standard output; 1 when a line was no question.
+
+    A line is {"prompt": text}, which continues the conversation unless "reset" is true, or {"prompt": messages},
+    which begins a new one; other columns are left alone. The answer: {"messages", "status", "tokens"}, or {"error"}.
+    """
+    failed = False
+    for line in sys.stdin:
+        if not line.strip():
+            continue
+        try:
+            prompt = _question(line, chat)
+            reply = list(chat.say(prompt))[-1]
+            said: dict[str, Any] = dataclasses.asdict(reply)
+        except ValueError as error:
+            said, failed = {"error": str(error)}, True
+        print(json.dumps(said, ensure_ascii=False), flush=True)
+    return int(failed)
+
+
+def _question(line: str, chat: Chat) -> str | list[Message]:
+    try:
+        asked = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"a line must be JSON ({error}): {shorten(line.strip(), 80)}") from None
+    if not isinstance(asked, dict) or "prompt" not in asked:
+        raise ValueError(f'a line must be an object like {{"prompt": "…"}}, got {shorten(line.strip(), 80)}')
+    messages = read_prompt(asked["prompt"])
+    if isinstance(asked["prompt"], list):
+        return messages
+    if asked.get("reset"):
+        chat.reset()
+    return messages[0]["content"]
+
+
+def _at_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    console = None if _at_terminal() else Console(sys.stderr)  # a pipe holds answers and nothing else
+    return run_command("chat", "Talk to a model that calls your functions.", run, argv, console=console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""A conversation with a person: each message is answered by turns and tool calls that arrive as they are sampled.
+
+What all conversations begin with (system message and tools) is prefilled once. The rest goes through the row's own
+cache, a user's message as a tool response does in a rollout, so that every token passes through the model once.
+A conversation that outgrows its cache is fed again into one of twice the length: nothing else compiles anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.models.qwen import Params
+from grpo_jax.rollout.loop import ToolLoop, answered, make_policy
+from grpo_jax.rollout.sampler import Cache
+from grpo_jax.rollout.sampling import row_keys
+from grpo_jax.types import PARSER_NAME, Message, ParsedTurn, Schema, Status, ToolCall, ToolResult
+from grpo_jax.update.batch import response_bucket
+
+PIECE = 8  # tokens that are decoded between two looks at the text
+FED_AT_ONCE = 512  # tokens; longer messages take several passes, so that few lengths compile
+SMALLEST_CACHE = 1024  # tokens
+INTERRUPTED = "interrupted"
+_CALL = "<tool_call>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """More text of the turn that is being sampled, without its calls."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Called:
+    """A call that was run, and what it returned."""
+
+    call: ToolCall
+    result: ToolResult
+
+
+@dataclasses.dataclass(frozen=True)
+class Malformed:
+    """A turn held a call that does not parse, and why."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """The end of an answer.
+
+    Args:
+        messages: those that follow the user's: assistant turns and tool results.
+        status: a `Status`, or "interrupted".
+        tokens: number of sampled tokens.
+    """
+
+    messages: list[Message]
+    status: str
+    tokens: int
+
+
+Event = Piece | Called | Malformed | Reply
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What ends an answer or a conversation.
+
+    Args:
+        answer: tokens that follow a user's message at most, tool responses included.
+        positions: of the model; None for a model that names no limit.
+    """
+
+    answer: int
+    positions: int | None
+
+
+class Chat:
+    """One conversation at a time.
+
+    Args:
+        loop_of: a capacity in tokens -> the loop whose sampler's cache holds so many. Its tree's preamble is
+            what all conversations begin with.
+        params: rollout weights, from `sampler.export`.
+        schemas: of the tools that the model sees.
+        system: its message, or none.
+        limits: of answers and conversations.
+        seed: of the sampling.
+    """
+
+    def __init__(
+        self,
+        loop_of: Callable[[int], ToolLoop],
+        params: Params,
+        schemas: list[Schema],
+        system: str | None,
+        limits: Limits,
+        seed: int = 0,
+    ):
+        self._loop_of, self._schemas, self._limits, self._seed = loop_of, schemas, limits, seed
+        self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._loop = loop_of(SMALLEST_CACHE)
+        self._policy = make_policy(self._loop, params)
+        self._started = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.messages: list[Message] = []
+        self._ids: list[int] = []  # all that follows the shared beginning
+        self._trunk = self._policy.preamble
+        self._start = len(self._loop.tree.preamble)  # position of the first of `_ids`
+        self._closed = True  # the last turn ended with a token that ends turns
+        self._cache: Cache | None = None
+        self._started += 1
+
+    def say(self, prompt: str | list[Message], stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+        """Answer a message.
+
+        Args:
+            prompt: the user's text, which continues the conversation; or chat messages, which begin a new one.
+            stop: asked after every few tokens; True ends the answer, and the conversation may go on.
+
+        Yields:
+            What happens, in order; last a `Reply`.
+
+        Raises:
+            ValueError: the message does not fit into the model's positions; the conversation stays as it was.
+        """
+        if isinstance(prompt, list) or not self.messages:
+            messages = prompt if isinstance(prompt, list) else [*self._opening, _user(prompt)]
+            ids = self._loop.conversation.prompt_ids(messages, self._schemas)
+            if self.messages:
+                self.reset()
+            if tuple(ids[: self._start]) == self._loop.tree.preamble:
+                ids = ids[self._start :]
+            else:  # it has a system message of its own
+                self._trunk, self._start = (), 0
+        else:
+            messages = [_user(prompt)]
+            unclosed = [] if self._closed else [self._loop.conversation.stop_ids[0]]
+            ids = unclosed + self._loop.conversation.following_ids(messages)
+        budget = self._room(len(ids))
+        if not self.messages:
+            self._loop.runner.start_step([{"prompt": messages, "answer": ""}])
+        self.messages += messages
+        self._feed(ids)
+        yield from self._answer(budget, stop)
+
+    def _room(self, new: int) -> int:
+        """Make the cache long enough for `new` tokens and their answer; returns how long this may be."""
+        used, positions = len(self._ids) + new, self._limits.positions
+        budget = self._limits.answer
+        if positions is not None:
+            budget = min(budget, positions - self._start - used)
+        if budget < 1:
+            raise ValueError(
+                f"the conversation is full: with this message it has {self._start + used} tokens, the model was "
+                f"made for {positions}; begin a new one (/reset)"
+            )
+        capacity = self._loop.sampler.budget
+        while capacity < used + budget:
+            capacity *= 2
+        if capacity > self._loop.sampler.budget:
+            self._loop, self._cache = self._loop_of(capacity), None
+        return budget
+
+    def _answer(self, budget: int, stop: Callable[[], bool]) -> Iterator[Event]:
+        """Turns and the results of their calls, until a turn has no call or something ends the answer."""
+        loop, begin, left, tokens, tool_turns = self._loop, len(self.messages), budget, 0, 0
+        calls: list[tuple[ToolCall, ToolResult]] = []
+        status: str | None = None
+        while status is None:
+            ids, turn = yield from self._turn(left, stop)
+            tokens, left = tokens + len(ids), left - len(ids)
+            self.messages.append(loop.conversation.assistant_message(turn))
+            spent = loop.max_iterations is not None and tool_turns >= loop.max_iterations
+            results: list[tuple[str, str]] = []
+            if not self._closed:
+                status = INTERRUPTED if stop() else Status.OVERLONG
+            elif turn.error:
+                yield Malformed(turn.error)
+                if loop.malformed_feedback and not spent:
+                    results = [(PARSER_NAME, f"Error: the tool call does not parse: {turn.error}")]
+                else:
+                    status = Status.MALFORMED_CALL
+            elif not turn.calls:
+                status = answered(calls)
+            elif spent:
+                status = Status.TOOL_LIMIT
+            else:
+                running = loop.runner.submit(turn.calls, [0] * len(turn.calls))
+                for call, future in zip(turn.calls, running, strict=True):
+                    calls.append((call, future.result()))
+                    results.append((call.name, calls[-1][1].text))
+                    yield Called(*calls[-1])
+            if results:
+                tool_turns += 1
+                said = [{"role": "tool", "name": name, "content": text} for name, text in results]
+                self.messages += said
+                ids = loop.conversation.following_ids(said)
+                if len(ids) >= left:  # at least one token must follow
+                    status = Status.OVERLONG_TOOL_RESPONSE
+                else:
+                    self._feed(ids)
+                    left -= len(ids)
+        yield Reply(self.messages[begin:], str(status), tokens)
+
+    def _turn(
+        self, left: int, stop: Callable[[], bool]
+    ) -> Generator[Event, None, tuple[list[int], ParsedTurn]]:
+        """Sample to the end of a turn, yielding its text; returns its ids and what they say."""
+        sampler, conversation = self._loop.sampler, self._loop.conversation
+        keys = self._row(row_keys(self._seed, np.array([self._started]), np.array([0]))[0])
+        ids: list[int] = []
+        text, shown, self._closed = "", 0, False
+        while len(ids) < left and not self._closed and not stop():
+            remaining = self._row(np.int32(min(PIECE, left - len(ids))))
+            self._cache, turn = sampler.decode(
+                self._policy.params, self._trunk, self._cache, keys, self._first(True), remaining, np.int32(0)
+            )
+            turn = sampler.layout.get_rows(turn)
+            ids += turn.tokens[0, : turn.count[0]].tolist()
+            self._closed = bool(turn.stopped[0])
+            text = "<think>" * conversation.opens_thinking + conversation.decode(ids)
+            settled = _settled(text)
+            if len(settled) > shown:
+                yield Piece(settled[shown:])
+                shown = len(settled)
+        self._ids += ids
+        if self._closed:
+            parsed = conversation.parse(ids, self._schemas)
+        else:
+            parsed = ParsedTurn(conversation.decode(ids), None, (), None)
+        if rest := (text.partition(_CALL)[0] if parsed.calls else text)[shown:]:
+            yield Piece(rest)
+        return ids, parsed
+
+    def _feed(self, ids: list[int]) -> None:
+        """Put known tokens into the cache, the last of them pending; into a new cache all that came before, too."""
+        self._ids += ids
+        if self._cache is None:
+            ids = self._ids
+            self._cache = self._loop.sampler.begin(
+                self._row(np.int32(ids[0])), self._row(np.int32(self._start))
+            )
+            pending, ids = ids[0], ids[1:]
+        else:
+            pending = self._ids[-len(ids) - 1]
+        for at in range(0, len(ids), FED_AT_ONCE):
+            part = ids[at : at + FED_AT_ONCE]
+            tokens = np.zeros(response_bucket(len(part)), np.int32)
+            tokens[: len(part)] = [pending, *part[:-1]]
+            pending = part[-1]
+            fed = self._row(tokens), self._first(np.int32(len(part))), self._row(np.int32(pending))
+            self._cache = self._loop.sampler.append(self._policy.params, self._trunk, self._cache, *fed)
+
+    def _row(self, value: Any) -> Any:
+        """A row's value, the same for as many rows as the mesh needs."""
+        layout = self._loop.sampler.layout
+        return layout.put_rows(np.repeat(np.asarray(value)[None], layout.mesh.shape["data"], 0))
+
+    def _first(self, value: Any) -> Any:
+        """A value of the first row, which is the conversation's, and zeros for those that fill up the mesh."""
+        layout = self._loop.sampler.layout
+        rows = np.zeros(layout.mesh.shape["data"], np.asarray(value).dtype)
+        rows[0] = value
+        return layout.put_rows(rows)
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _settled(text: str) -> str:
+    """The beginning of a growing turn that is certainly text: no call, no half of a character."""
+    text = text.partition(_CALL)[0]
+    for n in range(len(_CALL) - 1, 0, -1):
+        if text.endswith(_CALL[:n]):
+            text = text[:-n]
+            break
+    return text.rstrip("\ufffd")

@@ -1,0 +1,278 @@
+"""A conversation: its tokens are the template's, pass through the model once, and arrive as they are sampled."""
+
+import functools
+import json
+import subprocess
+import sys
+from unittest import mock
+
+import helpers
+import launch
+import pytest
+from helpers import FREE, SCHEMAS, Script, call_ids, conversation, text_ids
+
+from grpo_jax.rollout import chat as chat_module
+from grpo_jax.rollout.chat import Called, Chat, Limits, Malformed, Piece, Reply
+from grpo_jax.types import Status
+
+
+@functools.cache
+def script():
+    return Script(temperature=1)
+
+
+def new_chat(*turns, answer=80, positions=None, system=None, capacity=helpers.BUDGET, **settings):
+    """A conversation whose model says the given turns, in order."""
+    made = script()
+    made.load([[token for turn in turns for token in turn]])
+    loop = helpers.tool_loop(made.sampler, **settings)
+    with mock.patch.object(chat_module, "SMALLEST_CACHE", capacity):
+        params = loop.sampler.export(helpers.weights())
+        return Chat(lambda capacity: loop, params, SCHEMAS, system, Limits(answer, positions))
+
+
+def said(chat, prompt, **settings):
+    """(text, calls with results, the reply) of an answer."""
+    events = list(chat.say(prompt, **settings))
+    text = "".join(e.text for e in events if isinstance(e, Piece))
+    calls = [(e.call.name, e.result.text) for e in events if isinstance(e, Called)]
+    assert isinstance(events[-1], Reply)
+    return text, calls, events[-1]
+
+
+def test_each_token_of_a_conversation_passes_once_and_is_the_templates():
+    chat = new_chat(call_ids("add", a=3, b=4), text_ids("It is 7."), text_ids("You are welcome."))
+    text, calls, reply = said(chat, "What is 3 plus 4?")
+    assert (text, calls) == ("It is 7.", [("add", "Sum: 7")])
+    assert [m["role"] for m in reply.messages] == ["assistant", "tool", "assistant"]
+    assert (reply.status, reply.tokens) == (
+        "answered",
+        len(call_ids("add", a=3, b=4)) + len(text_ids("It is 7.")),
+    )
+    text, calls, reply = said(chat, "Thanks.")
+    assert (text, calls, reply.messages) == (
+        "You are welcome.",
+        [],
+        [{"role": "assistant", "content": "You are welcome."}],
+    )
+    # the template renders the conversation and the question that could follow as the cache holds it
+    rendered = conversation().prompt_ids([*chat.messages, {"role": "user", "content": "?"}], SCHEMAS)
+    own = {(position, token): n for (row, position, token), n in script().own.items()}
+    T0 = len(chat._loop.tree.preamble)
+    last = max(position for position, _ in own)
+    assert own == {(at, rendered[at]): 1 for at in range(T0, last + 1)}
+    assert rendered[last + 1] == conversation().stop_ids[0]  # pending
+
+
+def test_an_answer_is_sampled_as_a_rollout_samples_it_after_the_same_messages():
+    """`roll_out` meets the first answer as part of a prompt, the conversation as what its cache holds."""
+    chat = new_chat(text_ids("Hello."), [FREE] * 12)
+    said(chat, "Hi!")
+    ids = conversation().prompt_ids([*chat.messages, *helpers.messages("What is 3 plus 4?")], SCHEMAS)
+    _, _, reply = said(chat, "What is 3 plus 4?")
+    loop = helpers.tool_loop(helpers.new_sampler(temperature=1))
+    loop = helpers.dataclasses.replace(
+        loop, tree=helpers.make_tree([ids, *helpers.prompts()], helpers.BUDGET)
+    )
+    (rolled,) = helpers.rollout(loop, [ids], draws=[1])
+    sampled = conversation().decode(rolled.completion_ids[:12])
+    assert reply.messages[0]["content"].startswith(sampled.rstrip("\ufffd")) and len(sampled) > 5
+
+
+def test_a_longer_cache_changes_no_token():
+    turns = [text_ids("Hello."), [FREE] * 12, text_ids("Yes.")]
+
+    def contents(longer):
+        chat = new_chat(*turns, answer=40)
+        loops = []
+
+        def loop_of(capacity):  # every cache has the budget's size; this one says that it has 64
+            loops.append(capacity)
+            loop = helpers.tool_loop(script().sampler)
+            size = 64 if capacity < 128 else helpers.BUDGET
+            return helpers.dataclasses.replace(
+                loop, sampler=helpers.dataclasses.replace(loop.sampler, budget=size)
+            )
+
+        if longer:
+            chat._loop, chat._loop_of = loop_of(64), loop_of
+        return [said(chat, text)[2].messages for text in ("Hi!", "Go on.", "More?")], loops
+
+    plain, _ = contents(False)
+    grown, loops = contents(True)
+    assert grown == plain
+    assert loops[0] == 64 and len(loops) > 1
+
+
+def test_an_answer_that_is_cut_is_closed_before_the_next_message():
+    chat = new_chat([FREE] * 20, text_ids("Yes."), answer=16)
+    assert said(chat, "Hi!")[2].status == Status.OVERLONG
+    script().load([text_ids("Yes.")])
+    said(chat, "Still there?")
+    cut = conversation().following_ids(helpers.messages("Still there?"))
+    assert chat._ids[-len(cut) - len(text_ids("Yes.")) - 1] == conversation().stop_ids[0]
+
+    chat = new_chat([FREE] * 100)
+    asked = iter([False, False, True, True, True])
+    _, _, reply = said(chat, "Hi!", stop=lambda: next(asked))
+    assert (reply.status, reply.tokens) == ("interrupted", 2 * chat_module.PIECE)
+
+
+def test_text_comes_before_its_turn_ends_and_a_call_is_no_text():
+    long = "The sum of these two numbers is certainly something that one may compute."
+    chat = new_chat(call_ids("add", "Let me see.", a=1, b=2), text_ids(long), answer=150)
+    events = list(chat.say("What is 1 plus 2?"))
+    at = next(i for i, e in enumerate(events) if isinstance(e, Called))
+    assert "".join(e.text for e in events[:at]).strip() == "Let me see."
+    pieces = [e.text for e in events[at + 1 : -1]]
+    assert "".join(pieces) == long and len(pieces) > 2
+    assert chat_module._settled("I say <tool") == "I say "
+    assert chat_module._settled("caf\ufffd") == "caf"
+    assert chat_module._settled("a < b") == "a < b"
+
+
+def test_why_an_answer_ended_is_said():
+    chat = new_chat(text_ids("<tool_call>\n{]\n</tool_call>"))
+    events = list(chat.say("Hi!"))
+    assert isinstance(events[-2], Malformed) and events[-2].reason.startswith("not JSON")
+    assert events[-1].status == Status.MALFORMED_CALL
+    chat = new_chat(*[call_ids("add", a=1, b=2)] * 2, max_iterations=1)
+    assert said(chat, "Hi!")[2].status == Status.TOOL_LIMIT
+    chat = new_chat(call_ids("echo", text="long " * 60), answer=80)
+    assert said(chat, "Hi!")[2].status == Status.OVERLONG
+    chat = new_chat(call_ids("echo", text="long " * 9), answer=len(call_ids("echo", text="long " * 9)) + 10)
+    assert said(chat, "Hi!")[2].status == Status.OVERLONG_TOOL_RESPONSE
+
+
+def test_a_conversation_longer_than_the_models_positions_is_refused_and_stays():
+    T0 = len(new_chat()._loop.tree.preamble)
+    chat = new_chat(text_ids("Hello."), positions=T0 + 60)
+    said(chat, "Hi!")
+    before = list(chat.messages)
+    with pytest.raises(ValueError, match=rf"it has \d+ tokens, the model was made for {T0 + 60}; .*/reset"):
+        said(chat, "long " * 60)
+    assert chat.messages == before
+    chat.reset()
+    assert chat.messages == []
+
+
+def test_messages_begin_a_new_conversation_whatever_their_system_message():
+    chat = new_chat(text_ids("Hello."), system="Be brief.")
+    said(chat, "Hi!")
+    assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+    other = [{"role": "system", "content": "Be long."}, *helpers.messages("Hi!")]
+    script().load([text_ids("Yes.")])
+    assert said(chat, other)[0] == "Yes."
+    assert chat.messages[:2] == other
+    assert chat._ids[: len(conversation().prompt_ids(other, SCHEMAS))] == conversation().prompt_ids(
+        other, SCHEMAS
+    )
+    script().load([text_ids("No.")])
+    said(chat, helpers.messages("Hi!"))
+    assert [m["content"] for m in chat.messages] == ["Hi!", "No."]
+
+
+# The command
+
+
+@functools.cache
+def model(folder):
+    texts = [json.dumps(SCHEMAS), *helpers.QUESTIONS] * 3
+    shape = {"layers": 1, "hidden": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp": 32}
+    return helpers.make_tiny_checkpoint(folder, texts, helpers.Sizes(vocab_size=400, **shape))
+
+
+TOOLS = ("--tools_script", str(launch.ROOT / "tools_funcs" / "math_tools.py"))
+
+
+@pytest.mark.slow
+def test_from_a_pipe_each_line_is_answered_by_a_line(tmp_path):
+    asked = [{"prompt": "What is 1 plus 2?", "answer": "Sum: 3"}, {"prompt": "Hi", "reset": True}, {"ask": 1}]
+    flags = ["--model_name_or_path", model(tmp_path / "model"), *TOOLS, "--max_completion_length", 12]
+    done = subprocess.run(
+        [sys.executable, "-m", "grpo_jax.chat", *map(str, flags)],
+        input="".join(json.dumps(one) + "\n" for one in asked) + "no JSON\n",
+        env={**launch.os.environ, **launch.ENVIRONMENT},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    first, second, third, fourth = map(json.loads, done.stdout.splitlines())
+    assert done.returncode == 1, done.stderr
+    for reply in (first, second):
+        assert reply.keys() == {"messages", "status", "tokens"}
+        assert reply["messages"][0]["role"] == "assistant" and reply["tokens"] <= 12
+    assert third == {"error": 'a line must be an object like {"prompt": "…"}, got {"ask": 1}'}
+    assert fourth["error"].startswith("a line must be JSON")
+    assert "Loaded 2 tool functions" in done.stderr
+
+
+TALK = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_chat, grpo_jax.chat as command
+from types import SimpleNamespace as Parts
+from grpo_jax.rollout.chat import PIECE
+from grpo_jax.run.console import Console
+from helpers import FREE, TOOLS, call_ids, text_ids
+
+command.HISTORY = command.Path({history!r})
+chat = test_chat.new_chat(call_ids("add", a=3, b=4), text_ids("It is 7."), text_ids("Bye \\x1b[31m."))
+job = Parts(console=Console(), toolbox=Parts(functions=dict((f.__name__, f) for f in TOOLS)))
+command.talk(job, chat)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:os.fork")
+def test_at_a_terminal_a_person_sees_calls_results_and_answers(tmp_path):
+    pexpect = pytest.importorskip("pexpect")
+    code = TALK.format(tests=str(launch.ROOT / "tests"), history=str(tmp_path / "history"))
+    environment = {**launch.os.environ, **launch.ENVIRONMENT, "TERM": "dumb"}
+    shell = pexpect.spawn(
+        sys.executable, ["-c", code], env=environment, encoding="utf-8", timeout=60, dimensions=(40, 100)
+    )
+    shell.expect("> ")
+    shell.sendline("What is 3 plus 4?")
+    shell.expect(r"→ add\(a=3, b=4\)\r\n← Sum: 7\r\nIt is 7\.\r\n\[answered; \d+ tokens\]\r\n")
+    shell.sendline("/tols")
+    shell.expect("No command /tols; nearest: /tools")
+    shell.sendline("/tools")
+    shell.expect(r"add\(a: int, b: int\) -> str\r\n    Add two")
+    shell.sendline("Bye")
+    shell.expect(r"Bye �\[31m\.\r\n\[answered")  # a model's escape sequence is shown, not obeyed
+    shell.sendline("/history")
+    shell.expect('"role": "tool", "name": "add", "content": "Sum: 7"')
+    shell.sendline("/reset")
+    shell.expect("A new conversation.")
+    shell.expect("> ")
+    shell.sendintr()
+    shell.expect("> ")
+    shell.sendeof()
+    shell.expect(pexpect.EOF)
+    shell.wait()
+    assert shell.exitstatus == 0
+    assert "/tools" in (tmp_path / "history").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name_or_path", "scratch"], "model_name_or_path must be a trained model to chat with"),
+        (["--tools_script", "broken.py"], "broken.py"),
+        (["--tools_script", "none.py"], "none.py"),
+        (["--model_name_or_path", "mute"], "writes no <tool_call>"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    from grpo_jax import chat as command
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    mute = model(tmp_path / "mute") / "tokenizer_config.json"
+    mute.write_text(mute.read_text().replace("<tool_call>", "<call>"))
+    given = {"--model_name_or_path": str(mute.parent), "--tools_script": TOOLS[1]} | dict([flags])
+    assert command.main([word for pair in given.items() for word in pair]) == 2
+    said = capsys.readouterr().err
+    error = said[said.index("Error: ") :]
+    assert message in error and error.count("\n") <= 2  # a tool file's own line follows
