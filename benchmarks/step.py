@@ -93,7 +93,9 @@ class RunningStep:
         if self.compiled is None:
             self.batch = make_batch(self.job, self.turns)
             self.compiled = self.job.update.lower(self.state, self.batch).compile()
-        self.state, metrics = self.compiled(self.state, self.batch, None)  # all weights are trained, none frozen
+        self.state, metrics = self.compiled(
+            self.state, self.batch, None
+        )  # all weights are trained, none frozen
         return metrics
 
 

@@ -51,7 +51,9 @@ def test_installs_name_extras_that_there_are():
 
 def package_commands():
     return [
-        line for _, line in COMMANDS if re.search(r"grpo_jax\.(train|sft|evaluate|chat) |^grpo-jax \w+ ", line)
+        line
+        for _, line in COMMANDS
+        if re.search(r"grpo_jax\.(train|sft|evaluate|chat) |^grpo-jax \w+ ", line)
     ]
 
 
