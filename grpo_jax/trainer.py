@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from grpo_jax import hosts
-from grpo_jax.data.batches import Cursor, Steps, next_batch
+from grpo_jax.data.batches import Cursor, Steps, choose_groups, cursor_after, next_batch
 from grpo_jax.data.rows import read_prompt
 from grpo_jax.models.qwen import Params
 from grpo_jax.preflight.check import check_job
-from grpo_jax.rollout.loop import make_policy, roll_out
+from grpo_jax.rollout.loop import Rollout, make_policy, roll_out
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import Checkpoints, StopSignal, find_start, machine_meta
 from grpo_jax.run.cold_start import cold_start_rows, fine_tune
@@ -224,6 +225,17 @@ class GRPOTrainer:
         first_calls = FirstCalls(batches=min(3, steps.batches))
         per_epoch = steps.batches_per_epoch * steps.updates_per_batch
         every = {of: config.interval(of, steps.updates, per_epoch) for of in ("eval", "save", "logging")}
+        rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
+
+        def advantages_of(values: np.ndarray) -> np.ndarray:
+            return batch_advantages(
+                values,
+                weights,
+                steps.G,
+                scale=config.scale_rewards,
+                aggregation=config.multi_objective_aggregation,
+                estimator=config.advantage_estimator,
+            )
 
         def due(every: int | None) -> bool:
             """Whether this batch reached a multiple of `every`; several updates per batch may step over it."""
@@ -240,48 +252,54 @@ class GRPOTrainer:
                     num_train_epochs=steps.batches / steps.batches_per_epoch,
                 )
 
-                # The next prompts, in an order that only seed and epoch decide.
-                draws, cursor = next_batch(len(data.prompts), steps.P, cursor, config.seed)
-                prompts = [dataclasses.replace(data.prompts[i], draw=draw) for i, draw in draws]
-
-                # Roll out: G completions of each prompt, with the tools that they call.
-                with timer("rollout"), job.console.progress("Rollout", steps.P * steps.G) as rows:
-                    rollout = roll_out(
-                        loop,
-                        make_policy(loop, sampler.export(learner.params(state))),
-                        prompts,
-                        generations=steps.G,
-                        seed=config.seed,
-                        on_turn=rows.advance,
-                        stop=lambda: stop.requested,
-                    )
-
-                # Score them, and compare each with its group.
-                if job.purity is not None:  # while what follows runs, which needs no tools
-                    job.purity.start(call for t in hosts.share(rollout.trajectories) for call in t.calls)
-                with timer("reward"):
-                    outcome = _scored(job, rollout.trajectories, now)
-                    rewards = combine_rewards(outcome.values, weights)
-                    advantages = batch_advantages(
-                        outcome.values,
-                        weights,
-                        steps.G,
-                        scale=config.scale_rewards,
-                        aggregation=config.multi_objective_aggregation,
-                        estimator=config.advantage_estimator,
-                    )
-                    trajectories = [
-                        dataclasses.replace(t, rewards=tuple(values), advantage=advantage)
-                        for t, values, advantage in zip(
-                            rollout.trajectories, outcome.values.tolist(), advantages.tolist(), strict=True
+                # Roll out G completions of each of the next P prompts, with the tools that they call, and score them.
+                # The order of prompts is that of seed and epoch; with dynamic_sampling more follow, until P groups
+                # have an advantage.
+                drawn, rollout, outcomes, acts = [], Rollout([], 0), [], np.zeros(0, bool)
+                with timer("rollout"):
+                    policy = make_policy(loop, sampler.export(learner.params(state)))
+                while len(outcomes) < rounds and acts.sum() < steps.P:
+                    draws, cursor = next_batch(len(data.prompts), steps.P, cursor, config.seed)
+                    prompts = [dataclasses.replace(data.prompts[i], draw=draw) for i, draw in draws]
+                    with timer("rollout"), job.console.progress("Rollout", steps.P * steps.G) as rows:
+                        sampled = roll_out(
+                            loop,
+                            policy,
+                            prompts,
+                            generations=steps.G,
+                            seed=config.seed,
+                            on_turn=rows.advance,
+                            stop=lambda: stop.requested,
                         )
-                    ]
+                    with timer("reward"):
+                        outcomes.append(_scored(job, sampled.trajectories, now))
+                        outcome = joined(outcomes)
+                        acts = (advantages_of(outcome.values).reshape(-1, steps.G) != 0).any(1)
+                    drawn, rollout = drawn + draws, rollout + sampled
+                del policy  # the update needs the memory
+
+                # Compare each with its group, in a batch of P groups; prompts after the last one that it needs are
+                # drawn again.
+                chosen = choose_groups(acts, steps.P)
+                if acts.sum() >= steps.P:
+                    cursor = cursor_after(drawn[chosen[-1]][1], len(data.prompts), steps.P)
+                batch_rows = (chosen[:, None] * steps.G + np.arange(steps.G)).reshape(-1)
+                rewards, advantages = combine_rewards(outcome.values, weights), np.zeros(len(outcome.values))
+                advantages[batch_rows] = advantages_of(outcome.values[batch_rows])
+                trajectories = [
+                    dataclasses.replace(t, rewards=tuple(values), advantage=advantage)
+                    for t, values, advantage in zip(
+                        rollout.trajectories, outcome.values.tolist(), advantages.tolist(), strict=True
+                    )
+                ]
+                if job.purity is not None:  # while what follows runs, which needs no tools
+                    job.purity.start(call for t in hosts.share(trajectories) for call in t.calls)
 
                 # Update the policy on the batch.
                 with timer("update"):
                     batch = make_batch(
                         data.tree,
-                        trajectories,
+                        [trajectories[i] for i in batch_rows],
                         steps.G,
                         mask_truncated=config.mask_truncated_completions,
                         sizes=learner.sizes,
@@ -307,6 +325,9 @@ class GRPOTrainer:
                     "num_tokens": num_tokens,
                     "rollout/wasted_decode": rollout.wasted_decode,
                 }
+                if config.dynamic_sampling:
+                    record["rollout/rounds"] = len(outcomes)
+                    record["rollout/wasted_groups"] = 1 - acts[chosen].sum() / len(acts)
                 if job.purity is not None:
                     record["tools/impure"] = sum(hosts.gather(job.purity.finish))
                 record["step_time"] = time.perf_counter() - began

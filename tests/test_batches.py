@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.data.batches import Cursor, Steps, count_steps, epoch_order, next_batch
+from grpo_jax.data.batches import Cursor, Steps, choose_groups, count_steps, cursor_after, epoch_order, next_batch
 
 
 def test_epoch_order_is_fixed_by_seed_and_epoch():
@@ -55,6 +56,32 @@ def test_a_stored_cursor_continues_the_same_draws(n, seed, data):
     restored = Cursor.from_json(json.loads(json.dumps(cursor.to_json())))
     assert restored == cursor
     assert next_batch(n, size, restored, seed) == next_batch(n, size, cursor, seed)
+
+
+@given(st.integers(1, 30), st.data())
+def test_a_run_that_uses_rows_up_to_a_draw_continues_with_the_one_behind_it(n, data):
+    """Unless the epoch has no full batch left; after a batch's last row it is the batch's own cursor."""
+    size = data.draw(st.integers(1, n))
+    batch, cursor = next_batch(n, size, Cursor(2, data.draw(st.integers(0, n - size))), seed=5)
+    assert cursor_after(batch[-1][1], n, size) == cursor
+    used = batch[data.draw(st.integers(0, size - 1))][1]
+    again, _ = next_batch(n, size, cursor_after(used, n, size), seed=5)
+    full = used % n + size < n
+    assert again[0][1] == (used + 1 if full else 3 * n)
+
+
+@pytest.mark.parametrize(
+    ("acts", "chosen"),
+    [
+        ([0, 1, 0, 1, 1, 1], [1, 3]),  # the last two came with the round that was needed for the second
+        ([0, 0, 1, 0], [0, 2]),  # filled up after the last round
+        ([0, 0, 0, 0], [0, 1]),
+        ([1, 1], [0, 1]),
+        ([0, 1], [0, 1]),
+    ],
+)
+def test_a_batch_holds_the_first_groups_with_an_advantage(acts, chosen):
+    assert choose_groups(np.array(acts, bool), 2).tolist() == chosen
 
 
 @pytest.mark.parametrize("size", [0, -1, 6])

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from grpo_jax import export, sft, train, trainer
-from grpo_jax.data.batches import Steps
+from grpo_jax.data.batches import Steps, epoch_order
 from grpo_jax.models import hf
 from grpo_jax.models.qwen import abstract_params
 from grpo_jax.run import job
@@ -474,6 +474,47 @@ def test_several_updates_a_batch_with_reference_and_evaluations(tmp_path):
     assert ran.json("summary.json")["after"]["n"] == 6
     # the second batch steps over update 3, and is the last
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["4"]
+
+
+# Dynamic sampling
+
+
+def of_odd_numbers(folder: Path) -> Path:
+    """A reward by which only the groups of odd first numbers differ in themselves."""
+    value = "[sum(ids) % 11 / 10 if int(a[5:]) % 4 == 3 else 0.5 for ids, a in zip(completion_ids, kwargs['answer'])]"
+    return launch.write(folder / "odd.py", launch.SPREAD.format(value=value))
+
+
+def dynamic_run(folder: Path, **changes) -> launch.Ran:
+    given = {"dynamic_sampling": True, "reward_fn": of_odd_numbers(folder.parent / "rewards")} | changes
+    ran = launch.small_run(folder, **given)
+    assert ran.status == 0, ran.err
+    return ran
+
+
+def test_groups_of_equal_rewards_are_replaced_by_the_next_and_a_resume_draws_the_same(tmp_path):
+    compiled = []
+    with mock.patch.object(trainer, "_print_update", lambda *_: compiled.append(launch.compiles())):
+        ran = dynamic_run(tmp_path / "whole")
+    assert compiled == [compiled[0]] * launch.UPDATES  # further rounds run the programs of the first
+    order = [10 + int(i) for i in epoch_order(42, 0, 24)]
+    wanted = [f"Add {i} and {i + 5}." for i in order if i % 2]
+    lines = ran.jsonl("metrics.jsonl")
+    assert lines[0]["rollout/rounds"] == 1  # so that what is compiled later would be seen
+    assert max(line["rollout/rounds"] for line in lines) > 1
+    for step, line in enumerate(lines, 1):
+        rows = ran.jsonl(f"rollouts/step_{step:06d}.jsonl")
+        learned = list(dict.fromkeys(row["prompt"] for row in rows if row["advantage"]))
+        assert learned == wanted[2 * step - 2 : 2 * step]
+        rounds = line["rollout/rounds"]
+        assert len(rows) == 8 * rounds
+        assert line["rollout/wasted_groups"] == pytest.approx(1 - 1 / rounds)
+        assert line["reward"] == pytest.approx(np.mean([row["rewards"]["odd"] for row in rows]))
+    dynamic_run(tmp_path / "run", max_steps=2)
+    again = dynamic_run(tmp_path / "run")
+    assert "Continuing from the checkpoint of update 2" in again.out
+    assert again.weights() == ran.weights()
+    assert timeless(again.jsonl("metrics.jsonl")) == timeless(lines)
 
 
 # Interrupted

@@ -68,7 +68,26 @@ def next_batch(n: int, size: int, cursor: Cursor, seed: int) -> tuple[list[tuple
     order = epoch_order(seed, cursor.epoch, n)
     stop = cursor.next_index + size
     draws = [(int(order[place]), cursor.epoch * n + place) for place in range(cursor.next_index, stop)]
-    return draws, Cursor(cursor.epoch, stop) if stop + size <= n else Cursor(cursor.epoch + 1, 0)
+    return draws, cursor_after(draws[-1][1], n, size)
+
+
+def cursor_after(draw: int, n: int, size: int) -> Cursor:
+    """The cursor of a run whose last row that it used was that of this draw; n and size as in `next_batch`."""
+    epoch, place = divmod(draw, n)
+    return Cursor(epoch, place + 1) if place + 1 + size <= n else Cursor(epoch + 1, 0)
+
+
+def choose_groups(acts: np.ndarray, size: int) -> np.ndarray:
+    """The groups that make a batch: the first that have an advantage, filled up with the first of the others.
+
+    Args:
+        acts: [n >= size] bool, in the order in which they were drawn.
+        size: groups per batch.
+
+    Returns:
+        [size] their indices, rising.
+    """
+    return np.sort(np.argsort(~acts, kind="stable")[:size])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,6 +85,11 @@ class Rollout:
         sampled = sum(t.sampled_tokens for t in self.trajectories)
         return 1 - sampled / self.row_steps if self.row_steps else 0.0
 
+    def __add__(self, other: Rollout) -> Rollout:
+        """This one and a later one of the same policy."""
+        trajectories = self.trajectories + other.trajectories
+        return Rollout(trajectories, self.row_steps + other.row_steps, self.stop or other.stop)
+
 
 @dataclasses.dataclass
 class _Flight:

@@ -237,6 +237,12 @@ class Options:
         1.0, "Share of a batch's sampled tokens that enter the loss, those of highest entropy.", gt=0, le=1
     )
     num_iterations: int = _opt(1, "Updates per batch of completions.", ge=1)
+    dynamic_sampling: bool = _opt(
+        False, "Replace groups without an advantage (equal rewards) by groups of the next prompts."
+    )
+    dynamic_sampling_max_rounds: int = _opt(
+        4, "Maximum number of rollouts for a batch with dynamic_sampling.", ge=2, why="to replace any group"
+    )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = _opt(
         "sum_then_normalize", "Normalize the sum of the rewards, or sum normalized rewards (GDPO)."
     )

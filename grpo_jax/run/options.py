@@ -316,8 +316,10 @@ def _without_effect(options: Options) -> list[tuple[str, str]]:
     if options.eval_strategy in ("no", "epoch") and options.eval_steps is not None:
         found.append(("eval_steps", f"eval_steps has no effect with eval_strategy {options.eval_strategy}"))
     for name, field in OPTIONS.items():
-        if name.startswith("lora_") and not options.use_peft and getattr(options, name) != field.default:
-            found.append((name, f"{name} has no effect without use_peft"))
+        for prefix, switch in (("lora_", "use_peft"), ("dynamic_sampling_", "dynamic_sampling")):
+            unused = name.startswith(prefix) and not getattr(options, switch)
+            if unused and getattr(options, name) != field.default:
+                found.append((name, f"{name} has no effect without {switch}"))
     return found
 
 
