@@ -255,11 +255,12 @@ class GRPOTrainer:
                 # Roll out G completions of each of the next P prompts, with the tools that they call, and score them.
                 # The order of prompts is that of seed and epoch; with dynamic_sampling more follow, until P groups
                 # have an advantage.
-                drawn, rollout, outcomes, acts = [], Rollout([], 0), [], np.zeros(0, bool)
+                drawn, next_cursor = [], cursor
+                rollout, outcomes, acts = Rollout([], 0), [], np.zeros(0, bool)
                 with timer("rollout"):
                     policy = make_policy(loop, sampler.export(learner.params(state)))
                 while len(outcomes) < rounds and acts.sum() < steps.P:
-                    draws, cursor = next_batch(len(data.prompts), steps.P, cursor, config.seed)
+                    draws, next_cursor = next_batch(len(data.prompts), steps.P, next_cursor, config.seed)
                     prompts = [dataclasses.replace(data.prompts[i], draw=draw) for i, draw in draws]
                     with timer("rollout"), job.console.progress("Rollout", steps.P * steps.G) as rows:
                         sampled = roll_out(
@@ -280,7 +281,7 @@ class GRPOTrainer:
 
                 # Compare each with its group, in a batch of P groups; prompts after the last one that it needs are
                 # drawn again.
-                chosen = choose_groups(acts, steps.P)
+                chosen, cursor = choose_groups(acts, steps.P), next_cursor
                 if acts.sum() >= steps.P:
                     cursor = cursor_after(drawn[chosen[-1]][1], len(data.prompts), steps.P)
                 batch_rows = (chosen[:, None] * steps.G + np.arange(steps.G)).reshape(-1)

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.data.batches import Cursor, Steps, choose_groups, count_steps, cursor_after, epoch_order, next_batch
+from grpo_jax.data.batches import (
+    Cursor,
+    Steps,
+    choose_groups,
+    count_steps,
+    cursor_after,
+    epoch_order,
+    next_batch,
+)
 
 
 def test_epoch_order_is_fixed_by_seed_and_epoch():

@@ -328,6 +328,7 @@ def test_missing_config_file_is_named():
         ),
         ("dtype", "float16", "must be one of auto, float32, bfloat16, got 'float16'"),
         ("param_dtype", "auto", "must be one of float32, bfloat16, got 'auto'"),
+        ("dynamic_sampling_max_rounds", 1, "must be >= 2 to replace any group, got 1"),
         ("optim_dtype", "float16", "must be one of float32, bfloat16, got 'float16'"),
         (
             "max_shard_size",
@@ -692,6 +693,8 @@ def test_adapters_options_without_use_peft_are_named(tmp_path, caplog):
     caplog.clear()
     parse("--lora_r", "8", "--use_peft")
     assert caplog.text == ""
+    parse("--dynamic_sampling_max_rounds", "8")
+    assert "dynamic_sampling_max_rounds has no effect without dynamic_sampling" in caplog.text
 
 
 def test_required_option_that_is_not_set_is_named():
