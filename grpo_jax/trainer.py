@@ -21,6 +21,7 @@ from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor, Steps, choose_groups, cursor_after, next_batch
 from grpo_jax.data.rows import read_prompt
 from grpo_jax.models.qwen import Params
+from grpo_jax.models.sharding import placed
 from grpo_jax.preflight.check import check_job
 from grpo_jax.rollout.loop import Rollout, make_policy, roll_out
 from grpo_jax.rollout.sampling import Sampling
@@ -32,13 +33,14 @@ from grpo_jax.run.console import Console, note_dependencies, setup_logging
 from grpo_jax.run.evaluation import compare, evaluate
 from grpo_jax.run.fields import DEFAULT_TOOLS
 from grpo_jax.run.identity import adapters_meta, run_identity
-from grpo_jax.run.inputs import check_gold_calls
+from grpo_jax.run.inputs import check_compared_figure, check_gold_calls
 from grpo_jax.run.job import DataSet, Job, load_data, lora_config, open_job, read_inputs, steps_of
 from grpo_jax.run.learner import Learner, make_learner
 from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
-from grpo_jax.run.options import GRPOConfig
+from grpo_jax.run.options import GRPOConfig, compares_evaluations
 from grpo_jax.run.report import write_report
+from grpo_jax.run.stopping import Best
 from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
 from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
 from grpo_jax.scoring.rewards import RewardOutcome, TrainerState, joined
@@ -124,12 +126,17 @@ class GRPOTrainer:
         setup_logging(console, config.log_level)
         self.output_dir = Path(config.output_dir)
         self._learned: tuple[Learner, TrainState] | None = None
+        self._best = Best()
         by_options = config.tools_script or config.tool_functions_module != DEFAULT_TOOLS
         if tools is None and not by_options and (train_dataset is not None or reward_funcs is not None):
             raise ValueError("tools must be a list with at least one function, got None")
         train = config.required("dataset_id_or_path") if train_dataset is None else train_dataset
         evaluation = config.eval_dataset_id_or_path if eval_dataset is None else eval_dataset
         inputs = read_inputs(config, train, evaluation, tools, reward_funcs)  # before anything is written
+        if compares_evaluations(config) and inputs.evaluation is None:
+            raise ValueError(
+                "early_stop_patience and load_best_model_at_end compare evaluations; set eval_dataset_id_or_path"
+            )
         with run_lock(self.output_dir, "grpo_jax.train"), watch_compiles(console, timer):
             if config.overwrite_output_dir:
                 hosts.of_first(lambda: _start_over(self.output_dir))
@@ -139,6 +146,9 @@ class GRPOTrainer:
         weakref.finalize(self, self.job.runner.close)
         if self.evaluation is not None:
             check_gold_calls(self.evaluation.prompts, self.job.toolbox.functions)
+            if compares_evaluations(config):
+                functions = self.job.toolbox.functions
+                check_compared_figure(self.evaluation.prompts, functions, config.early_stop_metric)
         if not config.check:  # a check gives its hints first
             hosts.share(range(self.steps.P))  # raises where the prompts do not divide by the hosts
 
@@ -173,12 +183,13 @@ class GRPOTrainer:
         if start.finished is not None:
             line(
                 f"The run in {out} is finished after {start.finished} updates (summary.json, model/). A higher "
-                "--max_steps or --num_train_epochs continues it, --overwrite_output_dir starts over, another "
-                "--output_dir keeps both."
+                f"{'--early_stop_patience' if 'stopped_early' in summary else '--max_steps or --num_train_epochs'} "
+                "continues it, --overwrite_output_dir starts over, another --output_dir keeps both."
             )
             self.job = dataclasses.replace(job, folder=out / "model", checkpoint=None, adapter=None)
             return TrainResult(start.finished, True, summary)
-        summary.pop("after", None)
+        for name in ("after", "stopped_early"):
+            summary.pop(name, None)
         hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
         if config.cold_start:
             job = self.job = self._cold_started(summary)
@@ -203,6 +214,8 @@ class GRPOTrainer:
             return TrainResult(step, False, summary)
         self.save_model(out / "model", out / "adapter")
         summary |= {"after": None, "updates": step}
+        if step < self.steps.updates:
+            summary["stopped_early"] = self._best.waited
         if self.evaluation is not None:
             summary["after"] = self._evaluated("Evaluation after")
             compare(job.console, {"before": summary["before"], "after": summary["after"]})
@@ -225,6 +238,10 @@ class GRPOTrainer:
         first_calls = FirstCalls(batches=min(3, steps.batches))
         per_epoch = steps.batches_per_epoch * steps.updates_per_batch
         every = {of: config.interval(of, steps.updates, per_epoch) for of in ("eval", "save", "logging")}
+        best, compared = Best(**meta.get("best", {})), compares_evaluations(config)
+        if best.step not in checkpoints.steps():  # none so far, or of a run in another folder
+            best = Best()
+        checkpoints.keep_best(best.step)
         rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
 
         def advantages_of(values: np.ndarray) -> np.ndarray:
@@ -244,6 +261,12 @@ class GRPOTrainer:
         with records, job.console.progress("GRPO", steps.batches) as bar:
             bar.advance(first // steps.updates_per_batch)
             for _ in range(first // steps.updates_per_batch, steps.batches):
+                if best.ends(config.early_stop_patience):
+                    job.console.line(
+                        f"Stopping early: in {best.waited} evaluations {config.early_stop_metric} was not above "
+                        f"{best.value:.3f}, that at update {best.step}"
+                    )
+                    break
                 began = time.perf_counter()
                 now = TrainerState(
                     global_step=int(state.step),
@@ -332,10 +355,13 @@ class GRPOTrainer:
                 if job.purity is not None:
                     record["tools/impure"] = sum(hosts.gather(job.purity.finish))
                 record["step_time"] = time.perf_counter() - began
-                done = step >= steps.updates
-                if self.evaluation is not None and due(every["eval"]) and not done:
+                last = step >= steps.updates  # evaluated here only where it is compared with earlier ones
+                if self.evaluation is not None and (compared if last else due(every["eval"])):
                     figures = self._evaluated(f"Evaluation at {step}")
                     record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
+                    if compared:
+                        best = best.after(step, figures[config.early_stop_metric])
+                done = last or best.ends(config.early_stop_patience)
                 records.write(step, record, trajectories, names, outcome.extras)
                 bar.advance(1, reward=record["reward"], spread=record["reward_std"])
                 if hint := first_calls.hint(trajectories):
@@ -351,12 +377,28 @@ class GRPOTrainer:
                 # rollout stops after the next.
                 stopping = stop.requested if hosts.alone() else rollout.stop
                 checkpoints.check()
-                if stopping or due(every["save"]) or (done and config.save_strategy != "no"):
+                checkpoints.keep_best(best.step)
+                if (
+                    stopping
+                    or due(every["save"])
+                    or (done and config.save_strategy != "no")
+                    or step == best.step
+                ):
                     meta |= {"cursor": cursor.to_json(), "num_tokens": num_tokens, "timings": timer.seconds}
+                    meta["best"] = dataclasses.asdict(best)
                     with timer("save"):
                         checkpoints.save(step, state, meta)
                 if stopping and not done:
                     return True
+
+        self._best = best
+        if config.load_best_model_at_end and best.step not in (0, int(state.step)):
+            params = placed(state.params, state_shardings(learner.step.layout, state).params)
+            params = checkpoints.restore_params(best.step, params)
+            self._learned = learner, dataclasses.replace(state, params=params)
+            job.console.line(
+                f"The model is that of update {best.step}: {config.early_stop_metric} {best.value:.3f} is the best"
+            )
         return False
 
     def check(self) -> bool:

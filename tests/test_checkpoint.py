@@ -107,6 +107,17 @@ def test_the_newest_are_kept(tmp_path, keep, left):
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == left
 
 
+def test_the_best_is_kept_beside_the_newest_until_another_is(tmp_path):
+    left = []
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.keep_best(2 if step < 6 else 6)
+            checkpoints.save(step, make_state(step), {})
+            checkpoints.wait()
+            left.append(checkpoints.steps())
+    assert left == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7]]
+
+
 @pytest.mark.parametrize("step", [4, 5])
 def test_an_existing_or_older_step_is_refused(tmp_path, step):
     with Checkpoints(tmp_path) as checkpoints:

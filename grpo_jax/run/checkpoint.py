@@ -33,12 +33,13 @@ from orbax.checkpoint.args import (
     StandardRestore,
     StandardSave,
 )
-from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.checkpoint_managers import LatestN, PreservationPolicy
 
 from grpo_jax.data.batches import Cursor
 from grpo_jax.files import OutputError, cannot_write
 from grpo_jax.models.sharding import placed
 from grpo_jax.run.identity import check_adapters, differences
+from grpo_jax.run.stopping import Best
 from grpo_jax.text import shorten
 from grpo_jax.update.update import TrainState
 
@@ -65,10 +66,11 @@ class Checkpoints:
         if keep is not None and keep < 1:
             raise ValueError(f"save_total_limit must be >= 1, or none to keep all checkpoints, got {keep}")
         self.directory = Path(directory).absolute()
+        self._kept = _NewestAndBest(keep)
         _refuse_other_folders(self.directory)
         options = ocp.CheckpointManagerOptions(
             create=False,  # a mistyped folder to read from must not be created
-            preservation_policy=LatestN(keep),
+            preservation_policy=self._kept,
             enable_async_checkpointing=async_save,
         )
         handlers = {
@@ -117,6 +119,10 @@ class Checkpoints:
             self._manager.save(step, args=items)
         # Orbax reports that a save failed only when it is waited for
         self._written = self._waiter.submit(self._manager.wait_until_finished)
+
+    def keep_best(self, step: int) -> None:
+        """Keep this step beside the newest ones, in place of the step of an earlier call."""
+        self._kept.best = step
 
     def steps(self) -> list[int]:
         """The steps in the folder in rising order; the last may still be being written."""
@@ -230,6 +236,17 @@ class Checkpoints:
             ) from error
 
 
+class _NewestAndBest(PreservationPolicy):
+    """What Orbax keeps: the newest n checkpoints, all where n is None, and one more."""
+
+    def __init__(self, n: int | None):
+        self._newest, self.best = LatestN(n), None
+
+    def should_preserve(self, checkpoints, *, context):
+        newest = self._newest.should_preserve(checkpoints, context=context)
+        return [new or one.step == self.best for new, one in zip(newest, checkpoints, strict=True)]
+
+
 def is_step_folder(path: str | Path) -> bool:
     """Whether a path is one step's folder, as `runs/x/checkpoints/40`."""
     return Path(path).name.isdigit() and (Path(path) / "params").is_dir()
@@ -281,8 +298,8 @@ def find_start(
     1. Fresh, from the model's weights: output_dir holds no checkpoint, and none is named.
     2. From the newest checkpoint in output_dir, when none is named, or when that one is.
     3. From a named step of another run, when output_dir holds no checkpoint.
-    4. Not at all: output_dir holds a finished run, and no more updates than it made are asked for.
-       With more it continues as 2.
+    4. Not at all: output_dir holds a finished run, and no more updates than it made are asked for, or it was
+       stopped early and early_stop_patience is no higher now. Otherwise it continues as 2.
 
     Where there is a checkpoint, data, tools, rewards, seed, batch and options are compared with those that
     it was saved with.
@@ -291,7 +308,7 @@ def find_start(
         checkpoints: of output_dir.
         wanted: resume_from_checkpoint: a step's folder, "none" for a fresh start, None for the newest.
         summary: of the run in output_dir, empty for a new one: `after` says that it is finished, `updates` how
-            many it made.
+            many it made, `stopped_early` after how many evaluations without a better one.
         fresh: the meta of a fresh start: `cursor`, `source`, `run` (see `run_identity`), the `MACHINE`'s keys, and
             with adapters those of `adapters_meta`.
         allow_change: continue despite differences that change the result.
@@ -322,13 +339,17 @@ def find_start(
             )
         found = named
     done = summary.get("updates", newest or updates) if "after" in summary else None
-    if done is not None and newest is None and updates > done:
+    waited = Best(waited=summary.get("stopped_early", 0))
+    enough = done is not None and (
+        updates <= done or waited.ends(fresh["run"]["options"].get("early_stop_patience"))
+    )
+    if done is not None and newest is None and not enough:
         raise ValueError(
             f"the run in {checkpoints.directory.parent} is finished after {done} updates and left no checkpoint to "
             f"continue from, {updates} are asked for now: start over with --overwrite_output_dir, or train its model "
             f"further with --model_name_or_path {checkpoints.directory.parent / 'model'} and another --output_dir"
         )
-    finished = done if done is not None and updates <= done else None
+    finished = done if enough else None
     if found is None or (newest is None and finished is not None):
         return Start(None, dict(fresh), [], finished)
     where = found[0] / str(found[1])

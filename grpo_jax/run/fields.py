@@ -80,6 +80,7 @@ FloatType = Literal["float32", "bfloat16"]
 LoraModule = Literal[
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"
 ]
+Figure = Literal["response_validity", "exact_answer_match", "tool_call_schema_match"]
 DEFAULT_TOOLS = "tools_funcs.financial_tools_complex"  # the original's
 NONE_IS_A_VALUE = {"resume_from_checkpoint", "compilation_cache_dir"}  # elsewhere the text none unsets
 
@@ -293,7 +294,7 @@ class Options:
     )
     save_steps: Interval = _opt(500, "Updates between checkpoints; below 1: a share of all updates.")
     save_total_limit: int | None = _opt(
-        None, "Number of checkpoints to keep, the newest ones; unset: all.", ge=1
+        None, "Number of checkpoints to keep, the newest ones and the best beside them; unset: all.", ge=1
     )
     resume_from_checkpoint: str | None = _opt(
         None,
@@ -316,6 +317,15 @@ class Options:
     )
     eval_steps: Interval | None = _opt(
         None, "Updates between evaluations, below 1 a share of all; unset: only before and after training."
+    )
+    early_stop_patience: int | None = _opt(
+        None,
+        "Evaluations during training without a better early_stop_metric that end the run; unset: never.",
+        ge=1,
+    )
+    early_stop_metric: Figure = _opt("exact_answer_match", "Figure of the evaluations that is compared.")
+    load_best_model_at_end: bool = _opt(
+        False, "Save the weights of the best evaluation as model, instead of the last ones."
     )
     eval_batch_size: int = _opt(128, "Rows evaluated at once.", ge=1)
     seed: Seed = _opt(42, "Seed of all randomness.")

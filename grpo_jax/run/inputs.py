@@ -52,6 +52,23 @@ def check_stop_rule(prompts: Sequence[Prompt], sft_stop_match: float) -> None:
         )
 
 
+def check_compared_figure(prompts: Sequence[Prompt], functions: Mapping[str, Callable], figure: str) -> None:
+    """Whether evaluation rows have the figure by which evaluations are compared (`early_stop_metric`).
+
+    Raises:
+        ValueError: every answer is an `Error:`, or no row has a gold call to compare with.
+    """
+    rows = [p for p in prompts if not p.example.wants_error]
+    if figure == "tool_call_schema_match":
+        rows = [p for p in rows if gold_calls(p.example, functions)]
+    if not rows:
+        raise ValueError(
+            f"{prompts[0].example.source}: none of the {len(prompts)} evaluation rows has a {figure}, by which "
+            "early_stop_metric compares evaluations: their answers begin with 'Error:', or they lack gold calls; "
+            "choose another early_stop_metric or other rows"
+        )
+
+
 def check_gold_calls(prompts: Sequence[Prompt], functions: Mapping[str, Callable]) -> None:
     """Whether the gold calls of evaluation rows, where there are any, can be compared with.
 

@@ -289,6 +289,16 @@ def _contradictions(options: Options) -> list[tuple[str, str]]:
         text = f"sampler_correction {options.sampler_correction} needs sampler_correction_min or _max to truncate at"
         found.append(("sampler_correction", text))
 
+    # evaluations that are compared
+    during = options.eval_strategy in ("steps", "epoch") or (
+        options.eval_strategy is None and options.eval_steps is not None
+    )
+    for name in ("early_stop_patience", "load_best_model_at_end"):
+        if getattr(options, name) and not during:
+            found.append(
+                (name, f"{name} compares evaluations during training; set eval_steps or eval_strategy")
+            )
+
     # the advantages
     if options.multi_objective_aggregation == "normalize_then_sum":
         for name in ("scale_rewards", "advantage_estimator"):
@@ -315,12 +325,22 @@ def _without_effect(options: Options) -> list[tuple[str, str]]:
             found.append((name, f"{text}transformers); constant_with_warmup has one"))
     if options.eval_strategy in ("no", "epoch") and options.eval_steps is not None:
         found.append(("eval_steps", f"eval_steps has no effect with eval_strategy {options.eval_strategy}"))
+    if options.early_stop_metric != OPTIONS["early_stop_metric"].default and not compares_evaluations(
+        options
+    ):
+        text = "early_stop_metric has no effect without early_stop_patience or load_best_model_at_end"
+        found.append(("early_stop_metric", text))
     for name, field in OPTIONS.items():
         for prefix, switch in (("lora_", "use_peft"), ("dynamic_sampling_", "dynamic_sampling")):
             unused = name.startswith(prefix) and not getattr(options, switch)
             if unused and getattr(options, name) != field.default:
                 found.append((name, f"{name} has no effect without {switch}"))
     return found
+
+
+def compares_evaluations(options: Options) -> bool:
+    """Whether the run keeps its best evaluation, to stop by it or to end with its weights."""
+    return options.early_stop_patience is not None or options.load_best_model_at_end
 
 
 def compute_dtype(option: str, on_cpu: bool) -> str:
