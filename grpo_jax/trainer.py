@@ -24,7 +24,6 @@ from grpo_jax.models.qwen import Params
 from grpo_jax.models.sharding import placed
 from grpo_jax.preflight.check import check_job
 from grpo_jax.rollout.loop import Rollout, make_policy, roll_out
-from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import Checkpoints, StopSignal, find_start, machine_meta
 from grpo_jax.run.cold_start import cold_start_rows, fine_tune
 from grpo_jax.run.compiling import watch_compiles
@@ -229,7 +228,7 @@ class GRPOTrainer:
         """The loop of GRPO, from the state in `_learned`; returns whether it was asked to stop early."""
         job, data, steps, config, timer = self.job, self.data, self.steps, self.job.config, self.job.timer
         learner, state = self._learned
-        sampler = job.sampler(Sampling(config.temperature, config.top_k, config.top_p, config.min_p or 0.0))
+        sampler = job.sampled
         loop = job.tool_loop(sampler, data.tree)
         cursor, num_tokens, first = Cursor.from_json(meta["cursor"]), meta["num_tokens"], int(state.step)
         names = [reward.name for reward in job.rewards]

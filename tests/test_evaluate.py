@@ -1,13 +1,21 @@
 """The three figures, worked by hand, and the command on a model folder and on a checkpoint."""
 
 import dataclasses
+import itertools
 
 import launch
 import pytest
 from helpers import prompt
 
 from grpo_jax import evaluate, export
-from grpo_jax.scoring.evaluation import call_match, equal_values, schema_match, summarize
+from grpo_jax.scoring.evaluation import (
+    call_match,
+    equal_values,
+    pass_at_k,
+    schema_match,
+    summarize,
+    summarize_samples,
+)
 from grpo_jax.types import Example, Outcome, Status, ToolCall, ToolResult, Trajectory
 
 
@@ -161,6 +169,40 @@ def test_rows_without_gold_calls_have_no_schema_figure():
     assert summary["exact_answer_match"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("n", "c", "k", "expected"),
+    [(4, 1, 2, 1 / 2), (4, 2, 2, 5 / 6), (5, 2, 3, 9 / 10), (8, 0, 8, 0), (8, 1, 8, 1), (8, 3, 1, 3 / 8)],
+)
+def test_pass_at_k_by_hand(n, c, k, expected):
+    """1 − C(n − c, k) / C(n, k): 1 − 3/6, 1 − 1/6, 1 − 1/10; the plain 1 − (1 − c/n)^k would give 0.44 and 0.75."""
+    assert pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-15)
+
+
+def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_sample():
+    for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
+        if c <= n >= k:
+            choices = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, choices)) / len(choices), abs=1e-12)
+
+
+def test_the_figures_of_samples_by_hand():
+    """0, 1 and 4 right ones of four; a row whose answer is an error is left out."""
+    right, wrong, error = trajectory((ADD, "Sum: 3")), trajectory((ADD, "Sum: 9")), "Error: no"
+    samples = [*[wrong] * 4, wrong, right, wrong, trajectory(), *[right] * 4, *[wrong] * 4]
+    answers = ["Sum: 3"] * 12 + [error] * 4
+    samples = [
+        dataclasses.replace(t, prompt=dataclasses.replace(t.prompt, example=Example([], answer)))
+        for t, answer in zip(samples, answers, strict=True)
+    ]
+    found = summarize_samples(samples, 4)
+    intervals = found.pop("intervals")
+    assert found == pytest.approx({"mean@4": 5 / 12, "pass@2": (0 + 1 / 2 + 1) / 3, "pass@4": 2 / 3})
+    assert intervals.keys() == found.keys()
+    assert all(low <= found[name] <= high for name, (low, high) in intervals.items())
+    assert [*summarize_samples(samples[:6] * 2, 6)] == ["mean@6", "pass@2", "pass@4", "pass@6", "intervals"]
+    assert summarize_samples(samples[12:], 4)["pass@4"] is None
+
+
 # The command
 
 
@@ -187,6 +229,21 @@ def test_a_model_folder_and_its_checkpoint_have_the_same_figures(tmp_path):
         del figures["model"], figures["timings"]
     assert of_folder == of_step
     assert of_folder["n"] == 6  # of which the second batch of four held two
+
+
+def test_samples_stand_beside_the_greedy_figures(tmp_path):
+    run = launch.whole().folder
+    changes = {"model_name_or_path": run / "model", "eval_dataset_id_or_path": launch.evaluation_rows()}
+    ran = launch.call(
+        evaluate.main, launch.options(tmp_path / "a", **changes, eval_samples=3), tmp_path / "a"
+    )
+    assert ran.status == 0, ran.err
+    figures = ran.json("evaluation.json")
+    greedy = run_evaluate(run / "model", tmp_path / "b").json("evaluation.json")
+    assert [figures[name] for name in ("mean@3", "pass@2", "pass@3")] == [0, 0, 0]
+    assert figures.keys() - greedy.keys() == {"mean@3", "pass@2", "pass@3"}
+    assert all(figures[name] == greedy[name] for name in ("n", "exact_answer_match", "response_validity"))
+    assert all(name in ran.out for name in ("Evaluation, 3 samples a row", "mean@3", "pass@2", "pass@3"))
 
 
 def test_another_step_is_another_model(tmp_path):

@@ -68,12 +68,17 @@ def test_evaluation_rolls_out_every_prompt_and_fills_up_the_last_batch(mixed, mo
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, eval_batch_size=3))
     given = []
 
-    def roll_out(loop, policy, prompts):
+    def roll_out(loop, policy, prompts, *, generations, seed):
         given.append([p and ([s["function"]["name"] for s in p.schemas], p.draw) for p in prompts])
-        return Rollout([Trajectory(p) for p in prompts if p], row_steps=0)
+        return Rollout([Trajectory(p) for p in prompts if p for _ in range(generations)], row_steps=0)
 
     monkeypatch.setattr(evaluation, "roll_out", roll_out)
     monkeypatch.setattr(evaluation, "make_policy", lambda loop, params: None)
     evaluation.evaluate(job, None, data, "Evaluation")
     both = ["add", "multiply"]
     assert given == [[(["add"], 0), (both, 1), (both, 2)], [(["multiply"], 3), None, None]]
+    given.clear()
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, eval_batch_size=4, eval_samples=2))
+    evaluation.evaluate(job, None, data, "Evaluation")
+    # two samples each of two rows at once, after the four greedy ones
+    assert [[p[1] for p in prompts] for prompts in given] == [[0, 1, 2, 3], [0, 1], [2, 3]]

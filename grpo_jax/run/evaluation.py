@@ -10,10 +10,11 @@ from grpo_jax import hosts
 from grpo_jax.data.gold import gold_calls
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.loop import make_policy, roll_out
+from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import DataSet, Job
-from grpo_jax.run.log import EVALUATED, interval_text
-from grpo_jax.scoring.evaluation import summarize
+from grpo_jax.run.log import interval_text
+from grpo_jax.scoring.evaluation import summarize, summarize_samples
 from grpo_jax.types import Trajectory
 
 
@@ -31,34 +32,45 @@ class Evaluation:
 
 
 def evaluate(job: Job, params: Params, data: DataSet, title: str) -> Evaluation:
-    """Run every prompt greedily and score the calls.
+    """Run every prompt greedily and score the calls; with eval_samples, sample each so often too.
 
     Args:
         params: rollout weights, from `sampler.export`.
     """
     gold = [gold_calls(p.example, job.toolbox.functions) for p in data.prompts]
-    size = job.config.eval_batch_size
-    if not hosts.alone():  # every host has rows, some of which may be padding
-        size = -(-size // job.row_devices) * job.row_devices
-    loop = job.tool_loop(job.greedy, data.tree)
-    policy = make_policy(loop, params)
     prompts = [dataclasses.replace(prompt, draw=i) for i, prompt in enumerate(data.prompts)]
-    trajectories: list[Trajectory] = []
-    with job.console.progress(title, len(prompts)) as bar:
-        for start in range(0, len(prompts), size):
-            chosen = prompts[start : start + size]
-            filled = chosen + [None] * (size - len(chosen))  # always the same shape: one compile
-            trajectories += roll_out(loop, policy, filled).trajectories
-            bar.advance(len(chosen))
-    return Evaluation(summarize(trajectories, gold), trajectories)
+    policy = make_policy(job.tool_loop(job.greedy, data.tree), params)
+
+    def completions(sampler: Sampler, title: str, generations: int) -> list[Trajectory]:
+        loop, trajectories = job.tool_loop(sampler, data.tree), []
+        size = max(job.config.eval_batch_size // generations, 1)
+        if not hosts.alone():  # every host has rows, some of which may be padding
+            size = -(-size // job.row_devices) * job.row_devices
+        with job.console.progress(title, len(prompts)) as bar:
+            for start in range(0, len(prompts), size):
+                chosen = prompts[start : start + size]
+                filled = chosen + [None] * (size - len(chosen))  # always the same shape: one compile
+                rollout = roll_out(loop, policy, filled, generations=generations, seed=job.config.seed)
+                trajectories += rollout.trajectories
+                bar.advance(len(chosen))
+        return trajectories
+
+    trajectories = completions(job.greedy, title, 1)
+    summary, n = summarize(trajectories, gold), job.config.eval_samples
+    if n:
+        found = summarize_samples(completions(job.sampled, f"{title}, {n} samples a row", n), n)
+        summary["intervals"] |= found.pop("intervals")
+        summary |= found
+    return Evaluation(summary, trajectories)
 
 
 def compare(console: Console, summaries: dict[str, dict[str, Any]]) -> None:
     """A table of several evaluations, each figure with its 95 % interval."""
-    rows: Sequence = [
-        (metric, *(interval_text(summary, metric) for summary in summaries.values())) for metric in EVALUATED
-    ]
     first = next(iter(summaries.values()))
+    rows: Sequence = [
+        (metric, *(interval_text(summary, metric) for summary in summaries.values()))
+        for metric in first["intervals"]
+    ]
     errors = first["error_answers"]["n"]
     left_out = f" ({errors} rows whose answer is an error are not in the figures)" if errors else ""
     console.table(f"Evaluation on {first['n']} rows{left_out}", ("metric", *summaries), rows)

@@ -328,6 +328,11 @@ class Options:
         False, "Save the weights of the best evaluation as model, instead of the last ones."
     )
     eval_batch_size: int = _opt(128, "Rows evaluated at once.", ge=1)
+    eval_samples: int | None = _opt(
+        None,
+        "Samples of each evaluated row, for mean@K and pass@k beside the greedy figures; unset: none.",
+        ge=2,
+    )
     seed: Seed = _opt(42, "Seed of all randomness.")
     log_level: Literal["debug", "info", "warning"] = _opt(
         "info",

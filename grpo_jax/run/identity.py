@@ -37,7 +37,7 @@ NOT_COMPARED = frozenset((
     "mesh_data", "mesh_fsdp", "mesh_tensor", "micro_batches", "gradient_checkpointing", "max_shard_size",
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_config_change",
     "save_strategy", "save_steps", "save_total_limit", "logging_steps", "log_completions", "log_level", "report_to",
-    "eval_dataset_id_or_path", "eval_steps", "eval_strategy", "generation_batch_size", "eval_batch_size", "verify_purity",
+    "eval_dataset_id_or_path", "eval_steps", "eval_strategy", "generation_batch_size", "eval_batch_size", "eval_samples", "verify_purity",
     "early_stop_metric", "load_best_model_at_end", "check", "plan", "print_config", "compilation_cache_dir",
 ))  # fmt: skip
 

@@ -139,6 +139,12 @@ class Job:
         """The sampler of every evaluation."""
         return self.sampler(Sampling(temperature=0))
 
+    @property
+    def sampled(self) -> Sampler:
+        """The sampler of training, and of an evaluation's samples."""
+        config = self.config
+        return self.sampler(Sampling(config.temperature, config.top_k, config.top_p, config.min_p or 0.0))
+
     def tool_loop(self, sampler: Sampler, tree: Tree) -> ToolLoop:
         """The multi-turn loop over a data set's prefix tree."""
         config = self.config

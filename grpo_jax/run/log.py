@@ -216,7 +216,7 @@ class PhaseTimer:
 
 def interval_text(summary: dict[str, Any], name: str) -> str:
     """One of an evaluation's figures with its 95 % interval; "–" for what could not be computed."""
-    value, interval = summary[name], summary["intervals"][name]
+    value, interval = summary.get(name), summary["intervals"].get(name)  # an older run has fewer
     if value is None:
         return "–"
     return f"{value:.3f} (–)" if interval is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"

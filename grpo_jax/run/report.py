@@ -111,6 +111,7 @@ def _curves(lines):
     ends = sorted(n for n in names if n.startswith("status/"))
     panels["how rows ended, share"] = [n for n in ends if any(line.get(n) for line in lines)]
     panels["evaluation"] = [f"eval/{name}" for name in EVALUATED if f"eval/{name}" in names]
+    panels["evaluation, sampled"] = sorted(n for n in names if n.startswith(("eval/mean@", "eval/pass@")))
     panels = {title: metrics for title, metrics in panels.items() if metrics}
     rows = 1 + -(-len(panels) // 2)
     figure = _figure(2.6 * rows)
@@ -169,7 +170,8 @@ def _evaluation(summary) -> str:
     figure = _figure(2.6)
     for axes, name in zip(figure.subplots(1, len(EVALUATED)), EVALUATED, strict=True):
         draw_figure(axes, summary, name)
-    rows = [("", *shown), *((name, *(interval_text(s, name) for s in shown.values())) for name in EVALUATED)]
+    names = next(iter(shown.values()))["intervals"]
+    rows = [("", *shown), *((name, *(interval_text(s, name) for s in shown.values())) for name in names)]
     return _table([*rows, ("rows", *(s["n"] for s in shown.values()))]) + _svg(figure)
 
 

@@ -1,4 +1,4 @@
-"""The figures of a greedy evaluation over the whole tool loop.
+"""The figures of an evaluation over the whole tool loop, greedy and, with `--eval_samples`, sampled.
 
 - response_validity: share of examples with at least one parsable call to a known tool whose result does
   not begin with `Error:`;
@@ -11,6 +11,7 @@ Examples whose gold answer is itself an `Error:` are counted separately.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,40 @@ def summarize(trajectories: Sequence[Trajectory], gold: Sequence[list[ToolCall]]
             "exact_answer_match": sum(errors) / len(errors) if errors else None,
         },
     }
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right: 1 − C(n − c, k) / C(n, k).
+
+    Args:
+        n: samples, >= k.
+        c: right ones among them.
+        k: samples that one may be right of.
+
+    Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
+    """
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def summarize_samples(samples: Sequence[Trajectory], n: int) -> dict[str, Any]:
+    """mean@n and pass@k of sampled completions with their 95 % intervals, as `summarize` has the greedy figures.
+
+    mean@n is the mean exact_answer_match of all samples, pass@k the mean of `pass_at_k` for k = 2, 4, … below n
+    and for n. Examples whose answer is an `Error:` are left out; None where no others are there.
+
+    Args:
+        samples: n of each example, next to each other.
+        n: samples per example, >= 2.
+    """
+    exact = [_is_exact(one, one.prompt.example.answer) for one in samples]
+    groups = range(0, len(samples), n)
+    right = [sum(exact[i : i + n]) for i in groups if not samples[i].prompt.example.wants_error]
+    sizes = [2**i for i in range(1, n.bit_length()) if 2**i < n] + [n]
+    values = {f"mean@{n}": [c / n for c in right]}
+    values |= {f"pass@{k}": [pass_at_k(n, c, k) for c in right] for k in sizes}
+    found: dict[str, Any] = {name: float(np.mean(v)) if v else None for name, v in values.items()}
+    found["intervals"] = {name: bootstrap_interval(v, seed=0) if v else None for name, v in values.items()}
+    return found
 
 
 def _is_valid(trajectory: Trajectory) -> bool:
