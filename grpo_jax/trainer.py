@@ -19,6 +19,7 @@ import numpy as np
 
 from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor, Steps, choose_groups, cursor_after, next_batch
+from grpo_jax.data.difficulty import SolveRates
 from grpo_jax.data.rows import read_prompt
 from grpo_jax.models.qwen import Params
 from grpo_jax.models.sharding import placed
@@ -41,6 +42,7 @@ from grpo_jax.run.options import GRPOConfig, compares_evaluations
 from grpo_jax.run.report import write_report
 from grpo_jax.run.stopping import Best
 from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
+from grpo_jax.scoring.evaluation import is_exact
 from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
 from grpo_jax.scoring.rewards import RewardOutcome, TrainerState, joined
 from grpo_jax.types import Example, Message, Trajectory
@@ -241,6 +243,7 @@ class GRPOTrainer:
         if best.step not in checkpoints.steps():  # none so far, or of a run in another folder
             best = Best()
         checkpoints.keep_best(best.step)
+        rates = SolveRates.from_json(len(data.prompts), meta.get("solve_rates", {}))
         rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
 
         def advantages_of(values: np.ndarray) -> np.ndarray:
@@ -275,14 +278,16 @@ class GRPOTrainer:
                 )
 
                 # Roll out G completions of each of the next P prompts, with the tools that they call, and score them.
-                # The order of prompts is that of seed and epoch; with dynamic_sampling more follow, until P groups
-                # have an advantage.
+                # The order of prompts is that of seed and epoch, or with difficulty_sampling by how often they are
+                # solved; with dynamic_sampling more follow, until P groups have an advantage.
                 drawn, next_cursor = [], cursor
                 rollout, outcomes, acts = Rollout([], 0), [], np.zeros(0, bool)
                 with timer("rollout"):
                     policy = make_policy(loop, sampler.export(learner.params(state)))
                 while len(outcomes) < rounds and acts.sum() < steps.P:
                     draws, next_cursor = next_batch(len(data.prompts), steps.P, next_cursor, config.seed)
+                    if config.difficulty_sampling:
+                        draws = rates.draw(draws, config.seed, config.difficulty_floor)
                     prompts = [dataclasses.replace(data.prompts[i], draw=draw) for i, draw in draws]
                     with timer("rollout"), job.console.progress("Rollout", steps.P * steps.G) as rows:
                         sampled = roll_out(
@@ -299,6 +304,7 @@ class GRPOTrainer:
                         outcome = joined(outcomes)
                         acts = (advantages_of(outcome.values).reshape(-1, steps.G) != 0).any(1)
                     drawn, rollout = drawn + draws, rollout + sampled
+                    rates = rates.after([i for i, _ in draws], list(map(is_exact, sampled.trajectories)))
                 del policy  # the update needs the memory
 
                 # Compare each with its group, in a batch of P groups; prompts after the last one that it needs are
@@ -385,6 +391,8 @@ class GRPOTrainer:
                 ):
                     meta |= {"cursor": cursor.to_json(), "num_tokens": num_tokens, "timings": timer.seconds}
                     meta["best"] = dataclasses.asdict(best)
+                    if config.difficulty_sampling:
+                        meta["solve_rates"] = rates.to_json()
                     with timer("save"):
                         checkpoints.save(step, state, meta)
                 if stopping and not done:

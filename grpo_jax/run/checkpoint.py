@@ -386,6 +386,7 @@ def _compared(
             "The training data is not that of the checkpoint, so it is read from the start of an epoch"
         )
         meta["cursor"] = Cursor().to_json()
+        meta.pop("solve_rates", None)
     return notes, meta
 
 

@@ -244,6 +244,12 @@ class Options:
     dynamic_sampling_max_rounds: int = _opt(
         4, "Maximum number of rollouts for a batch with dynamic_sampling.", ge=2, why="to replace any group"
     )
+    difficulty_sampling: bool = _opt(
+        False, "Draw prompts by how close the share of right completions in their last group is to 0.5."
+    )
+    difficulty_floor: float = _opt(
+        0.1, "Smallest weight of a prompt with difficulty_sampling; that of one half solved is 1.", gt=0, le=1
+    )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = _opt(
         "sum_then_normalize", "Normalize the sum of the rewards, or sum normalized rewards (GDPO)."
     )

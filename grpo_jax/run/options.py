@@ -331,7 +331,11 @@ def _without_effect(options: Options) -> list[tuple[str, str]]:
         text = "early_stop_metric has no effect without early_stop_patience or load_best_model_at_end"
         found.append(("early_stop_metric", text))
     for name, field in OPTIONS.items():
-        for prefix, switch in (("lora_", "use_peft"), ("dynamic_sampling_", "dynamic_sampling")):
+        for prefix, switch in (
+            ("lora_", "use_peft"),
+            ("dynamic_sampling_", "dynamic_sampling"),
+            ("difficulty_floor", "difficulty_sampling"),
+        ):
             unused = name.startswith(prefix) and not getattr(options, switch)
             if unused and getattr(options, name) != field.default:
                 found.append((name, f"{name} has no effect without {switch}"))

@@ -34,10 +34,10 @@ def summarize(trajectories: Sequence[Trajectory], gold: Sequence[list[ToolCall]]
     examples = [t.prompt.example for t in trajectories]
     rows = [i for i, example in enumerate(examples) if not example.wants_error]
     valid = [_is_valid(trajectories[i]) for i in rows]
-    exact = [_is_exact(trajectories[i], examples[i].answer) for i in rows]
+    exact = [is_exact(trajectories[i]) for i in rows]
     match = [schema_match([c for c, _ in trajectories[i].calls], gold[i]) for i in rows if gold[i]]
     n = len(rows)
-    errors = [_is_exact(trajectories[i], examples[i].answer) for i, e in enumerate(examples) if e.wants_error]
+    errors = [is_exact(t) for t in trajectories if t.prompt.example.wants_error]
     return {
         "response_validity": sum(valid) / n if n else None,
         "exact_answer_match": sum(exact) / n if n else None,
@@ -78,7 +78,7 @@ def summarize_samples(samples: Sequence[Trajectory], n: int) -> dict[str, Any]:
         samples: n of each example, next to each other.
         n: samples per example, >= 2.
     """
-    exact = [_is_exact(one, one.prompt.example.answer) for one in samples]
+    exact = list(map(is_exact, samples))
     groups = range(0, len(samples), n)
     right = [sum(exact[i : i + n]) for i in groups if not samples[i].prompt.example.wants_error]
     sizes = [2**i for i in range(1, n.bit_length()) if 2**i < n] + [n]
@@ -93,8 +93,11 @@ def _is_valid(trajectory: Trajectory) -> bool:
     return any(result.outcome is Outcome.OK for _, result in trajectory.calls)
 
 
-def _is_exact(trajectory: Trajectory, answer: str) -> bool:
-    return bool(trajectory.calls) and same_answer(trajectory.calls[-1][1].text, answer)
+def is_exact(trajectory: Trajectory) -> bool:
+    """Whether the last tool result is the answer; see `exact_answer_match`."""
+    return bool(trajectory.calls) and same_answer(
+        trajectory.calls[-1][1].text, trajectory.prompt.example.answer
+    )
 
 
 def schema_match(calls: Sequence[ToolCall], gold: Sequence[ToolCall]) -> float:
