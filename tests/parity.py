@@ -69,6 +69,23 @@ CASES = {
         "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
     },
     "qwen3": QWEN3,
+    # as Llama 3.1's, whose four frequencies here are kept, blended, and twice divided by the factor
+    "llama3": QWEN2
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 256,
+            "rope_type": "llama3",
+        },
+    },
     "qwen3-tied": QWEN3 | {"tie_word_embeddings": True, "rope_theta": 10000.0},
 }
 LOGITS_ATOL, LOGPROBS_ATOL, GRADIENT_RTOL = 2e-4, 1e-4, 1e-3

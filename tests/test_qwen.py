@@ -315,7 +315,7 @@ def test_rope_angle_is_fp32_at_position_5801():
 def test_yarn_stretches_the_angles_and_scales_both_tables():
     """A quarter of 5801 in the slow half of the frequencies, once the fast ones are kept."""
     yarn = Yarn(factor=4.0, original=32768, attention_factor=1.25)
-    cos, sin = rope_tables(dataclasses.replace(MODELS["qwen3"], yarn=yarn), jnp.asarray([[5801]]))
+    cos, sin = rope_tables(dataclasses.replace(MODELS["qwen3"], rope=yarn), jnp.asarray([[5801]]))
     angles = [5801, 5801 * 1e6 ** (-1 / 8), *(5801 / 4 * 1e6 ** (-i / 8) for i in range(5, 8))]
     places = [0, 1, 5, 6, 7]
     np.testing.assert_allclose(np.ravel(cos)[places], [1.25 * math.cos(a) for a in angles], atol=1e-3)
@@ -461,7 +461,11 @@ def edited(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, r"x.json: model_type must be one of \['qwen2', 'qwen3'\], got 'llama'"),
+        (
+            {"model_type": "gemma"},
+            r"x.json: model_type must be one of \['llama', 'qwen2', 'qwen3'\], got 'gemma'",
+        ),
+        ({"mlp_bias": True}, "mlp_bias must be false, got True"),
         ({"model_type": None}, "got None"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "x.json: rope_scaling: the rope type must be"),
         ({"rope_scaling": {"type": "yarn"}}, "the key 'factor' is missing"),

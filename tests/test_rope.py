@@ -38,6 +38,20 @@ def test_yarn_by_hand():
     np.testing.assert_allclose(got, kept * POWERS, rtol=3e-7)
 
 
+def test_llama3_by_hand():
+    """Waves of 2π·10^(3i/4) positions: 6.28, 35.3, 198.7, 1117. Of 256 original positions, high 4 and low 1
+    make 64 and 256 the bounds: the first two are kept, the last is divided by 8, and the third, with
+    256/198.69 = 1.28842 turns, keeps 0.28842/3 = 0.09614 of itself and an eighth of the rest: 0.20912.
+    """
+    options = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    options |= {"original_max_position_embeddings": 256, "rope_type": "llama3"}
+    theta, scaling = read_rope({"rope_theta": 1000.0, "rope_scaling": options}, "x.json")
+    kept = frequencies(theta, 8, scaling) * 10 ** (3 * np.arange(4) / 4)
+    np.testing.assert_allclose(kept, [1, 1, 0.20912, 0.125], rtol=1e-4)
+    with pytest.raises(ValueError, match=r"x.json: rope_scaling: low_freq_factor must be above 0"):
+        read_rope({"rope_theta": 1.0, "rope_scaling": options | {"low_freq_factor": 4.0}}, "x.json")
+
+
 def test_a_ramp_that_is_not_truncated_begins_between_frequencies():
     """From 2.94949 to 4.95636: frequency 3 is 0.05051 of 2.00687 up the ramp, 4 is 1.05051 of it."""
     got = frequencies(1e6, 16, Yarn(4.0, 32768, 1.0, truncate=False)) / POWERS
@@ -84,7 +98,7 @@ def test_options_of_yarn(option, field, value):
 @pytest.mark.parametrize("name", ["type", "rope_type"])
 def test_other_types_are_errors_that_name_the_key(kind, key, name):
     config = {"rope_theta": 1e6, key: {name: kind, "factor": 2.0}}
-    message = f"x.json: {key}: the rope type must be 'default' or 'yarn', got '{kind}'"
+    message = f"x.json: {key}: the rope type must be 'default', 'yarn' or 'llama3', got '{kind}'"
     with pytest.raises(ValueError, match=re.escape(message)):
         read_rope(config, "x.json")
 

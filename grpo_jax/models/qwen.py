@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen3 in Flax NNX, behind one pure primitive: `extend`.
+"""Qwen2, Qwen2.5, Qwen3 and Llama in Flax NNX, behind one pure primitive: `extend`.
 
 Modules live in this file only. All other modules hold `params`, a nested dict of
 arrays whose layers are stacked [L, …] (training) or a list of per-layer dicts
@@ -22,12 +22,12 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.models import lora
 from grpo_jax.models.attention import KEPT, Segment, attend, even_block, keep
 from grpo_jax.models.level import KV, Level
-from grpo_jax.models.rope import Yarn, frequencies, read_position_limit, read_rope
+from grpo_jax.models.rope import Scaling, frequencies, read_position_limit, read_rope
 from grpo_jax.models.target import device_count
 
 Params = dict[str, Any]
 Constrain = Callable[[Any, str], Any]
-SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+SUPPORTED = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -44,7 +44,7 @@ FEW_LAYERS = 8  # see `_last_unrolled`
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The sizes and switches of a Qwen checkpoint (its `config.json`).
+    """The sizes and switches of a checkpoint (its `config.json`).
 
     `positions` is the longest sequence that it was made for, None where the file does not say.
     """
@@ -60,7 +60,7 @@ class ModelConfig:
     rope_theta: float
     norm_eps: float
     tied: bool
-    yarn: Yarn | None = None
+    rope: Scaling | None = None
     positions: int | None = None
 
     @property
@@ -93,11 +93,12 @@ class ModelConfig:
             raise ValueError(f"{source}: model_type must be one of {sorted(SUPPORTED)}, got {kind!r}")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"{source}: hidden_act must be 'silu', got {config['hidden_act']!r}")
-        if config.get("use_sliding_window"):
-            raise ValueError(f"{source}: use_sliding_window must be false, got true")
+        for switch in ("use_sliding_window", "attention_bias", "mlp_bias"):
+            if config.get(switch):
+                raise ValueError(f"{source}: {switch} must be false, got {config[switch]!r}")
         try:
             D, N = config["hidden_size"], config["num_attention_heads"]
-            theta, yarn = read_rope(config, source)
+            theta, rope = read_rope(config, source)
             return cls(
                 model_type=kind,
                 V=config["vocab_size"],
@@ -110,8 +111,8 @@ class ModelConfig:
                 rope_theta=theta,
                 norm_eps=float(config["rms_norm_eps"]),
                 tied=config.get("tie_word_embeddings", False),
-                yarn=yarn,
-                positions=read_position_limit(config, yarn),
+                rope=rope,
+                positions=read_position_limit(config, rope),
             )
         except KeyError as error:
             raise ValueError(f"{source}: the key {error} is missing") from error
@@ -334,9 +335,9 @@ def _bind_layer(cfg: ModelConfig, weights: Params) -> DecoderLayer:
 
 def rope_tables(cfg: ModelConfig, positions: Int[Array, "n T"]):
     """cos and sin [n, T, 1, H/2] in fp32; bf16 angles would turn position 5801 into 5792."""
-    frequency = jnp.asarray(frequencies(cfg.rope_theta, cfg.H, cfg.yarn))
+    frequency = jnp.asarray(frequencies(cfg.rope_theta, cfg.H, cfg.rope))
     angle = positions[..., None].astype(jnp.float32) * frequency
-    scale = 1.0 if cfg.yarn is None else cfg.yarn.attention_factor
+    scale = 1.0 if cfg.rope is None else cfg.rope.attention_factor
     return (jnp.cos(angle) * scale)[..., None, :], (jnp.sin(angle) * scale)[..., None, :]
 
 

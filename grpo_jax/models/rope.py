@@ -34,13 +34,38 @@ class Yarn:
     truncate: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Llama3:
+    """Llama 3.1's scaling: frequencies that turn seldom are divided by `factor`, with a ramp to those that are kept.
+
+    Args:
+        factor: what slow frequencies are divided by, >= 1.
+        original: positions of the pretraining.
+        low: a frequency with fewer turns than this in `original` positions is divided by `factor`.
+        high: one with more turns than this is kept.
+
+    Source: `_compute_llama3_parameters` of transformers 5.24.
+    """
+
+    factor: float
+    original: int
+    low: float
+    high: float
+    attention_factor: float = 1.0
+
+
+Scaling = Yarn | Llama3
+LLAMA3_KEYS = (
+    "factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings", "rope_theta",
+    "rope_type", "type",
+)  # fmt: skip
 YARN_KEYS = (
     "attention_factor", "beta_fast", "beta_slow", "factor", "mscale", "mscale_all_dim",
     "original_max_position_embeddings", "rope_theta", "rope_type", "truncate", "type",
 )  # fmt: skip
 
 
-def read_rope(config: dict[str, Any], source: str) -> tuple[float, Yarn | None]:
+def read_rope(config: dict[str, Any], source: str) -> tuple[float, Scaling | None]:
     """The base of the frequencies and their scaling, as a `config.json` gives them.
 
     Args:
@@ -49,7 +74,7 @@ def read_rope(config: dict[str, Any], source: str) -> tuple[float, Yarn | None]:
 
     Raises:
         KeyError: a key is missing.
-        ValueError: a type of scaling other than YaRN, or an option of it that is unknown or out of range.
+        ValueError: a type of scaling other than YaRN and Llama 3's, or an option of it that is unknown or out of range.
     """
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
@@ -57,8 +82,10 @@ def read_rope(config: dict[str, Any], source: str) -> tuple[float, Yarn | None]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
+    if kind == "llama3":
+        return theta, _read_llama3(rope, f"{source}: {key}")
     if kind != "yarn":
-        raise ValueError(f"{source}: {key}: the rope type must be 'default' or 'yarn', got {kind!r}")
+        raise ValueError(f"{source}: {key}: the rope type must be 'default', 'yarn' or 'llama3', got {kind!r}")
     outside = {name: config[name] for name in ("original_max_position_embeddings",) if name in config}
     return theta, _read_yarn(
         {"original_max_position_embeddings": config.get("max_position_embeddings")} | rope | outside,
@@ -66,7 +93,7 @@ def read_rope(config: dict[str, Any], source: str) -> tuple[float, Yarn | None]:
     )
 
 
-def read_position_limit(config: dict[str, Any], yarn: Yarn | None) -> int | None:
+def read_position_limit(config: dict[str, Any], scaling: Scaling | None) -> int | None:
     """Positions that the model was made for, as a `config.json` gives them; None where it does not say.
 
     With YaRN they are `factor` times those of the pretraining, whether or not `max_position_embeddings`
@@ -74,21 +101,37 @@ def read_position_limit(config: dict[str, Any], yarn: Yarn | None) -> int | None
 
     Args:
         config: has `max_position_embeddings`.
-        yarn: from `read_rope`.
+        scaling: from `read_rope`.
     """
     stated = config.get("max_position_embeddings")
-    if yarn is None:
+    if not isinstance(scaling, Yarn):
         return stated
-    return max(stated or 0, int(yarn.factor * yarn.original))
+    return max(stated or 0, int(scaling.factor * scaling.original))
 
 
-def _read_yarn(rope: dict[str, Any], source: str) -> Yarn:
-    for name in sorted(rope.keys() - set(YARN_KEYS)):
-        raise ValueError(f"{source}: yarn has no option {name}; it has {', '.join(YARN_KEYS)}")
+def _read_llama3(rope: dict[str, Any], source: str) -> Llama3:
+    factor, original = _read_factor(rope, "llama3", LLAMA3_KEYS, source)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    if not 0 < low < high:
+        raise ValueError(
+            f"{source}: low_freq_factor must be above 0 and below high_freq_factor, got {low} and {high}"
+        )
+    return Llama3(factor, original, float(low), float(high))
+
+
+def _read_factor(rope: dict[str, Any], kind: str, keys: tuple[str, ...], source: str) -> tuple[float, int]:
+    """The factor and the positions of the pretraining, in options that are all known."""
+    for name in sorted(rope.keys() - set(keys)):
+        raise ValueError(f"{source}: {kind} has no option {name}; it has {', '.join(keys)}")
     factor, original = rope["factor"], rope["original_max_position_embeddings"]
     for name, value in (("factor", factor), ("original_max_position_embeddings", original)):
         if not isinstance(value, int | float) or value < 1:
             raise ValueError(f"{source}: {name} must be a number >= 1, got {value!r}")
+    return float(factor), original
+
+
+def _read_yarn(rope: dict[str, Any], source: str) -> Yarn:
+    factor, original = _read_factor(rope, "yarn", YARN_KEYS, source)
     fast, slow = rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0
     if fast < slow:
         raise ValueError(f"{source}: beta_fast must be >= beta_slow, got {fast} and {slow}")
@@ -97,14 +140,14 @@ def _read_yarn(rope: dict[str, Any], source: str) -> Yarn:
         mscales = rope.get("mscale"), rope.get("mscale_all_dim")
         above, below = mscales if all(mscales) else (1.0, 0.0)
         magnitude = _magnitude(factor, above) / _magnitude(factor, below)
-    return Yarn(float(factor), original, magnitude, fast, slow, rope.get("truncate", True))
+    return Yarn(factor, original, magnitude, fast, slow, rope.get("truncate", True))
 
 
 def _magnitude(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0
 
 
-def frequencies(theta: float, H: int, yarn: Yarn | None = None) -> np.ndarray:
+def frequencies(theta: float, H: int, scaling: Scaling | None = None) -> np.ndarray:
     """Radians per position, [H/2] in float32 with the roundings of the published models.
 
     One rounding in another place moves a third of them by one unit in the last place: 1e-2 radians
@@ -116,10 +159,20 @@ def frequencies(theta: float, H: int, yarn: Yarn | None = None) -> np.ndarray:
     """
     exponent = np.arange(0, H, 2, dtype=np.float32) / H
     period = (theta ** exponent.astype(np.float64)).astype(np.float32)
-    if yarn is None:
+    if scaling is None:
         return 1 / period
-    keep = 1 - _ramp(theta, H, yarn)
-    return 1 / (yarn.factor * period) * (1 - keep) + 1 / period * keep
+    if isinstance(scaling, Llama3):
+        return _llama3(1 / period, scaling)
+    keep = 1 - _ramp(theta, H, scaling)
+    return 1 / (scaling.factor * period) * (1 - keep) + 1 / period * keep
+
+
+def _llama3(frequency: np.ndarray, scaling: Llama3) -> np.ndarray:
+    wave = np.float32(2 * math.pi) / frequency  # positions of one turn
+    keep = (scaling.original / wave - scaling.low) / (scaling.high - scaling.low)
+    blended = (1 - keep) * frequency / scaling.factor + keep * frequency
+    slow, fast = wave > scaling.original / scaling.low, wave < scaling.original / scaling.high
+    return np.where(slow, frequency / scaling.factor, np.where(fast, frequency, blended)).astype(np.float32)
 
 
 def _ramp(theta: float, H: int, yarn: Yarn) -> np.ndarray:
