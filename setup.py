@@ -42,6 +42,7 @@ TEST = [
     "nbclient>=0.10",
     "ipykernel>=6",
     "pexpect>=4.9",
+    "gguf>=0.17,<1",
 ]
 
 setup(
@@ -57,6 +58,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "gguf": ["gguf>=0.17,<1"],
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
         "test": TEST,

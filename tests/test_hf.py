@@ -287,7 +287,7 @@ def test_pickled_weights_are_not_read(tmp_path):
 
 
 def test_an_unsupported_config_is_an_error_that_names_the_file(tmp_path):
-    write_checkpoint(tmp_path, QWEN2 | {"model_type": "llama"})
+    write_checkpoint(tmp_path, QWEN2 | {"model_type": "gemma"})
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/config.json: model_type must be one of")):
         read_config(tmp_path)
 

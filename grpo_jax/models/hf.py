@@ -1,6 +1,6 @@
 """HF safetensors ↔ params: one table of names, read both ways, straight into shards.
 
-Only safetensors is read: no pickle, no remote code.
+Only safetensors is read, and GGUF (see `gguf`): no pickle, no remote code.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from grpo_jax.files import cannot_write, writing
+from grpo_jax.models import gguf
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params, check_params
 
 WEIGHTS = "model.safetensors"
@@ -114,11 +115,11 @@ class Entry:
         """The HF tensors behind this leaf."""
         return [self.name.format(i) for i in range(self.shape[0])] if self.stacked else [self.name]
 
-    def read(self, tensor: Stored, index: tuple[slice, ...]) -> np.ndarray:
+    def read(self, tensor: Stored | gguf.InGguf, index: tuple[slice, ...]) -> np.ndarray:
         """What an HF tensor fills (see `part`), at an index of it, as a view of the file."""
         return self._read(tensor, index[1:])[None] if self.stacked else self._read(tensor, index)
 
-    def _read(self, tensor: Stored, index: tuple[slice, ...]) -> np.ndarray:
+    def _read(self, tensor: Stored | gguf.InGguf, index: tuple[slice, ...]) -> np.ndarray:
         if self.layout in ("as is", "in_out"):
             part = tensor[index if self.layout == "as is" else index[::-1]]
             return part if self.layout == "as is" else part.T
@@ -158,14 +159,16 @@ def fetch_model(name_or_path: str, revision: str | None = None, *, weights: bool
     """A local folder for a model: the folder itself, or a hub snapshot (cached, usable offline).
 
     Args:
-        name_or_path: a folder or a hub id.
+        name_or_path: a folder, a GGUF file or a hub id.
         revision: branch, tag or commit of a hub id.
         weights: download them too.
 
     Raises:
-        ValueError: it is a file.
+        ValueError: it is a file other than GGUF, or one that cannot be used.
         FileNotFoundError: no such folder, or the hub cannot be reached and nothing is cached.
     """
+    if name_or_path.endswith(".gguf") and Path(name_or_path).is_file():
+        return gguf.gguf_folder(Path(name_or_path))
     return _fetch("model", name_or_path, revision, [*TEXT_FILES, *["*.safetensors"] * weights])
 
 
@@ -184,7 +187,7 @@ def _fetch(kind: str, name: str, revision: str | None, wanted: list[str]) -> Pat
     if path.is_file():
         raise ValueError(
             f"{kind} {name} is a file; name the folder that holds it with its config and tokenizer (an HF folder "
-            "with safetensors: neither GGUF nor pickles are read)"
+            "with safetensors; of single files only a model's .gguf is read)"
         )
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise FileNotFoundError(f"{kind} folder {name} does not exist. {_alternatives()}")
@@ -297,7 +300,11 @@ def save_model(
     exact = _in_types_of(source, tensors)
     with whole_folder(folder) as part:
         for file in source.iterdir():
-            if file.is_file() and file.suffix in (".json", ".txt", ".jinja") and file.name != INDEX:
+            if (
+                file.is_file()
+                and file.suffix in (".json", ".txt", ".jinja")
+                and file.name not in (INDEX, gguf.TENSORS)
+            ):
                 shutil.copyfile(file, part / file.name)
         if exact is None:
             _name_type(part / "config.json", jax.tree.leaves(params)[0].dtype.name)
@@ -364,13 +371,16 @@ def _write_shards(folder: Path, tensors: dict[str, np.ndarray], max_shard_size: 
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def stored_tensors(folder: Path) -> Iterator[tuple[str, Stored]]:
+def stored_tensors(folder: Path) -> Iterator[tuple[str, Stored | gguf.InGguf]]:
     """Name and place of every tensor of an HF folder.
 
     Raises:
         FileNotFoundError: a weight file is missing.
         ValueError: a file is truncated, or holds a tensor of a type other than float32, float16 and bfloat16.
     """
+    if (folder / gguf.TENSORS).exists():
+        yield from gguf.tensors_of(folder)
+        return
     if (folder / INDEX).exists():
         names = sorted(set(read_json_object(folder / INDEX).get("weight_map", {}).values()))
     else:
@@ -400,7 +410,7 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
     return {key: x | {"at": 8 + size + x["data_offsets"][0]} for key, x in header.items()}
 
 
-def _check_tensors(folder: Path, tensors: dict[str, Stored], table: Params) -> None:
+def _check_tensors(folder: Path, tensors: dict[str, Stored | gguf.InGguf], table: Params) -> None:
     want = {name: e.hf_shape for e in jax.tree.leaves(table) for name in e.names()}
     unknown = tensors.keys() - want.keys() - {"lm_head.weight"}  # some tied checkpoints store it twice
     for name in sorted(want.keys() - tensors.keys()):

@@ -85,7 +85,9 @@ def read_rope(config: dict[str, Any], source: str) -> tuple[float, Scaling | Non
     if kind == "llama3":
         return theta, _read_llama3(rope, f"{source}: {key}")
     if kind != "yarn":
-        raise ValueError(f"{source}: {key}: the rope type must be 'default', 'yarn' or 'llama3', got {kind!r}")
+        raise ValueError(
+            f"{source}: {key}: the rope type must be 'default', 'yarn' or 'llama3', got {kind!r}"
+        )
     outside = {name: config[name] for name in ("original_max_position_embeddings",) if name in config}
     return theta, _read_yarn(
         {"original_max_position_embeddings": config.get("max_position_embeddings")} | rope | outside,

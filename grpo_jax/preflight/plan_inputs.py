@@ -18,6 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from grpo_jax.models import hf
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.rollout.conversation import load_conversation
+from grpo_jax.run.inputs import templated
 from grpo_jax.run.job import read_examples, schemas_of
 from grpo_jax.run.options import GRPOConfig
 from grpo_jax.tools import load_tools
@@ -183,6 +184,7 @@ def data_lengths(config: GRPOConfig, folder: Path | None) -> DataLengths:
     if name is not None:
         folder = Path(name) if Path(name).is_dir() else _cached(name, "main", "tokenizer.json")
     if folder is not None and (folder / "tokenizer.json").exists():
+        folder = templated(folder, config.chat_template)
         conversation = load_conversation(folder, chat_template_kwargs=config.chat_template_kwargs)
         prompts = [conversation.prompt_ids(e.messages, schemas_of(e, toolbox)) for e in examples]
     else:  # about what a template renders: system message, schemas, the other messages

@@ -188,6 +188,7 @@ def load_conversation(
     control = _any_of(control_ids)
     try:
         prompt, end_of_turn = _probe_template(tokenizer, kwargs, control)
+        _probe_tools(tokenizer, kwargs, str(folder))
     except jinja2.TemplateError as error:
         raise ValueError(
             f"the chat template in {str(folder)!r} cannot be rendered ({type(error).__name__}: {error}); copy it "
@@ -229,7 +230,8 @@ def _load_tokenizer(folder: Path) -> Any:
         )
     if "<tool_call>" not in tokenizer.chat_template:
         raise ValueError(
-            f"the chat template of {source!r} writes no <tool_call>; use a model whose template does"
+            f"the chat template of {source!r} writes no <tool_call>; use a model whose template does, or give one "
+            "with --chat_template FILE or --chat_template hermes"
         )
     return tokenizer
 
@@ -258,6 +260,30 @@ def _probe_template(tokenizer: Any, kwargs: dict[str, Any], control: re.Pattern[
             "the chat template must close an assistant turn with an added token, such as <|im_end|>"
         )
     return render([question], add_generation_prompt=True), close[0]
+
+
+def _probe_tools(tokenizer: Any, kwargs: dict[str, Any], source: str) -> None:
+    """Whether the template writes what a conversation with tools consists of.
+
+    Raises:
+        ValueError: it drops one of them; says which.
+    """
+    parameters = {"type": "object", "properties": {}}
+    tool = {"name": "probe_tool", "description": "Probe.", "parameters": parameters}
+    question = {"role": "user", "content": "…"}
+    call = assistant_message(ParsedTurn("", None, (ToolCall("probe_call", {}),), None))
+    result = {"role": "tool", "name": "probe_call", "content": "probe result"}
+    for part, word, messages in (
+        ("the tools", "probe_tool", [question]),
+        ("an assistant's tool calls", "probe_call", [question, call]),
+        ("tool results", "probe result", [question, call, result]),
+    ):
+        schemas = [{"type": "function", "function": tool}]
+        if word not in tokenizer.apply_chat_template(messages, tools=schemas, tokenize=False, **kwargs):
+            raise ValueError(
+                f"the chat template of {source!r} drops {part}: rendered with {word!r}, the text lacks it; give another "
+                "with --chat_template FILE or --chat_template hermes"
+            )
 
 
 def _configured_eos(folder: Path) -> list[int]:

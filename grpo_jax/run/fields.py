@@ -135,7 +135,9 @@ class Options:
     )
 
     model_name_or_path: str | None = _opt(
-        None, "Model folder, hub id, or scratch: a new small model with its own tokenizer.", path="model"
+        None,
+        "Model folder, GGUF file, hub id, or scratch: a new small model with its own tokenizer.",
+        path="model",
     )
     model_revision: str = _opt("main", "Branch, tag or commit of a hub model.")
     tokenizer_name_or_path: str | None = _opt(
@@ -147,6 +149,11 @@ class Options:
     param_dtype: FloatType = _opt("float32", "Data type of the trained weights.")
     optim_dtype: FloatType = _opt("float32", "Data type of AdamW's moments.")
     max_shard_size: FileSize = _opt("5GB", "Maximum size of one weight file of a saved model.")
+    chat_template: str | None = _opt(
+        None,
+        "Chat template in place of the model's: a Jinja file, or hermes, for models whose own knows no tools.",
+        path="model",
+    )
     chat_template_kwargs: dict = _opt(
         {}, 'Arguments passed to the chat template, as {"enable_thinking": false}.'
     )

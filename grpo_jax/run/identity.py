@@ -28,7 +28,7 @@ Identity = dict[str, Any]  # JSON, from `run_identity`
 NOT_COMPARED = frozenset((
     "tools_script", "tool_functions_module", "reward_fn", "reward_function_name",  # by their source
     "dataset_id_or_path", "dataset_columns", "system_prompt", "max_prompt_length", "overlong_prompts",  # by the rows
-    "model_name_or_path", "model_revision", "tokenizer_name_or_path",  # by the model's folder and the prompts' tokens
+    "model_name_or_path", "model_revision", "tokenizer_name_or_path", "chat_template",  # by the model's folder and the prompts' tokens
     "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations",
     "num_train_epochs", "max_steps",  # by the number of updates
     "use_peft", "lora_r", "lora_alpha", "lora_target_modules",  # by the adapters' shapes

@@ -1,11 +1,35 @@
-"""Checks of rows against the model and the options, before anything compiles."""
+"""Checks of rows against the model and the options, and the chat template, before anything compiles."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from grpo_jax.data.gold import gold_calls
+from grpo_jax.models.cache import with_template
+from grpo_jax.models.scratch import CHAT_TEMPLATE
 from grpo_jax.types import Prompt
+
+HERMES = "hermes"
+
+
+def templated(folder: Path, chat_template: str | None) -> Path:
+    """A folder with a tokenizer, with the chat template that the option names in place of its own.
+
+    Args:
+        chat_template: a file, or "hermes", the template of new small models; None for the folder's own.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if chat_template is None:
+        return folder
+    if chat_template == HERMES:
+        return with_template(folder, CHAT_TEMPLATE)
+    try:
+        return with_template(folder, Path(chat_template).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat_template must be a text file or {HERMES}: {chat_template}: {error}") from None
 
 
 def check_context(prompts: Sequence[Prompt], budget: int, positions: int | None) -> None:

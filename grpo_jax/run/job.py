@@ -34,7 +34,7 @@ from grpo_jax.rollout.sampler import Sampler, make_sampler
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
-from grpo_jax.run.inputs import check_context
+from grpo_jax.run.inputs import check_context, templated
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.options import GRPOConfig, compute_dtype, reward_problems
 from grpo_jax.run.weights import merged, restore_weights
@@ -315,11 +315,12 @@ def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: In
     adapter = Path(name).absolute() if is_adapter_folder(name) else None
     base = config if adapter is None else dataclasses.replace(config, model_name_or_path=adapter_base(name))
     folder, checkpoint = _model_folder(base, inputs, console)
-    model_name = str(folder.absolute()) if name == SCRATCH or Path(name).is_dir() else name
+    folder = templated(folder, config.chat_template)
+    model_name = str(folder.absolute()) if name == SCRATCH or Path(name).exists() else name
     model = hf.read_config(folder)
     tokenizer = config.tokenizer_name_or_path
     conversation = load_conversation(
-        hf.fetch_tokenizer(tokenizer) if tokenizer else folder,
+        templated(hf.fetch_tokenizer(tokenizer), config.chat_template) if tokenizer else folder,
         chat_template_kwargs=config.chat_template_kwargs,
     )
     if conversation.vocab_size > model.V:
