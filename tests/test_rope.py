@@ -93,7 +93,7 @@ def test_options_of_yarn(option, field, value):
     np.testing.assert_allclose(getattr(yarn, field), value, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "longrope", "su"])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "longrope", "su"])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 @pytest.mark.parametrize("name", ["type", "rope_type"])
 def test_other_types_are_errors_that_name_the_key(kind, key, name):
