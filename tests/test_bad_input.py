@@ -408,10 +408,10 @@ def test_an_output_dir_that_cannot_be_written(tmp_path, main):
 
 def test_another_architecture_is_refused(tmp_path, model):
     text = (model / "config.json").read_text()
-    (model / "config.json").write_text(text.replace('"qwen3"', '"llama"'))
+    (model / "config.json").write_text(text.replace('"qwen3"', '"gemma"'))
     message = rejected(tmp_path, model_name_or_path=model)
     assert f"{model / 'config.json'}" in message
-    assert "llama" in message
+    assert "gemma" in message
 
 
 def test_a_missing_model_folder_names_the_alternatives(tmp_path, model, monkeypatch):
