@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_template_is_replaced_and_exported_with_the_model(folder, tmp_path):
-    with pytest.raises(ValueError, match="writes no <tool_call>; .* or --chat_template hermes"):
+    with pytest.raises(ValueError, match=r"writes no <tool_call>; .* or --chat_template hermes"):
         load_conversation(folder)
     made = templated(folder, "hermes")
     assert load_conversation(made).tokenizer.chat_template == CHAT_TEMPLATE
@@ -50,7 +50,7 @@ def test_a_folder_is_made_once_and_anew_when_its_source_changes(folder, tmp_path
 
 
 def test_a_template_file_that_is_not_there_is_named(folder):
-    with pytest.raises(ValueError, match="chat_template must be a text file or hermes: none.jinja"):
+    with pytest.raises(ValueError, match=r"chat_template must be a text file or hermes: none\.jinja"):
         templated(folder, "none.jinja")
 
 
@@ -58,7 +58,11 @@ def test_a_template_file_that_is_not_there_is_named(folder):
     ("kept", "cut", "what"),
     [
         ("{%- if tools %}", "{%- if false %}", "the tools"),
-        ("{%- for tool_call in message.tool_calls or [] %}", "{%- for tool_call in [] %}", "an assistant's tool"),
+        (
+            "{%- for tool_call in message.tool_calls or [] %}",
+            "{%- for tool_call in [] %}",
+            "an assistant's tool",
+        ),
         ("{%- elif message.role == 'tool' %}", "{%- elif false %}", "tool results"),
     ],
 )

@@ -20,7 +20,7 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 CONFIGS = {
     "llama": parity.CASES["llama3"] | SIZES | {"rope_scaling": None},
     "qwen2": parity.QWEN2 | SIZES | {"tie_word_embeddings": True},
-    "qwen3": parity.QWEN3 | SIZES | {"head_dim": 128},  # whatever the file says, transformers' loader takes 128
+    "qwen3": parity.QWEN3 | SIZES | {"head_dim": 128},  # which transformers' loader takes for granted
 }
 TO_GGUF = {hf_name: name for name, hf_name in gguf.NAMES.items()}
 TYPES = {"embed_tokens": Type.F16, "q_proj": Type.Q8_0, "k_proj": Type.Q4_0, "v_proj": Type.Q4_1}
