@@ -127,7 +127,7 @@ class GRPOTrainer:
         setup_logging(console, config.log_level)
         self.output_dir = Path(config.output_dir)
         self._learned: tuple[Learner, TrainState] | None = None
-        self._best = Best()
+        self._best = Best(config.early_stop_metric)
         by_options = config.tools_script or config.tool_functions_module != DEFAULT_TOOLS
         if tools is None and not by_options and (train_dataset is not None or reward_funcs is not None):
             raise ValueError("tools must be a list with at least one function, got None")
@@ -239,9 +239,8 @@ class GRPOTrainer:
         first_calls = FirstCalls(batches=min(3, steps.batches))
         per_epoch = steps.batches_per_epoch * steps.updates_per_batch
         every = {of: config.interval(of, steps.updates, per_epoch) for of in ("eval", "save", "logging")}
-        best, compared = Best(**meta.get("best", {})), compares_evaluations(config)
-        if best.step not in checkpoints.steps():  # none so far, or of a run in another folder
-            best = Best()
+        best = Best.resumed(meta.get("best"), config.early_stop_metric, checkpoints.steps())
+        compared = compares_evaluations(config)
         checkpoints.keep_best(best.step)
         rates = SolveRates.from_json(len(data.prompts), meta.get("solve_rates", {}))
         rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
@@ -265,7 +264,7 @@ class GRPOTrainer:
             for _ in range(first // steps.updates_per_batch, steps.batches):
                 if best.ends(config.early_stop_patience):
                     job.console.line(
-                        f"Stopping early: in {best.waited} evaluations {config.early_stop_metric} was not above "
+                        f"Stopping early: in {best.waited} evaluations {best.figure} was not above "
                         f"{best.value:.3f}, that at update {best.step}"
                     )
                     break
@@ -365,7 +364,7 @@ class GRPOTrainer:
                     figures = self._evaluated(f"Evaluation at {step}")
                     record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
                     if compared:
-                        best = best.after(step, figures[config.early_stop_metric])
+                        best = best.after(step, figures[best.figure])
                 done = last or best.ends(config.early_stop_patience)
                 records.write(step, record, trajectories, names, outcome.extras)
                 bar.advance(1, reward=record["reward"], spread=record["reward_std"])
@@ -404,7 +403,7 @@ class GRPOTrainer:
             params = checkpoints.restore_params(best.step, params)
             self._learned = learner, dataclasses.replace(state, params=params)
             job.console.line(
-                f"The model is that of update {best.step}: {config.early_stop_metric} {best.value:.3f} is the best"
+                f"The model is that of update {best.step}: {best.figure} {best.value:.3f} is the best"
             )
         return False
 
@@ -548,10 +547,15 @@ def print_steps(console: Console, steps: Steps, data: DataSet) -> None:
 def _print_update(
     job: Job, steps: Steps, step: int, record: dict[str, Any], trajectories: Sequence[Trajectory]
 ) -> None:
+    sampled = ""
+    if job.config.dynamic_sampling:
+        sampled = (
+            f", {record['rollout/rounds']} rollouts, {record['rollout/wasted_groups']:.0%} of groups wasted"
+        )
     job.console.line(
         f"update {step}/{steps.updates}: reward {record['reward']:.3f} ± {record['reward_std']:.3f}, "
         f"length {record['completions/mean_length']:.1f}, loss {record['loss']:+.4f}, "
-        f"entropy {record['entropy']:.3f}, {record['step_time']:.2f} s"
+        f"entropy {record['entropy']:.3f}, {record['step_time']:.2f} s{sampled}"
     )
     if job.config.log_completions:
         job.console.samples(trajectories, [t.prompt.example.answer for t in trajectories])

@@ -360,6 +360,25 @@ def test_with_weights_sharded_over_both_processes_they_learn_as_one(tmp_path, on
     assert_same_run(ran, one)
 
 
+@pytest.mark.slow
+def test_two_processes_replace_the_same_groups_as_one(tmp_path):
+    """Only groups of odd first numbers differ in themselves, so that batches take several rollouts."""
+    value = "[sum(ids) % 11 / 10 if int(a[5:]) % 4 == 3 else 0.5 for ids, a in zip(completion_ids, kwargs['answer'])]"
+    reward = launch.write(tmp_path / "odd.py", launch.SPREAD.format(value=value))
+    changes = {"dynamic_sampling": True, "difficulty_sampling": True, "reward_fn": reward, "max_steps": 2}
+    changes |= {"eval_dataset_id_or_path": None}
+    one = run_on_one(tmp_path / "one", **changes)
+    two, other = run_on_two(tmp_path / "two", **changes)
+    assert (one.status, two.status, other.status) == (0, 0, 0), one.err + two.err + other.err
+    rounds = [[line["rollout/rounds"] for line in ran.jsonl("metrics.jsonl")] for ran in (one, two)]
+    assert rounds[0] == rounds[1] and max(rounds[0]) > 1
+    for step in (1, 2):
+        rows, want = (ran.jsonl(f"rollouts/step_{step:06d}.jsonl") for ran in (two, one))
+        for name in ("prompt", "messages", "rewards"):
+            assert [row[name] for row in rows] == [row[name] for row in want]
+        np.testing.assert_allclose([r["advantage"] for r in rows], [r["advantage"] for r in want], rtol=1e-6)
+
+
 def reward_in_process_one(folder, body):
     """The small run's reward, which in process 1 does something after update 1, once."""
     return launch.write(

@@ -1,5 +1,6 @@
 """Runs whose evaluations are compared: the best one is kept, ends the run and becomes its model."""
 
+import dataclasses
 from unittest import mock
 
 import launch
@@ -13,7 +14,7 @@ MATCH = {0: 0.9, 1: 0.2, 2: 0.5, 3: 0.5, 4: 0.4, 5: 0.3, 6: 0.6}
 
 
 def test_the_best_and_how_long_it_has_been_the_best():
-    best, seen = Best(), []
+    best, seen = Best("f"), []
     for step, value in ((3, 0.2), (6, 0.5), (9, 0.5), (12, 0.4), (15, 0.6)):
         best = best.after(step, value)
         seen.append((best.step, best.value, best.waited, best.ends(2)))
@@ -24,7 +25,14 @@ def test_the_best_and_how_long_it_has_been_the_best():
         (6, 0.5, 2, True),
         (15, 0.6, 0, False),
     ]
-    assert not Best(6, 0.5, 100).ends(None)
+    assert not Best("f", 6, 0.5, 100).ends(None)
+
+
+def test_a_resumed_run_knows_the_best_unless_it_is_of_another_figure_or_folder():
+    saved = dataclasses.asdict(Best("f", 6, 0.5, 1))
+    assert Best.resumed(saved, "f", [6, 8]) == Best("f", 6, 0.5, 1)
+    assert Best.resumed(saved, "g", [6, 8]) == Best("g")
+    assert Best.resumed(saved, "f", [8]) == Best.resumed(None, "f", []) == Best("f")
 
 
 def scripted(folder, **changes):

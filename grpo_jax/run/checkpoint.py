@@ -39,7 +39,6 @@ from grpo_jax.data.batches import Cursor
 from grpo_jax.files import OutputError, cannot_write
 from grpo_jax.models.sharding import placed
 from grpo_jax.run.identity import check_adapters, differences
-from grpo_jax.run.stopping import Best
 from grpo_jax.text import shorten
 from grpo_jax.update.update import TrainState
 
@@ -339,10 +338,8 @@ def find_start(
             )
         found = named
     done = summary.get("updates", newest or updates) if "after" in summary else None
-    waited = Best(waited=summary.get("stopped_early", 0))
-    enough = done is not None and (
-        updates <= done or waited.ends(fresh["run"]["options"].get("early_stop_patience"))
-    )
+    patience, waited = fresh["run"]["options"].get("early_stop_patience"), summary.get("stopped_early", 0)
+    enough = done is not None and (updates <= done or (patience is not None and waited >= patience))
     if done is not None and newest is None and not enough:
         raise ValueError(
             f"the run in {checkpoints.directory.parent} is finished after {done} updates and left no checkpoint to "

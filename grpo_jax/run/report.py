@@ -30,7 +30,10 @@ PANELS = {
     "KL to the reference, nats": ("kl",),
     "sampled tokens a row": ("completions/min_length", "completions/mean_length", "completions/max_length"),
     "tool calls a row, and their failures": ("tools/call_frequency", "tools/failure_frequency"),
-    "share of groups with equal rewards": ("frac_reward_zero_std",),
+    "share of groups with equal rewards, and of wasted ones": (
+        "frac_reward_zero_std",
+        "rollout/wasted_groups",
+    ),
     "gradient norm": ("grad_norm",),
     "seconds an update": ("step_time",),
 }
