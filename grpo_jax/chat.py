@@ -17,7 +17,7 @@ from typing import Any
 
 from grpo_jax import hosts
 from grpo_jax.data.rows import read_prompt
-from grpo_jax.rollout.chat import INTERRUPTED, Called, Chat, Limits, Malformed, Piece, Reply
+from grpo_jax.rollout.chat import Called, Chat, Limits, Malformed, Piece, Reply
 from grpo_jax.rollout.loop import ToolLoop
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import StopSignal
@@ -46,7 +46,6 @@ WHY = {
     Status.OVERLONG_TOOL_RESPONSE: "the tool's result did not fit max_grpo_completion_length",
     Status.TOOL_LIMIT: "max_tool_calling_iterations was reached",
     Status.MALFORMED_CALL: "its call does not parse",
-    INTERRUPTED: "stopped",
 }
 
 

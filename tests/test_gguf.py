@@ -5,14 +5,17 @@ import json
 import sys
 
 import helpers
+import launch
 import numpy as np
 import parity
 import pytest
 from gguf import GGML_QUANT_SIZES, GGUFWriter, dequantize, quantize
 from gguf import GGMLQuantizationType as Type
 
+from grpo_jax import export
 from grpo_jax.models import cache, gguf, hf
 from grpo_jax.models.rope import Llama3, frequencies
+from grpo_jax.models.scratch import CHAT_TEMPLATE
 from grpo_jax.rollout.conversation import load_conversation
 
 SIZES = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "rms_norm_eps": 1e-5}
@@ -204,6 +207,23 @@ def test_without_the_package_the_install_command_is_named(tmp_path, monkeypatch)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"m\.gguf needs the package gguf: pip install"):
         hf.fetch_model(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.slow
+def test_a_file_trains_continues_and_is_exported_as_what_it_was(tmp_path):
+    config = CONFIGS["llama"]
+    write_gguf(tmp_path / "m.gguf", config, parity.random_tensors(config))
+    options = {"model_name_or_path": tmp_path / "m.gguf", "chat_template": "hermes"}
+    ran = launch.small_run(tmp_path / "run", **options, max_steps=2)
+    assert ran.status == 0, ran.err
+    assert ran.json("model/config.json")["architectures"] == ["LlamaForCausalLM"]
+    assert (ran.folder / "model" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    flags = ("--checkpoint", ran.folder / "checkpoints" / "2", "--to", tmp_path / "exported")
+    assert launch.call(export.main, flags, ran.folder).status == 0
+    left = {path.name: path.read_bytes() for path in (ran.folder / "model").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()} == left
+    again = launch.small_run(tmp_path / "run", **options, max_steps=3)
+    assert again.status == 0 and "Continuing from the checkpoint of update 2" in again.out
 
 
 # Against transformers
