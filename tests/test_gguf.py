@@ -16,7 +16,9 @@ from grpo_jax import export
 from grpo_jax.models import cache, gguf, hf
 from grpo_jax.models.rope import Llama3, frequencies
 from grpo_jax.models.scratch import CHAT_TEMPLATE
+from grpo_jax.preflight.plan_inputs import model_sizes
 from grpo_jax.rollout.conversation import load_conversation
+from grpo_jax.run.options import GRPOConfig
 
 SIZES = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "rms_norm_eps": 1e-5}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -207,6 +209,14 @@ def test_without_the_package_the_install_command_is_named(tmp_path, monkeypatch)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"m\.gguf needs the package gguf: pip install"):
         hf.fetch_model(str(tmp_path / "m.gguf"))
+
+
+def test_a_plan_reads_the_files_sizes(tmp_path):
+    config = CONFIGS["llama"]
+    write_gguf(tmp_path / "m.gguf", config, parity.random_tensors(config))
+    sizes, folder = model_sizes(GRPOConfig(model_name_or_path=str(tmp_path / "m.gguf")))
+    assert (sizes.model_type, sizes.D, sizes.L) == ("llama", 64, 2)
+    assert (folder / "tokenizer.json").exists()
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def model_sizes(config: GRPOConfig) -> tuple[ModelConfig, Path | None]:
     name = config.required("model_name_or_path")
     if name == "scratch":
         return SCRATCH_SIZES, None
-    folder = Path(name) if Path(name).is_dir() else _cached(name, config.model_revision)
+    folder = hf.fetch_model(name) if Path(name).exists() else _cached(name, config.model_revision)
     if folder is not None:
         return hf.read_config(folder), folder
     size = re.sub(r"-(Instruct|Base)$", "", name.removeprefix("Qwen/"))
