@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from grpo_jax.models.cost import Lengths
 from grpo_jax.models.qwen import ModelConfig, Params, init_params
 from grpo_jax.models.sharding import Layout, make_mesh
-from grpo_jax.rollout.sampler import Sampler, Turn, make_sampler
+from grpo_jax.rollout.sampler import Sampler, make_sampler
 from grpo_jax.rollout.sampling import Sampling, row_keys
 from grpo_jax.run import options
 from grpo_jax.types import Example, Prompt, Status, Trajectory
@@ -53,11 +53,16 @@ MODELS = {  # the published sizes
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A model, the lengths of a step, and whether its layers are recomputed in the backward pass."""
+    """A model, the lengths of a step, and whether its layers are recomputed in the backward pass.
+
+    Args:
+        budget: tokens that a completion might have; None means the T2 that it has.
+    """
 
     cfg: ModelConfig
     lengths: Lengths
     remat: bool
+    budget: int | None = None
 
 
 SHAPES = {
@@ -77,6 +82,7 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, help="P·G, instead of --prompts")
     for name, what in (("preamble", "T0"), ("prompt", "T1"), ("completion", "T2")):
         parser.add_argument(f"--{name}", type=int, help=f"{what} in tokens, instead of the shape's")
+    parser.add_argument("--budget", type=int, help="tokens that a completion might have, T2 by default")
     parser.add_argument("--layers", type=int, help="L, instead of the model's")
 
 
@@ -96,6 +102,7 @@ def shape_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Shape
         dataclasses.replace(cfg, L=args.layers or cfg.L),
         dataclasses.replace(lengths, P=prompts),
         shape.remat or args.model is not None,
+        args.budget,
     )
 
 
@@ -187,7 +194,12 @@ def make_job(
         max_grad_norm=1,
     )
     sampler = make_sampler(
-        shape.cfg, Layout(mesh, rollout=True), dtype=dtype, sampling=Sampling(), stop_ids=(), budget=x.T2
+        shape.cfg,
+        Layout(mesh, rollout=True),
+        dtype=dtype,
+        sampling=Sampling(),
+        stop_ids=(),
+        budget=shape.budget or x.T2,
     )
     step = ModelStep(shape.cfg, Layout(mesh), dtype, shape.remat)
 
@@ -206,7 +218,14 @@ def prefill(job: Job, params: Params) -> Any:
     return (*trunk, (job.sampler.prefill(params, trunk, own), own.valid))
 
 
-def decode(job: Job, params: Params, trunk: Any) -> list[Turn]:
+class Sampled(NamedTuple):
+    """A model turn of all rows: token ids and log-probabilities, [B, n] each."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+
+
+def decode(job: Job, params: Params, trunk: Any) -> list[Sampled]:
     """All model turns of all rows, a scripted response fed after each but the last."""
     B, sampler = job.shape.lengths.B, job.sampler
     rows = [p for p in job.prompts for _ in range(job.shape.lengths.G)]
@@ -214,12 +233,19 @@ def decode(job: Job, params: Params, trunk: Any) -> list[Turn]:
         jnp.array([p[-1] for p in rows], jnp.int32), jnp.array([len(p) - 1 for p in rows], jnp.int32)
     )
     keys = row_keys(0, jnp.arange(B), jnp.arange(B))
-    live, budget = jnp.ones(B, bool), jnp.full(B, job.sampled_per_turn, jnp.int32)
-    turns = []
+    live, turns, held = jnp.ones(B, bool), [], 0
     for i in range(job.turns.count + 1):
-        cache, turn = sampler.decode(params, trunk, cache, keys, live, budget)
-        turns.append(turn)
+        parts, left = [], job.sampled_per_turn
+        while left:
+            cache = sampler.fit(cache, held + 1)
+            cache, turn = sampler.decode(params, trunk, cache, keys, live, jnp.full(B, left, jnp.int32))
+            n = int(turn.count[0])
+            parts.append(Sampled(np.asarray(turn.tokens[:, :n]), np.asarray(turn.logprobs[:, :n])))
+            left, held = left - n, held + n
+        turns.append(Sampled(*map(np.hstack, zip(*parts, strict=True))))
         if i < job.turns.count:
+            held += job.turns.response
+            cache = sampler.fit(cache, held + 1)
             cache = sampler.append(params, trunk, cache, *_response(job, cache.pending))
     return turns
 
@@ -231,16 +257,16 @@ def _response(job: Job, pending: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     return tokens, jnp.full(B, n, jnp.int32), jnp.ones(B, jnp.int32)
 
 
-def make_batch(job: Job, turns: list[Turn]) -> Batch:
+def make_batch(job: Job, turns: list[Sampled]) -> Batch:
     """The update's batch of what was decoded, with random advantages, on the devices."""
-    n, response = job.sampled_per_turn, job.turns.response
+    response = job.turns.response
     ids: list[list[int]] = [[] for _ in range(job.shape.lengths.B)]
     logprobs: list[list[float]] = [[] for _ in ids]
-    for i, turn in enumerate(jax.device_get(turns)):
+    for i, turn in enumerate(turns):
         given = response if i < job.turns.count else 0
         for row in range(len(ids)):
-            ids[row] += turn.tokens[row, :n].tolist() + [1] * given
-            logprobs[row] += turn.logprobs[row, :n].tolist() + [0.0] * given
+            ids[row] += turn.tokens[row].tolist() + [1] * given
+            logprobs[row] += turn.logprobs[row].tolist() + [0.0] * given
     return place_batch(job.step.layout, _step_batch(job, ids, logprobs))
 
 

@@ -295,7 +295,7 @@ class GRPOTrainer:
                             prompts,
                             generations=steps.G,
                             seed=config.seed,
-                            on_turn=rows.advance,
+                            on_progress=rows.advance,
                             stop=lambda: stop.requested,
                         )
                     with timer("reward"):

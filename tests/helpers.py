@@ -212,19 +212,19 @@ class Script:
         self.own: Counter = Counter()  # (row, position, token) of the completions' level
 
     def _patched(self, function):
-        def call(*args):  # the names are looked up while tracing
+        def call(*args, **kwargs):  # the names are looked up while tracing
             with (
                 mock.patch.object(sampler_module, "sample", self._sample),
                 mock.patch.object(sampler_module, "extend", self._extend),
             ):
-                return function(*args)
+                return function(*args, **kwargs)
 
         return call
 
     def _knowing_rows(self, decode):
-        def call(params, trunk, cache, keys, *rest):
+        def call(params, trunk, cache, keys, *rest, **rows):
             self._row_of = {key.tobytes(): row for row, key in enumerate(np.asarray(keys))}
-            return decode(params, trunk, cache, keys, *rest)
+            return decode(params, trunk, cache, keys, *rest, **rows)
 
         return call
 

@@ -14,13 +14,11 @@ from jax.sharding import AbstractMesh
 from grpo_jax.models.qwen import Level, extend, head_weights
 from grpo_jax.models.sharding import Layout
 from grpo_jax.rollout.loop import make_policy
-from grpo_jax.rollout.sampler import (
-    compaction_pays,
-    part_sizes,
-)
+from grpo_jax.rollout.sampler import cache_sizes, compaction_pays, make_sampler, part_sizes
 from grpo_jax.rollout.sampling import Sampling, _inverse_cdf, _kept, row_keys, sample
 from grpo_jax.update.batch import pad_rows, prompts_level
 
+BUDGET = helpers.BUDGET
 END = helpers.conversation().stop_ids[0]
 DRAWS = 20_000
 LOGITS = np.log([0.3, 0.2, 0.15, 0.1, 0.08, 0.07, 0.05, 0.03, 0.02])
@@ -263,6 +261,48 @@ def test_decode_comes_back_once_few_rows_go_on(script):
     assert cache.length.tolist() == [9, 2, 9, 3]
 
 
+@pytest.mark.parametrize(
+    ("budget", "sizes"),
+    [
+        (44, (45,)),
+        (190, (191,)),
+        (191, (128, 192)),
+        (1024, (128, 256, 512, 1025)),
+        (1536, (128, 256, 512, 1024, 1537)),
+    ],
+)
+def test_a_cache_doubles_up_to_its_budget(budget, sizes):
+    assert cache_sizes(budget) == sizes
+
+
+def decoded_whole(sampler, cache) -> tuple[list[np.ndarray], list[int]]:
+    """(tokens and log-probabilities [4, 200], slots of the cache at each decode)."""
+    parts, slots, left, held = [], [], np.full(4, 200, np.int32), 0
+    while left.any():
+        cache = sampler.fit(cache, held + 1)
+        slots.append(cache.room + 1)
+        cache, turn = decode(sampler, cache, [True] * 4, left)
+        n, held = turn.count[0], int(turn.longest)
+        parts.append((turn.tokens[:, :n], turn.logprobs[:, :n]))
+        left = left - turn.count
+    return [np.hstack(arrays) for arrays in zip(*parts, strict=True)], slots
+
+
+def test_a_cache_that_grows_gives_what_one_of_full_size_gives():
+    """Free sampling without a stop token: 200 tokens a row over a cache of 128 slots, then 257."""
+    layout = helpers.layouts()[1]
+    sampler = make_sampler(
+        helpers.config(), layout, dtype=helpers.FLOAT32, sampling=Sampling(), stop_ids=(), budget=BUDGET
+    )
+    rows = [p for p in helpers.prompts()[:2] for _ in range(2)]
+    ends, positions = jnp.asarray([p[-1] for p in rows]), jnp.asarray([len(p) - 1 for p in rows])
+    (tokens, logprobs), slots = decoded_whole(sampler, sampler.begin(ends, positions))
+    (expected, expected_logprobs), full = decoded_whole(sampler, sampler.begin(ends, positions, BUDGET + 1))
+    assert slots == [128] * 4 + [257] * 3 and set(full) == {257}
+    assert (tokens == expected).all() and tokens.shape == (4, 200)
+    np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-5)
+
+
 def layout_of(data):
     return Layout(AbstractMesh((data, 1, 1), ("data", "fsdp", "tensor")), rollout=True)
 
@@ -296,7 +336,7 @@ def test_compaction_pays_on_a_cpu_with_a_long_budget(monkeypatch):
 def test_decode_holds_the_cache_once():
     """Written after it is read, a cache is updated in place; XLA would else copy it whole in every step."""
     sampler = helpers.new_sampler()
-    cache = fresh_cache(sampler)
+    cache = sampler.fit(fresh_cache(sampler), sampler.budget)
     args = (*start(sampler), cache, keys(4), jnp.ones(4, bool), jnp.ones(4, jnp.int32))
     temporary = sampler.decode.lower(*args).compile().memory_analysis().temp_size_in_bytes
     assert temporary < sum(x.nbytes for x in jax.tree.leaves(cache.kv))

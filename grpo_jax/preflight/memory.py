@@ -191,7 +191,8 @@ def _rollout(sampler: Sampler, model: ModelConfig, x: cost.Lengths) -> tuple[Any
         ids, valid = (jax.ShapeDtypeStruct((n, T), kind) for kind in (jnp.int32, bool))
         trunk = (*trunk, (kv(jax.eval_shape(prefill, params, trunk, ids, valid), "shared_kv"), valid))
     rows = jax.ShapeDtypeStruct((x.B,), jnp.int32)
-    cache = jax.eval_shape(sampler.begin.__wrapped__, rows, rows)
+    full = functools.partial(sampler.begin.__wrapped__, slots=sampler.budget + 1)
+    cache = jax.eval_shape(full, rows, rows)
     return params, trunk, cache._replace(kv=kv(cache.kv, "rows_kv"))
 
 

@@ -5,12 +5,13 @@ cache, so that every token passes through the model once. A completion speaks un
 its calls run while others still speak, or it is finished.
 
 With several hosts each keeps its share of the prompts, with all completions of them. They decode
-together; after a turn's tools one all-gather of four numbers tells each of them how to continue.
+together; after a turn's tools one all-gather of five numbers tells each of them how to continue.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -129,7 +130,7 @@ def roll_out(
     *,
     generations: int = 1,
     seed: int = 0,
-    on_turn: Callable[[int], None] = lambda finished: None,
+    on_progress: Callable[..., None] = lambda finished, **fields: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Rollout:
     """Sample G trajectories for each prompt, tools included; all hosts call it with the same arguments.
@@ -141,7 +142,8 @@ def roll_out(
             trajectory.
         generations: G.
         seed: of the run.
-        on_turn: called after every turn with the number of completions that it finished.
+        on_progress: called at every return of decode with the number of completions that were finished since, and
+            as keywords with what to show: completions still running, tokens a second, the turn.
         stop: whether this host was asked to stop; asked after every turn.
 
     Raises:
@@ -163,7 +165,8 @@ def roll_out(
         put(np.array([len(f.trajectory.prompt.ids) - 1 for f in flights], np.int32)),
     )
     loop.runner.start_step([f.trajectory.prompt.example.columns for f in flights])
-    row_steps, failure, stopped = 0, hosts.Failure(), False
+    row_steps, turns, failure, stopped = 0, 0, hosts.Failure(), False
+    needed, sampled, began = 1, 0, time.perf_counter()
     speaking = sum(prompt is not None for prompt in prompts) * G  # on all hosts
 
     while before := speaking:
@@ -175,11 +178,18 @@ def roll_out(
                 [loop.sampler.budget - len(f.trajectory.completion_ids) for f in flights], np.int32
             )
             stop_at = np.int32(next(n for n in ends if n < speaking))
+            cache = loop.sampler.fit(cache, needed)
+            rows = loop.sampler.rows_for(speaking, cache, trunk)
             cache, turn = loop.sampler.decode(
-                policy.params, trunk, cache, keys, put(live), put(left), stop_at
+                policy.params, trunk, cache, keys, put(live), put(left), stop_at, rows=rows
             )
             turn = loop.sampler.layout.get_rows(turn)
             speaking, row_steps = int(turn.live), row_steps + int(turn.row_steps)
+            needed = int(turn.longest) + 1
+            sampled += int(turn.count.sum()) * P // len(own)  # all hosts have as many
+            on_progress(
+                0, running=before, tokens_per_s=sampled / (time.perf_counter() - began), turn=turns + 1
+            )
             for i in np.flatnonzero(live).tolist():
                 n = turn.count[i]
                 flights[i].append(turn.tokens[i, :n].tolist(), turn.logprobs[i, :n].tolist())
@@ -190,11 +200,14 @@ def roll_out(
         responses: list[list[int]] = [[] for _ in flights]
         with failure:
             responses = [_respond(loop, flight) for flight in flights]
-        speaking, longest, stopped = _agree(responses, failure, stop())
+        held = max((len(f.trajectory.completion_ids) for f in flights if f.speaking), default=0)
+        speaking, longest, held, stopped = _agree(responses, held, failure, stop())
+        needed, turns = held + 1, turns + 1
         if speaking:
+            cache = loop.sampler.fit(cache, needed)
             fed = map(put, _pending_and_responses(flights, responses, longest))
             cache = loop.sampler.append(policy.params, trunk, cache, *fed)
-        on_turn(before - speaking)
+        on_progress(before - speaking)
 
     finished = [f.trajectory for f in flights if f.trajectory.status is not None]  # not what fills up
     trajectories = hosts.gather(lambda: finished)
@@ -219,13 +232,17 @@ def _prefill(sampler: Sampler, params: Params, above: Trunk, level: Level) -> Tr
     return ((sampler.prefill(params, above, level), level.valid),)
 
 
-def _agree(responses: Sequence[list[int]], failure: hosts.Failure, stop: bool) -> tuple[int, int, bool]:
-    """Completions of all hosts that speak again, the longest response, and whether any host was asked to stop."""
+def _agree(
+    responses: Sequence[list[int]], held: int, failure: hosts.Failure, stop: bool
+) -> tuple[int, int, int, bool]:
+    """Of all hosts: completions that speak again, the longest response, the most tokens that such a completion has
+    by then, and whether any host was asked to stop."""
     lengths = [len(ids) for ids in responses]
-    figures = hosts.agree([sum(n > 0 for n in lengths), max(lengths), failure.error is not None, stop])
-    if figures[:, 2].any():
+    figures = hosts.agree([sum(n > 0 for n in lengths), max(lengths), held, failure.error is not None, stop])
+    if figures[:, 3].any():
         failure.raise_everywhere()
-    return int(figures[:, 0].sum()), int(figures[:, 1].max()), bool(figures[:, 3].any())
+    speaking, longest, held = figures[:, 0].sum(), figures[:, 1].max(), figures[:, 2].max()
+    return int(speaking), int(longest), int(held), bool(figures[:, 4].any())
 
 
 def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool) -> None:

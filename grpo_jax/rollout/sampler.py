@@ -2,8 +2,9 @@
 
 The trunk (preamble and prompts) is prefilled once; each row owns a cache that
 holds everything but one pending token. `decode` loops on the device: no Python
-per token, one host read per call. Once few rows are still running, it may continue
-with those alone (see `compaction_pays`).
+per token, one host read per call. Every token reads all slots of the cache, so the cache starts
+small and grows as its rows do (`Sampler.fit`), and once few rows are still running, decode may
+take those alone (`Sampler.rows_for`).
 """
 
 from __future__ import annotations
@@ -27,13 +28,19 @@ from grpo_jax.rollout.sampling import Sampling, sample
 
 Trunk = tuple[tuple[KV, Bool[Array, "n S"]], ...]
 
-# Decode continues with half of its rows, then with an eighth, once no more of them are running: one more program each.
+# Decode takes half of its rows, then an eighth, once no more of them are running: one more program each.
 # With one row in eight eight times as long, and lengths spread by 20 %, finished rows are then 12 % of the work
 # on 128 rows and not 80 % (simulated); a quarter between the two saves no point more, a sixteenth after them three.
 PARTS = (1, 2, 8)
 # tokens of budget: two more programs take 7 s of CPU time to compile for the quickstart's model, and as much again
 # for the greedy sampler; the whole rollouts of its 110 steps, half as long, take 45 s
 COMPACT_FROM = 128
+# A cache starts with so many slots and doubles; a smaller first size would save little next to the weights
+# and cost one more program.
+FIRST_SLOTS = 128
+# Decode returns after so many tokens, so that a rollout can report and results of tools be fed: the same number on
+# every host. At 17 ms a token a return takes 0.5 % of the time (docs/log.md).
+MAX_STEPS = 32
 
 
 class Cache(NamedTuple):
@@ -51,25 +58,32 @@ class Cache(NamedTuple):
     pending: Int[Array, " B"]
     position: Int[Array, " B"]
 
+    @property
+    def room(self) -> int:
+        """Tokens that a row may hold; one more slot takes what is computed for rows that have ended."""
+        return self.kv.k[0].shape[2] - 1
+
 
 class Turn(NamedTuple):
     """What one decode produced.
 
     Args:
-        tokens: [B, budget] int32, the first `count` of a row are real.
-        logprobs: [B, budget] float32 nats under the full distribution at the temperature.
+        tokens: [B, n] int32 with n = `MAX_STEPS` or the cache's room, the first `count` of a row are real.
+        logprobs: [B, n] float32 nats under the full distribution at the temperature.
         count: [B] int32 tokens sampled, the stop token included.
         stopped: [B] bool, the row ended with a stop token.
         row_steps: int32 scalar, the work done: steps times rows that took part, finished ones too.
         live: int32 scalar, rows that have not come to the end of their turn, on all hosts.
+        longest: int32 scalar, tokens in the cache of the longest of these rows.
     """
 
-    tokens: Int[Array, "B budget"]
-    logprobs: Float[Array, "B budget"]
+    tokens: Int[Array, "B n"]
+    logprobs: Float[Array, "B n"]
     count: Int[Array, " B"]
     stopped: Bool[Array, " B"]
     row_steps: Int[Array, ""]
     live: Int[Array, ""]
+    longest: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +94,15 @@ class Sampler:
         export: (stacked params) -> rollout params: the run's dtype, one dict per layer,
             adapters merged.
         prefill: (params, trunk so far, level) -> KV of the level.
-        begin: (pending [B], position [B]) -> an empty Cache.
-        decode: (params, trunk, cache, keys [B, 2], live [B], remaining [B], stop_at = 0) ->
-            (cache, Turn). Samples until at most `stop_at` rows are running.
-        append: (params, trunk, cache, tokens [B, T], count [B], pending [B]) -> cache.
+        begin: (pending [B], position [B], slots = those of the first size) -> an empty Cache.
+        decode: (params, trunk, cache, keys [B, 2], live [B], remaining [B], stop_at = 0, rows = B) ->
+            (cache, Turn). Samples until at most `stop_at` rows are running, a row has no room left, or
+            `MAX_STEPS` tokens are sampled; computes `rows` rows, which must hold all that are live.
+        append: (params, trunk, cache, tokens [B, T], count [B], pending [B]) -> cache, which must have the room.
+        pad: (keys or values of a layer, slots) -> the same with so many slots.
         budget: tokens after the prompt that a row may reach.
         layout: the rollout column.
+        compact: leave finished rows out of decode.
     """
 
     export: Callable[[Params], Params]
@@ -93,8 +110,37 @@ class Sampler:
     begin: Callable[..., Cache]
     decode: Callable[..., tuple[Cache, Turn]]
     append: Callable[..., Cache]
+    pad: Callable[[Array, int], Array]
     budget: int
     layout: Layout
+    compact: bool
+
+    def fit(self, cache: Cache, tokens: int) -> Cache:
+        """The cache with room for so many tokens of a row: itself, or a larger one that takes its place."""
+        if tokens <= cache.room:
+            return cache
+        slots = next(size for size in cache_sizes(self.budget) if size > tokens)
+
+        def grown(x: Array) -> Array:
+            new = self.pad(x, slots)
+            x.delete()  # layer by layer, so that old and new are never held together
+            return new
+
+        return cache._replace(kv=KV(*(list(map(grown, layers)) for layers in cache.kv)))
+
+    def rows_for(self, live: int, cache: Cache, trunk: Trunk) -> int:
+        """The fewest rows that decode may take for `live` ones."""
+        B = len(cache.length)
+        sizes = part_sizes(B, cache.room + 1, trunk, self.layout) if self.compact else (B,)
+        return min(size for size in sizes if size >= live)
+
+
+def cache_sizes(budget: int) -> tuple[int, ...]:
+    """Slots that a cache may have, rising: doubled while that saves a third of the last, which holds the budget."""
+    sizes = [FIRST_SLOTS]
+    while sizes[-1] * 3 <= 2 * (budget + 1):
+        sizes.append(sizes[-1] * 2)
+    return (*sizes[:-1], budget + 1)
 
 
 def make_sampler(
@@ -136,42 +182,39 @@ def make_sampler(
             turn.stopped | stopped,
             turn.row_steps + live.shape[0],
             turn.live,
+            turn.longest,
         )
         cache = cache._replace(pending=jnp.where(live, token, cache.pending))
         return _State(cache, live & ~stopped & (turn.count < rows.remaining), turn, state.t + 1)
 
-    def decode(params, trunk, cache, keys, live, remaining, stop_at=0):
+    def decode(params, trunk, cache, keys, live, remaining, stop_at=0, rows=None):
         B = live.shape[0]
-        sizes = part_sizes(B, budget + 1, trunk, layout) if compact else (B,)
-        zeros = jnp.zeros((B, budget), jnp.int32)
-        turn = Turn(
-            zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, jnp.int32(0), jnp.int32(0)
-        )
+        steps = jnp.minimum(MAX_STEPS, cache.room - _longest(live, cache))
+        zeros = jnp.zeros((B, min(MAX_STEPS, cache.room)), jnp.int32)
+        turn = Turn(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, *[jnp.int32(0)] * 3)
         state = _State(cache, live & (remaining > 0), turn, jnp.int32(0))
-        rows = _Rows(params, keys, remaining)
+        read = _Rows(params, keys, remaining)
+        few = rows is not None and rows < B
+        if few:
+            chosen = jnp.argsort(~state.live, stable=True)[:rows]  # all that are live, and finished ones
+            trunk = tuple(_take(s, chosen * s[1].shape[0] // B, layout) for s in trunk)
+            read, whole = _Rows(params, keys[chosen], remaining[chosen]), state
+            state = _take(state, chosen, layout)
         step = decode_step
         if target.on_cpu() and target.device_count() == 1:
             trunk, step = _turned_once(trunk), lambda trunk, *args: decode_step(_turned(trunk), *args)
+        state = jax.lax.while_loop(
+            lambda state: (state.live.sum() > stop_at) & (state.t < steps),
+            functools.partial(step, trunk, read),
+            state,
+        )
+        report = {"live": state.live.sum(), "longest": _longest(state.live, state.cache)}
+        if few:
+            state = _put(whole, chosen, state, layout)
+        return state.cache, state.turn._replace(**report)
 
-        def on_few_rows(size, until, state):
-            chosen = jnp.argsort(~state.live, stable=True)[
-                :size
-            ]  # all that are live, filled up with finished ones
-            few_trunk = tuple(_take(s, chosen * s[1].shape[0] // B, layout) for s in trunk)
-            few = _Rows(params, keys[chosen], remaining[chosen])
-            run_few = functools.partial(step, few_trunk, few)
-            return _put(state, chosen, _while_above(until, run_few, _take(state, chosen, layout)), layout)
-
-        # on all rows until those that are live fit the next size, then on so many, and so on
-        first, *ends = (jnp.maximum(fewer, stop_at) for fewer in (*sizes[1:], 0))
-        state = _while_above(first, functools.partial(step, trunk, rows), state)
-        for size, until in zip(sizes[1:], ends, strict=True):
-            few_rows = functools.partial(on_few_rows, size, until)
-            state = jax.lax.cond(state.live.sum() > until, few_rows, lambda same: same, state)
-        return state.cache, state.turn._replace(live=state.live.sum())
-
-    decode = jax.jit(decode, donate_argnames="cache", compiler_options=ALL_ROUNDINGS)
-    return Sampler(**shared, decode=decode, budget=budget, layout=layout)
+    decode = jax.jit(decode, static_argnames="rows", donate_argnames="cache", compiler_options=ALL_ROUNDINGS)
+    return Sampler(**shared, decode=decode, budget=budget, layout=layout, compact=compact)
 
 
 def compaction_pays(budget: int) -> bool:
@@ -212,10 +255,13 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
     def prefill(params, trunk, level):
         return run(params, (level,), trunk)[1][0]
 
-    def begin(pending, position):
-        shape = (pending.shape[0], cfg.K, budget + 1, cfg.H)
+    def begin(pending, position, slots=None):
+        shape = (pending.shape[0], cfg.K, slots or cache_sizes(budget)[0], cfg.H)
         empty = [layout.constrain(jnp.zeros(shape, dtype), "rows_kv") for _ in range(2 * cfg.L)]
         return Cache(KV(empty[: cfg.L], empty[cfg.L :]), jnp.zeros_like(pending), pending, position)
+
+    def pad(x, slots):
+        return layout.constrain(jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0))), "rows_kv")
 
     def append(params, trunk, cache, tokens, count, pending):
         return _append(run, params, trunk, cache, tokens, count, pending)
@@ -230,7 +276,8 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
     return run, {
         "export": jax.jit(export),
         "prefill": jax.jit(prefill, compiler_options=ALL_ROUNDINGS),
-        "begin": jax.jit(begin),
+        "begin": jax.jit(begin, static_argnames="slots"),
+        "pad": jax.jit(pad, static_argnames="slots"),
         "append": jax.jit(append, donate_argnames="cache", compiler_options=ALL_ROUNDINGS),
     }
 
@@ -270,9 +317,9 @@ def _turned_once(trunk: Trunk) -> Trunk:
     return tuple((KV(list(map(laid_out, kv.k)), kv.v), valid) for kv, valid in _turned(trunk))
 
 
-def _while_above(until, body, state: _State) -> _State:
-    """Repeat `body` while more than `until` rows are running."""
-    return jax.lax.while_loop(lambda s: s.live.sum() > until, body, state)
+def _longest(live, cache: Cache):
+    """Tokens in the cache of the longest live row."""
+    return jnp.where(live, cache.length, 0).max()
 
 
 def _take(tree, rows, layout):

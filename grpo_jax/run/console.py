@@ -170,9 +170,9 @@ class _Lines:
         self._done += n
         self._fields = _fields(fields) if fields else self._fields
         now = self._console._clock()
-        if now - self._printed >= SECONDS_BETWEEN_LINES and 0 < self._done < self._total:
-            left = (now - self._start) / self._done * (self._total - self._done)
-            self._print(f"{left:.0f} s left")
+        if now - self._printed >= SECONDS_BETWEEN_LINES and self._done < self._total:
+            left = (now - self._start) / self._done * (self._total - self._done) if self._done else None
+            self._print("" if left is None else f"{left:.0f} s left")
             self._printed = now
 
     def finish(self) -> None:

@@ -46,13 +46,19 @@ def evaluate(job: Job, params: Params, data: DataSet, title: str) -> Evaluation:
         size = max(job.config.eval_batch_size // generations, 1)
         if not hosts.alone():  # every host has rows, some of which may be padding
             size = -(-size // job.row_devices) * job.row_devices
-        with job.console.progress(title, len(prompts)) as bar:
+        with job.console.progress(title, len(prompts) * generations) as bar:
             for start in range(0, len(prompts), size):
                 chosen = prompts[start : start + size]
                 filled = chosen + [None] * (size - len(chosen))  # always the same shape: one compile
-                rollout = roll_out(loop, policy, filled, generations=generations, seed=job.config.seed)
+                rollout = roll_out(
+                    loop,
+                    policy,
+                    filled,
+                    generations=generations,
+                    seed=job.config.seed,
+                    on_progress=bar.advance,
+                )
                 trajectories += rollout.trajectories
-                bar.advance(len(chosen))
         return trajectories
 
     trajectories = completions(job.greedy, title, 1)
