@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def validations(monkeypatch):
     """Replaces the validation by figures of the test's own; records what it was asked to evaluate."""
     asked, figures = [], []
 
-    def validate(job, params, data, title):
+    def validate(job, params, data, title, limit):
         asked.append([prompt.example.answer for prompt in data.prompts])
         return sft_evaluation({"exact_answer_match": figures[len(asked) - 1]})
 
@@ -144,6 +145,33 @@ def test_it_stops_at_sft_max_steps_and_validates_there(tmp_path, validations):
         report = cold_start.fine_tune(job, data, tmp_path / "model")
     assert report == {"steps": 3, "validation": {"exact_answer_match": 0.1}}
     assert len(asked) == 2
+
+
+def test_a_validation_is_short_and_says_when_it_takes_longer_than_the_updates_before_it(
+    tmp_path, validations, monkeypatch
+):
+    """Its completions may be twice as long as the longest gold conversation; the first validation compiles."""
+    _, figures = validations
+    figures += [0.0] * 3
+    lines, limits, gold, validate, made = [], [], [], cold_start.evaluate, cold_start.gold_trajectories
+
+    def slow(*args):
+        limits.append(args[-1])
+        time.sleep(1.0)
+        return validate(*args)
+
+    def recorded(*args):
+        gold.extend(made(*args))
+        return gold
+
+    monkeypatch.setattr(cold_start, "evaluate", slow)
+    monkeypatch.setattr(cold_start, "gold_trajectories", recorded)
+    with opened(tmp_path / "run", sft_eval_steps=1, sft_max_steps=3) as (job, data):
+        monkeypatch.setattr(job.console, "line", lines.append)
+        cold_start.fine_tune(job, data, tmp_path / "model")
+    assert limits == [2 * max(len(trajectory.completion_ids) for trajectory in gold)] * 3
+    said = [line for line in lines if line.startswith("Validation took 1 s")]
+    assert len(said) == 2 and "sft_eval_steps" in said[0]
 
 
 def test_weights_moments_and_files_are_as_the_options_say(tmp_path, validations, monkeypatch):

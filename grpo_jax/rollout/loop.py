@@ -39,6 +39,7 @@ class ToolLoop:
         tree: the data set's preamble and buckets.
         max_iterations: tool turns per completion; None for no limit but the budget.
         malformed_feedback: report to the model why a call did not parse instead of ending the completion.
+        limit: tokens that a completion may have, where that is less than the sampler's budget.
     """
 
     sampler: Sampler
@@ -47,6 +48,12 @@ class ToolLoop:
     tree: Tree
     max_iterations: int | None = None
     malformed_feedback: bool = False
+    limit: int | None = None
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a completion may have."""
+        return min(self.limit or self.sampler.budget, self.sampler.budget)
 
 
 class Policy(NamedTuple):
@@ -174,9 +181,7 @@ def roll_out(
         ends = [P * G // part for part in PARTS] + [0]
         while speaking:
             live = np.array([f.speaking for f in flights])
-            left = np.array(
-                [loop.sampler.budget - len(f.trajectory.completion_ids) for f in flights], np.int32
-            )
+            left = np.array([loop.budget - len(f.trajectory.completion_ids) for f in flights], np.int32)
             stop_at = np.int32(next(n for n in ends if n < speaking))
             cache = loop.sampler.fit(cache, needed)
             rows = loop.sampler.rows_for(speaking, cache, trunk)
@@ -287,7 +292,7 @@ def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
     flight.tool_turns += 1
     trajectory.messages.extend({"role": "tool", "name": name, "content": text} for name, text in results)
     ids = loop.conversation.response_ids(results)
-    if len(trajectory.completion_ids) + len(ids) >= loop.sampler.budget:  # at least one token must follow
+    if len(trajectory.completion_ids) + len(ids) >= loop.budget:  # at least one token must follow
         flight.finish(Status.OVERLONG_TOOL_RESPONSE)
         return []
     flight.append(ids, None)

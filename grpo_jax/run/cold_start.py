@@ -4,11 +4,15 @@ Supervised fine-tuning on the same prefix tree, with the same update, as GRPO: a
 gold row is a trajectory whose turns were written instead of sampled. It ends by
 a rule: a validation slice at the end of the training rows is evaluated greedily
 every few updates until its exact_answer_match reaches `sft_stop_match`, four times as
-often once half of that is reached: a small model learns the second half in a few updates.
+often once half of that is reached: a small model learns the second half in a few updates. A completion
+of that evaluation may be twice as long as the longest gold conversation, so that a model that does not end
+its turns yet does not hold training up.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.optimizer import make_schedule
 from grpo_jax.update.update import ModelStep, init_state, make_update, place_batch, sft_objective
 
+LENGTHS = 2  # of the longest gold conversation that a completion may have in the validation
 WARMUP = 10  # updates; AdamW's second moment is not reliable before
 
 
@@ -50,7 +55,8 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
         ValueError: see `cold_start_rows`; too few rows whose gold calls run, or a gold conversation over
             the budget; raised before anything is compiled.
     """
-    config = job.config
+    config = dataclasses.replace(job.config, eval_samples=None)  # the rule looks at greedy completions
+    job = dataclasses.replace(job, config=config)
     train, held_out = cold_start_rows(job, data)
     train, gold = _with_gold(job, train)
     _check_budget(gold, config.max_grpo_completion_length)
@@ -61,21 +67,30 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
     step = ModelStep(job.model, job.training, job.dtype, remat=config.gradient_checkpointing)
     update = make_update(step, optimizer, sft_objective, state, frozen)
     cursor, report, every = Cursor(), {}, config.sft_eval_steps
+    limit = LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
+    trained_from = time.perf_counter()
     with job.console.progress("Cold start", config.sft_max_steps) as bar:
         for done in range(1, config.sft_max_steps + 1):
             draws, cursor = next_batch(len(gold), config.sft_batch_size, cursor, config.seed)
             batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
             state, metrics = update(state, place_batch(step.layout, batch))
             if done % every == 0 or done == config.sft_max_steps:
+                loss, trained_until = float(metrics["loss"]), time.perf_counter()
                 params = job.greedy.export(join(state.params, frozen))
-                report = evaluate(job, params, held_out, "Validation").summary
+                report = evaluate(job, params, held_out, "Validation", limit).summary
+                trained, validated = trained_until - trained_from, time.perf_counter() - trained_until
+                trained_from = time.perf_counter()
                 match = report["exact_answer_match"]  # there is one: `check_stop_rule`
                 job.console.line(
-                    f"cold start {done}: loss {float(metrics['loss']):.3f}, "
-                    f"validation exact_answer_match {match:.3f}"
+                    f"cold start {done}: loss {loss:.3f}, validation exact_answer_match {match:.3f}"
                 )
                 if match >= config.sft_stop_match:
                     break
+                if done > config.sft_eval_steps and validated > trained:  # the first compiles
+                    job.console.line(
+                        f"Validation took {validated:.0f} s, the updates before it {trained:.0f} s; a larger "
+                        "sft_eval_steps or a smaller sft_validation_size makes that less"
+                    )
                 if match >= config.sft_stop_match / 2:
                     every = max(1, config.sft_eval_steps // 4)
             bar.advance(1)

@@ -31,18 +31,20 @@ class Evaluation:
     trajectories: list[Trajectory]
 
 
-def evaluate(job: Job, params: Params, data: DataSet, title: str) -> Evaluation:
+def evaluate(job: Job, params: Params, data: DataSet, title: str, limit: int | None = None) -> Evaluation:
     """Run every prompt greedily and score the calls; with eval_samples, sample each so often too.
 
     Args:
         params: rollout weights, from `sampler.export`.
+        limit: tokens that a completion may have, where that is less than the budget.
     """
     gold = [gold_calls(p.example, job.toolbox.functions) for p in data.prompts]
     prompts = [dataclasses.replace(prompt, draw=i) for i, prompt in enumerate(data.prompts)]
     policy = make_policy(job.tool_loop(job.greedy, data.tree), params)
 
     def completions(sampler: Sampler, title: str, generations: int) -> list[Trajectory]:
-        loop, trajectories = job.tool_loop(sampler, data.tree), []
+        loop = dataclasses.replace(job.tool_loop(sampler, data.tree), limit=limit)
+        trajectories: list[Trajectory] = []
         size = max(job.config.eval_batch_size // generations, 1)
         if not hosts.alone():  # every host has rows, some of which may be padding
             size = -(-size // job.row_devices) * job.row_devices
