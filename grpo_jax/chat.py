@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import json
 import sys
@@ -18,7 +17,6 @@ from typing import Any
 from grpo_jax import hosts
 from grpo_jax.data.rows import read_prompt
 from grpo_jax.rollout.chat import Called, Chat, Limits, Malformed, Piece, Reply
-from grpo_jax.rollout.loop import ToolLoop
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import StopSignal
 from grpo_jax.run.command import run_command
@@ -40,6 +38,7 @@ COMMANDS = {
     "/help": "this list",
     "/quit": "end, as Ctrl-D; Ctrl-C stops an answer",
 }
+LONGEST = 131_072  # tokens of a conversation with a model that names no limit
 RESULT_CHARACTERS = 2000  # of a tool's result, on the terminal
 WHY = {
     Status.OVERLONG: "the answer reached max_grpo_completion_length",
@@ -76,17 +75,11 @@ def open_chat(job: Job, sampling: Sampling) -> Chat:
     prompts = [
         job.conversation.prompt_ids([*opening, {"role": "user", "content": text}], schemas) for text in "ab"
     ]
-
-    @functools.cache
-    def loop_of(capacity: int) -> ToolLoop:
-        longer = dataclasses.replace(
-            job, config=dataclasses.replace(config, max_grpo_completion_length=capacity)
-        )
-        return longer.tool_loop(longer.sampler(sampling), make_tree(prompts, capacity, job.row_devices))
-
-    params = job.sampler(sampling).export(job.load_params())
+    longest = job.model.positions or LONGEST
+    job = dataclasses.replace(job, config=dataclasses.replace(config, max_grpo_completion_length=longest))
+    loop = job.tool_loop(job.sampler(sampling), make_tree(prompts, longest, job.row_devices))
     limits = Limits(config.max_grpo_completion_length, job.model.positions)
-    return Chat(loop_of, params, schemas, system, limits, config.seed)
+    return Chat(loop, loop.sampler.export(job.load_params()), schemas, system, limits, config.seed)
 
 
 # --- a terminal ---

@@ -4,7 +4,6 @@ import functools
 import json
 import subprocess
 import sys
-from unittest import mock
 
 import helpers
 import launch
@@ -15,20 +14,21 @@ from grpo_jax.rollout import chat as chat_module
 from grpo_jax.rollout.chat import Called, Chat, Limits, Malformed, Piece, Reply
 from grpo_jax.types import Status
 
+LONGEST = 600  # tokens of a conversation here
+
 
 @functools.cache
 def script():
     return Script(temperature=1)
 
 
-def new_chat(*turns, answer=80, positions=None, system=None, capacity=helpers.BUDGET, **settings):
+def new_chat(*turns, answer=80, positions=None, system=None, **settings):
     """A conversation whose model says the given turns, in order."""
     made = script()
     made.load([[token for turn in turns for token in turn]])
-    loop = helpers.tool_loop(made.sampler, **settings)
-    with mock.patch.object(chat_module, "SMALLEST_CACHE", capacity):
-        params = loop.sampler.export(helpers.weights())
-        return Chat(lambda capacity: loop, params, SCHEMAS, system, Limits(answer, positions))
+    loop = helpers.tool_loop(helpers.dataclasses.replace(made.sampler, budget=LONGEST), **settings)
+    params = loop.sampler.export(helpers.weights())
+    return Chat(loop, params, SCHEMAS, system, Limits(answer, positions))
 
 
 def said(chat, prompt, **settings):
@@ -79,29 +79,21 @@ def test_an_answer_is_sampled_as_a_rollout_samples_it_after_the_same_messages():
     assert reply.messages[0]["content"].startswith(sampled.rstrip("\ufffd")) and len(sampled) > 5
 
 
-def test_a_longer_cache_changes_no_token():
-    turns = [text_ids("Hello."), [FREE] * 12, text_ids("Yes.")]
+def test_a_cache_that_grows_changes_no_token():
+    """The conversation outgrows the first 128 slots within an answer, and again while a message is fed."""
+    turns = [[FREE] * 90, [FREE] * 60, text_ids("Yes.")]
 
-    def contents(longer):
-        chat = new_chat(*turns, answer=40)
-        loops = []
+    def contents(slots):
+        chat = new_chat(*turns, answer=90)
+        begin = chat._loop.sampler.begin
+        sampler = helpers.dataclasses.replace(chat._loop.sampler, begin=lambda *args: begin(*args, slots))
+        chat._loop = helpers.dataclasses.replace(chat._loop, sampler=sampler)
+        messages = [said(chat, text)[2].messages for text in ("Hi!", "Go on.")]
+        return messages, chat._cache.room + 1
 
-        def loop_of(capacity):  # every cache has the budget's size; this one says that it has 64
-            loops.append(capacity)
-            loop = helpers.tool_loop(script().sampler)
-            size = 64 if capacity < 128 else helpers.BUDGET
-            return helpers.dataclasses.replace(
-                loop, sampler=helpers.dataclasses.replace(loop.sampler, budget=size)
-            )
-
-        if longer:
-            chat._loop, chat._loop_of = loop_of(64), loop_of
-        return [said(chat, text)[2].messages for text in ("Hi!", "Go on.", "More?")], loops
-
-    plain, _ = contents(False)
-    grown, loops = contents(True)
-    assert grown == plain
-    assert loops[0] == 64 and len(loops) > 1
+    grown, slots = contents(None)
+    plain, _ = contents(LONGEST + 1)
+    assert grown == plain and slots == 256
 
 
 def test_an_answer_that_is_cut_is_closed_before_the_next_message():

@@ -2,7 +2,7 @@
 
 What all conversations begin with (system message and tools) is prefilled once. The rest goes through the row's own
 cache, a user's message as a tool response does in a rollout, so that every token passes through the model once.
-A conversation that outgrows its cache is fed again into one of twice the length: nothing else compiles anew.
+The cache grows with the conversation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from grpo_jax.update.batch import response_bucket
 
 PIECE = 8  # tokens that are decoded between two looks at the text
 FED_AT_ONCE = 512  # tokens; longer messages take several passes, so that few lengths compile
-SMALLEST_CACHE = 1024  # tokens
 INTERRUPTED = "interrupted"
 _CALL = "<tool_call>"
 
@@ -84,8 +83,8 @@ class Chat:
     """One conversation at a time.
 
     Args:
-        loop_of: a capacity in tokens -> the loop whose sampler's cache holds so many. Its tree's preamble is
-            what all conversations begin with.
+        loop: its tree's preamble is what all conversations begin with, its sampler's budget what one may hold
+            after that.
         params: rollout weights, from `sampler.export`.
         schemas: of the tools that the model sees.
         system: its message, or none.
@@ -95,16 +94,15 @@ class Chat:
 
     def __init__(
         self,
-        loop_of: Callable[[int], ToolLoop],
+        loop: ToolLoop,
         params: Params,
         schemas: list[Schema],
         system: str | None,
         limits: Limits,
         seed: int = 0,
     ):
-        self._loop_of, self._schemas, self._limits, self._seed = loop_of, schemas, limits, seed
+        self._loop, self._schemas, self._limits, self._seed = loop, schemas, limits, seed
         self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._loop = loop_of(SMALLEST_CACHE)
         self._policy = make_policy(self._loop, params)
         self._started = 0
         self.reset()
@@ -153,21 +151,16 @@ class Chat:
         yield from self._answer(budget, stop)
 
     def _room(self, new: int) -> int:
-        """Make the cache long enough for `new` tokens and their answer; returns how long this may be."""
+        """Tokens that the answer to `new` tokens may have."""
         used, positions = len(self._ids) + new, self._limits.positions
-        budget = self._limits.answer
+        budget = min(self._limits.answer, self._loop.sampler.budget - used)
         if positions is not None:
             budget = min(budget, positions - self._start - used)
         if budget < 1:
             raise ValueError(
                 f"the conversation is full: with this message it has {self._start + used} tokens, the model was "
-                f"made for {positions}; begin a new one (/reset)"
+                f"made for {positions or self._loop.sampler.budget}; begin a new one (/reset)"
             )
-        capacity = self._loop.sampler.budget
-        while capacity < used + budget:
-            capacity *= 2
-        if capacity > self._loop.sampler.budget:
-            self._loop, self._cache = self._loop_of(capacity), None
         return budget
 
     def _answer(self, budget: int, stop: Callable[[], bool]) -> Iterator[Event]:
@@ -221,6 +214,8 @@ class Chat:
         text, shown, self._closed = "", 0, False
         while len(ids) < left and not self._closed and not stop():
             remaining = self._row(np.int32(min(PIECE, left - len(ids))))
+            needed = min(len(self._ids) + len(ids) + PIECE, sampler.budget)
+            self._cache = sampler.fit(self._cache, needed)
             self._cache, turn = sampler.decode(
                 self._policy.params, self._trunk, self._cache, keys, self._first(True), remaining, np.int32(0)
             )
@@ -242,16 +237,16 @@ class Chat:
         return ids, parsed
 
     def _feed(self, ids: list[int]) -> None:
-        """Put known tokens into the cache, the last of them pending; into a new cache all that came before, too."""
+        """Put known tokens into the cache, the last of them pending."""
         self._ids += ids
         if self._cache is None:
-            ids = self._ids
             self._cache = self._loop.sampler.begin(
                 self._row(np.int32(ids[0])), self._row(np.int32(self._start))
             )
             pending, ids = ids[0], ids[1:]
         else:
             pending = self._ids[-len(ids) - 1]
+        self._cache = self._loop.sampler.fit(self._cache, len(self._ids))
         for at in range(0, len(ids), FED_AT_ONCE):
             part = ids[at : at + FED_AT_ONCE]
             tokens = np.zeros(response_bucket(len(part)), np.int32)
