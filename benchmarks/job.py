@@ -233,12 +233,12 @@ def decode(job: Job, params: Params, trunk: Any) -> list[Sampled]:
         jnp.array([p[-1] for p in rows], jnp.int32), jnp.array([len(p) - 1 for p in rows], jnp.int32)
     )
     keys = row_keys(0, jnp.arange(B), jnp.arange(B))
-    live, turns, held = jnp.ones(B, bool), [], 0
+    turns, held = [], 0
     for i in range(job.turns.count + 1):
         parts, left = [], job.sampled_per_turn
         while left:
             cache = sampler.fit(cache, held + 1)
-            cache, turn = sampler.decode(params, trunk, cache, keys, live, jnp.full(B, left, jnp.int32))
+            cache, turn = sampler.decode(params, trunk, cache, keys, jnp.full(B, left, jnp.int32))
             n = int(turn.count[0])
             parts.append(Sampled(np.asarray(turn.tokens[:, :n]), np.asarray(turn.logprobs[:, :n])))
             left, held = left - n, held + n

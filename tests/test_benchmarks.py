@@ -130,11 +130,8 @@ def test_a_decode_step_equals_xlas_count():
     sampler, rows = full_job().sampler, jax.ShapeDtypeStruct((FULL.B,), jnp.int32)
     cache = jax.eval_shape(sampler.begin, rows, rows)
     keys = jax.ShapeDtypeStruct((FULL.B, 2), jnp.uint32)
-    live = jax.ShapeDtypeStruct((FULL.B,), bool)
     flop, _ = cost.decode_step(CFG, FULL, FULL.T2, itemsize=4)
-    assert xla_flop(sampler.decode, params, trunk, cache, keys, live, rows) == pytest.approx(
-        flop, rel=TOLERANCE
-    )
+    assert xla_flop(sampler.decode, params, trunk, cache, keys, rows) == pytest.approx(flop, rel=TOLERANCE)
 
 
 def xla_flop(function, *args) -> float:

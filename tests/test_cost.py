@@ -141,8 +141,8 @@ def decode_cost(x: Lengths) -> tuple[float, int]:
     of, params, rows = make_job(x), rollout_weights(x), jax.ShapeDtypeStruct((x.B,), jnp.int32)
     trunk = jax.eval_shape(functools.partial(prefill, x), params)
     cache = jax.eval_shape(of.sampler.begin, rows, rows)
-    keys, live = jax.ShapeDtypeStruct((x.B, 2), jnp.uint32), jax.ShapeDtypeStruct((x.B,), bool)
-    compiled = of.sampler.decode.lower(params, trunk, cache, keys, live, rows).compile()
+    keys = jax.ShapeDtypeStruct((x.B, 2), jnp.uint32)
+    compiled = of.sampler.decode.lower(params, trunk, cache, keys, rows).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -160,7 +160,7 @@ def fresh_cache(sampler):
 
 def decode(sampler, cache, live, remaining):
     return sampler.decode(
-        *start(sampler), cache, keys(4), jnp.asarray(live), jnp.asarray(remaining, jnp.int32)
+        *start(sampler), cache, keys(4), jnp.where(jnp.asarray(live), jnp.asarray(remaining, jnp.int32), 0)
     )
 
 
@@ -251,7 +251,7 @@ def test_decode_comes_back_once_few_rows_go_on(script):
     """Row 1 ends first, then row 3; at most two continue then. The rest is decoded by the next call."""
     script.load([[7] * 9, [7, END], [8] * 8, [7, 7, END]])
     cache, turn = script.sampler.decode(
-        *start(script.sampler), fresh_cache(script.sampler), keys(4), jnp.ones(4, bool), jnp.full(4, 9), 2
+        *start(script.sampler), fresh_cache(script.sampler), keys(4), jnp.full(4, 9), 2
     )
     assert turn.count.tolist() == [3, 2, 3, 3] and turn.stopped.tolist() == [False, True, False, True]
     assert turn.row_steps == 12
@@ -337,7 +337,7 @@ def test_decode_holds_the_cache_once():
     """Written after it is read, a cache is updated in place; XLA would else copy it whole in every step."""
     sampler = helpers.new_sampler()
     cache = sampler.fit(fresh_cache(sampler), sampler.budget)
-    args = (*start(sampler), cache, keys(4), jnp.ones(4, bool), jnp.ones(4, jnp.int32))
+    args = (*start(sampler), cache, keys(4), jnp.ones(4, jnp.int32))
     temporary = sampler.decode.lower(*args).compile().memory_analysis().temp_size_in_bytes
     assert temporary < sum(x.nbytes for x in jax.tree.leaves(cache.kv))
 

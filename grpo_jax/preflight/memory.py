@@ -289,8 +289,8 @@ def lower_decode(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
     sampler = _sampler(job.model, job.dtype, job.config.max_grpo_completion_length, mesh)
     params, trunk, cache = _rollout(sampler, job.model, step.lengths)
     rows = jax.ShapeDtypeStruct((step.lengths.B,), jnp.int32)
-    keys, live = jax.ShapeDtypeStruct((*rows.shape, 2), jnp.uint32), jax.ShapeDtypeStruct(rows.shape, bool)
-    return sampler.decode.lower(params, trunk, cache, keys, live, rows)
+    keys = jax.ShapeDtypeStruct((*rows.shape, 2), jnp.uint32)
+    return sampler.decode.lower(params, trunk, cache, keys, rows)
 
 
 def lower_update(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:

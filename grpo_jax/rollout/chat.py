@@ -213,11 +213,11 @@ class Chat:
         ids: list[int] = []
         text, shown, self._closed = "", 0, False
         while len(ids) < left and not self._closed and not stop():
-            remaining = self._row(np.int32(min(PIECE, left - len(ids))))
+            remaining = self._first(np.int32(min(PIECE, left - len(ids))))
             needed = min(len(self._ids) + len(ids) + PIECE, sampler.budget)
             self._cache = sampler.fit(self._cache, needed)
             self._cache, turn = sampler.decode(
-                self._policy.params, self._trunk, self._cache, keys, self._first(True), remaining, np.int32(0)
+                self._policy.params, self._trunk, self._cache, keys, remaining, np.int32(0)
             )
             turn = sampler.layout.get_rows(turn)
             ids += turn.tokens[0, : turn.count[0]].tolist()

@@ -180,13 +180,14 @@ def roll_out(
         # decode until every completion that speaks has ended its turn; those that have run their calls meanwhile
         ends = [P * G // part for part in PARTS] + [0]
         while speaking:
-            live = np.array([f.speaking for f in flights])
-            left = np.array([loop.budget - len(f.trajectory.completion_ids) for f in flights], np.int32)
+            left = np.array(
+                [(loop.budget - len(f.trajectory.completion_ids)) * f.speaking for f in flights], np.int32
+            )
             stop_at = np.int32(next(n for n in ends if n < speaking))
             cache = loop.sampler.fit(cache, needed)
             rows = loop.sampler.rows_for(speaking, cache, trunk)
             cache, turn = loop.sampler.decode(
-                policy.params, trunk, cache, keys, put(live), put(left), stop_at, rows=rows
+                policy.params, trunk, cache, keys, put(left), stop_at, rows=rows
             )
             turn = loop.sampler.layout.get_rows(turn)
             speaking, row_steps = int(turn.live), row_steps + int(turn.row_steps)
@@ -195,7 +196,7 @@ def roll_out(
             on_progress(
                 0, running=before, tokens_per_s=sampled / (time.perf_counter() - began), turn=turns + 1
             )
-            for i in np.flatnonzero(live).tolist():
+            for i in np.flatnonzero(left).tolist():
                 n = turn.count[i]
                 flights[i].append(turn.tokens[i, :n].tolist(), turn.logprobs[i, :n].tolist())
                 if turn.stopped[i] or n == left[i]:

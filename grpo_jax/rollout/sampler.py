@@ -95,8 +95,8 @@ class Sampler:
             adapters merged.
         prefill: (params, trunk so far, level) -> KV of the level.
         begin: (pending [B], position [B], slots = those of the first size) -> an empty Cache.
-        decode: (params, trunk, cache, keys [B, 2], live [B], remaining [B], stop_at = 0, rows = B) ->
-            (cache, Turn). Samples until at most `stop_at` rows are running, a row has no room left, or
+        decode: (params, trunk, cache, keys [B, 2], remaining [B], stop_at = 0, rows = B) -> (cache, Turn).
+            Rows with tokens remaining are live. Samples until at most `stop_at` rows are running, a row has no room left, or
             `MAX_STEPS` tokens are sampled; computes `rows` rows, which must hold all that are live.
         append: (params, trunk, cache, tokens [B, T], count [B], pending [B]) -> cache, which must have the room.
         pad: (keys or values of a layer, slots) -> the same with so many slots.
@@ -187,12 +187,12 @@ def make_sampler(
         cache = cache._replace(pending=jnp.where(live, token, cache.pending))
         return _State(cache, live & ~stopped & (turn.count < rows.remaining), turn, state.t + 1)
 
-    def decode(params, trunk, cache, keys, live, remaining, stop_at=0, rows=None):
-        B = live.shape[0]
+    def decode(params, trunk, cache, keys, remaining, stop_at=0, rows=None):
+        B, live = len(remaining), remaining > 0
         steps = jnp.minimum(MAX_STEPS, cache.room - _longest(live, cache))
         zeros = jnp.zeros((B, min(MAX_STEPS, cache.room)), jnp.int32)
         turn = Turn(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, *[jnp.int32(0)] * 3)
-        state = _State(cache, live & (remaining > 0), turn, jnp.int32(0))
+        state = _State(cache, live, turn, jnp.int32(0))
         read = _Rows(params, keys, remaining)
         few = rows is not None and rows < B
         if few:
