@@ -501,7 +501,9 @@ class GRPOTrainer:
             meta |= adapters_meta(lora_config(config), name, job.dtype)
         options = dataclasses.asdict(config)
         prompts, toolbox = self.data.prompts, job.toolbox
-        meta["run"] = run_identity(prompts, toolbox, job.rewards, numbers, str(source), options)
+        meta["run"] = run_identity(
+            prompts, toolbox, job.rewards, numbers, str(job.adapter or source), options
+        )
         return meta
 
     def _write_summary(self, summary: dict[str, Any]) -> None:

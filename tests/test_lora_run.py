@@ -162,6 +162,9 @@ def test_adapters_do_not_start_from_a_checkpoint(tmp_path):
     ran = launch.small_run(tmp_path / "run", **OPTIONS, model_name_or_path=step)
     assert ran.status == 2
     assert f"make it a folder with python -m grpo_jax.export --checkpoint {step}" in ran.err
+    ran = launch.small_run(tmp_path / "run", **OPTIONS, model_name_or_path=whole().folder / "adapter")
+    assert ran.status == 2
+    assert f"got the adapters {whole().folder / 'adapter'}; name the merged model" in ran.err
 
 
 COLD = {
