@@ -216,7 +216,7 @@ def test_a_plan_reads_the_files_sizes(tmp_path):
     write_gguf(tmp_path / "m.gguf", config, parity.random_tensors(config))
     sizes, folder = model_sizes(GRPOConfig(model_name_or_path=str(tmp_path / "m.gguf")))
     assert (sizes.model_type, sizes.D, sizes.L) == ("llama", 64, 2)
-    assert (folder / "tokenizer.json").exists()
+    assert folder is not None and (folder / "tokenizer.json").exists()
 
 
 @pytest.mark.slow
