@@ -25,7 +25,7 @@ from grpo_jax.run import options
 from grpo_jax.types import Example, Prompt, Status, Trajectory
 from grpo_jax.update import batch as update_batch
 from grpo_jax.update.batch import Batch, Tree, make_tree, preamble_level, prompts_level, response_bucket
-from grpo_jax.update.optimizer import make_optimizer, make_schedule
+from grpo_jax.update.optimizer import make_optimizer, scale_by_adam
 from grpo_jax.update.update import (
     GrpoObjective,
     ModelStep,
@@ -186,10 +186,8 @@ def make_job(
     tree = make_tree(random_prompts(dataclasses.replace(x, P=max(x.P, 2))), x.T2)
     mesh, dtype = mesh or make_mesh(), jnp.dtype(dtype or compute_dtype())
     optimizer = make_optimizer(
-        schedule=make_schedule("constant", 0.0, 0, 1),
-        b1=0.9,
-        b2=0.999,
-        eps=1e-8,
+        scale_by_adam(0.9, 0.999, 1e-8),
+        schedule=lambda count: 0.0,
         weight_decay=0,
         max_grad_norm=1,
     )

@@ -24,6 +24,7 @@ from grpo_jax.data.rows import read_prompt
 from grpo_jax.models.qwen import Params
 from grpo_jax.models.sharding import placed
 from grpo_jax.preflight.check import check_job
+from grpo_jax.rollout.faults import faults
 from grpo_jax.rollout.loop import Rollout, make_policy, roll_out
 from grpo_jax.run.checkpoint import Checkpoints, StopSignal, find_start, machine_meta
 from grpo_jax.run.cold_start import cold_start_rows, fine_tune
@@ -34,7 +35,16 @@ from grpo_jax.run.evaluation import compare, evaluate
 from grpo_jax.run.fields import DEFAULT_TOOLS
 from grpo_jax.run.identity import adapters_meta, run_identity
 from grpo_jax.run.inputs import check_compared_figure, check_gold_calls
-from grpo_jax.run.job import DataSet, Job, load_data, lora_config, open_job, read_inputs, steps_of
+from grpo_jax.run.job import (
+    DataSet,
+    Job,
+    credit_of,
+    load_data,
+    lora_config,
+    open_job,
+    read_inputs,
+    steps_of,
+)
 from grpo_jax.run.learner import Learner, make_learner
 from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
@@ -233,8 +243,7 @@ class GRPOTrainer:
         sampler = job.sampled
         loop = job.tool_loop(sampler, data.tree)
         cursor, num_tokens, first = Cursor.from_json(meta["cursor"]), meta["num_tokens"], int(state.step)
-        names = [reward.name for reward in job.rewards]
-        weights = config.reward_weights or [1.0] * len(names)
+        names, weights, credit = job.reward_names, job.reward_weights, credit_of(config)
         records = Records(config, resume_step=first or None)
         first_calls = FirstCalls(batches=min(3, steps.batches))
         per_epoch = steps.batches_per_epoch * steps.updates_per_batch
@@ -245,15 +254,26 @@ class GRPOTrainer:
         rates = SolveRates.from_json(len(data.prompts), meta.get("solve_rates", {}))
         rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
 
-        def advantages_of(values: np.ndarray) -> np.ndarray:
-            return batch_advantages(
-                values,
+        def with_advantages(rows: Sequence[Trajectory], outcome: RewardOutcome) -> list[Trajectory]:
+            """Rows compared with their groups; where turns or calls have credit of their own, token by token."""
+            advantages = batch_advantages(
+                outcome.values,
                 weights,
                 steps.G,
                 scale=config.scale_rewards,
                 aggregation=config.multi_objective_aggregation,
                 estimator=config.advantage_estimator,
             )
+            scored = [
+                dataclasses.replace(t, rewards=tuple(values), advantage=advantage)
+                for t, values, advantage in zip(
+                    rows, outcome.means.tolist(), advantages.tolist(), strict=True
+                )
+            ]
+            if not (outcome.turns or credit.penalises):
+                return scored
+            wrong = [faults(t, job.conversation) if credit.penalises else [] for t in scored]
+            return credit.of_tokens(scored, steps.G, outcome.turn_rewards(weights), wrong)
 
         def due(every: int | None) -> bool:
             """Whether this batch reached a multiple of `every`; several updates per batch may step over it."""
@@ -300,9 +320,9 @@ class GRPOTrainer:
                         )
                     with timer("reward"):
                         outcomes.append(_scored(job, sampled.trajectories, now))
-                        outcome = joined(outcomes)
-                        acts = (advantages_of(outcome.values).reshape(-1, steps.G) != 0).any(1)
-                    drawn, rollout = drawn + draws, rollout + sampled
+                        drawn, rollout, outcome = drawn + draws, rollout + sampled, joined(outcomes)
+                        compared_rows = with_advantages(rollout.trajectories, outcome)
+                        acts = np.reshape([t.acts for t in compared_rows], (-1, steps.G)).any(1)
                     rates = rates.after([i for i, _ in draws], list(map(is_exact, sampled.trajectories)))
                 del policy  # the update needs the memory
 
@@ -312,14 +332,16 @@ class GRPOTrainer:
                 if acts.sum() >= steps.P:
                     cursor = cursor_after(drawn[chosen[-1]][1], len(data.prompts), steps.P)
                 batch_rows = (chosen[:, None] * steps.G + np.arange(steps.G)).reshape(-1)
-                rewards, advantages = combine_rewards(outcome.values, weights), np.zeros(len(outcome.values))
-                advantages[batch_rows] = advantages_of(outcome.values[batch_rows])
+                rewards = combine_rewards(outcome.means, weights)
+                in_batch = with_advantages(
+                    [rollout.trajectories[i] for i in batch_rows], outcome.of_rows(batch_rows)
+                )
                 trajectories = [
-                    dataclasses.replace(t, rewards=tuple(values), advantage=advantage)
-                    for t, values, advantage in zip(
-                        rollout.trajectories, outcome.values.tolist(), advantages.tolist(), strict=True
-                    )
+                    dataclasses.replace(t, rewards=tuple(values))
+                    for t, values in zip(rollout.trajectories, outcome.means.tolist(), strict=True)
                 ]
+                for i, trajectory in zip(batch_rows, in_batch, strict=True):
+                    trajectories[i] = trajectory
                 if job.purity is not None:  # while what follows runs, which needs no tools
                     job.purity.start(call for t in hosts.share(trajectories) for call in t.calls)
 
@@ -327,7 +349,7 @@ class GRPOTrainer:
                 with timer("update"):
                     batch = make_batch(
                         data.tree,
-                        [trajectories[i] for i in batch_rows],
+                        in_batch,
                         steps.G,
                         mask_truncated=config.mask_truncated_completions,
                         sizes=learner.sizes,

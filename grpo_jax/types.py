@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from typing import Any
 
 Message = dict[str, Any]
@@ -126,12 +127,29 @@ class ParsedTurn:
         reasoning_content: the text inside `<think>`, None when there is none.
         calls: the calls in order; empty when `error` is set.
         error: None, or why a call does not parse ("unterminated: …", "not JSON: …").
+        spans: where the calls begin and end in the text, in characters; with an error, where that call does.
     """
 
     content: str
     reasoning_content: str | None
     calls: tuple[ToolCall, ...]
     error: str | None
+    spans: tuple[tuple[int, int], ...] = dataclasses.field(default=(), compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A tool call that went wrong, and the tokens that wrote it.
+
+    Args:
+        parses: False where it is not a call by the template's format; True where it is and its result is an
+            error, a timeout or a crash.
+        start, stop: in `completion_ids`.
+    """
+
+    parses: bool
+    start: int
+    stop: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +166,7 @@ class Trajectory:
         status: how it ended; None while it is being sampled.
         rewards: one value per reward function; NaN where it does not apply.
         advantage: how much better than its group's mean it did, in units of `scale_rewards`.
+        token_advantages: one per token, where turns or calls have credit of their own; None: `advantage`.
     """
 
     prompt: Prompt
@@ -159,6 +178,20 @@ class Trajectory:
     status: Status | None = None
     rewards: tuple[float, ...] = ()
     advantage: float = 0.0
+    token_advantages: list[float] | None = None
+
+    @property
+    def turns(self) -> list[tuple[int, int]]:
+        """Where each turn of the model begins and ends in `completion_ids`; a tool response parts two."""
+        edges = [
+            i for i, (a, b) in enumerate(itertools.pairwise([False, *self.sampled_mask, False])) if a != b
+        ]
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
+    @property
+    def acts(self) -> bool:
+        """Whether an advantage is not 0."""
+        return any(self.token_advantages) if self.token_advantages is not None else self.advantage != 0
 
     @property
     def sampled_tokens(self) -> int:

@@ -1,5 +1,7 @@
 """Prefixes, buckets and padding as properties; one whole batch worked by hand."""
 
+import dataclasses
+
 import numpy as np
 from helpers import trajectory
 from hypothesis import given, settings
@@ -191,6 +193,18 @@ def test_batch_literal():
     assert learned.advantages.tolist() == [1.0, -1.0, 0.5, -0.5]
     assert learned.old_logprobs is None and learned.ref_logprobs is None
     assert batch.J == 16
+
+
+def test_advantages_of_tokens_lie_as_their_targets_do():
+    tree = Tree(preamble=(1, 2), T0=4, T1=3, budget=6)
+    rows = [
+        dataclasses.replace(trajectory([1, 2, p, 4], [10] * n, [True] * n, [0.0] * n), token_advantages=a)
+        for p, n, a in ((3, 2, [0.0, -0.5]), (3, 1, [0.0]), (5, 1, [0.0]), (5, 2, [0.0, 0.0]))
+    ]
+    batch = make_batch(tree, rows, 2, sizes=(1,))  # the group whose second token acts is kept
+    assert batch.prompts.tokens.tolist() == [[3, 0, 0]]
+    assert batch.completions.advantages[:, :3].tolist() == [[0, -0.5, 0], [0, 0, 0]]
+    assert batch.completions.advantages.shape == batch.completions.targets.shape
 
 
 def test_groups_that_act_on_the_loss_are_kept_and_filled_up_to_a_size():

@@ -115,11 +115,14 @@ def test_numbers_and_tokens_are_refused_and_options_are_said(job):
     assert said(then, identity(options={"learning_rate": 0.5})) == [
         ("learning_rate: 1.0 then, 0.5 now", False)
     ]
+    assert said(identity(options={"optim": "adamw"}), identity(options={"optim": "lion"})) == [
+        ("optim: adamw then, lion now", True)
+    ]
 
 
 @pytest.mark.parametrize(
     ("schedule", "warmup", "jumps"),
-    [("linear", 0, True), ("cosine", 0, True), ("constant", 0, False), ("constant", 0.1, False),
+    [("linear", 0, True), ("polynomial", 0, True), ("inverse_sqrt", 5, False), ("constant", 0, False), ("constant", 0.1, False),
      ("constant_with_warmup", 5, False), ("constant_with_warmup", 0.1, True)],
 )  # fmt: skip
 def test_more_updates_change_a_schedule_that_depends_on_them(job, schedule, warmup, jumps):

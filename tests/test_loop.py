@@ -17,7 +17,7 @@ from grpo_jax.rollout.sampler import MAX_STEPS
 from grpo_jax.tools import Limits, Toolbox, ToolRunner
 from grpo_jax.types import Outcome, Status
 from grpo_jax.update.batch import make_batch, response_bucket, update_shapes
-from grpo_jax.update.optimizer import make_optimizer
+from grpo_jax.update.optimizer import make_optimizer, scale_by_adam
 from grpo_jax.update.update import GrpoObjective, ModelStep, init_state, make_score, make_update, place_batch
 
 PROMPTS = helpers.prompts()
@@ -156,7 +156,7 @@ class Steps:
     def __init__(self, script):
         self.script, self.step = script, model_step()
         optimizer = make_optimizer(
-            schedule=lambda count: 1e-3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0
+            scale_by_adam(0.9, 0.99, 1e-8), schedule=lambda count: 1e-3, weight_decay=0.0, max_grad_norm=1.0
         )
         self.state = init_state(jax.tree.map(jnp.copy, helpers.weights()), optimizer, self.step.layout)
         self.apply = make_update(self.step, optimizer, GrpoObjective(), self.state)
@@ -444,6 +444,17 @@ def test_a_turn_cut_off_by_the_budget_is_overlong(script):
     assert row.status is Status.OVERLONG
     assert row.completion_ids == [0] * BUDGET and all(row.sampled_mask)
     assert [m["role"] for m in row.messages] == ["assistant"]
+
+
+def test_a_turn_that_reaches_its_own_limit_is_overlong(script):
+    """The limit is of each turn, not of the tool response between them, and a turn that ends on it is whole."""
+    call = call_ids("add", a=1, b=2)
+    limit = len(call)
+    row = run_one(script, call, [*[0] * limit, END], max_turn=limit)
+    assert row.status is Status.OVERLONG and texts(row, "tool") == ["Sum: 3"]
+    assert row.completion_ids[-limit:] == [0] * limit and len(row.completion_ids) < BUDGET
+    assert sum(row.sampled_mask) == 2 * limit
+    assert run_one(script, call, [*[0] * (limit - 1), END], max_turn=limit).status is Status.ANSWERED
 
 
 def test_a_turn_that_ends_on_the_budgets_last_token_is_whole(script):

@@ -12,6 +12,8 @@ from parity import CASES, GRADIENT_RTOL, LOGITS_ATOL, load, logits, tokens, writ
 from grpo_jax.models.hf import save_model
 from grpo_jax.models.lora import Frozen, LoraConfig, join, merge
 from grpo_jax.models.peft import peft_tensors, save_adapter
+from grpo_jax.run.job import lora_config
+from grpo_jax.run.options import GRPOConfig
 
 pytestmark = pytest.mark.torch
 pytest.importorskip("torch")
@@ -59,3 +61,14 @@ def test_pefts_logits_and_gradients_of_our_folder_are_ours(case, tmp_path):
     assert theirs.keys() == ours.keys()
     for name, g in theirs.items():
         assert np.linalg.norm(ours[name] - g) <= GRADIENT_RTOL * np.linalg.norm(g), name
+
+
+@pytest.mark.parametrize("rank", [4, 6])
+def test_rslora_scales_as_pefts_does(rank):
+    import peft
+    import torch
+
+    theirs = peft.LoraConfig(r=rank, lora_alpha=32, use_rslora=True, target_modules=["0"])
+    layer = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), theirs).base_model.model[0]
+    ours = lora_config(GRPOConfig(use_peft=True, lora_r=rank, lora_alpha=32, use_rslora=True))
+    assert ours.scale == pytest.approx(layer.scaling["default"], rel=1e-12)

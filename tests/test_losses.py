@@ -1,5 +1,7 @@
 """The losses: values worked by hand, a float64 numpy version of TRL's whole loss, gradients."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,7 @@ sampler_correction = checked("sampler_correction")
 aggregate = checked("aggregate")
 clip_fractions = checked("clip_fractions")
 entropy_floor = checked("entropy_floor")
+token_gradient = checked("token_gradient")
 
 
 def make_batch(seed=0):
@@ -42,6 +45,12 @@ def make_batch(seed=0):
     old, ref = logprobs + rng.normal(0, 0.3, (2, B, J))
     mask = np.arange(J) < np.array([[6], [3], [0], [1]])
     return logprobs, old, ref, mask, np.array([1.0, -0.5, 2.0, -1.5])
+
+
+def with_credit(batch, seed=0):
+    """The batch with an advantage for each position; some are 0 and rows have both signs."""
+    advantages = np.random.default_rng(seed).normal(0, 1, (B, J)).round(1)
+    return *batch[:-1], advantages
 
 
 def whole_loss(
@@ -59,16 +68,18 @@ def whole_loss(
 ):
     """The loss as the training step puts it together; beta 0.1, clip 0.2 and 0.28."""
     tokens, rows = totals or (mask.sum(), len(mask))
-    log_ratio = importance_ratio_log(logprobs, old, mask, level)
+    log_ratio = surrogate_ratio = importance_ratio_log(logprobs, old, mask, level)
+    if level == "sequence" and advantages.ndim == 2:
+        surrogate_ratio = token_gradient(log_ratio, logprobs)
     if loss_type == "cispo":
-        per_token = cispo(log_ratio, logprobs, advantages, 1.28)
+        per_token = cispo(surrogate_ratio, logprobs, advantages, 1.28)
     elif loss_type == "sapo":
-        per_token = sapo(log_ratio, advantages, 1.0, 1.05)
+        per_token = sapo(surrogate_ratio, advantages, 1.0, 1.05)
     elif loss_type == "vespo":
         token_ratio = importance_ratio_log(logprobs, old, mask, "token")
         per_token = vespo(token_ratio, logprobs, mask, advantages, (2.0, 3.0), (3.0, 2.0))
     else:
-        per_token = clipped_surrogate(log_ratio, advantages, 0.2, 0.28, delta)
+        per_token = clipped_surrogate(surrogate_ratio, advantages, 0.2, 0.28, delta)
     per_token = per_token + 0.1 * k3_kl(logprobs, ref, log_ratio if weighted else None)
     return aggregate(per_token, mask, loss_type, tokens=tokens, rows=rows, max_completion_length=BUDGET)
 
@@ -76,19 +87,23 @@ def whole_loss(
 def trl_loss(
     logprobs, old, ref, mask, advantages, *, level, loss_type, delta=None, weighted=True, frozen=None
 ):
-    """TRL's loss with loops over plain floats: one process, no accumulation.
+    """TRL's loss with loops over plain floats: one process, no accumulation; GSPO-token for [B, J] advantages.
 
     `frozen`: log-probabilities that stop-gradients see, for finite differences.
     """
     frozen = logprobs if frozen is None else frozen
     row_sums, row_means = [], []
-    for lp, fixed, o, r, m, adv in zip(logprobs, frozen, old, ref, mask, advantages, strict=True):
+    by_token = advantages.ndim == 2
+    for lp, fixed, o, r, m, of_row in zip(logprobs, frozen, old, ref, mask, advantages, strict=True):
         where = [t for t in range(J) if m[t]]
         w = np.exp(np.clip(sum(np.clip(fixed[s] - o[s], -20, 20) for s in where), np.log(1e-8), 20))
         terms = []
         for t in where:
             span = [t] if level == "token" else where
             ratio, fixed_ratio = (np.exp(sum(x[s] - o[s] for s in span) / len(span)) for x in (lp, fixed))
+            kl_ratio, adv = ratio, of_row[t] if by_token else of_row
+            if by_token and level == "sequence":
+                ratio = fixed_ratio * np.exp(lp[t] - fixed[t])
             if loss_type == "cispo":
                 loss = -min(fixed_ratio, 1.28) * adv * lp[t]
             elif loss_type == "sapo":
@@ -101,7 +116,7 @@ def trl_loss(
                 capped = ratio if delta is None else min(ratio, delta)
                 loss = -min(capped * adv, min(max(ratio, 0.8), 1.28) * adv)
             kl = np.exp(r[t] - lp[t]) - (r[t] - lp[t]) - 1
-            terms.append(loss + 0.1 * kl * (ratio if weighted else 1))
+            terms.append(loss + 0.1 * kl * (kl_ratio if weighted else 1))
         row_sums.append(sum(terms))
         row_means.append(sum(terms) / max(len(terms), 1))
     if loss_type in ("grpo", "sapo"):
@@ -209,6 +224,37 @@ def test_gradient_equals_finite_differences_of_the_float64_loss(loss_type, level
         expected[index] = (up - down) / (2 * step)
     got = jax.grad(lambda lp: whole_loss(lp, *as_jax(rest), **kind))(jnp.asarray(logprobs, jnp.float32))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_loss_with_an_advantage_for_each_token_equals_the_loops(loss_type, level):
+    """1,000 random batches in all; the gradient at one of them by finite differences."""
+    batches = [with_credit(make_batch(seed), seed) for seed in range(63)]
+    kind = {"level": level, "loss_type": loss_type}
+    stacked = [jnp.stack(x) for x in zip(*map(as_jax, batches), strict=True)]
+    got = jax.jit(jax.vmap(lambda *x: whole_loss(*x, **kind)))(*stacked)
+    np.testing.assert_allclose(got, [trl_loss(*b, **kind) for b in batches], rtol=2e-5, atol=2e-6)
+    logprobs, *rest = batches[1]
+    step, expected = 1e-6, np.zeros((B, J))
+    for index in np.ndindex(B, J):
+        shift = np.zeros((B, J))
+        shift[index] = step
+        up, down = (trl_loss(logprobs + s, *rest, **kind, frozen=logprobs) for s in (shift, -shift))
+        expected[index] = (up - down) / (2 * step)
+    got = jax.grad(lambda lp: whole_loss(lp, *as_jax(rest), **kind))(jnp.asarray(logprobs, jnp.float32))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_one_advantage_for_all_tokens_of_a_row_is_the_rows():
+    logprobs, old, ref, mask, advantages = as_jax(make_batch())
+    for level, loss_type in itertools.product(LEVELS, LOSS_TYPES):
+        losses_of = [
+            jax.value_and_grad(whole_loss)(logprobs, old, ref, mask, a, level=level, loss_type=loss_type)
+            for a in (advantages, jnp.broadcast_to(advantages[:, None], (B, J)))
+        ]
+        np.testing.assert_allclose(*(loss for loss, _ in losses_of), rtol=1e-6)
+        np.testing.assert_allclose(*(gradient for _, gradient in losses_of), rtol=1e-5, atol=1e-7)
 
 
 def test_the_weighted_kl_has_the_gradient_of_the_kl_itself():

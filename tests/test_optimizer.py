@@ -1,4 +1,6 @@
-"""Schedules against transformers' formulas; AdamW against its update written out."""
+"""AdamW against its update written out, Adafactor and Lion against formulas and transformers."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.update.optimizer import decay_mask, layer_by_layer, make_optimizer, make_schedule, round_like
+from grpo_jax.update.optimizer import (
+    decay_mask,
+    layer_by_layer,
+    make_optimizer,
+    make_rule,
+    round_like,
+    scale_by_adam,
+)
 
 PARAMS = {
     "embed": {"embedding": jnp.full((3, 2), 0.5)},
@@ -22,37 +31,6 @@ PARAMS = {
 }
 
 
-# Peak 2.0, 2 warm-up updates, 6 in all; HF's lambdas at steps 0..6, by hand.
-# cosine: (1 + cos(pi * k / 4)) for k = 0..4 = 2, 1.7071068, 1, 0.2928932, 0.
-@pytest.mark.parametrize(
-    ("name", "rates"),
-    [
-        ("constant", [2, 2, 2, 2, 2, 2, 2]),
-        ("constant_with_warmup", [0, 1, 2, 2, 2, 2, 2]),
-        ("linear", [0, 1, 2, 1.5, 1, 0.5, 0]),
-        ("cosine", [0, 1, 2, 1.7071068, 1, 0.2928932, 0]),
-    ],
-)
-def test_schedule_has_the_values_of_transformers(name, rates):
-    schedule = jax.jit(make_schedule(name, 2.0, 2, 6))
-    got = [schedule(jnp.int32(step)) for step in range(7)]
-    np.testing.assert_allclose(got, rates, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_without_warmup_the_first_update_has_the_peak_and_the_end_stays_zero(name):
-    schedule = make_schedule(name, 3e-4, 0, 10)
-    np.testing.assert_allclose(schedule(0), 3e-4, rtol=1e-6)
-    np.testing.assert_allclose([schedule(10), schedule(15)], 0.0, atol=1e-12)
-
-
-def test_unknown_schedule_is_refused_with_the_valid_names():
-    with pytest.raises(
-        ValueError, match="one of constant, constant_with_warmup, linear, cosine, got 'polynomial'"
-    ):
-        make_schedule("polynomial", 1.0, 0, 1)
-
-
 def test_norms_and_biases_do_not_decay():
     assert decay_mask(PARAMS) == {
         "embed": {"embedding": True},
@@ -65,10 +43,14 @@ def test_norms_and_biases_do_not_decay():
 
 
 def optimizer(weight_decay=0.0, max_grad_norm=None, rate=0.1, b2=0.95, **settings):
-    return make_optimizer(
-        schedule=make_schedule("constant", rate, 0, 1),
-        b1=0.9, b2=b2, eps=1e-8, weight_decay=weight_decay, max_grad_norm=max_grad_norm, **settings,
-    )  # fmt: skip
+    rule = scale_by_adam(0.9, b2, 1e-8, **settings)
+    return with_rate(rule, rate, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+
+
+def with_rate(rule, rate, **settings):
+    """An optimizer whose `update` is given its rate."""
+    tx = make_optimizer(rule, schedule=lambda count: rate, **settings)
+    return tx._replace(update=functools.partial(tx.update, learning_rate=rate))
 
 
 def run(tx, params, gradients):
@@ -144,16 +126,14 @@ def test_moments_have_the_asked_type_whatever_the_weights_have(kept, weights):
     state = tx.init(jax.tree.map(lambda x: x.astype(weights), PARAMS))
     updates, after = tx.update(PARAMS, state, PARAMS)
     for one in (state, after):
-        moments = [x for x in jax.tree.leaves(one) if x.ndim]
+        moments = [x for x in jax.tree.leaves(one) if jnp.issubdtype(x.dtype, jnp.floating)]
         assert len(moments) == 2 * len(jax.tree.leaves(PARAMS))
         assert {x.dtype for x in moments} == {jnp.dtype(kept)}
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
 
 
 def test_in_float32_it_is_optaxs_adamw_after_a_clip():
-    adamw = optax.adamw(
-        make_schedule("constant", 0.1, 0, 1), b1=0.9, b2=0.95, weight_decay=0.5, mask=decay_mask
-    )
+    adamw = optax.adamw(0.1, b1=0.9, b2=0.95, weight_decay=0.5, mask=decay_mask)
     theirs, gradients = optax.chain(optax.clip_by_global_norm(1.0), adamw), [random_tree(1), random_tree(2)]
     got, _ = run(optimizer(weight_decay=0.5, max_grad_norm=1.0), random_tree(0), gradients)
     want, _ = run(theirs, random_tree(0), gradients)
@@ -223,3 +203,89 @@ def test_rounding_is_to_a_neighbour_and_right_on_average():
     np.testing.assert_array_equal(again["up"], got["up"])
     assert (np.asarray(later["up"], np.float32) != got["up"]).any()
     assert {x.dtype for x in jax.tree.leaves(again)} == {jnp.dtype("bfloat16")}
+
+
+# --- other optimizers ---
+
+KERNELS = {"q": (6, 2, 3), "o": (2, 3, 6), "up": (6, 4), "q_bias": (2, 3)}  # of a layer
+
+
+def kernels(seed, layers=2):
+    """Stacked kernels with heads, and a norm outside of the layers."""
+    rng = np.random.default_rng(seed)
+    stacked = {k: jnp.asarray(rng.normal(size=(layers, *shape)), jnp.float32) for k, shape in KERNELS.items()}
+    return {"layers": stacked, "norm": {"scale": jnp.asarray(rng.normal(size=6), jnp.float32)}}
+
+
+def each_weight(tree):
+    """Every layer's arrays by themselves, as matrices of inputs and outputs, in float64."""
+    inputs = {"q": 6, "o": 6, "up": 6}
+    out = {"scale": np.asarray(tree["norm"]["scale"], np.float64)}
+    for name, x in tree["layers"].items():
+        for i, layer in enumerate(np.asarray(x, np.float64)):
+            out[f"{name}{i}"] = layer.reshape((inputs[name], -1) if name in inputs else -1)
+    return out
+
+
+def trained(optim, gradients, weight_decay=0.1):
+    tx = with_rate(make_rule(optim, 0.9, 0.99, 1e-8), 0.01, weight_decay=weight_decay, max_grad_norm=0)
+    return each_weight(run(tx, kernels(0), gradients)[0])
+
+
+def test_lion_and_sgd_equal_their_updates_written_out():
+    gradients = [kernels(seed) for seed in (1, 2, 3)]
+    lion, sgd = trained("lion", gradients), trained("sgd", gradients)
+    for name, start in each_weight(kernels(0)).items():
+        decay = 0.0 if "scale" in name or "bias" in name else 0.1
+        x, y, m = start, start, 0.0
+        for g in (each_weight(gradient)[name] for gradient in gradients):
+            x = x - 0.01 * (np.sign(0.9 * m + 0.1 * g) + decay * x)
+            m = 0.99 * m + 0.01 * g
+            y = y - 0.01 * (g + decay * y)
+        np.testing.assert_allclose(lion[name], x, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(sgd[name], y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.torch
+def test_adafactor_equals_that_of_hf_trainer():
+    """With the settings that it gives for `optim: adafactor`, each layer's matrix by itself."""
+    torch = pytest.importorskip("torch")
+    from transformers.optimization import Adafactor
+
+    gradients = [kernels(seed) for seed in (1, 2, 3)]
+    got = trained("adafactor", gradients)
+    weights = {
+        name: torch.nn.Parameter(torch.tensor(x, dtype=torch.float32))
+        for name, x in each_weight(kernels(0)).items()
+    }
+    plain = [name for name in weights if "scale" in name or "bias" in name]
+    groups = [
+        {"params": [w for name, w in weights.items() if name not in plain], "weight_decay": 0.1},
+        {"params": [weights[name] for name in plain], "weight_decay": 0.0},
+    ]
+    theirs = Adafactor(groups, lr=0.01, scale_parameter=False, relative_step=False)
+    for gradient in gradients:
+        for name, g in each_weight(gradient).items():
+            weights[name].grad = torch.tensor(g, dtype=torch.float32)
+        theirs.step()
+    for name, x in each_weight(kernels(0)).items():
+        change = weights[name].detach().numpy() - x
+        np.testing.assert_allclose(got[name] - x, change, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", ["qwen2", "qwen3"])
+def test_the_weights_that_decay_are_those_of_hf_trainer(case, tmp_path):
+    """Of a model of each kind: `Trainer.get_decay_parameter_names`, under the names of a published checkpoint."""
+    pytest.importorskip("torch")
+    import parity
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+
+    config = parity.CASES[case]
+    parity.write_checkpoint(tmp_path, config, parity.random_tensors(config, seed=1))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    want = set(Trainer.get_decay_parameter_names(None, model))
+    cfg, params = parity.load(tmp_path)
+    decays = jax.tree.map(lambda decay, x: np.full(x.shape, decay), decay_mask(params), params)
+    got = {name for name, x in parity.in_published_layout(cfg, decays).items() if x.all()}
+    assert got == want and len(want) < len(parity.published_shapes(config))

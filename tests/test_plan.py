@@ -88,11 +88,11 @@ def test_bytes_by_hand():
     assert (step.sizes, step.micro_batches) == ((1, 1, 1), 1)
     x = step_bytes(job, step, Temporary(update=1000, decode=240))
     assert (x.weights, x.reference, x.gradients, x.rollout_copy) == (448, 0, 448, 224)
-    assert x.moments == 896 + 4 * 4  # adam's and the schedule's counters, of the layers and of the rest
+    assert x.moments == 896 + 3 * 4  # adam's counters, of two layers and of the rest
     assert (x.preamble_cache, x.prompts_cache, x.own_cache) == (256, 512, 1024)
     assert (x.activations, x.decode, x.evaluation) == (1000 - 448, 240, 0)
-    assert x.update == 448 + 912 + 1000
-    assert x.rollout == 448 + 912 + 224 + 256 + 512 + 1024 + 240
+    assert x.update == 448 + 908 + 1000
+    assert x.rollout == 448 + 908 + 224 + 256 + 512 + 1024 + 240
 
 
 def test_an_estimate_by_hand():
@@ -113,7 +113,7 @@ def test_an_evaluation_has_a_prompt_a_row():
     """Ten rows of 16 + 16 slots at 16 bytes, three arrays of 5 logits a row; the larger rollout counts."""
     x = bytes_of(job_of(eval_dataset_id_or_path="rows.jsonl", eval_batch_size=10))
     assert x.evaluation == 10 * 32 * 16 + 10 * 5 * 12
-    assert x.rollout == 448 + 912 + 224 + 256 + x.evaluation
+    assert x.rollout == 448 + 908 + 224 + 256 + x.evaluation
     many = job_of("100000 x 1", eval_dataset_id_or_path="rows.jsonl", eval_batch_size=1000)
     assert find_remedies(many)[0][0] == {"eval_batch_size": 125}
 
@@ -131,15 +131,28 @@ def test_jax_takes_a_share_of_a_gpu(monkeypatch):
 def test_fsdp_shards_what_it_divides():
     """The table's 5 rows and 18 scales stay whole, the layers' 84 weights are halved: 70."""
     x = bytes_of(job_of("1GB x 2", mesh_fsdp=2))
-    assert (x.weights, x.gradients, x.moments) == (280, 280, 560 + 16)
+    assert (x.weights, x.gradients, x.moments) == (280, 280, 560 + 12)
+
+
+def test_the_optimizer_changes_the_moments():
+    """Lion has one of each weight. Adafactor: rows and columns of each matrix, all of a vector, and counters.
+
+    A layer: q 2 × 4 and o 4 × 2 have 6 sums each, k and v 2 × 2 have 4 each, gate, up and down 2 × 3 have 5 each: 35 sums,
+    a placeholder for each of the 7, 8 weights of norms with 2 placeholders for each of 4; outside: the table 5 × 2 has 7
+    and 1, the last norm 2 and 2. Counters: one of each layer and one of the rest.
+    """
+    assert bytes_of(job_of(optim="lion")).moments == 448 + 12
+    assert bytes_of(job_of(optim="sgd")).moments == 0
+    layer = 35 + 7 + 8 + 2 * 4
+    assert bytes_of(job_of(optim="adafactor")).moments == 4 * (2 * layer + 8 + 4 + 3)
 
 
 def test_types_and_adapters_change_weights_and_moments():
     """Adapters of rank 1 on q and v: 2 + 4 and 2 + 2 a layer, 20 in fp32 next to 112 in bf16, and a seed."""
     x = bytes_of(job_of(param_dtype="bfloat16", optim_dtype="bfloat16"))
-    assert (x.weights, x.gradients, x.moments) == (224, 224, 448 + 16)
+    assert (x.weights, x.gradients, x.moments) == (224, 224, 448 + 12)
     x = bytes_of(job_of(use_peft=True, lora_r=1))
-    assert (x.weights, x.gradients, x.moments) == (112 * 2 + 20 * 4 + 4, 80, 160 + 16)
+    assert (x.weights, x.gradients, x.moments) == (112 * 2 + 20 * 4 + 4, 80, 160 + 4)
     assert bytes_of(job_of(beta=0.1)).reference == 224
     assert bytes_of(job_of(beta=0.1, use_peft=True)).reference == 0  # the base with its adapters off
 

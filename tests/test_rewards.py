@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -29,12 +30,16 @@ from grpo_jax.scoring.rewards import (
     same_answer,
 )
 
+NAN = float("nan")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
 def said(text):
     return {"role": "assistant", "content": text}
+
+
+TURNS = [[said("a"), {"role": "tool", "name": "add", "content": "1"}, said("b")], [said("c")]]
 
 
 def tool(text, name="add"):
@@ -311,7 +316,7 @@ def test_tensors_of_torch_are_rewards():
         ([0.0, 0.0, 0.0, float("-inf")], "row 3 got -inf"),
         ([10**400, 0, 0, 0], "row 0 got 1000"),
         ([1j, 0, 0, 0], "row 0 got 1j"),
-        ([[0.0]] * 4, r"row 0 got \[0\.0\]"),
+        ([[0.0, 1.0]] * 4, "row 0 has 1 turns, got 2 numbers"),
         (np.zeros((4, 2)), r"row 0 got \[0\.0, 0\.0\]"),
         (np.zeros((1, 4)), "one value for each of the 4 completions, got 1 values"),
         ([np.zeros(2), 0, 0, 0], r"row 0 got array\(\[0\., 0\.\]\)"),
@@ -758,3 +763,50 @@ def test_outcomes_of_parts_are_joined_in_order():
     np.testing.assert_array_equal(whole.values, [[1.0], [np.nan], [0.5]])
     assert whole.metrics == {"seen": 3.0, "once": 5.0}
     assert whole.extras == {"why": ["a", "b", None]}
+
+
+# --- rewards of turns ---
+
+
+def scored(*results, **more):
+    functions = [lambda completions, result=result, **_: result for result in results]
+    return call(*functions, rows=2, completions=TURNS, **more)
+
+
+def test_a_function_may_score_each_turn():
+    """Its column is NaN for the outcome, its rows' means for the logs; None is NaN at each turn."""
+    outcome = scored([1.0, 0.5], [[0.2, 0.6], None], [(None, 3), [1]])
+    np.testing.assert_array_equal(np.concatenate(outcome.turns[1]), [0.2, 0.6, NAN])
+    np.testing.assert_array_equal(outcome.values, [[1.0, NAN, NAN], [0.5, NAN, NAN]])
+    np.testing.assert_allclose(outcome.means, [[1.0, 0.4, 3.0], [0.5, NAN, 1.0]])
+    first, second = outcome.turn_rewards([9.0, 2.0, 10.0])
+    assert first == pytest.approx([0.4, 31.2]) and second == [10.0]
+    assert outcome.extras == {"mine1/turns": [[0.2, 0.6], None], "mine2/turns": [[None, 3], [1]]}
+    assert scored([1.0, 0.5]).turn_rewards([1.0]) is None
+
+
+def test_turns_of_several_hosts_are_joined():
+    """A host whose rows are all None cannot know that the function scores turns."""
+    outcome = joined([scored([[1.0, 2.0], [3.0]]), scored([None, None])])
+    first, second, *rest = outcome.turn_rewards([1.0])
+    assert (first, second, rest) == ([1.0, 2.0], [3.0], [[], []])
+    assert np.isnan(outcome.values).all()
+
+
+@pytest.mark.parametrize(
+    ("result", "error"),
+    [
+        ([[1.0], [1.0]], "one number per turn of the model; row 0 has 2 turns, got 1 numbers"),
+        ([[1.0, 2.0], [1.0, 2.0]], "row 1 has 1 turns, got 2 numbers"),
+        (
+            [[1.0, 2.0], 1.0],
+            "for every row a list with one number per turn, since it does for some; row 1 got 1.0",
+        ),
+        ([[1.0, 2.0]], "one list for each of the 2 completions, got 1"),
+        ([[1.0, "2"], [1.0]], "row 0, turn 1 got '2'"),
+        ([[1.0, NAN], [1.0]], "row 0, turn 1 got nan"),
+    ],
+)
+def test_rewards_that_do_not_fit_the_turns_are_errors_with_the_row(result, error):
+    with pytest.raises(RewardError, match=re.escape(error)):
+        scored(result)

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from grpo_jax.scoring.rewards import BUILT_IN, TrainerState, call_rewards, load_rewards
@@ -51,6 +52,12 @@ def test_the_files_shown_do_what_is_said(tmp_path, name, expected):
         assert (outcome.metrics, outcome.extras) == ({"calls": 0.5}, {"calls": [1, 0]})
 
 
+def test_the_file_shown_for_turns_scores_each(tmp_path):
+    outcome = score(tmp_path, "good_calls.py")
+    assert outcome.extras == {"good_calls/turns": [[1.0, None], [None]]}
+    np.testing.assert_array_equal(np.concatenate(outcome.turns[0]), [1.0, np.nan, np.nan])
+
+
 def test_every_file_shown_is_tested():
     assert SHOWN.keys() == {
         "right_answer.py",
@@ -58,6 +65,7 @@ def test_every_file_shown_is_tested():
         "right_tool.py",
         "judge.py",
         "logs_more.py",
+        "good_calls.py",
     }
 
 

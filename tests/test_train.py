@@ -366,10 +366,29 @@ def test_bf16_weights_and_moments_are_saved_resumed_and_exported_as_such(tmp_pat
     with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
         items = checkpoints._manager.item_metadata(4)
     saved = [*jax.tree.leaves(items.params.tree), *jax.tree.leaves(items.optimizer.tree["opt_state"])]
-    assert {np.dtype(x.dtype).name for x in saved if x.shape} == {"bfloat16"}
+    assert {np.dtype(x.dtype).name for x in saved} == {"bfloat16", "int32"}  # the counters of updates
 
 
 # What it learns from
+
+
+@pytest.mark.slow
+def test_rewards_of_turns_and_penalties_of_calls_train_and_are_logged(tmp_path):
+    """Untrained, the model writes one turn; the run continues from its checkpoint to the same weights."""
+    turns = "[[len(m['content']) % 5 / 5 for m in c if m['role'] == 'assistant'] for c in completions]"
+    file = launch.write(tmp_path / "turns.py", launch.SPREAD.format(value=turns))
+    settings = {"reward_fn": [launch.spread_reward(), file], "malformed_call_penalty": 0.5}
+    whole = launch.small_run(tmp_path / "whole", **settings)
+    assert whole.status == 0, whole.err
+    reward = interrupting_reward(tmp_path / "rewards", "SIGTERM")
+    settings |= {"reward_fn": [reward, file], "save_steps": 100}
+    assert launch.small_run(tmp_path / "run", **settings).status == 130
+    again = launch.small_run(tmp_path / "run", **settings)
+    assert again.weights() == whole.weights() != launch.whole().weights()
+    (row, *_) = whole.jsonl("rollouts/step_000001.jsonl")
+    assert row["turns/turns"] == [row["rewards"]["turns"]]
+    metrics = whole.jsonl("metrics.jsonl")
+    assert all(0 <= one["rewards/turns/mean"] < 1 and not one["skipped"] for one in metrics)
 
 
 def test_the_policy_never_sees_a_gold_call(tmp_path):

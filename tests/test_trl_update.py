@@ -25,12 +25,12 @@ import pytest
 from grpo_jax.models.lora import Frozen, init_adapters, join
 from grpo_jax.models.peft import peft_tensors
 from grpo_jax.models.sharding import Layout, make_mesh
-from grpo_jax.run.job import adamw, grpo_objective, lora_config
+from grpo_jax.run.job import grpo_objective, lora_config, optimizer_of
 from grpo_jax.run.options import GRPOConfig as Config  # next to TRL's
 from grpo_jax.scoring.advantages import batch_advantages
 from grpo_jax.types import Example, Prompt, Status, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
-from grpo_jax.update.optimizer import make_schedule
+from grpo_jax.update.schedules import make_schedule
 from grpo_jax.update.update import (
     Learned,
     ModelStep,
@@ -164,6 +164,14 @@ CASES = {
     "two groups of equal rewards, weight decay, small norm": Case(
         {"weight_decay": 0.5, "max_grad_norm": 0.01}, rewards=("equal_groups",)
     ),
+    "sgd, weight decay, polynomial schedule": Case(
+        {
+            "optim": "sgd",
+            "weight_decay": 0.5,
+            "lr_scheduler_type": "polynomial",
+            "lr_scheduler_kwargs": {"power": 2.0, "lr_end": 1e-4},
+        }
+    ),
     "cispo, KL, 3 iterations": Case(kl(loss_type="cispo", epsilon_high=1.2, **AGAIN)),
     "sapo, old, KL, truncated rows masked": Case(
         kl(loss_type="sapo", sapo_temperature_neg=3.0, mask_truncated_completions=True),
@@ -278,8 +286,9 @@ def run_ours(case, folder):
         shapes = jax.eval_shape(lambda: init_adapters(params["layers"], lora, 0))
         trained = jax.tree.map(jnp.asarray, lora_weights(tuple((k, v.shape) for k, v in shapes.items())))
         frozen = Frozen(params, jnp.uint32(0), lora)
-    schedule = make_schedule(config.lr_scheduler_type, config.learning_rate, 0, UPDATES)
-    optimizer = adamw(config, schedule)
+    settings = (config.lr_scheduler_type, config.learning_rate, 0, UPDATES, config.lr_scheduler_kwargs)
+    schedule = make_schedule(*settings)
+    optimizer = optimizer_of(config, schedule)
     state, objective = init_state(trained, optimizer, step.layout), grpo_objective(config)
     update = make_update(step, optimizer, objective, state, frozen)
     sizes = () if objective.needs_all_rows else update_sizes(step, P, G)
@@ -403,6 +412,7 @@ def run_trl(case, folder, adapters, tmp_path):
     options = {name: value for name, value in dataclasses.asdict(config).items() if name in known}
     options |= {"output_dir": str(tmp_path), "max_steps": UPDATES, "max_completion_length": BUDGET}
     options |= {"save_strategy": "no", "logging_steps": 1, "log_level": "warning", "log_completions": False}
+    options["optim"] = {"adamw": "adamw_torch"}.get(config.optim, config.optim)
     corrects = config.sampler_correction != "none"
     options |= {
         "vllm_importance_sampling_correction": corrects,

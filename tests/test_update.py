@@ -14,7 +14,8 @@ from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.types import Status
 from grpo_jax.update import batch as batch_module
 from grpo_jax.update.batch import Tree, make_tree
-from grpo_jax.update.optimizer import make_optimizer
+from grpo_jax.update.optimizer import make_optimizer, scale_by_adam
+from grpo_jax.update.schedules import make_schedule
 from grpo_jax.update.update import (
     GrpoObjective,
     ModelStep,
@@ -213,13 +214,13 @@ def score(batch, micro_batches=1, params=None):
     return np.asarray(score_function(micro_batches)(weights() if params is None else params, batch))
 
 
-ADAMW = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 0.5}
-RATE = 1e-2
+ADAMW = {"rule": scale_by_adam(0.9, 0.95, 1e-8), "weight_decay": 0.1, "max_grad_norm": 0.5}
+RATES = (1e-2, 5e-3)  # of the first two updates
 
 
 @functools.cache
 def updater():
-    optimizer = make_optimizer(schedule=lambda count: RATE, **ADAMW)
+    optimizer = make_optimizer(schedule=lambda count: jnp.where(count == 0, *RATES), **ADAMW)
     state = init_state(weights(), optimizer, model_step().layout)
     return make_update(model_step(), optimizer, OBJECTIVE, state), state
 
@@ -338,7 +339,7 @@ def test_two_updates_are_adamw_by_hand():
             v[path] = 0.95 * v[path] + 0.05 * g**2
             step = m[path] / (1 - 0.9**count) / (np.sqrt(v[path] / (1 - 0.95**count)) + 1e-8)
             decay = 0.1 if path[-1] == "gate" else 0.0
-            weight[path] = weight[path] - RATE * (step + decay * weight[path])
+            weight[path] = weight[path] - RATES[count - 1] * (step + decay * weight[path])
             have = functools.reduce(lambda t, k: t[k], path, state.params)
             np.testing.assert_allclose(have, weight[path], atol=3e-5)
     assert int(state.step) == 2
@@ -357,7 +358,7 @@ def test_bf16_weights_move_as_float32_ones_do_on_average():
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), narrow)
     gradients = gradient(base(), params=wide)[2]
     state = init_state(narrow, optimizer, model_step().layout)
-    assert {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim} == {jnp.dtype("float32")}
+    assert {x.dtype.name for x in jax.tree.leaves(state.opt_state)} == {"float32", "int32"}
     after, _ = make_update(model_step(), optimizer, OBJECTIVE, state)(state, base())
     assert {x.dtype for x in jax.tree.leaves(after.params)} == {jnp.dtype("bfloat16")}
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(float64(tree))])  # noqa: E731
@@ -463,6 +464,16 @@ def test_score_gives_the_log_probabilities_of_the_update():
     assert loss == pytest.approx(-(np.array(ADVANTAGES) * tokens).sum() / tokens.sum(), rel=1e-5)
 
 
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_each_token_has_its_own_advantage(micro_batches):
+    """On policy the loss is minus the mean advantage of the trained tokens, wherever these lie in their rows."""
+    trained, current = base().completions.trained, score(base())
+    advantages = np.random.default_rng(5).normal(size=trained.shape).astype(np.float32)
+    fields = dict.fromkeys(("sampler_logprobs", "old_logprobs", "ref_logprobs"), current)
+    loss, _, _ = gradient(with_rows(base(), advantages=advantages, **fields), micro_batches)
+    assert loss == pytest.approx(-advantages[trained].mean(), rel=1e-5)
+
+
 @pytest.mark.parametrize("level", ["preamble", "prompts"])
 def test_an_empty_level_is_left_out(level):
     """T0 = 0: nothing in common; T1 = 0: prompts that differ in their last token only."""
@@ -510,6 +521,18 @@ def test_a_step_that_is_not_finite_is_skipped_and_reported():
     assert int(state.step) == 2 and int(before.step) == 1
     state, metrics = update(state, base())
     assert not metrics["skipped"] and not same(state.params, before.params)
+
+
+def test_another_rate_or_schedule_is_the_same_program():
+    """The rate is an argument of the update, so that a sweep compiles it once."""
+    _, state = updater()
+    programs = {
+        make_update(model_step(), make_optimizer(schedule=schedule, **ADAMW), OBJECTIVE, state)
+        .lower(state, base())
+        .as_text()
+        for schedule in (lambda count: 1e-3, lambda count: 2e-3, make_schedule("cosine", 1e-4, 2, 9))
+    }
+    assert len(programs) == 1
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -93,7 +93,7 @@ def run_on(mesh):
     from grpo_jax.rollout.sampler import make_sampler
     from grpo_jax.rollout.sampling import Sampling
     from grpo_jax.update.batch import make_batch, make_tree
-    from grpo_jax.update.optimizer import make_optimizer
+    from grpo_jax.update.optimizer import make_optimizer, scale_by_adam
     from grpo_jax.update.update import (
         GrpoObjective,
         ModelStep,
@@ -105,7 +105,7 @@ def run_on(mesh):
 
     training, cfg = Layout(mesh), helpers.config()
     optimizer = make_optimizer(  # a large eps: the sign of a tiny gradient must not decide
-        schedule=lambda count: 1e-2, b1=0.9, b2=0.99, eps=1e-2, weight_decay=0.1, max_grad_norm=1.0
+        scale_by_adam(0.9, 0.99, 1e-2), schedule=lambda count: 1e-2, weight_decay=0.1, max_grad_norm=1.0
     )
     state = init_state(jax.tree.map(jnp.copy, helpers.weights()), optimizer, training)
     prompts = [helpers.conversation().prompt_ids(helpers.messages(f"What is {i} + 1?"), []) for i in range(4)]

@@ -44,6 +44,7 @@ WEIGHTS = {
 _INPUTS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}  # dimensions
 WEIGHTS |= {f"{w}_lora_a": tuple((*spec[:n], None) for spec in WEIGHTS[w]) for w, n in _INPUTS.items()}
 WEIGHTS |= {f"{w}_lora_b": tuple((None, *spec[n:]) for spec in WEIGHTS[w]) for w, n in _INPUTS.items()}
+_FACTORS = {"v_row", "v_col", "v"}  # of adafactor, which has no whole second moment: small, and replicated
 
 # kind of activation: (training, rollout). "shared" levels (preamble, prompts) have too few
 # rows to shard, so their tokens are sharded; their keys and values are needed by every row.
@@ -63,6 +64,12 @@ ACTIVATIONS = {
     "logits_block": ((STAY, None, "data"), (STAY, None, "data")),  # [shards, V/…, B·J]
     "decode_logits": (("data", STAY), ("data", STAY)),  # [B, V]
 }
+
+
+def input_dimensions(name: str) -> int | None:
+    """How many of a kernel's dimensions, without that of layers, are inputs; None for other weights."""
+    weight, adapter, part = name.partition("_lora_")
+    return 1 if adapter and part == "b" else _INPUTS.get(weight)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -203,7 +210,8 @@ class Layout:
     def _weight(self, path, x, drop=()) -> NamedSharding:
         names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
         leaf = names[-1] if names and names[-1] in WEIGHTS else None
-        if leaf is None:  # counters and other scalars of an optimizer
+        factor = any(getattr(k, "name", None) in _FACTORS for k in path)
+        if leaf is None or factor:  # counters and other scalars of an optimizer
             return self.replicated
         spec = WEIGHTS[leaf][self.rollout]
         spec = tuple(None if axis in drop else axis for axis in spec)

@@ -207,22 +207,21 @@ def _score_by_hand(
     """
     kinds = ("no call", "wrong call", last)
     conversations = [c for row in rows for c in _conversations(job, row, gold)]
-    weights = job.config.reward_weights or [1.0] * len(job.rewards)
-    names, both = [reward.name for reward in job.rewards], []
+    names, weights, both = job.reward_names, job.reward_weights, []
     with tempfile.TemporaryDirectory() as elsewhere:  # a run's files must be able to hold what rewards log
         metrics = MetricsWriter(elsewhere)
         for step in (0, 1):
             outcome = job.score(conversations, TrainerState(step, 2, 0.0, job.config.num_train_epochs))
-            both.append(combine_rewards(outcome.values, weights).reshape(len(rows), len(kinds)))
-            scored = [_with_rewards(c, v) for c, v in zip(conversations, outcome.values, strict=True)]
+            both.append(combine_rewards(outcome.means, weights).reshape(len(rows), len(kinds)))
+            scored = [_with_rewards(c, v) for c, v in zip(conversations, outcome.means, strict=True)]
             own = trajectory_metrics(scored, both[-1].ravel(), [0.0] * len(rows), names)
             metrics.write(step + 1, {**own, **outcome.metrics})
             RolloutLog(elsewhere).write(step + 1, scored, names, outcome.extras)
             if step == 0:
-                values = outcome.values
+                values = outcome.means
         metrics.close()
     combined = both[0]
-    by_name = {r.name: v.reshape(combined.shape) for r, v in zip(job.rewards, values.T, strict=True)}
+    by_name = {name: v.reshape(combined.shape) for name, v in zip(names, values.T, strict=True)}
     if len(by_name) > 1:
         by_name["weighted sum"] = combined
     title = f"Mean rewards of conversations written by hand, for {len(rows)} rows"

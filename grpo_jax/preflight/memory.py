@@ -34,7 +34,7 @@ from grpo_jax.preflight.plan_inputs import (
 )
 from grpo_jax.rollout.sampler import Cache, Sampler, make_sampler
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.run.job import adamw, grpo_objective, lora_config
+from grpo_jax.run.job import grpo_objective, lora_config, optimizer_of
 from grpo_jax.run.options import GRPOConfig, compute_dtype
 from grpo_jax.types import Example, Prompt, Status, Trajectory
 from grpo_jax.update.batch import Tree, bucket, completion_bucket, make_batch
@@ -163,7 +163,7 @@ def _state(job: Job, layout: Layout) -> tuple[TrainState, Frozen | None]:
         lora = lora_config(config)
         trained = jax.eval_shape(lambda: init_adapters(params["layers"], lora, 0))
         frozen = Frozen(cast(job.dtype), jax.ShapeDtypeStruct((), jnp.uint32), lora)
-    moments = jax.eval_shape(adamw(config, optax.constant_schedule(0.0)).init, trained)
+    moments = jax.eval_shape(optimizer_of(config, optax.constant_schedule(0.0)).init, trained)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, moments)
     return placed(state, state_shardings(layout, state)), placed(frozen, layout.params(frozen))
 
@@ -308,7 +308,7 @@ def lower_update(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
     run = ModelStep(
         job.model, layout, job.dtype, config.gradient_checkpointing, config.temperature, step.micro_batches
     )
-    update = make_update(run, adamw(config, optax.constant_schedule(0.0)), objective, state, frozen)
+    update = make_update(run, optimizer_of(config, optax.constant_schedule(0.0)), objective, state, frozen)
     return update.lower(state, placed(batch, batch_shardings(layout, batch)))
 
 

@@ -40,6 +40,7 @@ class ToolLoop:
         max_iterations: tool turns per completion; None for no limit but the budget.
         malformed_feedback: report to the model why a call did not parse instead of ending the completion.
         limit: tokens that a completion may have, where that is less than the sampler's budget.
+        max_turn: tokens that one turn may have; None for no limit but the budget.
     """
 
     sampler: Sampler
@@ -49,11 +50,19 @@ class ToolLoop:
     max_iterations: int | None = None
     malformed_feedback: bool = False
     limit: int | None = None
+    max_turn: int | None = None
 
     @property
     def budget(self) -> int:
         """Tokens that a completion may have."""
         return min(self.limit or self.sampler.budget, self.sampler.budget)
+
+    def left(self, flight: _Flight) -> int:
+        """Tokens that a completion may still sample in its turn; 0 while it does not speak."""
+        if not flight.speaking:
+            return 0
+        end = self.budget if self.max_turn is None else min(self.budget, flight.turn_start + self.max_turn)
+        return end - len(flight.trajectory.completion_ids)
 
 
 class Policy(NamedTuple):
@@ -180,9 +189,7 @@ def roll_out(
         # decode until every completion that speaks has ended its turn; those that have run their calls meanwhile
         ends = [P * G // part for part in PARTS] + [0]
         while speaking:
-            left = np.array(
-                [(loop.budget - len(f.trajectory.completion_ids)) * f.speaking for f in flights], np.int32
-            )
+            left = np.array([loop.left(f) for f in flights], np.int32)
             stop_at = np.int32(next(n for n in ends if n < speaking))
             cache = loop.sampler.fit(cache, needed)
             rows = loop.sampler.rows_for(speaking, cache, trunk)

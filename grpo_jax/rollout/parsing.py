@@ -60,7 +60,7 @@ def parse_turn(text: str, schemas: list[Schema], call_format: CallFormat = "herm
     """
     read_call = _read_qwen3_coder if call_format == "qwen3_coder" else _read_hermes
     tools = {schema["function"]["name"]: schema["function"] for schema in schemas}
-    plain, thoughts, calls = [], [], []
+    plain, thoughts, calls, spans = [], [], [], []
     at = 0
     while opening := _OPENINGS.search(text, at):
         plain.append(text[at : opening.start()])
@@ -72,14 +72,18 @@ def parse_turn(text: str, schemas: list[Schema], call_format: CallFormat = "herm
         try:
             call, at = read_call(text, opening.end(), tools)
         except _CallError as error:
-            return ParsedTurn(content=text, reasoning_content=None, calls=(), error=str(error))
+            close = text.find("</tool_call>", opening.end())
+            end = close + len("</tool_call>") if close >= 0 else len(text)
+            return ParsedTurn(text, None, (), str(error), spans=((opening.start(), end),))
         calls.append(call)
+        spans.append((opening.start(), at))
     content = "".join(plain) + text[at:]
     return ParsedTurn(
         content=content.strip() if thoughts or calls else content,
         reasoning_content="\n".join(thoughts) if thoughts else None,
         calls=tuple(calls),
         error=None,
+        spans=tuple(spans),
     )
 
 

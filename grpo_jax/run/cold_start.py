@@ -26,11 +26,11 @@ from grpo_jax.rollout.loop import answered
 from grpo_jax.rollout.parsing import assistant_message
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
-from grpo_jax.run.job import DataSet, Job, adamw
+from grpo_jax.run.job import DataSet, Job, optimizer_of
 from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.types import Message, ParsedTurn, Prompt, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
-from grpo_jax.update.optimizer import make_schedule
+from grpo_jax.update.schedules import make_schedule
 from grpo_jax.update.update import ModelStep, init_state, make_update, place_batch, sft_objective
 
 LENGTHS = 2  # of the longest gold conversation that a completion may have in the validation
@@ -61,7 +61,7 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
     train, gold = _with_gold(job, train)
     _check_budget(gold, config.max_grpo_completion_length)
     schedule = make_schedule("constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps)
-    optimizer = adamw(config, schedule)
+    optimizer = optimizer_of(config, schedule)
     trained, frozen = job.load_trained()
     state = init_state(trained, optimizer, job.training)
     step = ModelStep(job.model, job.training, job.dtype, remat=config.gradient_checkpointing)

@@ -118,6 +118,23 @@ class Options:
     )
     reward_function_name: list[str] | None = _opt(None, "Built-in reward functions; unset: accuracy.")
     reward_weights: list[float] | None = _opt(None, "One weight per reward function; unset: all 1.")
+    turn_advantage_coef: float = _opt(
+        1.0, "Weight of a turn's advantage, from rewards that return one number per turn.", ge=0
+    )
+    malformed_call_penalty: float = _opt(
+        0.0, "Subtracted from the advantage on the tokens of a call that does not parse.", ge=0
+    )
+    failed_call_penalty: float = _opt(
+        0.0, "Subtracted from the advantage on the tokens of a call whose result is an error.", ge=0
+    )
+    soft_overlong_cache: int | None = _opt(
+        None,
+        "Tokens before the maximum length in which a penalty on length grows from 0 to 1; unset: none.",
+        ge=1,
+    )
+    soft_overlong_penalty: float = _opt(
+        1.0, "Weight of that penalty, which is one of the rewards (soft_overlong).", gt=0
+    )
 
     dataset_id_or_path: str | None = _opt(
         None, "Training data: a JSONL file, tfds:NAME, or a data set of the hub, OWNER/NAME.", path="data"
@@ -139,7 +156,7 @@ class Options:
         "Model folder, GGUF file, hub id, or scratch: a new small model with its own tokenizer.",
         path="model",
     )
-    model_revision: str = _opt("main", "Branch, tag or commit of a hub model.")
+    model_revision: str = _opt("main", "Branch, tag or commit of a hub model.", spellings={"none": "main"})
     tokenizer_name_or_path: str | None = _opt(
         None, "Tokenizer folder or hub id; unset: the model's own.", path="model"
     )
@@ -147,7 +164,7 @@ class Options:
         "auto", "Data type of the computation; auto: float32 on CPUs, bfloat16 on accelerators."
     )
     param_dtype: FloatType = _opt("float32", "Data type of the trained weights.")
-    optim_dtype: FloatType = _opt("float32", "Data type of AdamW's moments.")
+    optim_dtype: FloatType = _opt("float32", "Data type of the moments of AdamW and Lion.")
     max_shard_size: FileSize = _opt("5GB", "Maximum size of one weight file of a saved model.")
     chat_template: str | None = _opt(
         None,
@@ -161,6 +178,7 @@ class Options:
     use_peft: bool = _opt(False, "Train LoRA adapters instead of all weights.")
     lora_r: int = _opt(16, "Rank of the LoRA adapters.", ge=1)
     lora_alpha: float = _opt(32.0, "LoRA scale: the adapters' product is multiplied by alpha / r.", gt=0)
+    use_rslora: bool = _opt(False, "Multiply the adapters' product by alpha / sqrt(r) instead (rsLoRA).")
     lora_dropout: float = _opt(0.05, "Dropout on the adapters' input during updates.", ge=0, lt=1)
     lora_target_modules: list[LoraModule] | None = _opt(
         None, "Modules that get adapters; all-linear: all of them; unset: q_proj and v_proj, as in PEFT."
@@ -182,6 +200,9 @@ class Options:
     )
     max_grpo_completion_length: int = _opt(
         512, "Maximum length of a completion in tokens, tool responses included.", ge=1
+    )
+    max_turn_length: int | None = _opt(
+        None, "Maximum length of one turn of the model in tokens, which ends as overlong; unset: none.", ge=1
     )
     mask_truncated_completions: bool = _opt(False, "Exclude truncated completions from the loss.")
     temperature: float = _opt(1.0, "Sampling temperature.", gt=0)
@@ -265,16 +286,39 @@ class Options:
     )
 
     learning_rate: float = _opt(1e-6, "Peak learning rate.", ge=0)
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = _opt(
-        "linear", "Learning rate schedule after the warm-up."
-    )
+    lr_scheduler_type: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = _opt("linear", "Learning rate schedule after the warm-up.")
+    lr_scheduler_kwargs: dict = _opt({}, 'Arguments of the schedule, as {"min_lr_rate": 0.1}.')
     warmup_steps: WarmUp = _opt(0.0, "Updates of warm-up; below 1: a share of all updates.")
     warmup_ratio: float | None = _opt(
         None, "Share of all updates that is warm-up, where warmup_steps is 0.", ge=0, le=1
     )
-    weight_decay: float = _opt(0.0, "Decoupled weight decay.", ge=0)
-    adam_beta1: float = _opt(0.9, "AdamW: decay rate of the first moment.", ge=0, lt=1)
-    adam_beta2: float = _opt(0.999, "AdamW: decay rate of the second moment.", ge=0, lt=1)
+    optim: Literal["adamw", "adafactor", "lion", "sgd"] = _opt(
+        "adamw",
+        "Optimizer; adafactor and sgd keep no moments of the weights' size, lion one.",
+        why="(moments are kept in optim_dtype, float32 or bfloat16)",
+        spellings={
+            **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_hf"), "adamw"),
+            **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), "adamw"),
+            **dict.fromkeys(("lion_32bit", "paged_lion_32bit"), "lion"),
+        },
+    )
+    weight_decay: float = _opt(
+        0.0, "Weight decay, times the learning rate; norms and biases have none.", ge=0
+    )
+    adam_beta1: float = _opt(0.9, "AdamW and Lion: decay rate of the first moment.", ge=0, lt=1)
+    adam_beta2: float = _opt(
+        0.999, "AdamW: decay rate of the second moment; Lion: of its only one.", ge=0, lt=1
+    )
     adam_epsilon: float = _opt(1e-8, "AdamW: epsilon.", gt=0)
     max_grad_norm: float = _opt(1.0, "Clip the gradient to this norm; 0: no clipping.", ge=0)
     gradient_checkpointing: bool = _opt(

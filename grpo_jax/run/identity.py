@@ -111,7 +111,8 @@ def differences(then: Identity, now: Identity) -> list[Difference]:
     # weights come with the checkpoint, but the reference of the KL is loaded from the model
     if then["model"] != now["model"] and os.path.exists(then["model"]):
         found.append(Difference(_was("the model", then["model"], now["model"]), bool(now["options"]["beta"])))
-    found += [Difference(_was(name, a, b), False) for name, (a, b) in options.items() if a != b]
+    # another optimizer cannot continue from the moments of this one
+    found += [Difference(_was(name, a, b), name == "optim") for name, (a, b) in options.items() if a != b]
     updates = then["numbers"]["updates"], now["numbers"]["updates"]
     if updates[0] != updates[1]:
         found.append(Difference(_was("the run's number of updates", *updates) + _horizon(now), False))
@@ -121,7 +122,8 @@ def differences(then: Identity, now: Identity) -> list[Difference]:
 def _horizon(now: Identity) -> str:
     """The effect of a different number of updates on the learning rate."""
     schedule, warmup = now["options"]["lr_scheduler_type"], now["options"]["warmup_steps"]
-    if schedule not in ("linear", "cosine") and not (schedule != "constant" and 0 < warmup < 1):
+    endless = schedule in ("constant", "constant_with_warmup", "inverse_sqrt")
+    if endless and not (schedule != "constant" and 0 < warmup < 1):
         return ""
     return f"; the {schedule} schedule of the learning rate now ends there, so its next values jump to the new curve"
 

@@ -7,6 +7,7 @@ import functools
 import glob
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -36,8 +38,9 @@ from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
 from grpo_jax.run.inputs import check_context, templated
 from grpo_jax.run.log import PhaseTimer
-from grpo_jax.run.options import GRPOConfig, compute_dtype, reward_problems
+from grpo_jax.run.options import SOFT_OVERLONG, GRPOConfig, compute_dtype, reward_problems
 from grpo_jax.run.weights import merged, restore_weights
+from grpo_jax.scoring.credit import Credit, soft_overlong
 from grpo_jax.scoring.rewards import (
     RewardFunction,
     RewardOutcome,
@@ -49,7 +52,7 @@ from grpo_jax.scoring.rewards import (
 from grpo_jax.tools import Limits, PurityCheck, Toolbox, ToolRunner, load_tools, signature_line, tools_of
 from grpo_jax.types import Example, Prompt, Schema, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
-from grpo_jax.update.optimizer import make_optimizer
+from grpo_jax.update.optimizer import Optimizer, make_optimizer, make_rule
 from grpo_jax.update.update import GrpoObjective
 
 log = logging.getLogger(__name__)
@@ -155,6 +158,7 @@ class Job:
             tree,
             config.max_tool_calling_iterations,
             config.malformed_call_feedback,
+            max_turn=config.max_turn_length,
         )
 
     def prompt(self, example: Example) -> Prompt:
@@ -162,11 +166,23 @@ class Job:
         schemas = schemas_of(example, self.toolbox)
         return Prompt(example, self.conversation.prompt_ids(example.messages, schemas), schemas)
 
+    @property
+    def reward_names(self) -> list[str]:
+        """Of the rewards of a batch, in the order of their values."""
+        added = [SOFT_OVERLONG] if self.config.soft_overlong_cache is not None else []
+        return [reward.name for reward in self.rewards] + added
+
+    @property
+    def reward_weights(self) -> list[float]:
+        """One per name."""
+        given = self.config.reward_weights or [1.0] * len(self.rewards)
+        return given + [self.config.soft_overlong_penalty] * (len(self.reward_names) - len(given))
+
     def score(self, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
-        """The reward functions on a batch, with every column of its examples."""
+        """The reward functions on a batch, with every column of its examples; see `reward_names`."""
         examples = [t.prompt.example for t in trajectories]
         columns = {name for example in examples for name in example.extra}
-        return call_rewards(
+        outcome = call_rewards(
             self.rewards,
             completions=[t.messages for t in trajectories],
             answer=[e.answer for e in examples],
@@ -175,6 +191,13 @@ class Job:
             trainer_state=now,
             columns={name: [e.extra.get(name) for e in examples] for name in sorted(columns)},
         )
+        if self.config.soft_overlong_cache is None:
+            return outcome
+        lengths = [len(t.completion_ids) for t in trajectories]
+        truncated = [t.status is not None and t.status.truncated for t in trajectories]
+        limits = (self.config.max_grpo_completion_length, self.config.soft_overlong_cache)
+        added = soft_overlong(lengths, truncated, *limits)
+        return dataclasses.replace(outcome, values=np.column_stack([outcome.values, added]))
 
     def load_params(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
         """The weights that the job starts from, straight into their shards.
@@ -401,19 +424,19 @@ def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
 
 def lora_config(config: GRPOConfig) -> LoraConfig:
     """The adapters that the options describe."""
-    return LoraConfig.of(config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    # rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / √r: another alpha
+    alpha = config.lora_alpha * (math.sqrt(config.lora_r) if config.use_rslora else 1)
+    return LoraConfig.of(config.lora_r, alpha, config.lora_dropout, config.lora_target_modules)
 
 
-def adamw(config: GRPOConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with the options' values and a schedule."""
+def optimizer_of(config: GRPOConfig, schedule: optax.Schedule) -> Optimizer:
+    """The optimizer that the options describe, with a schedule."""
+    settings = (config.adam_beta1, config.adam_beta2, config.adam_epsilon, jnp.dtype(config.optim_dtype))
     return make_optimizer(
+        make_rule(config.optim, *settings),
         schedule=schedule,
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        moments_dtype=jnp.dtype(config.optim_dtype),
     )
 
 
@@ -437,6 +460,12 @@ def grpo_objective(config: GRPOConfig) -> GrpoObjective:
         sampler_correction=config.sampler_correction,
         sampler_correction_bounds=(config.sampler_correction_min, config.sampler_correction_max),
     )
+
+
+def credit_of(config: GRPOConfig) -> Credit:
+    """The credit of turns and calls that the options describe."""
+    penalties = (config.malformed_call_penalty, config.failed_call_penalty)
+    return Credit(config.turn_advantage_coef, *penalties, config.scale_rewards)
 
 
 def steps_of(config: GRPOConfig, rows: int, row_devices: int) -> Steps:

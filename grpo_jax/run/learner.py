@@ -10,9 +10,9 @@ from typing import Any
 from grpo_jax import hosts
 from grpo_jax.models.lora import Frozen, join
 from grpo_jax.models.qwen import Params
-from grpo_jax.run.job import Job, adamw, grpo_objective
+from grpo_jax.run.job import Job, grpo_objective, optimizer_of
 from grpo_jax.update.batch import Batch, Tree
-from grpo_jax.update.optimizer import make_schedule
+from grpo_jax.update.schedules import make_schedule
 from grpo_jax.update.update import (
     ModelStep,
     TrainState,
@@ -64,8 +64,9 @@ def make_learner(job: Job, tree: Tree, P: int, updates: int) -> tuple[Learner, T
     """
     config, G = job.config, job.config.num_generations
     warmup = config.warmup_updates(updates)
-    schedule = make_schedule(config.lr_scheduler_type, config.learning_rate, warmup, updates)
-    optimizer = adamw(config, schedule)
+    settings = (config.lr_scheduler_type, config.learning_rate, warmup, updates, config.lr_scheduler_kwargs)
+    schedule = make_schedule(*settings)
+    optimizer = optimizer_of(config, schedule)
     trained, frozen = job.load_trained()
     state = init_state(trained, optimizer, job.training)
     step = ModelStep(job.model, job.training, job.dtype, config.gradient_checkpointing, config.temperature)

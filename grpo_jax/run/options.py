@@ -18,6 +18,8 @@ from grpo_jax.run.trl_options import EQUAL, Entry, settle, show
 from grpo_jax.text import nearest
 
 logger = logging.getLogger(__name__)
+SOFT_OVERLONG = "soft_overlong"  # the reward that soft_overlong_cache adds
+SCHEDULES_WITH_RULES = ("cosine_with_min_lr", "polynomial", "warmup_stable_decay")  # also without arguments
 
 
 class UnknownOption(ValueError, TypeError):
@@ -231,7 +233,8 @@ def _rule_of(name: str, error: Mapping[str, Any]) -> str:
         choices = option_type(name).choices
         close = nearest(str(error["input"]), choices, cutoff=0.6)
         hint = f"; nearest: {close[0]}" if close else ""
-        return f"one of {', '.join(choices)}{got}{hint}"
+        why = field.json_schema_extra["why"]
+        return f"one of {', '.join(choices)}{why and ' '}{why}{got}{hint}"
     if kind == "value_error":
         return f"{error['ctx']['error']}{got}"
     if kind.startswith(("greater_than", "less_than")):
@@ -250,7 +253,11 @@ def reward_problems(options: Options, rewards: Sequence[str]) -> list[tuple[str,
     if options.reward_weights is not None and len(options.reward_weights) != len(rewards):
         text = f"reward_weights needs one weight per reward function: {len(rewards)} functions "
         found.append(("reward_weights", f"{text}({', '.join(rewards)}), got {options.reward_weights}"))
-    if options.multi_objective_aggregation == "normalize_then_sum" and len(rewards) < 2:
+    if options.soft_overlong_cache is not None and SOFT_OVERLONG in rewards:
+        text = f"soft_overlong_cache adds a reward {SOFT_OVERLONG}, and a reward function has this name; rename it"
+        found.append(("soft_overlong_cache", text))
+    several = len(rewards) + (options.soft_overlong_cache is not None) > 1
+    if options.multi_objective_aggregation == "normalize_then_sum" and not several:
         text = f"normalize_then_sum needs several reward functions, got {', '.join(rewards)}"
         found.append(("multi_objective_aggregation", f"multi_objective_aggregation {text}"))
     return found
@@ -289,6 +296,35 @@ def _contradictions(options: Options) -> list[tuple[str, str]]:
         text = f"sampler_correction {options.sampler_correction} needs sampler_correction_min or _max to truncate at"
         found.append(("sampler_correction", text))
 
+    # lengths
+    maximum = options.max_grpo_completion_length
+    if options.soft_overlong_cache is not None and options.soft_overlong_cache > maximum:
+        text = f"soft_overlong_cache {options.soft_overlong_cache} must be at most max_grpo_completion_length {maximum}"
+        found.append(("soft_overlong_cache", text))
+    if options.soft_overlong_cache is None and options.soft_overlong_penalty != 1:
+        text = (
+            f"soft_overlong_penalty {options.soft_overlong_penalty} has no effect without soft_overlong_cache"
+        )
+        found.append(("soft_overlong_penalty", text))
+    if options.max_turn_length is not None and options.max_turn_length > maximum:
+        text = f"max_turn_length {options.max_turn_length} has no effect above max_grpo_completion_length {maximum}"
+        found.append(("max_turn_length", text))
+
+    # the optimizer
+    if options.lr_scheduler_kwargs or options.lr_scheduler_type in SCHEDULES_WITH_RULES:
+        from grpo_jax.update.schedules import schedule_problem  # which imports jax
+
+        arguments = options.lr_scheduler_kwargs
+        if text := schedule_problem(options.lr_scheduler_type, options.learning_rate, arguments):
+            found.append(("lr_scheduler_kwargs" if arguments else "lr_scheduler_type", text))
+    if options.optim in ("adafactor", "sgd") and options.optim_dtype != "float32":
+        text = f"optim_dtype {options.optim_dtype} has no effect with optim {options.optim}, which keeps no moments"
+        found.append(("optim_dtype", f"{text} of the weights' size; leave it out"))
+
+    if options.optim == "adafactor" and options.use_peft:
+        text = "optim adafactor saves the moments of whole weights; with use_peft, whose moments are small, use adamw"
+        found.append(("optim", text))
+
     # evaluations that are compared
     during = options.eval_strategy in ("steps", "epoch") or (
         options.eval_strategy is None and options.eval_steps is not None
@@ -323,6 +359,10 @@ def _without_effect(options: Options) -> list[tuple[str, str]]:
         if options.lr_scheduler_type == "constant" and value:
             text = f"lr_scheduler_type constant has no warm-up, so {name} {value:g} has no effect (as in "
             found.append((name, f"{text}transformers); constant_with_warmup has one"))
+    of_optim = {"adam_beta1": ("adamw", "lion"), "adam_beta2": ("adamw", "lion"), "adam_epsilon": ("adamw",)}
+    for name, optimizers in of_optim.items():
+        if options.optim not in optimizers and getattr(options, name) != OPTIONS[name].default:
+            found.append((name, f"{name} has no effect with optim {options.optim}"))
     if options.eval_strategy in ("no", "epoch") and options.eval_steps is not None:
         found.append(("eval_steps", f"eval_steps has no effect with eval_strategy {options.eval_strategy}"))
     if options.early_stop_metric != OPTIONS["early_stop_metric"].default and not compares_evaluations(
@@ -333,6 +373,7 @@ def _without_effect(options: Options) -> list[tuple[str, str]]:
     for name, field in OPTIONS.items():
         for prefix, switch in (
             ("lora_", "use_peft"),
+            ("use_rslora", "use_peft"),
             ("dynamic_sampling_", "dynamic_sampling"),
             ("difficulty_floor", "difficulty_sampling"),
         ):

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import logging
 import math
 import traceback
@@ -94,15 +95,49 @@ class RewardOutcome:
     """What the rewards say about a batch.
 
     Args:
-        values: [B, n_rewards] float64; NaN where a reward does not apply.
+        values: [B, n_rewards] float64; NaN where a reward does not apply, and for one that scores turns.
         metrics: name → mean of the values given to `log_metric`; logged/NAME for a name of the run's own.
         extras: column → the B values given to `log_extra`, as JSON has them; REWARD/COLUMN for a column that
             several functions log, logged/COLUMN for one of `ROW_COLUMNS`.
+        turns: number of a function that scores turns → for each of the B rows one value per turn of the model,
+            NaN where it does not apply.
     """
 
     values: np.ndarray
     metrics: dict[str, float]
     extras: dict[str, list]
+    turns: dict[int, list[list[float]]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def means(self) -> np.ndarray:
+        """`values` with a row's mean over its turns for functions that score turns: for logs."""
+        if not self.turns:
+            return self.values
+        values = self.values.copy()
+        for k, rows in self.turns.items():
+            there = [[value for value in row if not math.isnan(value)] for row in rows]
+            values[:, k] = [sum(row) / len(row) if row else math.nan for row in there]
+        return values
+
+    def of_rows(self, rows: Sequence[int] | np.ndarray) -> RewardOutcome:
+        """What the rewards say about some of the rows."""
+        extras = {column: [values[i] for i in rows] for column, values in self.extras.items()}
+        turns = {k: [values[i] for i in rows] for k, values in self.turns.items()}
+        return RewardOutcome(self.values[rows], self.metrics, extras, turns)
+
+    def turn_rewards(self, weights: Sequence[float]) -> list[list[float]] | None:
+        """For each row Σ_k w_k · R_k of each turn, over the k that apply; None when no function scores turns."""
+        if not self.turns:
+            return None
+        by_row = zip(*self.turns.values(), strict=True)
+        used = [weights[k] for k in self.turns]
+        return [
+            [
+                math.nan if all(map(math.isnan, turn)) else np.nansum(np.multiply(used, turn)).item()
+                for turn in itertools.zip_longest(*functions, fillvalue=math.nan)  # [] where a host had none
+            ]
+            for functions in by_row
+        ]
 
 
 def joined(outcomes: Sequence[RewardOutcome]) -> RewardOutcome:
@@ -115,10 +150,13 @@ def joined(outcomes: Sequence[RewardOutcome]) -> RewardOutcome:
         name: [o.metrics[name] for o in outcomes if name in o.metrics] for o in outcomes for name in o.metrics
     }
     columns = list(dict.fromkeys(column for o in outcomes for column in o.extras))
+    scored = dict.fromkeys(k for o in outcomes for k in o.turns)
+    turns = {k: [row for o in outcomes for row in o.turns.get(k, [[]] * len(o.values))] for k in scored}
     return RewardOutcome(
         np.concatenate([o.values for o in outcomes]),
         {name: sum(means) / len(means) for name, means in metrics.items()},
         {c: [v for o in outcomes for v in o.extras.get(c, [None] * len(o.values))] for c in columns},
+        turns,
     )
 
 
@@ -249,10 +287,16 @@ def call_rewards(
             if isinstance(result, _Raised):
                 raise _failure(reward, result.error, batch, trainer_state) from result.error
     n = len(completions)
-    values = np.full((n, len(rewards)), np.nan)
+    values, turns = np.full((n, len(rewards)), np.nan), {}
+    numbers = [sum(message["role"] == "assistant" for message in messages) for messages in completions]
     for k, (reward, result) in enumerate(zip(rewards, results, strict=True)):
-        values[:, k] = _checked(reward, result, n)
-    return RewardOutcome(values, _means(logs), _columns(rewards, logs, n))
+        if _scores_turns(result):
+            turns[k] = _checked_turns(reward, result, numbers)
+        else:
+            values[:, k] = _checked(reward, result, n)
+    extras = _columns(rewards, logs, n)
+    extras |= {f"{rewards[k].name}/turns": plain(list(results[k])) for k in turns}
+    return RewardOutcome(values, _means(logs), extras, turns)
 
 
 # Loading
@@ -460,6 +504,36 @@ def _forget_printed(start: int) -> None:
 # Checking
 
 
+def _scores_turns(result: Any) -> bool:
+    """Whether a function returned a list of lists: one number per turn of each completion."""
+    return isinstance(result, list | tuple) and any(isinstance(row, list | tuple) for row in result)
+
+
+def _checked_turns(reward: RewardFunction, result: Sequence, turns: Sequence[int]) -> list[list[float]]:
+    """One value per turn of each row; a row's None is NaN at each of them."""
+    if len(result) != len(turns):
+        raise RewardError(
+            f"reward function {reward} must return one list for each of the {len(turns)} completions, "
+            f"got {len(result)}"
+        )
+    rows = []
+    for row, (values, n) in enumerate(zip(result, turns, strict=True)):
+        if values is None:
+            values = [None] * n
+        if not isinstance(values, list | tuple):
+            raise RewardError(
+                f"reward function {reward} must return for every row a list with one number per turn, since it "
+                f"does for some; row {row} got {_short(values)}"
+            )
+        if len(values) != n:
+            raise RewardError(
+                f"reward function {reward} must return one number per turn of the model; row {row} has {n} "
+                f"turns, got {len(values)} numbers"
+            )
+        rows.append([_value(reward, f"{row}, turn {turn}", value) for turn, value in enumerate(values)])
+    return rows
+
+
 def _checked(reward: RewardFunction, result: Any, n: int) -> list[float]:
     values = result
     if hasattr(result, "tolist"):  # arrays of numpy, jax, torch, pandas
@@ -481,7 +555,7 @@ def _checked(reward: RewardFunction, result: Any, n: int) -> list[float]:
     return [_value(reward, row, value) for row, value in enumerate(values)]
 
 
-def _value(reward: RewardFunction, row: int, value: Any) -> float:
+def _value(reward: RewardFunction, row: int | str, value: Any) -> float:
     """One row's reward; the user's None is NaN from here on."""
     if value is None:
         return math.nan

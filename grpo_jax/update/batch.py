@@ -134,7 +134,7 @@ class Completions:
         targets: [b, T2] the token ids that follow those of `level`.
         trained: [b, T2] True where the target was sampled and is in the loss.
         sampler_logprobs: [b, T2] nats, the sampler's; 0 where not sampled.
-        advantages: [b].
+        advantages: [b]; [b, T2] where tokens have advantages of their own, as `targets` lie.
         old_logprobs: [b, T2] nats of the policy before this batch's first update; None means the current
             ones (one update per batch).
         ref_logprobs: [b, T2] nats of the frozen reference; None when beta is 0.
@@ -144,7 +144,7 @@ class Completions:
     targets: Int[AnyArray, "b T2"]
     trained: Bool[AnyArray, "b T2"]
     sampler_logprobs: Float[AnyArray, "b T2"]
-    advantages: Float[AnyArray, " b"]
+    advantages: Float[AnyArray, " b"] | Float[AnyArray, "b T2"]
     old_logprobs: Float[AnyArray, "b T2"] | None = None
     ref_logprobs: Float[AnyArray, "b T2"] | None = None
 
@@ -202,7 +202,7 @@ def make_batch(
     tokens = sum(t.sampled_tokens for t, is_in in zip(trajectories, trained, strict=True) if is_in)
     chosen = range(len(trajectories))
     if sizes:
-        acts = [t.advantage != 0 and is_in for t, is_in in zip(trajectories, trained, strict=True)]
+        acts = [t.acts and is_in for t, is_in in zip(trajectories, trained, strict=True)]
         groups = trained_groups(np.reshape(acts, (-1, generations)).any(1), sizes)
         chosen = [g * generations + i for g in groups for i in range(generations)]
     rows = [trajectories[i] for i in chosen]
@@ -210,6 +210,9 @@ def make_batch(
     T2 = completion_bucket(max(len(t.completion_ids) for t in rows), tree.budget)
     inputs, valid = pad_rows([[t.prompt.ids[-1], *t.completion_ids][:-1] for t in rows], T2)
     start = np.array([[len(t.prompt.ids) - 1] for t in rows], np.int32)
+    advantages = np.array([t.advantage for t in rows], np.float32)
+    if rows[0].token_advantages is not None:  # all have them, or none
+        advantages = pad_rows([t.token_advantages for t in rows], T2, np.float32)[0]
     return Batch(
         preamble=preamble_level(tree),
         prompts=prompts_level(tree, [t.prompt.ids for t in rows[::generations]]),
@@ -218,7 +221,7 @@ def make_batch(
             targets=pad_rows([t.completion_ids for t in rows], T2)[0],
             trained=pad_rows(masks, T2, bool)[0],
             sampler_logprobs=pad_rows([t.logprobs for t in rows], T2, np.float32)[0],
-            advantages=np.array([t.advantage for t in rows], np.float32),
+            advantages=advantages,
         ),
         tokens=np.array(tokens, np.int32),
         rows=np.array(len(trajectories), np.int32),

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax.text import unknown_choice
 
 Count = Int[Array, ""] | int
+Advantages = Float[Array, " B"] | Float[Array, "B J"]  # of rows, or of positions
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 LEVELS = ("token", "sequence")
@@ -52,7 +53,7 @@ def importance_ratio_log(
         ValueError: when level is unknown.
 
     Source: Zheng et al. 2025, "Group Sequence Policy Optimization", equation 7. With one
-    advantage per row its gradient is that of GSPO-token (equation 13).
+    advantage per row its gradient is that of GSPO-token (equation 13); else see `token_gradient`.
     """
     log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
     if level == "token":
@@ -63,9 +64,24 @@ def importance_ratio_log(
     raise unknown_choice("importance_sampling_level", level, LEVELS)
 
 
+def token_gradient(log_ratio: Float[Array, "B J"], logprobs: Float[Array, "B J"]) -> Float[Array, "B J"]:
+    """A sequence's log ratio whose gradient at each position is that of the position's log-probability.
+
+    Where the positions of a row have advantages of their own, the mean over the row would hand each of them
+    to all of the row's tokens.
+
+    Source: Zheng et al. 2025, "Group Sequence Policy Optimization", equation 14 (GSPO-token).
+    """
+    return jax.lax.stop_gradient(log_ratio - logprobs) + logprobs
+
+
+def _of_positions(advantages: Advantages) -> Float[Array, "B _"]:
+    return advantages if advantages.ndim == 2 else advantages[:, None]
+
+
 def clipped_surrogate(
     log_ratio: Float[Array, "B J"],
-    advantages: Float[Array, " B"],
+    advantages: Advantages,
     epsilon: float,
     epsilon_high: float,
     delta: float | None = None,
@@ -74,7 +90,7 @@ def clipped_surrogate(
 
     Args:
         log_ratio: log ρ in nats.
-        advantages: A, one per row.
+        advantages: A, one per row or position.
         epsilon: how far below 1 the ratio still earns.
         epsilon_high: how far above 1.
         delta: δ > 1 + ε_high, upper bound of the unclipped ratio; it acts where A < 0. None for none.
@@ -89,13 +105,14 @@ def clipped_surrogate(
     clipped = jnp.clip(ratio, 1 - epsilon, 1 + epsilon_high)
     if delta is not None:
         ratio = jnp.minimum(ratio, delta)
-    return -jnp.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
+    advantages = _of_positions(advantages)
+    return -jnp.minimum(ratio * advantages, clipped * advantages)
 
 
 def cispo(
     log_ratio: Float[Array, "B J"],
     logprobs: Float[Array, "B J"],
-    advantages: Float[Array, " B"],
+    advantages: Advantages,
     epsilon_high: float,
 ) -> Float[Array, "B J"]:
     """Policy gradient weighted by the clipped ratio: −stop_gradient(min(ρ, ε_high))·A·log π.
@@ -105,19 +122,19 @@ def cispo(
     Args:
         log_ratio: log ρ in nats.
         logprobs: nats, of the policy that is trained.
-        advantages: A, one per row.
+        advantages: A, one per row or position.
         epsilon_high: the ceiling of the ratio itself, not of ρ − 1 as in `clipped_surrogate`: 5 in ScaleRL.
 
     Source: MiniMax 2025, "MiniMax-M1", arXiv:2506.13585, equation 4, without its lower bound; Khatri et al.
     2025, "ScaleRL", arXiv:2510.13786.
     """
     weight = jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio), epsilon_high))
-    return -weight * advantages[:, None] * logprobs
+    return -weight * _of_positions(advantages) * logprobs
 
 
 def sapo(
     log_ratio: Float[Array, "B J"],
-    advantages: Float[Array, " B"],
+    advantages: Advantages,
     temperature_pos: float,
     temperature_neg: float,
 ) -> Float[Array, "B J"]:
@@ -125,21 +142,22 @@ def sapo(
 
     Args:
         log_ratio: log ρ in nats.
-        advantages: A, one per row.
-        temperature_pos: τ of rows with A > 0; larger closes the gate sooner.
-        temperature_neg: τ of the others.
+        advantages: A, one per row or position.
+        temperature_pos: τ where A > 0; larger closes the gate sooner.
+        temperature_neg: τ elsewhere.
 
     Source: Gao et al. 2025, "Soft Adaptive Policy Optimization", arXiv:2511.20347, equations 5 and 6.
     """
-    tau = jnp.where(advantages > 0, temperature_pos, temperature_neg)[:, None]
-    return -4 / tau * jax.nn.sigmoid(tau * jnp.expm1(log_ratio)) * advantages[:, None]
+    advantages = _of_positions(advantages)
+    tau = jnp.where(advantages > 0, temperature_pos, temperature_neg)
+    return -4 / tau * jax.nn.sigmoid(tau * jnp.expm1(log_ratio)) * advantages
 
 
 def vespo(
     token_log_ratio: Float[Array, "B J"],
     logprobs: Float[Array, "B J"],
     mask: Bool[Array, "B J"],
-    advantages: Float[Array, " B"],
+    advantages: Advantages,
     positive: tuple[float, float],
     negative: tuple[float, float],
     correction: Float[Array, "B _"] | None = None,
@@ -152,9 +170,9 @@ def vespo(
         token_log_ratio: nats, of each token; cut to ± 20, as their sum is to [log 1e-8, 20].
         logprobs: nats, of the policy that is trained.
         mask: True where the loss acts.
-        advantages: A, one per row.
-        positive: (k, λ) of rows with A >= 0.
-        negative: (k, λ) of the others.
+        advantages: A, one per row or position.
+        positive: (k, λ) where A >= 0.
+        negative: (k, λ) elsewhere.
         correction: of `sampler_correction`, which w is multiplied by; None for none.
 
     Source: "VESPO: Variational Sequence-Level Soft Policy Optimization", arXiv:2602.10693, as in TRL.
@@ -163,10 +181,10 @@ def vespo(
     log_w = jnp.where(mask, jnp.clip(token_log_ratio, -20, 20), 0).sum(-1)
     if correction is not None:  # 1 at masked positions
         log_w = log_w + jnp.clip(jnp.log(correction), lowest, 20).sum(-1)
-    log_w = jnp.clip(log_w, lowest, 20)
+    log_w, advantages = jnp.clip(log_w, lowest, 20)[:, None], _of_positions(advantages)
     k, rate = (jnp.where(advantages >= 0, *pair) for pair in zip(positive, negative, strict=True))
     weight = jnp.exp(rate + k * log_w - rate * jnp.exp(log_w))
-    return -jax.lax.stop_gradient(weight * advantages)[:, None] * logprobs
+    return -jax.lax.stop_gradient(weight * advantages) * logprobs
 
 
 def k3_kl(
@@ -201,22 +219,23 @@ def off_policy_kept(
     logprobs: Float[Array, "B J"],
     sampler_logprobs: Float[Array, "B J"],
     mask: Bool[Array, "B J"],
-    advantages: Float[Array, " B"],
+    advantages: Advantages,
     threshold: float,
-) -> Bool[Array, "B 1"]:
-    """Rows whose surrogate is kept: A >= 0, or mean(log π_sampler − log π) <= threshold over the row.
+) -> Bool[Array, "B _"]:
+    """Where the surrogate is kept: A >= 0, or mean(log π_sampler − log π) <= threshold over the row.
 
     Args:
         logprobs: nats, of the policy that is trained.
         sampler_logprobs: nats, with which the tokens were sampled.
         mask: True where the loss acts.
-        advantages: A, one per row.
+        advantages: A, one per row or position.
         threshold: δ in nats per token.
 
     Source: DeepSeek-AI 2025, "DeepSeek-V3.2", arXiv:2512.02556, equation 9.
     """
     gap = jnp.where(mask, sampler_logprobs - jax.lax.stop_gradient(logprobs), 0).sum(-1)
-    return ((advantages >= 0) | (gap / jnp.maximum(mask.sum(-1), 1) <= threshold))[:, None]
+    gap = (gap / jnp.maximum(mask.sum(-1), 1))[:, None]
+    return (_of_positions(advantages) >= 0) | (gap <= threshold)
 
 
 def sampler_correction(
@@ -331,7 +350,7 @@ def aggregate(
 
 def clip_fractions(
     log_ratio: Float[Array, "B J"],
-    advantages: Float[Array, " B"],
+    advantages: Advantages,
     mask: Bool[Array, "B J"],
     epsilon: float,
     epsilon_high: float,
@@ -344,7 +363,7 @@ def clip_fractions(
 
     Args:
         log_ratio: log ρ in nats.
-        advantages: A, one per row.
+        advantages: A, one per row or position.
         mask: True where the loss acts.
         epsilon: how far below 1 the ratio still earns.
         epsilon_high: how far above 1.
@@ -355,7 +374,8 @@ def clip_fractions(
         With sequence ratios a row weighs by its length (in TRL each row weighs the same).
     """
     ratio = jnp.exp(log_ratio)
-    low = (ratio < 1 - epsilon) & (advantages[:, None] < 0)
-    high = (ratio > 1 + epsilon_high) & (advantages[:, None] > 0)
+    advantages = _of_positions(advantages)
+    low = (ratio < 1 - epsilon) & (advantages < 0)
+    high = (ratio > 1 + epsilon_high) & (advantages > 0)
     kinds = {"low": low, "high": high, "region": low | high}
     return {f"clip_ratio/{k}_mean": (v & mask).sum() / jnp.maximum(tokens, 1) for k, v in kinds.items()}

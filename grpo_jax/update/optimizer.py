@@ -1,76 +1,51 @@
-"""Learning-rate schedules with the values of transformers' get_scheduler, AdamW, and storage in bfloat16."""
+"""AdamW and the other optimizers, and storage in bfloat16."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-# Factor on the learning rate after a share (0 to 1) of the updates that follow the warm-up.
-DECAYS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "constant": jnp.ones_like,
-    "constant_with_warmup": jnp.ones_like,
-    "linear": lambda progress: 1 - progress,
-    "cosine": lambda progress: 0.5 * (1 + jnp.cos(jnp.pi * progress)),
-}
+from grpo_jax.models.sharding import input_dimensions
 
 
-def make_schedule(name: str, learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """The learning rate of each update: a linear warm-up from 0, then the named decay to 0.
+class Optimizer(NamedTuple):
+    """An optax transformation whose `update` takes the learning rate, and the schedule that gives it.
 
-    As in transformers, the first update of a warm-up has rate 0, and "constant" has no warm-up.
+    The rate is an argument of a compiled update, so that another rate or schedule compiles nothing again.
 
     Args:
-        name: "constant", "constant_with_warmup", "linear" or "cosine".
-        learning_rate: the peak.
-        warmup_steps: updates until the peak.
-        total_steps: updates until a decay ends; the rate stays there afterwards.
-
-    Returns:
-        A function from the number of updates done to the rate of the next one.
-
-    Raises:
-        ValueError: when name is unknown.
+        init: of optax.
+        update: of optax, with the keywords `learning_rate`, a scalar, and `finite`, see `layer_by_layer`.
+        schedule: number of updates done → learning rate.
     """
-    if name not in DECAYS:
-        raise ValueError(f"lr_scheduler_type must be one of {', '.join(DECAYS)}, got {name!r}")
-    warmup_steps = 0 if name == "constant" else warmup_steps
-    decay_steps = max(1, total_steps - warmup_steps)
 
-    def schedule(count: jax.Array) -> jax.Array:
-        progress = jnp.clip((count - warmup_steps) / decay_steps, 0.0, 1.0)
-        warmup = jnp.minimum(1.0, count / warmup_steps) if warmup_steps else 1.0
-        return learning_rate * warmup * DECAYS[name](progress)
-
-    return schedule
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    schedule: optax.Schedule
 
 
 def make_optimizer(
+    rule: optax.GradientTransformation,
     *,
     schedule: optax.Schedule,
-    b1: float,
-    b2: float,
-    eps: float,
     weight_decay: float,
     max_grad_norm: float | None,
-    moments_dtype: jax.typing.DTypeLike = jnp.float32,
-) -> optax.GradientTransformation:
-    """AdamW in float32, after clipping the gradient by its global norm.
+) -> Optimizer:
+    """A rule in float32, after clipping the gradient by its global norm, with decoupled weight decay.
 
     Gradients and parameters are passed to it in float32, also where the parameters are stored in bfloat16.
 
     Args:
+        rule: gradient → step of rate 1, such as `scale_by_adam`; see `make_rule`.
         schedule: number of updates done → learning rate.
-        b1: decay of the gradient's mean, in [0, 1).
-        b2: decay of the squared gradient's mean, in [0, 1).
-        eps: added to the root of the latter.
         weight_decay: decoupled decay, times the learning rate; see `decay_mask`.
         max_grad_norm: largest norm of the whole gradient; 0 or None for no clipping.
-        moments_dtype: what both moments are kept in between updates; see `round_like`.
 
     Raises:
         ValueError: when max_grad_norm is negative.
@@ -80,53 +55,105 @@ def make_optimizer(
     if max_grad_norm and max_grad_norm < 0:
         raise ValueError(f"max_grad_norm must be >= 0 (0 for no clipping), got {max_grad_norm}")
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
-    adamw = optax.chain(
-        scale_by_adam(b1, b2, eps, moments_dtype),
-        optax.add_decayed_weights(weight_decay, decay_mask),
-        optax.scale_by_learning_rate(schedule),
-    )
-    return optax.chain(clip, layer_by_layer(adamw))
+    decayed = optax.chain(rule, optax.add_decayed_weights(weight_decay, decay_mask), _scale_by_rate())
+    return Optimizer(*optax.chain(clip, layer_by_layer(decayed)), schedule)
+
+
+def make_rule(
+    optim: str, b1: float, b2: float, eps: float, moments_dtype: jax.typing.DTypeLike = jnp.float32
+) -> optax.GradientTransformation:
+    """The step of an optimizer at rate 1: adamw, adafactor, lion or sgd.
+
+    adafactor has HF Trainer's settings: no first moment, no relative steps, a second moment that is
+    factored over the inputs and outputs of each layer's matrix, steps clipped to a root mean square of 1.
+
+    Args:
+        optim: its name.
+        b1, b2, eps: of `scale_by_adam`; lion takes b1 and b2, the others none.
+        moments_dtype: what the moments of adamw and lion are kept in; adafactor's stay float32.
+
+    Source: Shazeer and Stern 2018, "Adafactor", algorithm 4; Chen et al. 2023, "Symbolic Discovery of
+    Optimization Algorithms" (lion).
+    """
+    if optim == "adafactor":
+        factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1, decay_rate=0.8, epsilon=1e-30)
+        return optax.chain(_on_matrices(factored), optax.clip_by_block_rms(1.0))
+    rules = {
+        "adamw": lambda: scale_by_adam(b1, b2, eps, moments_dtype),
+        "lion": lambda: _kept_in(moments_dtype, optax.scale_by_lion(b1, b2)),
+        "sgd": optax.identity,
+    }
+    return rules[optim]()
+
+
+def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
+    def update(steps, state, params=None, *, learning_rate, **_):
+        return jax.tree.map(lambda x: -learning_rate * x, steps), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on kernels as matrices, inputs × outputs: heads are one dimension with their size."""
+
+    def matrix(path, x):
+        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else ""
+        n = input_dimensions(name)
+        if n is None or x.ndim <= 2:
+            return x.reshape(-1) if name.endswith("_bias") else x
+        return x.reshape(math.prod(x.shape[:n]), -1)
+
+    def flat(tree):
+        return jax.tree_util.tree_map_with_path(matrix, tree)
+
+    def update(grads, state, params=None):
+        steps, state = inner.update(flat(grads), state, None if params is None else flat(params))
+        return jax.tree.map(lambda step, g: step.reshape(g.shape), steps, grads), state
+
+    return optax.GradientTransformation(lambda params: inner.init(flat(params)), update)
 
 
 def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` over the stacked weights one layer at a time and in place; `finite=False` changes nothing.
 
-    The same arithmetic as all layers at once. But a step and the new moments are separate kernels on a
-    CPU, which both read the old moments, so that XLA copies those first: all of them, unless a loop
-    keeps it to one layer. At Qwen3-1.7B the update then needs 14.8 instead of 17.8 GB in addition to its
-    arguments (docs/log.md).
+    The same arithmetic as all layers at once, where `inner` works on each element by itself. But a step and
+    the new moments are separate kernels on a CPU, which both read the old moments, so that XLA copies those
+    first: all of them, unless a loop keeps it to one layer. At Qwen3-1.7B the update then needs 14.8 instead
+    of 17.8 GB in addition to its arguments (docs/log.md).
 
     Args:
-        inner: works on each element by itself; its state holds arrays shaped like the parameters, and
-            scalars that count updates.
+        inner: an optimizer of one layer's weights, and of those outside of the layers.
 
     Returns:
-        A transformation whose state is {"layers", "rest"}, and whose `update` takes a bool `finite`.
+        A transformation whose state is {"layers", "rest"}, the former with a first dimension of layers, and
+        whose `update` takes a bool `finite`, and passes other keywords on to `inner`.
     """
+    inner = optax.with_extra_args_support(inner)
 
     def init(params):
         layers, rest = _split(params)
-        return {"layers": inner.init(layers), "rest": inner.init(rest)}
+        return {"layers": jax.vmap(inner.init)(layers) if layers else {}, "rest": inner.init(rest)}
 
-    def skip(grads, state, params):
+    def skip(grads, state, params, more):
         return jax.tree.map(jnp.zeros_like, grads), state
 
-    def update(grads, state, params=None, *, finite=True, **_):
+    def run(grads, state, params, more):
+        return inner.update(grads, state, params, **more)
+
+    def update(grads, state, params=None, *, finite=True, **more):
         (stacked, rest), (weights, other_weights) = _split(grads), _split(params)
 
         def one_layer(i, carry):
-            old = jax.tree.map(lambda x: x[i] if x.ndim else x, (*carry, weights))
-            new = jax.lax.cond(finite, inner.update, skip, *old)
-            return jax.tree.map(lambda x, y: x.at[i].set(y) if x.ndim else x, carry, new)
+            old = jax.tree.map(lambda x: x[i], (*carry, weights))
+            new = jax.lax.cond(finite, run, skip, *old, more)
+            return jax.tree.map(lambda x, y: x.at[i].set(y), carry, new)
 
-        updates, rest_state = jax.lax.cond(finite, inner.update, skip, rest, state["rest"], other_weights)
+        updates, rest_state = jax.lax.cond(finite, run, skip, rest, state["rest"], other_weights, more)
         layers_state = state["layers"]
         if stacked:
             L = jax.tree.leaves(stacked)[0].shape[0]
             layers_updates, layers_state = jax.lax.fori_loop(0, L, one_layer, (stacked, layers_state))
             updates = dict(updates, layers=layers_updates)
-        counted = jnp.asarray(finite, jnp.int32)
-        layers_state = jax.tree.map(lambda x: x if x.ndim else x + counted, layers_state)
         return updates, {"layers": layers_state, "rest": rest_state}
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -137,23 +164,35 @@ def _split(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return params.get("layers", {}), {name: x for name, x in params.items() if name != "layers"}
 
 
-def scale_by_adam(b1: float, b2: float, eps: float, moments_dtype) -> optax.GradientTransformation:
+def scale_by_adam(
+    b1: float, b2: float, eps: float, moments_dtype: jax.typing.DTypeLike = jnp.float32
+) -> optax.GradientTransformation:
     """`optax.scale_by_adam` that computes in float32 and keeps both moments in another type.
 
     Args:
-        b1, b2, eps: as `make_optimizer`.
-        moments_dtype: float32, for optax's own, or bfloat16.
+        b1: decay of the gradient's mean, in [0, 1).
+        b2: decay of the squared gradient's mean, in [0, 1).
+        eps: added to the root of the latter.
+        moments_dtype: float32, for optax's own, or bfloat16; see `round_like`.
     """
-    adam = optax.scale_by_adam(b1, b2, eps)
+    return _kept_in(moments_dtype, optax.scale_by_adam(b1, b2, eps))
+
+
+def _kept_in(dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, whose state has the moments `mu` and perhaps `nu`, with these kept in another type."""
 
     def init(params):
-        return adam.init(jax.tree.map(lambda p: p.astype(moments_dtype), params))
+        return inner.init(jax.tree.map(lambda p: p.astype(dtype), params))
 
     def update(gradients, state, params=None):
-        wide = state._replace(mu=in_float32(state.mu), nu=in_float32(state.nu))
-        updates, new = adam.update(gradients, wide, params)
-        mu = round_like(new.mu, state.mu, new.count, 1)
-        return updates, new._replace(mu=mu, nu=round_like(new.nu, state.nu, new.count, 2))
+        kept = {name: getattr(state, name) for name in ("mu", "nu") if name in state._fields}
+        wide = state._replace(**{name: in_float32(moment) for name, moment in kept.items()})
+        updates, new = inner.update(gradients, wide, params)
+        rounded = {
+            name: round_like(getattr(new, name), moment, new.count, draw)
+            for draw, (name, moment) in enumerate(kept.items(), start=1)
+        }
+        return updates, new._replace(**rounded)
 
     return optax.GradientTransformation(init, update)
 

@@ -24,7 +24,7 @@ from grpo_jax.models.qwen import ALL_ROUNDINGS, ModelConfig, Params, extend, hea
 from grpo_jax.models.sharding import Layout
 from grpo_jax.update import losses
 from grpo_jax.update.batch import Batch, Completions, Tree
-from grpo_jax.update.optimizer import in_float32, round_like
+from grpo_jax.update.optimizer import Optimizer, in_float32, round_like
 
 
 @struct.dataclass
@@ -65,7 +65,7 @@ class Learned(NamedTuple):
         sampler_logprobs: [b, J] nats.
         old_logprobs: [b, J] nats, or None for the current ones.
         ref_logprobs: [b, J] nats, or None.
-        advantages: [b].
+        advantages: [b], or [b, J].
     """
 
     logprobs: Float[Array, "b J"]
@@ -74,7 +74,7 @@ class Learned(NamedTuple):
     sampler_logprobs: Float[Array, "b J"]
     old_logprobs: Float[Array, "b J"] | None
     ref_logprobs: Float[Array, "b J"] | None
-    advantages: Float[Array, " b"]
+    advantages: Float[Array, " b"] | Float[Array, "b J"]
 
 
 class Totals(NamedTuple):
@@ -176,6 +176,9 @@ class GrpoObjective:
             return self.with_floor(x.entropies, x.mask)(x, totals)
         old = jax.lax.stop_gradient(x.logprobs) if x.old_logprobs is None else x.old_logprobs
         log_ratio = losses.importance_ratio_log(x.logprobs, old, x.mask, self.importance_sampling_level)
+        surrogate_ratio, by_token = log_ratio, x.advantages.ndim == 2
+        if by_token and self.importance_sampling_level == "sequence":
+            surrogate_ratio = losses.token_gradient(log_ratio, x.logprobs)
         correction = None
         if self.sampler_correction != "none":
             modes = (self.sampler_correction, *self.sampler_correction_bounds)
@@ -184,18 +187,19 @@ class GrpoObjective:
 
         # 1. the surrogate of each position
         if self.loss_type == "cispo":
-            per_token = losses.cispo(log_ratio, x.logprobs, x.advantages, self.epsilon_high)
-            clipped = (jnp.exp(log_ratio) > self.epsilon_high) & (x.advantages[:, None] > 0)
+            per_token = losses.cispo(surrogate_ratio, x.logprobs, x.advantages, self.epsilon_high)
+            positive = x.advantages > 0 if by_token else x.advantages[:, None] > 0
+            clipped = (jnp.exp(log_ratio) > self.epsilon_high) & positive
             metrics["cispo_clip_ratio"] = (clipped & x.mask).sum() / jnp.maximum(totals.tokens, 1)
         elif self.loss_type == "sapo":
-            per_token = losses.sapo(log_ratio, x.advantages, *self.sapo_temperatures)
+            per_token = losses.sapo(surrogate_ratio, x.advantages, *self.sapo_temperatures)
         elif self.loss_type == "vespo":
             of_tokens = losses.importance_ratio_log(x.logprobs, old, x.mask, "token")
             pairs = (self.vespo_positive, self.vespo_negative)
             per_token = losses.vespo(of_tokens, x.logprobs, x.mask, x.advantages, *pairs, correction)
         else:
             clip = (self.epsilon, self.epsilon_high)
-            per_token = losses.clipped_surrogate(log_ratio, x.advantages, *clip, self.delta)
+            per_token = losses.clipped_surrogate(surrogate_ratio, x.advantages, *clip, self.delta)
             metrics |= losses.clip_fractions(log_ratio, x.advantages, x.mask, *clip, tokens=totals.tokens)
 
         # 2. the positions that it acts on, and their weights
@@ -245,7 +249,7 @@ def _mean(values, mask, totals):
 
 def make_update(
     step: ModelStep,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     objective: Objective,
     state: TrainState,
     frozen: Frozen | None = None,
@@ -261,7 +265,7 @@ def make_update(
         frozen: what the trained adapters sit on; None when all weights are trained.
     """
 
-    def update(state: TrainState, batch: Batch, frozen: Frozen | None):
+    def update(state: TrainState, batch: Batch, frozen: Frozen | None, rate: Array):
         batch = with_dropout(batch, dropout_keys(frozen, state.step, len(batch.completions.targets)))
         loss_fn = lambda trained: batch_loss(step, objective, join(trained, frozen), batch)  # noqa: E731
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -269,7 +273,8 @@ def make_update(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         weights = in_float32(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, weights, finite=finite)
+        more = {"learning_rate": rate, "finite": finite}
+        updates, opt_state = optimizer.update(grads, state.opt_state, weights, **more)
         weights = round_like(optax.apply_updates(weights, updates), state.params, state.step, 0)
         report = metrics.sums | metrics.maxima | {"loss": loss, "grad_norm": norm, "skipped": ~finite}
         return TrainState(state.step + 1, weights, opt_state), report
@@ -278,9 +283,12 @@ def make_update(
     options = dict(
         out_shardings=(shardings, step.layout.replicated), donate_argnums=0, compiler_options=ALL_ROUNDINGS
     )
-    jitted = jax.jit(update, in_shardings=(shardings, None, None), **options)
-    run = lambda state, batch: jitted(state, batch, frozen)  # noqa: E731 an argument: a constant would be copied
-    run.lower = lambda state, batch: jitted.lower(state, batch, frozen)
+    jitted = jax.jit(update, in_shardings=(shardings, None, None, None), **options)
+    rate = jax.jit(lambda step: jnp.asarray(optimizer.schedule(step), jnp.float32))
+    # The frozen weights are an argument, since a constant would be copied, and the rate is one, so that another
+    # rate or schedule is the same program.
+    run = lambda state, batch: jitted(state, batch, frozen, rate(state.step))  # noqa: E731
+    run.lower = lambda state, batch: jitted.lower(state, batch, frozen, jax.ShapeDtypeStruct((), jnp.float32))
     return run
 
 
@@ -444,14 +452,14 @@ def _learn(step: ModelStep, params: Params, hidden, completions: Completions, J:
         at(completions.sampler_logprobs),
         at(completions.old_logprobs),
         at(completions.ref_logprobs),
-        completions.advantages,
+        completions.advantages if completions.advantages.ndim == 1 else at(completions.advantages),
     )
 
 
 # --- where things lie, and how many micro-batches ---
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, layout: Layout) -> TrainState:
+def init_state(params: Params, optimizer: Optimizer, layout: Layout) -> TrainState:
     """The state before the first update; moments lie where their weights lie."""
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     return jax.device_put(state, state_shardings(layout, state))
