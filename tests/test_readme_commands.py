@@ -14,7 +14,7 @@ from grpo_jax.run.trl_options import ALIASES
 
 ROOT = launch.ROOT
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-STARTS = ("python ", "pip ", "pytest", "ruff ", "bash ", "gcloud ", "grpo-jax ", "JAX_")
+STARTS = ("python ", "pip ", "pytest", "ruff ", "bash ", "scripts/", "sbatch ", "sky ", "grpo-jax ", "JAX_")
 
 
 def commands():
@@ -35,7 +35,7 @@ def of(start, *pages):
 
 
 def test_the_pages_have_commands_of_every_kind():
-    assert {line.split()[0] for _, line in COMMANDS} >= {"python", "pip", "pytest", "gcloud"}
+    assert {line.split()[0] for _, line in COMMANDS} >= {"python", "pip", "pytest", "scripts/tpu_vm.sh"}
 
 
 @pytest.mark.parametrize("line", [line for _, line in COMMANDS], ids=str)

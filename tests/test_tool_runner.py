@@ -4,6 +4,7 @@ import asyncio
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -336,6 +337,22 @@ def test_closing_ends_the_calls_under_way(toolbox):
     for future in futures:
         with pytest.raises(RuntimeError, match="closed"):
             future.result()
+
+
+def test_a_worker_that_is_killed_from_outside_costs_its_call_alone(toolbox):
+    """As by a machine that runs out of memory: between calls nothing is seen of it, in one it is a crash."""
+    with ToolRunner(toolbox, workers=1, limits=Limits(seconds=30), cache=False) as runner:
+        first = int(runner.run([call("where")])[0].text.split()[0])
+        os.kill(first, signal.SIGKILL)
+        time.sleep(0.3)
+        second = int(runner.run([call("where")])[0].text.split()[0])
+        assert second != first
+        under_way = runner.submit([call("hang", n=1), call("square", n=3)])
+        time.sleep(0.3)
+        os.kill(second, signal.SIGKILL)
+        crash, after = (future.result() for future in under_way)
+        assert (crash.outcome, after.text) == (Outcome.CRASH, "9")
+        assert crash.text == "Error: hang crashed its worker process (SIGKILL, perhaps out of memory)"
 
 
 def test_one_true_and_1_0_are_different_calls(runner):

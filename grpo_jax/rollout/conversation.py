@@ -218,7 +218,7 @@ def _load_tokenizer(folder: Path) -> Any:
         raise ValueError(f"folder {folder} has no tokenizer.json; copy it from the model's repository")
     source = str(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise anything from KeyError to a bare Exception
         raise ValueError(
             f"the tokenizer in {source!r} cannot be loaded ({type(error).__name__}: {error}); copy its files "

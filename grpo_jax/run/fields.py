@@ -101,6 +101,13 @@ class Options:
     tool_result_limit: int = _opt(
         20_000, "Maximum length of a tool's result in characters; a longer one becomes an error.", ge=1
     )
+    tool_env: list[str] | None = _opt(
+        None, "Environment variables that tool workers get besides the usual ones, as NAME or NAME_*."
+    )
+    tool_sandbox: Literal["none", "unshare", "bubblewrap"] = _opt(
+        "none",
+        "Start tool workers without network and sight of other processes; bubblewrap: files read-only.",
+    )
     tool_cache: bool = _opt(True, "Reuse the result of an equal tool call within a step.")
     verify_purity: bool = _opt(
         False, "Run up to 8 calls of each training step twice and report tools whose results differ."

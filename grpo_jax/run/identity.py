@@ -32,7 +32,7 @@ NOT_COMPARED = frozenset((
     "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations",
     "num_train_epochs", "max_steps",  # by the number of updates
     "use_peft", "lora_r", "lora_alpha", "lora_target_modules",  # by the adapters' shapes
-    "cold_start", "sft_max_steps", "sft_batch_size", "sft_learning_rate", "sft_eval_steps", "sft_validation_size",
+    "tool_sandbox", "cold_start", "sft_max_steps", "sft_batch_size", "sft_learning_rate", "sft_eval_steps", "sft_validation_size",
     "sft_stop_match",
     "mesh_data", "mesh_fsdp", "mesh_tensor", "micro_batches", "gradient_checkpointing", "max_shard_size",
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_config_change",

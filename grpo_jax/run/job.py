@@ -49,7 +49,16 @@ from grpo_jax.scoring.rewards import (
     load_rewards,
     rewards_of,
 )
-from grpo_jax.tools import Limits, PurityCheck, Toolbox, ToolRunner, load_tools, signature_line, tools_of
+from grpo_jax.tools import (
+    Isolation,
+    Limits,
+    PurityCheck,
+    Toolbox,
+    ToolRunner,
+    load_tools,
+    signature_line,
+    tools_of,
+)
 from grpo_jax.types import Example, Prompt, Schema, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.update.optimizer import Optimizer, make_optimizer, make_rule
@@ -362,6 +371,7 @@ def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: In
         limits=Limits(config.tool_timeout, config.tool_memory_limit, config.tool_result_limit),
         lax=config.tool_arg_validation == "lax",
         cache=config.tool_cache,
+        isolation=Isolation(tuple(config.tool_env or ()), config.tool_sandbox),
     )
     return Job(
         config,

@@ -2,11 +2,13 @@
 
 from grpo_jax.tools.arguments import check_arguments
 from grpo_jax.tools.call import run_tool
+from grpo_jax.tools.isolation import Isolation
 from grpo_jax.tools.load import Toolbox, load_tools, tools_of
 from grpo_jax.tools.runner import Limits, PurityCheck, ToolRunner
 from grpo_jax.tools.schema import get_schema, signature_line
 
 __all__ = [
+    "Isolation",
     "Limits",
     "PurityCheck",
     "ToolRunner",

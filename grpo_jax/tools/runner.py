@@ -23,12 +23,14 @@ from typing import Any
 
 from grpo_jax.text import shorten
 from grpo_jax.tools.call import execute, thread_loops
+from grpo_jax.tools.isolation import Isolation
 from grpo_jax.tools.load import Toolbox, pickled
 from grpo_jax.tools.user_code import error_text, users_code
 from grpo_jax.types import Outcome, ToolCall, ToolResult
 
 EXECUTORS = ("process", "inline")
 PURITY_SAMPLE = 8  # calls a step that `verify_purity` runs again
+USUAL = Isolation()
 _CANCEL_GRACE = 0.2  # seconds for an async tool to end when it is cancelled
 _START_LIMIT = 120.0  # seconds for importing the user's tools, which may import heavy libraries
 
@@ -67,10 +69,11 @@ class ToolRunner:
             share state.
         lax: strings may stand for numbers and booleans.
         cache: equal calls of a step run once. Tools with state are never cached.
+        isolation: what worker processes may see.
 
     Raises:
-        ValueError: an unknown executor, tools with state in processes, or functions given in Python that
-            cannot be copied into them.
+        ValueError: an unknown executor, tools with state in processes, functions given in Python that
+            cannot be copied into them, or an isolation where there are none.
     """
 
     def __init__(
@@ -81,9 +84,15 @@ class ToolRunner:
         workers: int | None = None,
         lax: bool = False,
         cache: bool = True,
+        isolation: Isolation = USUAL,
     ):
         if executor not in EXECUTORS:
             raise ValueError(f"tool_executor must be one of {', '.join(EXECUTORS)}, got {executor!r}")
+        if executor == "inline" and isolation != USUAL:
+            raise ValueError(
+                "tool_env and tool_sandbox are for worker processes, and inline tools run in this one; set "
+                "tool_executor to process, or leave them out"
+            )
         if executor == "process" and toolbox.stateful:
             raise ValueError(
                 f"the tools of {toolbox.source} have state, which worker processes do not share; "
@@ -106,7 +115,7 @@ class ToolRunner:
                 "limits": dataclasses.asdict(limits),
                 "lax": lax,
             }
-            self._lanes = [_ProcessLane(setup, limits.seconds) for _ in range(workers)]
+            self._lanes = [_ProcessLane(setup, limits.seconds, isolation) for _ in range(workers)]
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tools")
         self._free: queue.LifoQueue = queue.LifoQueue()  # the lane used last comes first: its worker runs
         for lane in reversed(self._lanes):
@@ -302,11 +311,13 @@ class _ProcessLane:
     Args:
         setup: the worker's first line (see `worker.py`).
         timeout: seconds per call.
+        isolation: what it may see.
     """
 
-    def __init__(self, setup: dict[str, Any], timeout: float):
+    def __init__(self, setup: dict[str, Any], timeout: float, isolation: Isolation):
         self._setup = json.dumps(setup)
         self._timeout = timeout
+        self._isolation = isolation
         self._process: subprocess.Popen | None = None
 
     def call(self, name: str, line: str, row: Hashable) -> tuple[str, str]:
@@ -348,11 +359,12 @@ class _ProcessLane:
         # The parent's own sys.path: the worker imports what the parent would.
         program = f"import sys; sys.path[:] = {sys.path!r}; from grpo_jax.tools import worker; worker.main()"
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", program],
+            [*self._isolation.prefix, sys.executable, "-P", "-c", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env=os.environ | {"PYTHONHASHSEED": "0"},  # a set prints alike in every worker and every run
+            # a set prints alike in every worker and every run
+            env=self._isolation.environment(os.environ) | {"PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C is for the parent, and a tool's own children die with it
         )
         os.set_blocking(self._process.stdin.fileno(), False)
@@ -391,7 +403,7 @@ class _ProcessLane:
 
     def _cause_of_death(self, error: Exception) -> str:
         try:
-            code = self._process.wait(timeout=0.5)
+            code = self._isolation.exit_code(self._process.wait(timeout=0.5))
         except subprocess.TimeoutExpired:
             return f"broke its worker process: {error or type(error).__name__}"
         if code >= 0:

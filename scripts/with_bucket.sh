@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Run a command whose results lie in a local folder, and keep a copy of that folder in a bucket.
+#
+#   scripts/with_bucket.sh gs://my-bucket/mine runs/mine -- python -m grpo_jax.train --config … --output_dir runs/mine
+#
+# The bucket's copy is fetched first where the folder is not there, so that the same command continues on another
+# machine; it is brought up to date every COPY_SECONDS (default 60) and when the command has ended. SIGTERM is passed on.
+# Names are copied in their order: checkpoints before the metrics that belong to them. A checkpoint that was copied
+# in part is named as damaged by the next start: delete it to continue from the one before.
+set -uo pipefail
+
+[[ $# -ge 4 && $3 == -- ]] || { sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+bucket=$1 folder=$2
+shift 3
+unfinished='.*(\.orbax-checkpoint-tmp|\.tmp|\.run\.lock|\.damaged-).*'
+
+if [[ ! -e $folder ]] && gcloud storage ls "$bucket/" >/dev/null 2>&1; then
+  mkdir -p "$folder"
+  gcloud storage rsync --recursive "$bucket" "$folder" || { rm -rf "$folder"; exit 1; }
+fi
+
+copy() {
+  [[ -e $folder ]] || return 0
+  gcloud storage rsync --recursive --delete-unmatched-destination-objects "--exclude=$unfinished" "$folder" "$bucket"
+}
+
+"$@" &
+command=$!
+trap 'kill -TERM "$command" 2>/dev/null' TERM INT
+(while sleep "${COPY_SECONDS:-60}"; do copy; done) &
+copier=$!
+status=0
+while :; do # wait returns early when a signal comes
+  wait "$command"
+  status=$?
+  kill -0 "$command" 2>/dev/null || break
+done
+kill "$copier" 2>/dev/null
+wait "$copier" 2>/dev/null
+copy || echo "Warning: the last copy to $bucket failed; $folder holds what is newer" >&2
+exit "$status"
