@@ -321,8 +321,10 @@ class GRPOTrainer:
                     with timer("reward"):
                         outcomes.append(_scored(job, sampled.trajectories, now))
                         drawn, rollout, outcome = drawn + draws, rollout + sampled, joined(outcomes)
-                        compared_rows = with_advantages(rollout.trajectories, outcome)
-                        acts = np.reshape([t.acts for t in compared_rows], (-1, steps.G)).any(1)
+                        acting = [t.acts for t in with_advantages(rollout.trajectories, outcome)]
+                        acts = np.array(
+                            [any(acting[i : i + steps.G]) for i in range(0, len(acting), steps.G)]
+                        )
                     rates = rates.after([i for i, _ in draws], list(map(is_exact, sampled.trajectories)))
                 del policy  # the update needs the memory
 
