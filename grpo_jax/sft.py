@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from grpo_jax import hosts
+from grpo_jax.run.checkpoint import Stopped, StopSignal
 from grpo_jax.run.cold_start import fine_tune
-from grpo_jax.run.command import run_command
+from grpo_jax.run.command import INTERRUPTED, run_command
 from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import ResolvedConfig, write_resolved
 from grpo_jax.run.console import Console
@@ -16,8 +17,12 @@ from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, write_json_atomic
 
 
-def run(resolved: ResolvedConfig, console: Console) -> None:
-    """Fine-tune, and leave `model/` and `sft.json` in output_dir; with `use_peft` also `adapter/`."""
+def run(resolved: ResolvedConfig, console: Console) -> int:
+    """Fine-tune, and leave `model/` and `sft.json` in output_dir; with `use_peft` also `adapter/`.
+
+    Returns:
+        The exit status.
+    """
     config, timer = resolved.config, PhaseTimer()
     out = Path(config.output_dir)
     with run_lock(out, "grpo_jax.sft"):
@@ -27,10 +32,15 @@ def run(resolved: ResolvedConfig, console: Console) -> None:
             with job.runner:
                 data = load_data(job, inputs.train)
                 hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
-                with timer("cold_start"):
-                    report = fine_tune(job, data, out / "model", out / "adapter")
+                try:
+                    with timer("cold_start"), StopSignal() as stop:
+                        report = fine_tune(job, data, out / "model", out / "adapter", lambda: stop.requested)
+                except Stopped as stopped:
+                    console.line(f"Stopped {stopped}. The same command continues.")
+                    return INTERRUPTED
         hosts.of_first(lambda: write_json_atomic(out / "sft.json", report | {"timings": timer.seconds}))
     console.line(f"Fine-tuned for {report['steps']} updates; the model is in {out / 'model'}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,12 +21,21 @@ from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor, Steps, choose_groups, cursor_after, next_batch
 from grpo_jax.data.difficulty import SolveRates
 from grpo_jax.data.rows import read_prompt
+from grpo_jax.files import OutputError, plain
 from grpo_jax.models.qwen import Params
 from grpo_jax.models.sharding import placed
 from grpo_jax.preflight.check import check_job
 from grpo_jax.rollout.faults import faults
 from grpo_jax.rollout.loop import Rollout, make_policy, roll_out
-from grpo_jax.run.checkpoint import Checkpoints, StopSignal, find_start, machine_meta
+from grpo_jax.run.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    Start,
+    Stopped,
+    StopSignal,
+    find_start,
+    machine_meta,
+)
 from grpo_jax.run.cold_start import cold_start_rows, fine_tune
 from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import write_resolved
@@ -72,6 +81,7 @@ LEAVINGS = (
     "summary.json",
     "base_model",
     "cold_start",
+    "cold_start_checkpoint",
     "tensorboard",
     "wandb",
     "mlflow.db",
@@ -187,64 +197,97 @@ class GRPOTrainer:
         """Start, learn, finish."""
         job, config, out = self.job, self.job.config, self.output_dir
         line = job.console.line
-        wanted, allowed = config.resume_from_checkpoint, config.allow_config_change
-        start = find_start(checkpoints, wanted, summary, self._fresh_meta(), allowed)
-        for note in start.notes:
-            line(note)
+        start = self._found_start(checkpoints, summary)
         if start.finished is not None:
             line(
                 f"The run in {out} is finished after {start.finished} updates (summary.json, model/). A higher "
                 f"{'--early_stop_patience' if 'stopped_early' in summary else '--max_steps or --num_train_epochs'} "
                 "continues it, --overwrite_output_dir starts over, another --output_dir keeps both."
             )
+            hosts.of_first(lambda: _report_once(out))
             self.job = dataclasses.replace(job, folder=out / "model", checkpoint=None, adapter=None)
             return TrainResult(start.finished, True, summary)
         for name in ("after", "stopped_early"):
             summary.pop(name, None)
         hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
-        if config.cold_start:
-            job = self.job = self._cold_started(summary)
-        with StopSignal() as stop:
-            learner, state = make_learner(job, self.data.tree, self.steps.P, self.steps.updates)
-            if start.checkpoint is not None:
-                state = start.restore(checkpoints, state, state_shardings(learner.step.layout, state))
-                job.timer.restore(start.meta.get("timings", {}))
-                line(
-                    f"Continuing from the checkpoint of update {start.checkpoint[1]} in {start.checkpoint[0]}"
-                )
-            self._learned = learner, state
-            if "before" not in summary and self.evaluation is not None:
-                summary["before"] = self._evaluated("Evaluation before")
-                self._write_summary(summary)
-            stopped = self._learn(start.meta, checkpoints, stop)
-        step = int(self._learned[1].step)
-        if stopped:
+        try:
+            with StopSignal() as stop:
+                return self._run(start, summary, checkpoints, stop)
+        except Stopped as stopped:
+            step = 0 if self._learned is None else int(self._learned[1].step)
             self._write_summary(summary)
-            hosts.of_first(lambda: write_report(out))
-            line(f"Stopped after update {step}, which is saved. The same command continues.")
+            if step:
+                hosts.of_first(lambda: write_report(out))
+            line(f"Stopped {stopped}. The same command continues.")
             return TrainResult(step, False, summary)
+
+    def _found_start(self, checkpoints: Checkpoints, summary: dict[str, Any]) -> Start:
+        """See `find_start`; a damaged newest checkpoint is set aside."""
+        config, line = self.job.config, self.job.console.line
+        wanted, allowed = config.resume_from_checkpoint, config.allow_config_change
+        while True:
+            try:
+                start = find_start(checkpoints, wanted, summary, self._fresh_meta(), allowed)
+            except DamagedCheckpoint as error:
+                line(checkpoints.set_aside(error))
+                continue
+            for note in start.notes:
+                line(note)
+            return start
+
+    def _run(
+        self, start: Start, summary: dict[str, Any], checkpoints: Checkpoints, stop: StopSignal
+    ) -> TrainResult:
+        """Cold start, learn, finish; raises Stopped where it is asked to stop."""
+        job, config, out, line = self.job, self.job.config, self.output_dir, self.job.console.line
+        if config.cold_start:
+            job = self.job = self._cold_started(summary, stop)
+        learner, state = make_learner(job, self.data.tree, self.steps.P, self.steps.updates)
+        shapes, shardings = jax.eval_shape(lambda: state), state_shardings(learner.step.layout, state)
+        while start.checkpoint is not None:
+            try:
+                state = start.restore(checkpoints, shapes, shardings)
+            except DamagedCheckpoint as error:
+                line(checkpoints.set_aside(error))
+                start = self._found_start(checkpoints, summary)
+                continue
+            job.timer.restore(start.meta.get("timings", {}))
+            line(f"Continuing from the checkpoint of update {start.checkpoint[1]} in {start.checkpoint[0]}")
+            break
+        self._learned = learner, state
+        if "before" not in summary and self.evaluation is not None:
+            summary["before"] = self._evaluated("Evaluation before", stop)
+            self._write_summary(summary)
+        self._learn(start.meta, checkpoints, stop)
+        step = int(self._learned[1].step)
         self.save_model(out / "model", out / "adapter")
-        summary |= {"after": None, "updates": step}
+        found: dict[str, Any] = {"after": None, "updates": step}
         if step < self.steps.updates:
-            summary["stopped_early"] = self._best.waited
+            found["stopped_early"] = self._best.waited
         if self.evaluation is not None:
-            summary["after"] = self._evaluated("Evaluation after")
-            compare(job.console, {"before": summary["before"], "after": summary["after"]})
+            # without a checkpoint all would be learned again
+            found["after"] = self._evaluated(
+                "Evaluation after", None if config.save_strategy == "no" else stop
+            )
+            compare(job.console, {"before": summary["before"], "after": found["after"]})
+        checkpoints.wait()  # before summary.json says that the run is finished
+        summary |= found
         self._write_summary(summary)
         report = hosts.of_first(lambda: write_report(out))
         line(f"Finished: {step} updates; the model is in {out / 'model'}")
         line(f"Curves and conversations: {report}")
         return TrainResult(step, True, summary)
 
-    def _learn(self, meta: dict[str, Any], checkpoints: Checkpoints, stop: StopSignal) -> bool:
-        """The loop of GRPO, from the state in `_learned`; returns whether it was asked to stop early."""
+    def _learn(self, meta: dict[str, Any], checkpoints: Checkpoints, stop: StopSignal) -> None:
+        """The loop of GRPO, from the state in `_learned`; raises Stopped once what it learned is saved."""
         job, data, steps, config, timer = self.job, self.data, self.steps, self.job.config, self.job.timer
         learner, state = self._learned
         sampler = job.sampled
         loop = job.tool_loop(sampler, data.tree)
         cursor, num_tokens, first = Cursor.from_json(meta["cursor"]), meta["num_tokens"], int(state.step)
         names, weights, credit = job.reward_names, job.reward_weights, credit_of(config)
-        records = Records(config, resume_step=first or None)
+        # the line of a step that is still to be evaluated is written again
+        records = Records(config, resume_step=first - ("unevaluated" in meta) if first else None)
         first_calls = FirstCalls(batches=min(3, steps.batches))
         per_epoch = steps.batches_per_epoch * steps.updates_per_batch
         every = {of: config.interval(of, steps.updates, per_epoch) for of in ("eval", "save", "logging")}
@@ -279,8 +322,47 @@ class GRPOTrainer:
             """Whether this batch reached a multiple of `every`; several updates per batch may step over it."""
             return every is not None and step // every > (step - steps.updates_per_batch) // every
 
+        def save() -> None:
+            now = {"cursor": cursor.to_json(), "num_tokens": num_tokens, "timings": timer.seconds}
+            now["best"] = dataclasses.asdict(best)
+            if config.difficulty_sampling:
+                now["solve_rates"] = rates.to_json()
+            with timer("save"):
+                checkpoints.save(int(state.step), state, meta | now)
+
+        def tried(write: Callable[[], None]) -> None:
+            """A write to the checkpoints, whose failure is no reason to throw away what is being learned."""
+            try:
+                write()
+            except OutputError as error:
+                job.console.line(f"Warning: {error}. Training goes on, and the next save tries again")
+
+        def stopped() -> Stopped:
+            """Saves what was learned since the last checkpoint."""
+            step = int(state.step)
+            tried(checkpoints.wait)
+            if step > (checkpoints.latest() or 0):
+                save()
+            checkpoints.wait()
+            return Stopped(f"after update {step}, which is saved" if step else "before the first update")
+
+        def evaluated(record: dict[str, Any]) -> tuple[dict[str, Any], Best]:
+            """The record with the figures of an evaluation, and the best so far; one that is stopped is made later."""
+            step = int(state.step)
+            try:
+                figures = self._evaluated(f"Evaluation at {step}", stop)
+            except Stopped:
+                meta["unevaluated"] = plain(record)
+                raise stopped() from None
+            now = best.after(step, figures[best.figure]) if compared else best
+            return record | {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}, now
+
         with records, job.console.progress("GRPO", steps.batches) as bar:
             bar.advance(first // steps.updates_per_batch)
+            if record := meta.pop("unevaluated", None):
+                record, best = evaluated(record)
+                records.write_metrics(first, record)
+                checkpoints.keep_best(best.step)
             for _ in range(first // steps.updates_per_batch, steps.batches):
                 if best.ends(config.early_stop_patience):
                     job.console.line(
@@ -299,7 +381,7 @@ class GRPOTrainer:
                 # Roll out G completions of each of the next P prompts, with the tools that they call, and score them.
                 # The order of prompts is that of seed and epoch, or with difficulty_sampling by how often they are
                 # solved; with dynamic_sampling more follow, until P groups have an advantage.
-                drawn, next_cursor = [], cursor
+                drawn, next_cursor, known_rates = [], cursor, rates
                 rollout, outcomes, acts = Rollout([], 0), [], np.zeros(0, bool)
                 with timer("rollout"):
                     policy = make_policy(loop, sampler.export(learner.params(state)))
@@ -318,6 +400,9 @@ class GRPOTrainer:
                             on_progress=rows.advance,
                             stop=lambda: stop.requested,
                         )
+                    if sampled.stop:  # a later run samples the same tokens
+                        rates = known_rates
+                        raise stopped()
                     with timer("reward"):
                         outcomes.append(_scored(job, sampled.trajectories, now))
                         drawn, rollout, outcome = drawn + draws, rollout + sampled, joined(outcomes)
@@ -384,13 +469,11 @@ class GRPOTrainer:
                     record["tools/impure"] = sum(hosts.gather(job.purity.finish))
                 record["step_time"] = time.perf_counter() - began
                 last = step >= steps.updates  # evaluated here only where it is compared with earlier ones
+                records.write_rollouts(step, trajectories, names, outcome.extras)
                 if self.evaluation is not None and (compared if last else due(every["eval"])):
-                    figures = self._evaluated(f"Evaluation at {step}")
-                    record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
-                    if compared:
-                        best = best.after(step, figures[best.figure])
+                    record, best = evaluated(record)
                 done = last or best.ends(config.early_stop_patience)
-                records.write(step, record, trajectories, names, outcome.extras)
+                records.write_metrics(step, record)
                 bar.advance(1, reward=record["reward"], spread=record["reward_std"])
                 if hint := first_calls.hint(trajectories):
                     job.console.line(hint)
@@ -401,25 +484,17 @@ class GRPOTrainer:
                 if due(every["logging"]) or step == steps.updates_per_batch or done:
                     _print_update(job, steps, step, record, trajectories)
 
-                # Save and stop when due. Several hosts stop after the same update: one that is asked after its
-                # rollout stops after the next.
-                stopping = stop.requested if hosts.alone() else rollout.stop
-                checkpoints.check()
+                # Save and stop when due. Several hosts stop in the same rollout.
+                tried(checkpoints.check)
                 checkpoints.keep_best(best.step)
-                if (
-                    stopping
-                    or due(every["save"])
-                    or (done and config.save_strategy != "no")
-                    or step == best.step
-                ):
-                    meta |= {"cursor": cursor.to_json(), "num_tokens": num_tokens, "timings": timer.seconds}
-                    meta["best"] = dataclasses.asdict(best)
-                    if config.difficulty_sampling:
-                        meta["solve_rates"] = rates.to_json()
-                    with timer("save"):
-                        checkpoints.save(step, state, meta)
-                if stopping and not done:
-                    return True
+                if done and config.save_strategy != "no":
+                    tried(checkpoints.wait)
+                    save()
+                elif due(every["save"]) or step == best.step:
+                    tried(checkpoints.wait)
+                    tried(save)
+                if stop.requested and hosts.alone() and not done:
+                    raise stopped()
 
         self._best = best
         if config.load_best_model_at_end and best.step not in (0, int(state.step)):
@@ -429,7 +504,6 @@ class GRPOTrainer:
             job.console.line(
                 f"The model is that of update {best.step}: {best.figure} {best.value:.3f} is the best"
             )
-        return False
 
     def check(self) -> bool:
         """Print what the run would learn from, as `--check` does; False when no right answer would be rewarded."""
@@ -487,25 +561,30 @@ class GRPOTrainer:
         learner, state = self._learned
         return self.job.greedy.export(learner.params(state))
 
-    def _evaluated(self, title: str) -> dict[str, Any]:
+    def _evaluated(self, title: str, stop: StopSignal | None = None) -> dict[str, Any]:
+        asked = (lambda: False) if stop is None else (lambda: stop.requested)
         with self.job.timer("evaluate"):
-            summary = evaluate(self.job, self._weights(), self.evaluation, title).summary
+            summary = evaluate(self.job, self._weights(), self.evaluation, title, stop=asked).summary
         value = summary["exact_answer_match"]
         shown = "–" if value is None else f"{value:.3f}"
         self.job.console.line(f"{title}: exact_answer_match {shown} on {summary['n']} rows")
         return summary
 
-    def _cold_started(self, summary: dict[str, Any]) -> Job:
+    def _cold_started(self, summary: dict[str, Any], stop: StopSignal) -> Job:
         """The job with the cold-started model in place of its own; fine-tunes unless that is done."""
         job, folder = self.job, self.output_dir / "cold_start"
+
+        def note(report: dict[str, Any]) -> None:
+            """Before the folder is there, which says that the cold start is done."""
+            summary["cold_start"] = report
+            self._write_summary(summary)
+
         if not hosts.of_first(folder.exists):
             with job.timer("cold_start"):
-                report = fine_tune(job, self.data, folder)
+                report = fine_tune(job, self.data, folder, None, lambda: stop.requested, note)
             job.console.line(
                 f"Cold start: {report['steps']} updates on gold calls; GRPO starts from {folder}"
             )
-            summary["cold_start"] = report
-            self._write_summary(summary)
         name = str(folder.absolute())
         return dataclasses.replace(job, folder=folder, checkpoint=None, adapter=None, model_name=name)
 
@@ -543,6 +622,14 @@ def _scored(job: Job, trajectories: Sequence[Trajectory], now: TrainerState) -> 
     outcome = joined(outcomes)
     outcome.metrics["tools/cache_hit_rate"] = sum(hit_rates) / len(hit_rates)
     return outcome
+
+
+def _report_once(out: Path) -> None:
+    """Write the report of a finished run that was killed before it did."""
+    report, summary = out / "report.html", out / "summary.json"
+    late = not report.exists() or report.stat().st_mtime_ns < summary.stat().st_mtime_ns
+    if late and (out / "metrics.jsonl").exists():
+        write_report(out)
 
 
 def _start_over(out: Path) -> None:

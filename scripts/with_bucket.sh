@@ -6,7 +6,7 @@
 # The bucket's copy is fetched first where the folder is not there, so that the same command continues on another
 # machine; it is brought up to date every COPY_SECONDS (default 60) and when the command has ended. SIGTERM is passed on.
 # Names are copied in their order: checkpoints before the metrics that belong to them. A checkpoint that was copied
-# in part is named as damaged by the next start: delete it to continue from the one before.
+# in part is found damaged by the next start, which takes the one before.
 set -uo pipefail
 
 [[ $# -ge 4 && $3 == -- ]] || { sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2; }

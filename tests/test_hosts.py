@@ -398,15 +398,15 @@ def reward_in_process_one(folder, body):
 
 @pytest.mark.slow
 def test_sigterm_in_one_process_saves_in_both_and_the_resume_is_exact(tmp_path, two):
-    """It comes after the rollout of update 2, so that all stop after update 3."""
+    """It comes after the rollout of update 2, so that all stop in that of update 3."""
     reward = reward_in_process_one(tmp_path / "rewards", "os.kill(os.getpid(), signal.SIGTERM)")
     stopped = run_on_two(tmp_path / "run", reward_fn=reward)
     assert [ran.status for ran in stopped] == [130, 130], stopped[1].err
-    assert "Stopped after update 3, which is saved." in stopped[0].out
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["3"]
+    assert "Stopped after update 2, which is saved." in stopped[0].out
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
     ran, other = run_on_two(tmp_path / "run", reward_fn=reward)
     assert (ran.status, other.status) == (0, 0), ran.err + other.err
-    assert "Continuing from the checkpoint of update 3" in ran.out
+    assert "Continuing from the checkpoint of update 2" in ran.out
     assert ran.weights() == two.weights()
     assert_same_run(ran, two)
 

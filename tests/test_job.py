@@ -68,7 +68,7 @@ def test_evaluation_rolls_out_every_prompt_and_fills_up_the_last_batch(mixed, mo
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, eval_batch_size=3))
     given = []
 
-    def roll_out(loop, policy, prompts, *, generations, seed):
+    def roll_out(loop, policy, prompts, *, generations, seed, **_):
         given.append([p and ([s["function"]["name"] for s in p.schemas], p.draw) for p in prompts])
         return Rollout([Trajectory(p) for p in prompts if p for _ in range(generations)], row_steps=0)
 

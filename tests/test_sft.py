@@ -101,7 +101,7 @@ def validations(monkeypatch):
     """Replaces the validation by figures of the test's own; records what it was asked to evaluate."""
     asked, figures = [], []
 
-    def validate(job, params, data, title, limit):
+    def validate(job, params, data, title, limit, stop):
         asked.append([prompt.example.answer for prompt in data.prompts])
         return sft_evaluation({"exact_answer_match": figures[len(asked) - 1]})
 
@@ -156,7 +156,7 @@ def test_a_validation_is_short_and_says_when_it_takes_longer_than_the_updates_be
     lines, limits, gold, validate, made = [], [], [], cold_start.evaluate, cold_start.gold_trajectories
 
     def slow(*args):
-        limits.append(args[-1])
+        limits.append(args[4])
         time.sleep(1.0)
         return validate(*args)
 

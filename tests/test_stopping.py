@@ -39,7 +39,7 @@ def test_a_resumed_run_knows_the_best_unless_it_is_of_another_figure_or_folder()
 def scripted(folder, **changes):
     """A run that evaluates after every update and keeps one newest checkpoint, with the figures of MATCH."""
 
-    def evaluated(self, title):
+    def evaluated(self, title, stop=None):
         at = 0 if self._learned is None else int(self._learned[1].step)
         return {
             "exact_answer_match": MATCH[at],

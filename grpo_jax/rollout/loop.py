@@ -89,7 +89,8 @@ class Rollout:
     Args:
         trajectories: of all hosts, a group's completions next to each other, without rewards.
         row_steps: decode steps times the rows that took part in each.
-        stop: a host was asked to stop before the last turn ended; the same on all of them.
+        stop: a host was asked to stop before the last turn ended, and completions may be missing; the same on all
+            of them.
     """
 
     trajectories: list[Trajectory]
@@ -160,7 +161,7 @@ def roll_out(
         seed: of the run.
         on_progress: called at every return of decode with the number of completions that were finished since, and
             as keywords with what to show: completions still running, tokens a second, the turn.
-        stop: whether this host was asked to stop; asked after every turn.
+        stop: whether this host was asked to stop; asked after every turn, and ends the rollout early.
 
     Raises:
         HostError: a tool worker of some host does not start; with one host its RuntimeError.
@@ -215,6 +216,8 @@ def roll_out(
             responses = [_respond(loop, flight) for flight in flights]
         held = max((len(f.trajectory.completion_ids) for f in flights if f.speaking), default=0)
         speaking, longest, held, stopped = _agree(responses, held, failure, stop())
+        if stopped:
+            break
         needed, turns = held + 1, turns + 1
         if speaking:
             cache = loop.sampler.fit(cache, needed)

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
 import warnings
@@ -35,8 +36,9 @@ from orbax.checkpoint.args import (
 )
 from orbax.checkpoint.checkpoint_managers import LatestN, PreservationPolicy
 
+from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor
-from grpo_jax.files import OutputError, cannot_write
+from grpo_jax.files import OutputError, cannot_write, writing
 from grpo_jax.models.sharding import placed
 from grpo_jax.run.identity import check_adapters, differences
 from grpo_jax.text import shorten
@@ -47,10 +49,19 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 MACHINE = ("threads", "xla_flags")  # in a meta: what decides the order of sums
 
 
+class DamagedCheckpoint(ValueError):
+    """A checkpoint, at `path`, cannot be read."""
+
+    def __init__(self, path: Path, text: str):
+        super().__init__(text)
+        self.path = path
+
+
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
-    A context manager: leaving it waits for a save that is still being written.
+    A context manager: leaving it waits for a save that is still being written. After a save that failed
+    the next one may be tried.
 
     Args:
         directory: the folder; made by the first save.
@@ -67,21 +78,24 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._kept = _NewestAndBest(keep)
         _refuse_other_folders(self.directory)
-        options = ocp.CheckpointManagerOptions(
+        self._options = ocp.CheckpointManagerOptions(
             create=False,  # a mistyped folder to read from must not be created
             preservation_policy=self._kept,
             enable_async_checkpointing=async_save,
         )
+        self._manager = self._open()
+        self._waiter = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] = Future()
+        self._newest = self.directory  # what is being written, for messages
+        self._quiet = contextlib.ExitStack()
+
+    def _open(self) -> ocp.CheckpointManager:
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
-        self._waiter = ThreadPoolExecutor(1, "checkpoint")
-        self._written: Future[None] = Future()
-        self._newest = self.directory  # what is being written, for messages
-        self._quiet = contextlib.ExitStack()
+        return ocp.CheckpointManager(self.directory, options=self._options, item_handlers=handlers)
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves a copy of the state; later changes, donation included, do not reach it.
@@ -143,7 +157,8 @@ class Checkpoints:
             The state and the meta.
 
         Raises:
-            ValueError: when there is no such step, or it is damaged or of another model.
+            DamagedCheckpoint: it cannot be read.
+            ValueError: when there is no such step, or it is of another model.
         """
         optimizer = StandardRestore(_optimizer_part(target))
         restored = self._restore(step, target.params, optimizer=optimizer, meta=JsonRestore())
@@ -157,11 +172,32 @@ class Checkpoints:
         """The JSON of a step alone.
 
         Raises:
-            ValueError: when there is no such step, or it is damaged.
+            DamagedCheckpoint: it cannot be read.
+            ValueError: when there is no such step.
         """
         self._check_held(step)
         with self._damage_explained(step):
             return self._manager.restore(step, args=Composite(meta=JsonRestore())).meta
+
+    def set_aside(self, damaged: DamagedCheckpoint) -> str:
+        """Rename a damaged newest step, so that the one before is the newest; returns a line that says so.
+
+        Raises:
+            DamagedCheckpoint: the same, where there is none before, it is another run's, or there are several
+                hosts, of which each reads a part.
+        """
+        step, earlier = int(damaged.path.name), self.steps()[:-1]
+        if damaged.path.parent != self.directory or not earlier or not hosts.alone():
+            raise damaged
+        away = self.directory / f".damaged-{step}"
+        with writing(away):
+            shutil.rmtree(away, ignore_errors=True)
+            damaged.path.rename(away)
+        self._manager.reload()
+        return (
+            f"Warning: the checkpoint of update {step} is damaged and was renamed to {away}; the one of update "
+            f"{earlier[-1]} takes its place, and the updates after it are made again. ({damaged})"
+        )
 
     def wait(self) -> None:
         """Returns when every save has been written; errors as `save`."""
@@ -176,7 +212,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the saves and ends the background threads; errors as `save`."""
-        with self._writing():
+        try:
+            self.wait()
+        finally:
             self._waiter.shutdown()
             self._manager.close()
             self._quiet.close()
@@ -199,7 +237,11 @@ class Checkpoints:
             yield
         # Orbax and TensorStore have no specific error for a disk that is full or gone.
         except Exception as error:
-            raise cannot_write(self._newest, _reason(error)) from None
+            failed, self._written = self._newest, Future()
+            with contextlib.suppress(Exception):  # the same failure again
+                self._manager.close()
+            self._manager = self._open()  # the old one would count the step that failed
+            raise cannot_write(failed, _reason(error)) from None
 
     def _check_held(self, step: int) -> None:
         if step not in self.steps():
@@ -229,9 +271,10 @@ class Checkpoints:
         except Exception as error:
             earlier = [s for s in self.steps() if s < step]
             fix = f"continue from step {earlier[-1]}" if earlier else "start over"
-            raise ValueError(
+            raise DamagedCheckpoint(
+                self.directory / str(step),
                 f"cannot restore {self.directory / str(step)}: it is damaged, or of another optimizer than "
-                f"this run's. Delete that folder to {fix}. ({type(error).__name__}: {error})"
+                f"this run's. Delete that folder to {fix}. ({type(error).__name__}: {error})",
             ) from error
 
 
@@ -275,7 +318,8 @@ class Start:
 
         Args:
             own: the run's checkpoints.
-            fresh: the state of a run that starts from the model's weights; gives shapes and types.
+            fresh: the state of a run that starts from the model's weights, or its shapes and types, which are all that
+            a checkpoint needs.
             shardings: a tree like it.
         """
         if self.checkpoint is None:
@@ -351,7 +395,12 @@ def find_start(
         return Start(None, dict(fresh), [], finished)
     where = found[0] / str(found[1])
     with _opened(found[0], checkpoints) as source:
-        saved = source.meta(found[1])
+        try:
+            saved = source.meta(found[1])
+        except DamagedCheckpoint:
+            if finished is None:
+                raise
+            return Start(None, dict(fresh), [], finished)
     check_adapters(saved, fresh, where)
     notes, meta = _compared(saved, fresh, where, allow_change or finished is not None)
     return Start(found, meta, notes, finished)
@@ -400,6 +449,10 @@ def _opened(directory: Path, own: Checkpoints) -> Iterator[Checkpoints]:
 
 
 # Stopping
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and has; the message says where, as "after update 3, which is saved"."""
 
 
 class StopSignal:

@@ -12,8 +12,11 @@ its turns yet does not hold training up.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,11 @@ from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor, next_batch
 from grpo_jax.data.gold import failed_call, gold_calls, run_gold_calls, show_call
 from grpo_jax.models.lora import join
+from grpo_jax.models.sharding import placed
 from grpo_jax.rollout.conversation import Conversation
 from grpo_jax.rollout.loop import answered
 from grpo_jax.rollout.parsing import assistant_message
+from grpo_jax.run.checkpoint import Checkpoints, Stopped
 from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import DataSet, Job, optimizer_of
@@ -31,22 +36,44 @@ from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.types import Message, ParsedTurn, Prompt, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.schedules import make_schedule
-from grpo_jax.update.update import ModelStep, init_state, make_update, place_batch, sft_objective
+from grpo_jax.update.update import (
+    ModelStep,
+    init_state,
+    make_update,
+    place_batch,
+    sft_objective,
+    state_shardings,
+)
 
 LENGTHS = 2  # of the longest gold conversation that a completion may have in the validation
 WARMUP = 10  # updates; AdamW's second moment is not reliable before
+SAVED = "_checkpoint"  # after the folder's name: what a cold start that was asked to stop leaves
+# What the result depends on, besides the gold conversations and the model.
+OPTIONS = (
+    "sft_", "adam_", "weight_decay", "max_grad_norm", "seed", "dtype", "param_dtype", "optim", "use_peft", "lora_",
+)  # fmt: skip
 
 
-def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None) -> dict[str, Any]:
+def fine_tune(
+    job: Job,
+    data: DataSet,
+    folder: Path,
+    adapter: Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    before_saving: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:
     """Fine-tune on gold calls until the validation rule holds, and write an HF folder.
 
     With `use_peft` adapters are trained here too, and merged into the folder that is written:
-    a run that starts from it, such as GRPO, has new adapters.
+    a run that starts from it, such as GRPO, has new adapters. One that is asked to stop leaves a checkpoint next
+    to the folder, from which the next call with the same options and data continues bit for bit.
 
     Args:
         data: the training rows; the last `sft_validation_size` of them are held out.
         folder: where the model is written.
         adapter: where a PEFT folder is written, if adapters were trained.
+        stop: whether this host was asked to stop; asked before every update and in the validation.
+        before_saving: gets what is returned, before the folder appears.
 
     Returns:
         {"steps", "validation"}: updates done and the last validation's figures.
@@ -54,6 +81,7 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
     Raises:
         ValueError: see `cold_start_rows`; too few rows whose gold calls run, or a gold conversation over
             the budget; raised before anything is compiled.
+        Stopped: some host was asked to stop.
     """
     config = dataclasses.replace(job.config, eval_samples=None)  # the rule looks at greedy completions
     job = dataclasses.replace(job, config=config)
@@ -66,36 +94,80 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
     state = init_state(trained, optimizer, job.training)
     step = ModelStep(job.model, job.training, job.dtype, remat=config.gradient_checkpointing)
     update = make_update(step, optimizer, sft_objective, state, frozen)
-    cursor, report, every = Cursor(), {}, config.sft_eval_steps
+    at: dict[str, Any] = {"done": 0, "every": config.sft_eval_steps, "validate": False, "loss": 0.0}
+    cursor, of = Cursor(), _made_of(job, gold)
+    saved = folder.with_name(folder.name + SAVED)
+    if (last := _stopped_at(saved, of)) is None:
+        hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
     limit = LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
     trained_from = time.perf_counter()
-    with job.console.progress("Cold start", config.sft_max_steps) as bar:
-        for done in range(1, config.sft_max_steps + 1):
+    with Checkpoints(saved) as checkpoints, job.console.progress("Cold start", config.sft_max_steps) as bar:
+        if last is not None:
+            target = placed(state, state_shardings(job.training, state))
+            state, meta = checkpoints.restore(last, target)
+            at, cursor = meta["at"], Cursor.from_json(meta["cursor"])
+            job.console.line(f"Continuing the cold start after its update {at['done']}")
+            bar.advance(at["done"])
+        while True:
+            try:
+                if hosts.agree([stop()]).any():
+                    raise Stopped
+                if at["validate"]:
+                    trained_until = time.perf_counter()
+                    params = job.greedy.export(join(state.params, frozen))
+                    report = evaluate(job, params, held_out, "Validation", limit, stop).summary
+                    trained, validated = trained_until - trained_from, time.perf_counter() - trained_until
+                    trained_from = time.perf_counter()
+                    match = report["exact_answer_match"]  # there is one: `check_stop_rule`
+                    job.console.line(
+                        f"cold start {at['done']}: loss {at['loss']:.3f}, validation exact_answer_match {match:.3f}"
+                    )
+                    if match >= config.sft_stop_match:
+                        break
+                    if at["done"] > config.sft_eval_steps and validated > trained:  # the first compiles
+                        job.console.line(
+                            f"Validation took {validated:.0f} s, the updates before it {trained:.0f} s; a larger "
+                            "sft_eval_steps or a smaller sft_validation_size makes that less"
+                        )
+                    if at["done"] == config.sft_max_steps:
+                        break
+                    if match >= config.sft_stop_match / 2:
+                        at["every"] = max(1, config.sft_eval_steps // 4)
+            except Stopped:
+                if at["done"] > (last or 0):
+                    checkpoints.save(at["done"], state, {"at": at, "cursor": cursor.to_json(), "of": of})
+                    checkpoints.wait()
+                where = f"after its update {at['done']}, which is saved" if at["done"] else "before it began"
+                raise Stopped(f"in the cold start, {where}") from None
             draws, cursor = next_batch(len(gold), config.sft_batch_size, cursor, config.seed)
             batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
             state, metrics = update(state, place_batch(step.layout, batch))
-            if done % every == 0 or done == config.sft_max_steps:
-                loss, trained_until = float(metrics["loss"]), time.perf_counter()
-                params = job.greedy.export(join(state.params, frozen))
-                report = evaluate(job, params, held_out, "Validation", limit).summary
-                trained, validated = trained_until - trained_from, time.perf_counter() - trained_until
-                trained_from = time.perf_counter()
-                match = report["exact_answer_match"]  # there is one: `check_stop_rule`
-                job.console.line(
-                    f"cold start {done}: loss {loss:.3f}, validation exact_answer_match {match:.3f}"
-                )
-                if match >= config.sft_stop_match:
-                    break
-                if done > config.sft_eval_steps and validated > trained:  # the first compiles
-                    job.console.line(
-                        f"Validation took {validated:.0f} s, the updates before it {trained:.0f} s; a larger "
-                        "sft_eval_steps or a smaller sft_validation_size makes that less"
-                    )
-                if match >= config.sft_stop_match / 2:
-                    every = max(1, config.sft_eval_steps // 4)
+            at["done"] += 1
+            at["validate"] = at["done"] % at["every"] == 0 or at["done"] == config.sft_max_steps
+            at["loss"] = float(metrics["loss"]) if at["validate"] else 0.0
             bar.advance(1)
+    report = {"steps": at["done"], "validation": report}
+    before_saving(report)
     job.save_model(state.params, frozen, folder, adapter)
-    return {"steps": done, "validation": report}
+    hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
+    return report
+
+
+def _made_of(job: Job, gold: Sequence[Trajectory]) -> str:
+    """A digest of what decides the result."""
+    options = {name: x for name, x in dataclasses.asdict(job.config).items() if name.startswith(OPTIONS)}
+    made_of = [options, str(job.checkpoint or job.folder), [t.prompt.ids for t in gold]]
+    made_of.append([t.completion_ids for t in gold])
+    return hashlib.sha256(json.dumps(made_of, default=int).encode()).hexdigest()[:16]
+
+
+def _stopped_at(saved: Path, of: str) -> int | None:
+    """The update after which the same cold start was asked to stop; None where there is no such."""
+    if not saved.exists():
+        return None
+    with Checkpoints(saved) as checkpoints:
+        last = checkpoints.latest()
+        return last if last is not None and checkpoints.meta(last)["of"] == of else None
 
 
 def _check_gold_calls(job: Job, prompts: Sequence[Prompt]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from grpo_jax.files import OutputError
 from grpo_jax.run.config import ResolvedConfig, parse_config, print_config
@@ -28,7 +31,8 @@ def run_command(
     Bad input (ValueError, FileNotFoundError) is printed as a sentence, with status 2, results that cannot
     be written (OutputError) as one with status 1; anything else, as a reward function that raises, keeps
     its traceback. Of several hosts the first prints, and all end when one fails. Paths are absolute before
-    any user code runs.
+    any user code runs. SIGTERM is an interruption like Ctrl-C, with the same status: the same command may be
+    started again.
     """
     from_shell = argv is None
     argv = sys.argv[1:] if argv is None else argv
@@ -68,7 +72,8 @@ def run_command(
         console.line(resolved.sources())
         if config.print_config and hosts.is_first():
             print_config(resolved)
-        status = run(dataclasses.replace(resolved, config=config), console) or 0
+        with _sigterm_interrupts():
+            status = run(dataclasses.replace(resolved, config=config), console) or 0
     except hosts.HostError as error:  # every host has it; the one that failed has the traceback
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
@@ -79,6 +84,14 @@ def run_command(
         return end_all(2)
     except OutputError as error:
         print(f"Error: {error}", file=sys.stderr)
+        return end_all(1)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            traceback.print_exc()
+            return end_all(1)
+        from grpo_jax.run.memory import explain
+
+        print(f"Error: {explain(error)}", file=sys.stderr)
         return end_all(1)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
@@ -91,3 +104,20 @@ def run_command(
     if not hosts.alone():
         jax.distributed.shutdown()
     return status
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A block in which SIGTERM raises KeyboardInterrupt; only the main thread may set a handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)

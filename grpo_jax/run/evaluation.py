@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_jax import hosts
@@ -11,6 +11,7 @@ from grpo_jax.data.gold import gold_calls
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.loop import make_policy, roll_out
 from grpo_jax.rollout.sampler import Sampler
+from grpo_jax.run.checkpoint import Stopped
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import DataSet, Job
 from grpo_jax.run.log import interval_text
@@ -31,12 +32,23 @@ class Evaluation:
     trajectories: list[Trajectory]
 
 
-def evaluate(job: Job, params: Params, data: DataSet, title: str, limit: int | None = None) -> Evaluation:
+def evaluate(
+    job: Job,
+    params: Params,
+    data: DataSet,
+    title: str,
+    limit: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """Run every prompt greedily and score the calls; with eval_samples, sample each so often too.
 
     Args:
         params: rollout weights, from `sampler.export`.
         limit: tokens that a completion may have, where that is less than the budget.
+        stop: whether this host was asked to stop.
+
+    Raises:
+        Stopped: some host was.
     """
     gold = [gold_calls(p.example, job.toolbox.functions) for p in data.prompts]
     prompts = [dataclasses.replace(prompt, draw=i) for i, prompt in enumerate(data.prompts)]
@@ -59,7 +71,10 @@ def evaluate(job: Job, params: Params, data: DataSet, title: str, limit: int | N
                     generations=generations,
                     seed=job.config.seed,
                     on_progress=bar.advance,
+                    stop=stop,
                 )
+                if rollout.stop:
+                    raise Stopped(f"in {title}")
                 trajectories += rollout.trajectories
         return trajectories
 

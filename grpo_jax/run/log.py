@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax import hosts
-from grpo_jax.files import cannot_write, plain, whole_lines, write_text_atomic, writing
+from grpo_jax.files import OutputError, cannot_write, plain, whole_lines, write_text_atomic, writing
 from grpo_jax.run.trackers import open_tracker
 from grpo_jax.types import Trajectory
 
+_log = logging.getLogger(__name__)
 EVALUATED = ("response_validity", "exact_answer_match", "tool_call_schema_match")  # see `evaluate`
 PHASES = ("compile", "cold_start", "rollout", "reward", "update", "evaluate", "save")
 
@@ -67,13 +69,17 @@ class MetricsWriter:
             OutputError: the file is gone, or the disk full.
         """
         values = plain(metrics)
-        if not self.path.exists():  # writes to a removed file are lost
-            raise cannot_write(self.path, "it, or its folder, was removed while the run is writing it")
+        self.check()
         with writing(self.path):
             self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
             self._file.flush()
         if self._tracker is not None:
             self._tracker.log(step, {k: float(v) for k, v in values.items() if isinstance(v, int | float)})
+
+    def check(self) -> None:
+        """Raises OutputError when the file was removed, in which writes would be lost."""
+        if not self.path.exists():
+            raise cannot_write(self.path, "it, or its folder, was removed while the run is writing it")
 
     def close(self) -> None:
         """Close the files; nothing is lost without it."""
@@ -141,12 +147,20 @@ class Records:
             metrics = MetricsWriter(config.output_dir, config.report_to, resume_step, options)
             self._files = metrics, RolloutLog(config.output_dir)
 
-    def write(self, step: int, record: dict[str, Any], *completions: Any) -> None:
-        """A step's metrics, and its completions as `RolloutLog.write` takes them."""
+    def write_metrics(self, step: int, record: dict[str, Any]) -> None:
+        """A step's metrics."""
+        if self._files is not None:
+            self._files[0].write(step, record)
+
+    def write_rollouts(self, step: int, *completions: Any) -> None:
+        """A step's completions, as `RolloutLog.write` takes them; the run goes on without those that cannot be."""
         if self._files is not None:
             metrics, rollouts = self._files
-            metrics.write(step, record)
-            rollouts.write(step, *completions)
+            metrics.check()
+            try:
+                rollouts.write(step, *completions)
+            except OutputError as error:
+                _log.warning("%s", error)
 
     def __enter__(self) -> Records:
         return self
@@ -179,7 +193,7 @@ class PhaseTimer:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Charge the block to a phase.
+        """Charge the block to a phase, and note it on an error that leaves it.
 
         Raises:
             ValueError: for a name that is not in PHASES.
@@ -190,6 +204,9 @@ class PhaseTimer:
         self._running.append(phase)
         try:
             yield
+        except Exception as error:
+            error.add_note(f"phase: {phase}")
+            raise
         finally:
             self._charge()
             self._running.pop()

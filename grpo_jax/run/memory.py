@@ -1,0 +1,45 @@
+"""What an error of a full device says: what fills it, and which options to lower."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import jax
+
+from grpo_jax.text import shorten
+
+LARGEST = 6  # kinds of arrays that are named
+# phase -> what makes it smaller, the cheapest first
+ADVICE = {
+    "rollout": "lower per_device_train_batch_size (completions at once) or max_grpo_completion_length, or raise "
+    "mesh_fsdp",
+    "update": "raise micro_batches, set gradient_checkpointing, optim_dtype bfloat16 or use_peft, lower "
+    "max_grpo_completion_length, or raise mesh_fsdp",
+    "evaluate": "lower eval_batch_size",
+    "cold_start": "lower sft_batch_size, set gradient_checkpointing, optim_dtype bfloat16 or use_peft, or raise "
+    "mesh_fsdp",
+    "": "set param_dtype or optim_dtype bfloat16 or use_peft, raise mesh_fsdp, or take a smaller model",
+}
+
+
+def explain(error: Exception) -> str:
+    """The sentence for an error of XLA that says RESOURCE_EXHAUSTED.
+
+    Args:
+        error: with the note that `PhaseTimer` leaves on it.
+    """
+    notes = [
+        note.removeprefix("phase: ") for note in getattr(error, "__notes__", ()) if note.startswith("phase: ")
+    ]
+    phase = next((name for name in notes if name in ADVICE), "")
+    wanted = re.search(r"RESOURCE_EXHAUSTED: (.*)", str(error))
+    held: Counter[str] = Counter()
+    for x in jax.live_arrays():
+        held[f"{x.dtype}{list(x.shape)}"] += x.addressable_shards[0].data.nbytes
+    largest = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in held.most_common(LARGEST))
+    return (
+        f"the device has no memory left in {phase or 'loading'}: {shorten(wanted[1] if wanted else str(error), 300)} "
+        f"It holds {sum(held.values()) / 2**20:,.0f} MiB of arrays, on one device, by shape: {largest}. To fit: "
+        f"{ADVICE[phase]}; python -m grpo_jax.train --plan TARGET with these options counts what a step needs"
+    )
