@@ -66,6 +66,7 @@ LEAVINGS = (
     "resolved_config.yaml",
     "metrics.jsonl",
     "rollouts",
+    "evaluation",
     "checkpoints",
     "model",
     "adapter",
@@ -214,7 +215,7 @@ class GRPOTrainer:
                 )
             self._learned = learner, state
             if "before" not in summary and self.evaluation is not None:
-                summary["before"] = self._evaluated("Evaluation before")
+                summary["before"] = self._evaluated("Evaluation before", "before")
                 self._write_summary(summary)
             stopped = self._learn(start.meta, checkpoints, stop)
         step = int(self._learned[1].step)
@@ -228,7 +229,7 @@ class GRPOTrainer:
         if step < self.steps.updates:
             summary["stopped_early"] = self._best.waited
         if self.evaluation is not None:
-            summary["after"] = self._evaluated("Evaluation after")
+            summary["after"] = self._evaluated("Evaluation after", "after")
             compare(job.console, {"before": summary["before"], "after": summary["after"]})
         self._write_summary(summary)
         report = hosts.of_first(lambda: write_report(out))
@@ -385,7 +386,7 @@ class GRPOTrainer:
                 record["step_time"] = time.perf_counter() - began
                 last = step >= steps.updates  # evaluated here only where it is compared with earlier ones
                 if self.evaluation is not None and (compared if last else due(every["eval"])):
-                    figures = self._evaluated(f"Evaluation at {step}")
+                    figures = self._evaluated(f"Evaluation at {step}", f"step_{step:06d}")
                     record |= {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
                     if compared:
                         best = best.after(step, figures[best.figure])
@@ -438,7 +439,8 @@ class GRPOTrainer:
         return passed
 
     def evaluate(self) -> dict[str, Any]:
-        """The figures of a greedy evaluation on `eval_dataset`, with their intervals.
+        """The figures of a greedy evaluation on `eval_dataset`, with their intervals; its conversations are in
+        evaluation/evaluate.jsonl of output_dir.
 
         Raises:
             ValueError: there is no evaluation data set.
@@ -446,7 +448,7 @@ class GRPOTrainer:
         if self.evaluation is None:
             raise ValueError("evaluate needs eval_dataset, got none; give it to GRPOTrainer")
         with watch_compiles(self.job.console, self.job.timer):
-            return self._evaluated("Evaluation")
+            return self._evaluated("Evaluation", "evaluate")
 
     def generate(self, prompt: str | list[Message]) -> list[Message]:
         """A whole conversation with tools, sampled greedily.
@@ -487,12 +489,12 @@ class GRPOTrainer:
         learner, state = self._learned
         return self.job.greedy.export(learner.params(state))
 
-    def _evaluated(self, title: str) -> dict[str, Any]:
+    def _evaluated(self, title: str, name: str) -> dict[str, Any]:
         with self.job.timer("evaluate"):
-            summary = evaluate(self.job, self._weights(), self.evaluation, title).summary
-        value = summary["exact_answer_match"]
-        shown = "–" if value is None else f"{value:.3f}"
-        self.job.console.line(f"{title}: exact_answer_match {shown} on {summary['n']} rows")
+            summary = evaluate(self.job, self._weights(), self.evaluation, title, name=name).summary
+        figures = ("exact_answer_match", "answer_grounded", "turn_closed")
+        shown = (f"{of} {'–' if summary[of] is None else format(summary[of], '.3f')}" for of in figures)
+        self.job.console.line(f"{title}: {', '.join(shown)} on {summary['n']} rows")
         return summary
 
     def _cold_started(self, summary: dict[str, Any]) -> Job:

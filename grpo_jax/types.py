@@ -40,6 +40,11 @@ class Status(enum.StrEnum):
         """Ended by the token budget (what `mask_truncated_completions` drops)."""
         return self in (Status.OVERLONG, Status.OVERLONG_TOOL_RESPONSE)
 
+    @property
+    def closed(self) -> bool:
+        """The model ended the conversation itself (the figure `turn_closed`)."""
+        return self in (Status.ANSWERED, Status.TOOL_ERROR, Status.TOOL_TIMEOUT)
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:

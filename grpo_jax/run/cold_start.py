@@ -82,7 +82,8 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
                 trained_from = time.perf_counter()
                 match = report["exact_answer_match"]  # there is one: `check_stop_rule`
                 job.console.line(
-                    f"cold start {done}: loss {loss:.3f}, validation exact_answer_match {match:.3f}"
+                    f"cold start {done}: loss {loss:.3f}, validation exact_answer_match {match:.3f}, "
+                    f"answer_grounded {report['answer_grounded']:.3f}"
                 )
                 if match >= config.sft_stop_match:
                     break

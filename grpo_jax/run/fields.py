@@ -121,7 +121,9 @@ class Options:
     malformed_call_feedback: bool = _opt(False, "Answer a tool call that does not parse with the reason.")
 
     reward_fn: list[str] | None = _opt(
-        None, "Python files exporting reward_func; used instead of reward_function_name.", path="file"
+        None,
+        "Python files exporting reward_func, and built-in names; used instead of reward_function_name.",
+        path="file",
     )
     reward_function_name: list[str] | None = _opt(None, "Built-in reward functions; unset: accuracy.")
     reward_weights: list[float] | None = _opt(None, "One weight per reward function; unset: all 1.")

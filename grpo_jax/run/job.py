@@ -191,6 +191,7 @@ class Job:
         """The reward functions on a batch, with every column of its examples; see `reward_names`."""
         examples = [t.prompt.example for t in trajectories]
         columns = {name for example in examples for name in example.extra}
+        values = {name: [e.extra.get(name) for e in examples] for name in sorted(columns)}
         outcome = call_rewards(
             self.rewards,
             completions=[t.messages for t in trajectories],
@@ -198,7 +199,7 @@ class Job:
             prompts=[e.messages for e in examples],
             completion_ids=[t.completion_ids for t in trajectories],
             trainer_state=now,
-            columns={name: [e.extra.get(name) for e in examples] for name in sorted(columns)},
+            columns=values | {"statuses": [t.status.value for t in trajectories]},
         )
         if self.config.soft_overlong_cache is None:
             return outcome
@@ -502,6 +503,7 @@ def load_data(job: Job, examples: Sequence[Example]) -> DataSet:
     for prompt in prompts:
         if prompt.example.extra.get("tools") is not None:  # a gold call outside of them could never be made
             gold_calls(prompt.example, job.toolbox.functions)
+        row_tools(prompt.example, job.toolbox.functions, "must_state")
     limit = config.max_prompt_length
     if limit is not None:
         kept = [p for p in prompts if len(p.ids) <= limit]

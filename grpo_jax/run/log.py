@@ -16,7 +16,6 @@ from grpo_jax.files import cannot_write, plain, whole_lines, write_text_atomic, 
 from grpo_jax.run.trackers import open_tracker
 from grpo_jax.types import Trajectory
 
-EVALUATED = ("response_validity", "exact_answer_match", "tool_call_schema_match")  # see `evaluate`
 PHASES = ("compile", "cold_start", "rollout", "reward", "update", "evaluate", "save")
 
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from grpo_jax.run.fields import KINDS, OPTIONS, Options, option_type
 from grpo_jax.run.trl_options import EQUAL, Entry, settle, show
+from grpo_jax.scoring.rewards import BUILT_IN
 from grpo_jax.text import nearest
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class GRPOConfig(Options):
 def _absolute(value: Any, kind: str) -> Any:
     if isinstance(value, list):
         return [_absolute(one, kind) for one in value]
-    if value in ("none", "scratch") or value.startswith("tfds:"):
+    if value in ("none", "scratch", *BUILT_IN) or value.startswith("tfds:"):
         return value
     path = re.sub(r"\[[^\[\]]*\]$", "", value) if kind == "data" else value  # without a slice
     if kind != "file" and not os.path.exists(os.path.expanduser(path)):

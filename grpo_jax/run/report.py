@@ -18,8 +18,9 @@ import numpy as np
 import yaml
 
 from grpo_jax.files import whole_lines, write_text_atomic
-from grpo_jax.run.log import EVALUATED, interval_text, read_summary
+from grpo_jax.run.log import interval_text, read_summary
 from grpo_jax.run.options import GRPOConfig
+from grpo_jax.scoring.evaluation import FIGURES
 from grpo_jax.scoring.rewards import ROW_COLUMNS
 
 WINDOW = 10  # updates of a running mean
@@ -96,7 +97,7 @@ def draw_figure(axes, summary: dict[str, Any], figure: str) -> None:
     """One of the evaluation's figures before and after, with 95 % intervals."""
     for i, when in enumerate(("before", "after")):
         seen = summary.get(when)
-        if not seen or seen[figure] is None:
+        if not seen or seen.get(figure) is None:
             continue
         value, interval, error = seen[figure], seen["intervals"][figure], None
         if interval is not None:
@@ -113,7 +114,7 @@ def _curves(lines):
     panels["rewards"] = means if len(means) > 1 else []
     ends = sorted(n for n in names if n.startswith("status/"))
     panels["how rows ended, share"] = [n for n in ends if any(line.get(n) for line in lines)]
-    panels["evaluation"] = [f"eval/{name}" for name in EVALUATED if f"eval/{name}" in names]
+    panels["evaluation"] = [f"eval/{name}" for name in FIGURES if f"eval/{name}" in names]
     panels["evaluation, sampled"] = sorted(n for n in names if n.startswith(("eval/mean@", "eval/pass@")))
     panels = {title: metrics for title, metrics in panels.items() if metrics}
     rows = 1 + -(-len(panels) // 2)
@@ -171,7 +172,7 @@ def _svg(figure) -> str:
 def _evaluation(summary) -> str:
     shown = {when: summary[when] for when in ("before", "after") if summary.get(when)}
     figure = _figure(2.6)
-    for axes, name in zip(figure.subplots(1, len(EVALUATED)), EVALUATED, strict=True):
+    for axes, name in zip(figure.subplots(1, len(FIGURES)), FIGURES, strict=True):
         draw_figure(axes, summary, name)
     names = next(iter(shown.values()))["intervals"]
     rows = [("", *shown), *((name, *(interval_text(s, name) for s in shown.values())) for name in names)]

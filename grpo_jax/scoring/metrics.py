@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grpo_jax.scoring.grounding import is_grounded
 from grpo_jax.text import shorten
 from grpo_jax.types import Message, Outcome, Status, Trajectory
 
@@ -57,7 +58,8 @@ def trajectory_metrics(
 
     `completions/*_length` count sampled tokens, without tool responses.
     `tools/call_frequency` is calls per completion, `tools/failure_frequency` failures
-    per call. Deviations have Bessel's correction. `status/NAME` are shares of the rows.
+    per call. Deviations have Bessel's correction. `status/NAME`, `completions/turn_closed` and
+    `completions/answer_grounded` are shares of the rows; the last two mean what they do in an evaluation.
 
     Args:
         trajectories: [B].
@@ -85,6 +87,8 @@ def trajectory_metrics(
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(one.status.truncated for one in trajectories) / n,
+        "completions/turn_closed": sum(one.status.closed for one in trajectories) / n,
+        "completions/answer_grounded": sum(map(_is_grounded, trajectories)) / n,
     }
 
     outcomes = [result.outcome for one in trajectories for _, result in one.calls]
@@ -94,6 +98,10 @@ def trajectory_metrics(
 
     counts = Counter(one.status for one in trajectories)
     return metrics | {f"status/{status.value}": counts[status] / n for status in Status}
+
+
+def _is_grounded(trajectory: Trajectory) -> bool:
+    return bool(is_grounded(trajectory.messages, trajectory.prompt.example.extra.get("must_state")))
 
 
 def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:
