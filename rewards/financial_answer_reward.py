@@ -31,7 +31,9 @@ def financial_answer_reward(
         ValueError: the data set has neither column.
     """
     of_calls = financial_tools_reward(completions, answer, **kwargs)
-    told = [status in CLOSED and _told(messages) for messages, status in zip(completions, statuses, strict=True)]
+    told = [
+        status in CLOSED and _told(messages) for messages, status in zip(completions, statuses, strict=True)
+    ]
     return [
         OF_CALL * call + OF_TEXT * (call == 1.0 if states is None else states)
         for call, states in zip(of_calls, told, strict=True)

@@ -179,6 +179,8 @@ def test_turns_that_were_closed_and_answers_that_state_the_result():
     assert summary["turn_closed"] == summary["answer_grounded"] == pytest.approx(4 / 6)
     # Wilson at z = 1.96 for 4 of 6
     assert summary["intervals"]["turn_closed"] == pytest.approx((0.29999, 0.90323), abs=1e-5)
+    done = summarized(["Sum: 3"], [trajectory(three, status=Status.TOOLS_DONE)], [[]])
+    assert done["exact_answer_match"] == 1.0 and done["turn_closed"] is done["answer_grounded"] is None
     assert summarized(["Error: x"], trajectories[:1], [[]])["answer_grounded"] is None
 
 

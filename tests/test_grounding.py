@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.scoring.grounding import is_grounded
 from grpo_jax.scoring.rewards import grounded, load_rewards
+from grpo_jax.tools import final_tools, load_tools
 from grpo_jax.types import PARSER_NAME, Status
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +100,42 @@ def test_the_financial_file_wants_no_call_where_there_is_none():
     (reward,) = load_rewards([str(ROOT / "rewards/financial_answer_reward.py")], None)
     columns = {"answer": ["none"], "statuses": ["answered"], "tool_call": [[]]}
     assert reward.function([[said("Hello.")]], **columns) == [1.0]
+
+
+def test_final_tools_are_marked_or_named(tmp_path):
+    tools = """
+from typing import final
+
+@final
+def say(text: str) -> str:
+    \"\"\"Say it.\"\"\"
+    return text
+
+def add(a: int, b: int) -> str:
+    \"\"\"Add.\"\"\"
+    return str(a + b)
+
+def close(answer: dict[str, int]) -> str:
+    \"\"\"Close.\"\"\"
+    return "done"
+
+TOOL_FUNCTIONS = [say, add, close]
+"""
+    (tmp_path / "t.py").write_text(tools)
+    toolbox = load_tools(tmp_path / "t.py")
+    assert final_tools(toolbox) == {"say": "text"}
+    assert final_tools(toolbox, "close") == {"say": "text", "close": "answer"}
+    with pytest.raises(ValueError, match="final tool add must have one parameter, the answer, got 2: a, b"):
+        final_tools(toolbox, "add")
+    with pytest.raises(ValueError, match=r"final_tool must name a tool of .*, got 'clos'; nearest: close"):
+        final_tools(toolbox, "clos")
+
+
+def test_options_that_contradict_a_text_that_is_not_asked_for():
+    with pytest.raises(ValueError, match="stop_after_tools asks for no final text"):
+        GRPOConfig(stop_after_tools=True, reward_function_name=["accuracy", "grounded"])
+    with pytest.raises(ValueError, match="final_tool say has no effect with stop_after_tools"):
+        GRPOConfig(stop_after_tools=True, final_tool="say")
 
 
 def test_built_in_rewards_may_stand_among_files():

@@ -8,7 +8,6 @@ from trajectories import trajectory
 from grpo_jax.scoring.metrics import FirstCalls, is_run_metric, trajectory_metrics
 from grpo_jax.types import Outcome, Status
 
-
 GROUNDED = [{"role": "tool", "name": "add", "content": "Sum: 1"}, {"role": "assistant", "content": "1"}]
 
 
@@ -47,6 +46,7 @@ def test_trajectory_metrics_by_hand():
             "status/malformed_call": 0.0,
             "status/tool_error": 0.0,
             "status/tool_timeout": 0.25,
+            "status/tools_done": 0.0,
         }
     )
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import time
 
@@ -19,6 +20,7 @@ from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import load_data, open_job, read_inputs
 from grpo_jax.run.log import PhaseTimer
+from grpo_jax.tools import tools_of
 from grpo_jax.types import Example
 
 
@@ -82,6 +84,28 @@ def test_each_call_is_a_turn_and_the_last_result_is_the_answer(job):
     assert '"multiply"' in texts[2][1]
     assert "Product: 12" in texts[3][1]
     assert texts[4][1] == "Product: 12<|im_end|>"
+
+
+def test_the_last_turn_is_a_final_tools_call_or_none_where_none_is_asked_for(job):
+    def changed(**options):
+        return dataclasses.replace(job, config=dataclasses.replace(job.config, **options))
+
+    rows = row(("add", {"a": 1, "b": 2}), ("add", {"a": 3, "b": 4}))
+    done = gold(changed(stop_after_tools=True), rows)
+    assert spans(job, done) == spans(job, gold(job, rows))[:1]  # the first turn of calls is all there will be
+    assert (done.status, [m["role"] for m in done.messages]) == ("tools_done", ["assistant", "tool"])
+
+    def say(text: str) -> str:
+        """Say it."""
+        return text
+
+    functions = {**job.toolbox.functions, "say": say}
+    toolbox = tools_of(list(functions.values()))
+    final = gold(dataclasses.replace(changed(final_tool="say"), toolbox=toolbox), rows)
+    call = {"name": "say", "arguments": {"text": "Sum: 7"}}
+    assert spans(job, final)[-1] == (True, f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>")
+    assert final.messages[-1]["content"] == "Sum: 7"
+    assert [one.name for one, _ in final.calls] == ["add", "add"]
 
 
 def test_a_gold_row_is_the_conversation_that_a_reward_would_see(job):

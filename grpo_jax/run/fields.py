@@ -118,6 +118,13 @@ class Options:
     max_tool_calling_iterations: int | None = _opt(
         None, "Maximum number of tool turns in a conversation; unset: limited by the token budget only.", ge=1
     )
+    stop_after_tools: bool = _opt(
+        False, "End a completion when the results of its first tool turn are in, without a final text."
+    )
+    final_tool: str | None = _opt(
+        None,
+        "Tool whose call ends a conversation with its argument as the answer, besides those marked @final.",
+    )
     malformed_call_feedback: bool = _opt(False, "Answer a tool call that does not parse with the reason.")
 
     reward_fn: list[str] | None = _opt(
@@ -345,6 +352,9 @@ class Options:
     sft_validation_size: int = _opt(128, "Training rows that are held out for validation.", ge=1)
     sft_stop_match: float = _opt(
         0.95, "exact_answer_match on the validation rows at which the cold start stops.", gt=0, le=1
+    )
+    sft_stop_grounded: float = _opt(
+        0.0, "answer_grounded on the validation rows that the cold start must reach as well.", ge=0, le=1
     )
 
     mesh_data: Unlimited = _opt(-1, "Devices along the data axis; -1: all that are left.")

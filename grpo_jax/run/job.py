@@ -55,11 +55,12 @@ from grpo_jax.tools import (
     PurityCheck,
     Toolbox,
     ToolRunner,
+    final_tools,
     load_tools,
     signature_line,
     tools_of,
 )
-from grpo_jax.types import Example, Prompt, Schema, Trajectory
+from grpo_jax.types import Example, Prompt, Schema, ToolCall, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.update.optimizer import Optimizer, make_optimizer, make_rule
 from grpo_jax.update.update import GrpoObjective
@@ -167,8 +168,21 @@ class Job:
             tree,
             config.max_tool_calling_iterations,
             config.malformed_call_feedback,
+            config.stop_after_tools,
+            self.final_tools,
             max_turn=config.max_turn_length,
         )
+
+    @functools.cached_property
+    def final_tools(self) -> dict[str, str]:
+        """The tools whose call ends a conversation, each with the parameter that is its answer."""
+        return final_tools(self.toolbox, self.config.final_tool)
+
+    def last_turn(self, answer: str) -> str | ToolCall | None:
+        """The turn with which a written conversation tells its answer: a text, a final tool's call, or none."""
+        if self.config.stop_after_tools:
+            return None
+        return next((ToolCall(name, {of: answer}) for name, of in self.final_tools.items()), answer)
 
     def prompt(self, example: Example) -> Prompt:
         """An example with its token ids and the schemas of the tools that it shows."""
@@ -323,6 +337,7 @@ def read_inputs(
     script, module = config.tools_script, config.tool_functions_module
     toolbox = load_tools(script, module) if tools is None else tools_of(tools)
     files, names = config.reward_fn, config.reward_function_name
+    final_tools(toolbox, config.final_tool)  # raises where one cannot be
     functions = load_rewards(files, names) if rewards is None else rewards_of(rewards)
     if problems := reward_problems(config, [reward.name for reward in functions]):
         raise ValueError("\n".join(text for _, text in problems))

@@ -254,6 +254,11 @@ def reward_problems(options: Options, rewards: Sequence[str]) -> list[tuple[str,
     if options.reward_weights is not None and len(options.reward_weights) != len(rewards):
         text = f"reward_weights needs one weight per reward function: {len(rewards)} functions "
         found.append(("reward_weights", f"{text}({', '.join(rewards)}), got {options.reward_weights}"))
+    if options.stop_after_tools and "grounded" in rewards:
+        text = (
+            "stop_after_tools asks for no final text, which the reward grounded reads; leave one of them out"
+        )
+        found.append(("stop_after_tools", text))
     if options.soft_overlong_cache is not None and SOFT_OVERLONG in rewards:
         text = f"soft_overlong_cache adds a reward {SOFT_OVERLONG}, and a reward function has this name; rename it"
         found.append(("soft_overlong_cache", text))
@@ -335,6 +340,14 @@ def _contradictions(options: Options) -> list[tuple[str, str]]:
             found.append(
                 (name, f"{name} compares evaluations during training; set eval_steps or eval_strategy")
             )
+
+    # the conversation
+    if options.stop_after_tools and options.sft_stop_grounded:
+        text = f"sft_stop_grounded {options.sft_stop_grounded} can never be reached with stop_after_tools, which asks for"
+        found.append(("sft_stop_grounded", f"{text} no final text; leave one of them out"))
+    if options.stop_after_tools and options.final_tool:
+        text = f"final_tool {options.final_tool} has no effect with stop_after_tools, which ends a completion before it"
+        found.append(("final_tool", text))
 
     # the advantages
     if options.multi_objective_aggregation == "normalize_then_sum":

@@ -31,6 +31,10 @@ PANELS = {
     "KL to the reference, nats": ("kl",),
     "sampled tokens a row": ("completions/min_length", "completions/mean_length", "completions/max_length"),
     "tool calls a row, and their failures": ("tools/call_frequency", "tools/failure_frequency"),
+    "share of rows closed by the model, and that state the result": (
+        "completions/turn_closed",
+        "completions/answer_grounded",
+    ),
     "share of groups with equal rewards, and of wasted ones": (
         "frac_reward_zero_std",
         "rollout/wasted_groups",
@@ -104,7 +108,8 @@ def draw_figure(axes, summary: dict[str, Any], figure: str) -> None:
             error = [[max(value - interval[0], 0)], [max(interval[1] - value, 0)]]
         axes.bar(i, value, yerr=error, color=("0.75", "C0")[i], capsize=4)
         axes.text(i, 0.03, f"{value:.2f}", ha="center")
-    axes.set(xticks=(0, 1), xticklabels=("before", "after"), xlim=(-0.6, 1.6), ylim=(0, 1.05), title=figure)
+    axes.set(xticks=(0, 1), xticklabels=("before", "after"), xlim=(-0.6, 1.6), ylim=(0, 1.05))
+    axes.set_title(figure, fontsize=10)
 
 
 def _curves(lines):

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.scoring.grounding import is_grounded
+from grpo_jax.scoring.grounding import trajectory_grounded
 from grpo_jax.scoring.intervals import bootstrap_interval, wilson_interval
 from grpo_jax.scoring.rewards import same_answer
-from grpo_jax.types import Outcome, ToolCall, Trajectory
+from grpo_jax.types import Outcome, Status, ToolCall, Trajectory
 
 FIGURES = (
     "response_validity",
@@ -109,12 +109,13 @@ def is_exact(trajectory: Trajectory) -> bool:
 def row_figures(trajectory: Trajectory, gold: Sequence[ToolCall]) -> dict[str, bool | float | None]:
     """What one example adds to each figure; None where it has none."""
     calls, example = trajectory.calls, trajectory.prompt.example
+    asked = trajectory.status is not Status.TOOLS_DONE  # for a final text
     return {
         "response_validity": any(result.outcome is Outcome.OK for _, result in calls),
         "exact_answer_match": is_exact(trajectory),
         "tool_call_schema_match": schema_match([call for call, _ in calls], gold) if gold else None,
-        "turn_closed": trajectory.status.closed,
-        "answer_grounded": bool(is_grounded(trajectory.messages, example.extra.get("must_state"))),
+        "turn_closed": trajectory.status.closed if asked else None,
+        "answer_grounded": trajectory_grounded(trajectory) if asked else None,
     }
 
 

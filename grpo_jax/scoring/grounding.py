@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from grpo_jax.data.rows import parsed_text
-from grpo_jax.types import PARSER_NAME, Message
+from grpo_jax.types import PARSER_NAME, Message, Trajectory
 
 _NUMBER = re.compile(
     r"(?:(?<!\w)[-−][$€£]?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:e[-+]?[0-9]{1,3}(?!\w))?"
@@ -43,6 +43,11 @@ def is_grounded(messages: Sequence[Message], must_state: Any = None) -> bool | N
             return False  # one of them has not answered
     final = next((m.get("content") or "" for m in reversed(messages) if m["role"] == "assistant"), "")
     return _states(final, [text for _, text in stated])
+
+
+def trajectory_grounded(trajectory: Trajectory) -> bool:
+    """The figure `answer_grounded` of one completion; False where no tool has answered."""
+    return bool(is_grounded(trajectory.messages, trajectory.prompt.example.extra.get("must_state")))
 
 
 def _states(final: str, results: Iterable[str]) -> bool:
