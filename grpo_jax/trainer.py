@@ -48,6 +48,7 @@ from grpo_jax.run.job import (
 from grpo_jax.run.learner import Learner, make_learner
 from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
+from grpo_jax.run.model_card import write_model_card
 from grpo_jax.run.options import GRPOConfig, compares_evaluations
 from grpo_jax.run.report import write_report
 from grpo_jax.run.stopping import Best
@@ -232,6 +233,7 @@ class GRPOTrainer:
             summary["after"] = self._evaluated("Evaluation after", "after")
             compare(job.console, {"before": summary["before"], "after": summary["after"]})
         self._write_summary(summary)
+        self._write_card(out / "model")  # again, now with the figures
         report = hosts.of_first(lambda: write_report(out))
         line(f"Finished: {step} updates; the model is in {out / 'model'}")
         line(f"Curves and conversations: {report}")
@@ -481,6 +483,11 @@ class GRPOTrainer:
             trained, frozen = self._learned[1].params, self._learned[0].frozen
         with self.job.timer("save"):
             self.job.save_model(trained, frozen, Path(folder), None if adapter is None else Path(adapter))
+        self._write_card(Path(folder))
+
+    def _write_card(self, folder: Path) -> None:
+        updates = 0 if self._learned is None else int(self._learned[1].step)
+        hosts.of_first(lambda: write_model_card(folder, self.output_dir, updates))
 
     def _weights(self) -> Params:
         """Rollout weights of the policy as it is now."""
@@ -533,8 +540,9 @@ class GRPOTrainer:
         return meta
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
-        path, seconds = self.output_dir / "summary.json", self.job.timer.seconds
-        hosts.of_first(lambda: write_json_atomic(path, {**summary, "timings": seconds}))
+        path, job = self.output_dir / "summary.json", self.job
+        names = {"tools": list(job.toolbox.functions), "rewards": [reward.name for reward in job.rewards]}
+        hosts.of_first(lambda: write_json_atomic(path, {**summary, **names, "timings": job.timer.seconds}))
 
 
 def _scored(job: Job, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:

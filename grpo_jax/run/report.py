@@ -184,13 +184,19 @@ def _evaluation(summary) -> str:
     return _table([*rows, ("rows", *(s["n"] for s in shown.values()))]) + _svg(figure)
 
 
-def _options(path: Path) -> str:
-    """The options that are not the defaults."""
+def changed_options(path: Path) -> list[tuple[str, str]]:
+    """The options of a resolved_config.yaml that are not the defaults, as JSON; none where there is no file."""
     if not path.is_file():
-        return ""
+        return []
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     default = GRPOConfig()
-    changed = [(k, json.dumps(v)) for k, v in given.items() if v != getattr(default, k, None)]
+    return [(k, json.dumps(v)) for k, v in given.items() if v != getattr(default, k, None)]
+
+
+def _options(path: Path) -> str:
+    changed = changed_options(path)
+    if not changed:
+        return ""
     return f"<details><summary>{len(changed)} options that are not the defaults</summary>{_table(changed)}</details>"
 
 
