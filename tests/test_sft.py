@@ -127,7 +127,9 @@ def validations(monkeypatch):
 
     def validate(job, params, data, title, limit):
         asked.append([prompt.example.answer for prompt in data.prompts])
-        return sft_evaluation({"exact_answer_match": figures[len(asked) - 1]})
+        figure = figures[len(asked) - 1]
+        match, grounded = figure if isinstance(figure, tuple) else (figure, None)
+        return sft_evaluation({"exact_answer_match": match, "answer_grounded": grounded})
 
     monkeypatch.setattr(cold_start, "evaluate", validate)
     # the rule does not depend on what the updates do, and this one needs no compiling
@@ -154,7 +156,7 @@ def test_it_stops_at_the_first_validation_that_is_good_enough(tmp_path, validati
     settings = {"sft_eval_steps": 8, "sft_max_steps": 20, "sft_stop_match": 0.4, "sft_validation_size": 4}
     with opened(tmp_path / "run", **settings) as (job, data):
         report = cold_start.fine_tune(job, data, tmp_path / "model")
-    assert report == {"steps": 18, "validation": {"exact_answer_match": 0.4}}
+    assert report == {"steps": 18, "validation": {"exact_answer_match": 0.4, "answer_grounded": None}}
     held_out = [row["answer"] for row in launch.rows(30, 4)]  # the last 4 of rows 10 to 33
     assert asked == [held_out] * 3
     assert len(trained) == 18 * 8
@@ -162,12 +164,22 @@ def test_it_stops_at_the_first_validation_that_is_good_enough(tmp_path, validati
     assert (tmp_path / "model/model.safetensors").exists()
 
 
+def test_it_waits_for_grounded_answers_where_asked(tmp_path, validations):
+    """Looks after 8 and 16 updates; once both figures are past half of the stop, after 2 more."""
+    asked, figures = validations
+    figures += [(1.0, 0.0), (1.0, 0.3), (0.3, 0.9), (0.9, 0.5)]
+    settings = {"sft_eval_steps": 8, "sft_max_steps": 30, "sft_stop_match": 0.4, "sft_stop_grounded": 0.5}
+    with opened(tmp_path / "run", **settings) as (job, data):
+        report = cold_start.fine_tune(job, data, tmp_path / "model")
+    assert report["steps"] == 20 and len(asked) == 4
+
+
 def test_it_stops_at_sft_max_steps_and_validates_there(tmp_path, validations):
     asked, figures = validations
     figures += [0.0, 0.1]
     with opened(tmp_path / "run", sft_eval_steps=2, sft_max_steps=3) as (job, data):
         report = cold_start.fine_tune(job, data, tmp_path / "model")
-    assert report == {"steps": 3, "validation": {"exact_answer_match": 0.1}}
+    assert report == {"steps": 3, "validation": {"exact_answer_match": 0.1, "answer_grounded": None}}
     assert len(asked) == 2
 
 
