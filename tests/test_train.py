@@ -416,7 +416,7 @@ def test_evaluation_rows_whose_answers_are_all_errors_leave_the_figures_out(tmp_
         eval_dataset_id_or_path=launch.write_rows(tmp_path / "test.jsonl", errors),
     )
     assert ran.status == 0, ran.err
-    assert "Evaluation before: exact_answer_match – on 0 rows" in ran.out
+    assert "Evaluation before: exact_answer_match –, answer_grounded –, turn_closed – on 0 rows" in ran.out
     assert "Evaluation on 0 rows (4 rows whose answer is an error are not in the figures)" in ran.out
     after = ran.json("summary.json")["after"]
     assert (after["exact_answer_match"], after["n"], after["error_answers"]["n"]) == (None, 0, 4)

@@ -80,7 +80,9 @@ FloatType = Literal["float32", "bfloat16"]
 LoraModule = Literal[
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"
 ]
-Figure = Literal["response_validity", "exact_answer_match", "tool_call_schema_match"]
+Figure = Literal[
+    "response_validity", "exact_answer_match", "tool_call_schema_match", "turn_closed", "answer_grounded"
+]
 DEFAULT_TOOLS = "tools_funcs.financial_tools_complex"  # the original's
 NONE_IS_A_VALUE = {"resume_from_checkpoint", "compilation_cache_dir"}  # elsewhere the text none unsets
 

@@ -108,7 +108,7 @@ def is_exact(trajectory: Trajectory) -> bool:
 
 def row_figures(trajectory: Trajectory, gold: Sequence[ToolCall]) -> dict[str, bool | float | None]:
     """What one example adds to each figure; None where it has none."""
-    calls, example = trajectory.calls, trajectory.prompt.example
+    calls = trajectory.calls
     asked = trajectory.status is not Status.TOOLS_DONE  # for a final text
     return {
         "response_validity": any(result.outcome is Outcome.OK for _, result in calls),
