@@ -22,6 +22,7 @@ from grpo_jax.run.job import load_data, open_job, read_inputs
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.tools import tools_of
 from grpo_jax.types import Example
+from grpo_jax.update.update import Learned, Totals, sft_objective, turns_objective
 
 
 @contextlib.contextmanager
@@ -106,6 +107,20 @@ def test_the_last_turn_is_a_final_tools_call_or_none_where_none_is_asked_for(job
     assert spans(job, final)[-1] == (True, f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>")
     assert final.messages[-1]["content"] == "Sum: 7"
     assert [one.name for one, _ in final.calls] == ["add", "add"]
+
+
+def test_turns_may_count_equally(job):
+    """Loss of a row with a log-likelihood of -1 in its call and -3 in its text: 2, and by tokens nearer to 1."""
+    trajectory = gold(job, row(("add", {"a": 1, "b": 2})))
+    n = len(job.conversation.assistant_ids("Sum: 3", []))
+    sampled = np.flatnonzero(trajectory.sampled_mask)
+    N = len(sampled)
+    logprobs = jnp.where(jnp.arange(N) < N - n, -1.0, -3.0)[None]
+    weights = jnp.array(cold_start.turns_weighted(trajectory).logprobs)[sampled][None]
+    given = Learned(logprobs, 0 * logprobs, logprobs < 0, weights, None, None, jnp.zeros(1))
+    totals = Totals(*[jnp.array(N)] * len(Totals._fields))
+    assert float(turns_objective(given, totals)[0]) == pytest.approx(2.0)
+    assert float(sft_objective(given, totals)[0]) == pytest.approx(1 + 2 * n / N)
 
 
 def test_a_gold_row_is_the_conversation_that_a_reward_would_see(job):

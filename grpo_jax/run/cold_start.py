@@ -12,6 +12,8 @@ so that a model that does not end its turns yet does not hold training up.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +33,14 @@ from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.types import Message, ParsedTurn, Prompt, Status, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.schedules import make_schedule
-from grpo_jax.update.update import ModelStep, init_state, make_update, place_batch, sft_objective
+from grpo_jax.update.update import (
+    ModelStep,
+    init_state,
+    make_update,
+    place_batch,
+    sft_objective,
+    turns_objective,
+)
 
 LENGTHS = 2  # of the longest gold conversation that a completion may have in the validation
 WARMUP = 10  # updates; AdamW's second moment is not reliable before
@@ -65,7 +74,10 @@ def fine_tune(job: Job, data: DataSet, folder: Path, adapter: Path | None = None
     trained, frozen = job.load_trained()
     state = init_state(trained, optimizer, job.training)
     step = ModelStep(job.model, job.training, job.dtype, remat=config.gradient_checkpointing)
-    update = make_update(step, optimizer, sft_objective, state, frozen)
+    objective = sft_objective
+    if config.sft_weights == "turns":
+        objective, gold = turns_objective, list(map(turns_weighted, gold))
+    update = make_update(step, optimizer, objective, state, frozen)
     cursor, report, every = Cursor(), {}, config.sft_eval_steps
     limit = LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
     trained_from = time.perf_counter()
@@ -195,6 +207,17 @@ def written_trajectory(
         append(conversation.assistant_ids(last, []), True, {"role": "assistant", "content": last})
     status = Status.TOOLS_DONE if last is None else answered(calls)
     return Trajectory(prompt, ids, mask, [0.0] * len(ids), messages, list(calls), status)
+
+
+def turns_weighted(trajectory: Trajectory) -> Trajectory:
+    """A written trajectory whose turns count equally in `turns_objective`, whatever their number of tokens.
+
+    Of N written tokens in K turns, one in a turn of n has the weight N / (K·n), so that the mean weight is 1.
+    """
+    turns = [(written, len([*run])) for written, run in itertools.groupby(trajectory.sampled_mask)]
+    K, N = sum(written for written, _ in turns), trajectory.sampled_tokens
+    logprobs = [math.log(K * n / N) if written else 0.0 for written, n in turns for _ in range(n)]
+    return dataclasses.replace(trajectory, logprobs=logprobs)
 
 
 def cold_start_rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:

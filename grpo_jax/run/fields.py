@@ -355,6 +355,9 @@ class Options:
     sft_stop_match: float = _opt(
         0.95, "exact_answer_match on the validation rows at which the cold start stops.", gt=0, le=1
     )
+    sft_weights: Literal["tokens", "turns"] = _opt(
+        "tokens", "What counts equally in the cold start's loss: every token, or every turn of a row."
+    )
     sft_stop_grounded: float = _opt(
         0.0, "answer_grounded on the validation rows that the cold start must reach as well.", ge=0, le=1
     )
