@@ -18,7 +18,7 @@ from grpo_jax.run.log import PhaseTimer, write_json_atomic
 
 
 def run(resolved: ResolvedConfig, console: Console) -> None:
-    """Evaluate one model folder or checkpoint and write `evaluation.json` to output_dir."""
+    """Evaluate one model folder or checkpoint; writes `evaluation.json` and `evaluation/evaluate.jsonl`."""
     config, timer = resolved.config, PhaseTimer()
     check_writable(Path(config.output_dir).absolute())
     with watch_compiles(console, timer):
@@ -29,14 +29,15 @@ def run(resolved: ResolvedConfig, console: Console) -> None:
             data = load_data(job, inputs.train)
             check_gold_calls(data.prompts, job.toolbox.functions)
             with timer("evaluate"):
-                result = evaluate(job, job.greedy.export(job.load_params()), data, "Evaluation")
+                params = job.greedy.export(job.load_params())
+                result = evaluate(job, params, data, "Evaluation", name="evaluate")
     console.samples(result.trajectories, [p.example.answer for p in data.prompts])
     model = str(job.checkpoint or job.adapter or job.folder)
     compare(console, {model: result.summary})
     path = Path(config.output_dir) / "evaluation.json"
     found = result.summary | {"model": model, "timings": timer.seconds}
     hosts.of_first(lambda: write_json_atomic(path, found))
-    console.line(f"Written: {path}")
+    console.line(f"Written: {path}, and its conversations to {path.with_suffix('') / 'evaluate.jsonl'}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from grpo_jax.run.console import Console
 from grpo_jax.run.job import load_data, open_job, read_inputs
 from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, write_json_atomic
+from grpo_jax.run.model_card import write_model_card
 
 
 def run(resolved: ResolvedConfig, console: Console) -> int:
@@ -38,7 +39,9 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
                 except Stopped as stopped:
                     console.line(f"Stopped {stopped}. The same command continues.")
                     return INTERRUPTED
-        hosts.of_first(lambda: write_json_atomic(out / "sft.json", report | {"timings": timer.seconds}))
+        report |= {"tools": list(inputs.toolbox.functions), "timings": timer.seconds}
+        hosts.of_first(lambda: write_json_atomic(out / "sft.json", report))
+        hosts.of_first(lambda: write_model_card(out / "model", out, 0))
     console.line(f"Fine-tuned for {report['steps']} updates; the model is in {out / 'model'}")
     return 0
 

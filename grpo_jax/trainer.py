@@ -57,6 +57,7 @@ from grpo_jax.run.job import (
 from grpo_jax.run.learner import Learner, make_learner
 from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
+from grpo_jax.run.model_card import write_model_card
 from grpo_jax.run.options import GRPOConfig, compares_evaluations
 from grpo_jax.run.report import write_report
 from grpo_jax.run.stopping import Best
@@ -75,6 +76,7 @@ LEAVINGS = (
     "resolved_config.yaml",
     "metrics.jsonl",
     "rollouts",
+    "evaluation",
     "checkpoints",
     "model",
     "adapter",
@@ -256,7 +258,7 @@ class GRPOTrainer:
             break
         self._learned = learner, state
         if "before" not in summary and self.evaluation is not None:
-            summary["before"] = self._evaluated("Evaluation before", stop)
+            summary["before"] = self._evaluated("Evaluation before", "before", stop)
             self._write_summary(summary)
         self._learn(start.meta, checkpoints, stop)
         step = int(self._learned[1].step)
@@ -267,12 +269,13 @@ class GRPOTrainer:
         if self.evaluation is not None:
             # without a checkpoint all would be learned again
             found["after"] = self._evaluated(
-                "Evaluation after", None if config.save_strategy == "no" else stop
+                "Evaluation after", "after", None if config.save_strategy == "no" else stop
             )
             compare(job.console, {"before": summary["before"], "after": found["after"]})
         checkpoints.wait()  # before summary.json says that the run is finished
         summary |= found
         self._write_summary(summary)
+        self._write_card(out / "model")  # again, now with the figures
         report = hosts.of_first(lambda: write_report(out))
         line(f"Finished: {step} updates; the model is in {out / 'model'}")
         line(f"Curves and conversations: {report}")
@@ -350,7 +353,7 @@ class GRPOTrainer:
             """The record with the figures of an evaluation, and the best so far; one that is stopped is made later."""
             step = int(state.step)
             try:
-                figures = self._evaluated(f"Evaluation at {step}", stop)
+                figures = self._evaluated(f"Evaluation at {step}", f"step_{step:06d}", stop)
             except Stopped:
                 meta["unevaluated"] = plain(record)
                 raise stopped() from None
@@ -512,7 +515,8 @@ class GRPOTrainer:
         return passed
 
     def evaluate(self) -> dict[str, Any]:
-        """The figures of a greedy evaluation on `eval_dataset`, with their intervals.
+        """The figures of a greedy evaluation on `eval_dataset`, with their intervals; its conversations are in
+        evaluation/evaluate.jsonl of output_dir.
 
         Raises:
             ValueError: there is no evaluation data set.
@@ -520,7 +524,7 @@ class GRPOTrainer:
         if self.evaluation is None:
             raise ValueError("evaluate needs eval_dataset, got none; give it to GRPOTrainer")
         with watch_compiles(self.job.console, self.job.timer):
-            return self._evaluated("Evaluation")
+            return self._evaluated("Evaluation", "evaluate")
 
     def generate(self, prompt: str | list[Message]) -> list[Message]:
         """A whole conversation with tools, sampled greedily.
@@ -553,6 +557,11 @@ class GRPOTrainer:
             trained, frozen = self._learned[1].params, self._learned[0].frozen
         with self.job.timer("save"):
             self.job.save_model(trained, frozen, Path(folder), None if adapter is None else Path(adapter))
+        self._write_card(Path(folder))
+
+    def _write_card(self, folder: Path) -> None:
+        updates = 0 if self._learned is None else int(self._learned[1].step)
+        hosts.of_first(lambda: write_model_card(folder, self.output_dir, updates))
 
     def _weights(self) -> Params:
         """Rollout weights of the policy as it is now."""
@@ -561,13 +570,13 @@ class GRPOTrainer:
         learner, state = self._learned
         return self.job.greedy.export(learner.params(state))
 
-    def _evaluated(self, title: str, stop: StopSignal | None = None) -> dict[str, Any]:
+    def _evaluated(self, title: str, name: str, stop: StopSignal | None = None) -> dict[str, Any]:
         asked = (lambda: False) if stop is None else (lambda: stop.requested)
         with self.job.timer("evaluate"):
-            summary = evaluate(self.job, self._weights(), self.evaluation, title, stop=asked).summary
-        value = summary["exact_answer_match"]
-        shown = "–" if value is None else f"{value:.3f}"
-        self.job.console.line(f"{title}: exact_answer_match {shown} on {summary['n']} rows")
+            made = evaluate(self.job, self._weights(), self.evaluation, title, stop=asked, name=name)
+        summary, figures = made.summary, ("exact_answer_match", "answer_grounded", "turn_closed")
+        shown = (f"{of} {'–' if summary[of] is None else format(summary[of], '.3f')}" for of in figures)
+        self.job.console.line(f"{title}: {', '.join(shown)} on {summary['n']} rows")
         return summary
 
     def _cold_started(self, summary: dict[str, Any], stop: StopSignal) -> Job:
@@ -610,8 +619,9 @@ class GRPOTrainer:
         return meta
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
-        path, seconds = self.output_dir / "summary.json", self.job.timer.seconds
-        hosts.of_first(lambda: write_json_atomic(path, {**summary, "timings": seconds}))
+        path, job = self.output_dir / "summary.json", self.job
+        names = {"tools": list(job.toolbox.functions), "rewards": [reward.name for reward in job.rewards]}
+        hosts.of_first(lambda: write_json_atomic(path, {**summary, **names, "timings": job.timer.seconds}))
 
 
 def _scored(job: Job, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:

@@ -27,18 +27,24 @@ PARSER_NAME = "tool_call_parser"
 class Status(enum.StrEnum):
     """How a trajectory ended; masks, rewards and metrics read it, nothing infers it again."""
 
-    ANSWERED = "answered"  # the model closed a turn without a call
+    ANSWERED = "answered"  # the model closed a turn without a call, or called a final tool
     TOOL_LIMIT = "tool_limit"  # it still called after max_tool_calling_iterations
     OVERLONG = "overlong"  # the token budget ended inside a model turn
     OVERLONG_TOOL_RESPONSE = "overlong_tool_response"  # a tool response did not fit
     MALFORMED_CALL = "malformed_call"  # its last turn held a call that does not parse
     TOOL_ERROR = "tool_error"  # answered, but the last call's result was an error
     TOOL_TIMEOUT = "tool_timeout"  # answered, but the last call ran out of time
+    TOOLS_DONE = "tools_done"  # stop_after_tools ended it at its first results
 
     @property
     def truncated(self) -> bool:
         """Ended by the token budget (what `mask_truncated_completions` drops)."""
         return self in (Status.OVERLONG, Status.OVERLONG_TOOL_RESPONSE)
+
+    @property
+    def closed(self) -> bool:
+        """The model ended the conversation itself (the figure `turn_closed`)."""
+        return self in (Status.ANSWERED, Status.TOOL_ERROR, Status.TOOL_TIMEOUT)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Draws a run's reward curve: `python scripts/plot_run.py runs/quickstart docs/quickstart.png`."""
+"""Draws a run's reward curve and two of its figures: `python scripts/plot_run.py runs/quickstart docs/quickstart.png`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def main() -> None:
     parser.add_argument("png", type=Path, help="picture to write")
     args = parser.parse_args()
     lines, summary = read_run(args.run)
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [3, 1]})
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, *right = figure.subplots(1, 3, gridspec_kw={"width_ratios": [3, 1, 1]})
     draw_rewards(left, lines)
-    draw_figure(right, summary, "exact_answer_match")
+    for axes, name in zip(right, ("exact_answer_match", "answer_grounded"), strict=True):
+        draw_figure(axes, summary, name)
     figure.savefig(args.png, dpi=110)
 
 

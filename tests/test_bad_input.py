@@ -256,7 +256,7 @@ def test_missing_rewards_are_named(tmp_path):
     path = tmp_path / "none.py"
     assert f"reward_fn must be a Python file, and {path} does not exist" in rejected(tmp_path, reward_fn=path)
     message = rejected(tmp_path, reward_fn=None, reward_function_name="acuracy")
-    assert "Unknown reward function: acuracy. Available: accuracy" in message
+    assert "Unknown reward function: acuracy. Available: accuracy, grounded" in message
 
 
 # Options

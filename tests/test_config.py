@@ -634,7 +634,7 @@ def test_absolute_paths_do_not_move_with_the_working_directory(tmp_path, monkeyp
     given = {
         "output_dir": "run",
         "tools_script": "~/t.py",
-        "reward_fn": ["a.py", "/r/b.py"],
+        "reward_fn": ["a.py", "/r/b.py", "grounded"],
         "dataset_id_or_path": "rows.jsonl[:5%]",
         "eval_dataset_id_or_path": "owner/name",
         "model_name_or_path": "model",
@@ -648,7 +648,7 @@ def test_absolute_paths_do_not_move_with_the_working_directory(tmp_path, monkeyp
     assert {name: getattr(absolute, name) for name in given} == {
         "output_dir": f"{tmp_path}/run",
         "tools_script": "/home/me/t.py",
-        "reward_fn": [f"{tmp_path}/a.py", "/r/b.py"],
+        "reward_fn": [f"{tmp_path}/a.py", "/r/b.py", "grounded"],
         "dataset_id_or_path": f"{tmp_path}/rows.jsonl[:5%]",
         "eval_dataset_id_or_path": "owner/name",
         "model_name_or_path": f"{tmp_path}/model",

@@ -23,13 +23,15 @@ def call(name, **arguments):
     return ToolCall(name, arguments)
 
 
-def trajectory(*calls):
+def trajectory(*calls, says="", status=Status.ANSWERED):
     """A conversation of (call, result text) pairs; a text that begins with Error: is an error's."""
     done = [
         (one, ToolResult(text, Outcome.ERROR if text.startswith("Error:") else Outcome.OK, 0.0))
         for one, text in calls
     ]
-    return Trajectory(prompt([1]), [2], [True], [0.0], [], done, Status.ANSWERED)
+    messages = [{"role": "tool", "name": one.name, "content": text} for one, text in calls]
+    messages.append({"role": "assistant", "content": says})
+    return Trajectory(prompt([1]), [2], [True], [0.0], messages, done, status)
 
 
 ADD = call("add", a=1, b=2)
@@ -163,6 +165,25 @@ def test_rows_whose_gold_answer_is_an_error_are_counted_separately():
     assert summary["error_answers"] == {"n": 2, "exact_answer_match": 0.5}
 
 
+def test_turns_that_were_closed_and_answers_that_state_the_result():
+    three = (ADD, "Sum: 3")
+    trajectories = [
+        trajectory(three, says="It is 3."),
+        trajectory(three, says="It is 4."),
+        trajectory(three, says="It is 3. So", status=Status.OVERLONG),
+        trajectory((ADD, "Error: 7"), says="7", status=Status.TOOL_ERROR),
+        trajectory(says="It is 3."),  # no tool has said so
+        trajectory(three, says="3", status=Status.TOOL_LIMIT),
+    ]
+    summary = summarized(["Sum: 3"] * 6, trajectories, [[]] * 6)
+    assert summary["turn_closed"] == summary["answer_grounded"] == pytest.approx(4 / 6)
+    # Wilson at z = 1.96 for 4 of 6
+    assert summary["intervals"]["turn_closed"] == pytest.approx((0.29999, 0.90323), abs=1e-5)
+    done = summarized(["Sum: 3"], [trajectory(three, status=Status.TOOLS_DONE)], [[]])
+    assert done["exact_answer_match"] == 1.0 and done["turn_closed"] is done["answer_grounded"] is None
+    assert summarized(["Error: x"], trajectories[:1], [[]])["answer_grounded"] is None
+
+
 def test_rows_without_gold_calls_have_no_schema_figure():
     summary = summarized(["Sum: 3"], [trajectory((ADD, "Sum: 3"))], [[]])
     assert summary["tool_call_schema_match"] is summary["intervals"]["tool_call_schema_match"] is None
@@ -229,6 +250,10 @@ def test_a_model_folder_and_its_checkpoint_have_the_same_figures(tmp_path):
         del figures["model"], figures["timings"]
     assert of_folder == of_step
     assert of_folder["n"] == 6  # of which the second batch of four held two
+    of_rows = folder.jsonl("evaluation/evaluate.jsonl")
+    assert of_rows == step.jsonl("evaluation/evaluate.jsonl")
+    assert [row["prompt"] for row in of_rows] == [row["prompt"] for row in launch.rows(60, 6)]
+    assert sum(row["turn_closed"] for row in of_rows) / 6 == pytest.approx(of_folder["turn_closed"])
 
 
 def test_samples_stand_beside_the_greedy_figures(tmp_path):

@@ -14,8 +14,9 @@ from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
 
 from grpo_jax.rollout.loop import make_policy, roll_out
 from grpo_jax.rollout.sampler import MAX_STEPS
+from grpo_jax.scoring.grounding import trajectory_grounded
 from grpo_jax.tools import Limits, Toolbox, ToolRunner
-from grpo_jax.types import Outcome, Status
+from grpo_jax.types import Outcome, Status, ToolCall
 from grpo_jax.update.batch import make_batch, response_bucket, update_shapes
 from grpo_jax.update.optimizer import make_optimizer, scale_by_adam
 from grpo_jax.update.update import GrpoObjective, ModelStep, init_state, make_score, make_update, place_batch
@@ -415,6 +416,41 @@ def test_without_a_limit_the_budget_ends_the_calls(script):
     assert row.status in (Status.OVERLONG, Status.OVERLONG_TOOL_RESPONSE)
     assert len(row.calls) >= 2
     assert len(row.completion_ids) <= BUDGET
+
+
+def test_a_row_may_end_at_its_first_tool_results(script):
+    """What the tools said is recorded, and nothing is fed or sampled after the calls."""
+    calls = helpers.conversation().assistant_ids("", [ToolCall("add", {"a": 1, "b": 2})] * 2)
+    row = run_one(script, calls, text_ids("3"), stop_after_tools=True)
+    assert (row.status, row.completion_ids, row.sampled_mask[-1]) == (Status.TOOLS_DONE, calls, True)
+    assert texts(row, "tool") == [result.text for _, result in row.calls] == ["Sum: 3"] * 2
+    first = text_ids('<tool_call>{"name": "add"')
+    settings = {"stop_after_tools": True, "malformed_feedback": True}
+    row = run_one(script, first, call_ids("add", a=1, b=2), text_ids("3"), **settings)
+    assert (row.status, len(row.messages)) == (Status.TOOLS_DONE, 4)  # the feedback was no result
+
+
+def test_the_call_of_a_final_tool_is_the_answer(script):
+    settings = {"final_tools": {"echo": "text"}, "max_iterations": 1}
+    add, final = call_ids("add", a=1, b=2), call_ids("echo", "So:", text="It is 3.")
+    row = run_one(script, add, final, text_ids("more"), **settings)
+    assert row.status is Status.ANSWERED
+    assert row.completion_ids[-len(final) :] == final and row.sampled_mask[-1]
+    assert [(m["role"], m["content"]) for m in row.messages[1:]] == [
+        ("tool", "Sum: 3"),
+        ("assistant", "It is 3."),
+    ]
+    assert row.messages[-1]["tool_calls"][0]["function"]["name"] == "echo"
+    assert [call.name for call, _ in row.calls] == ["add"]
+    assert trajectory_grounded(row)
+
+
+def test_a_final_call_that_fails_is_a_call_as_any_other(script):
+    settings = {"final_tools": {"fail": "why"}, "max_iterations": 1}
+    row = run_one(script, call_ids("fail", why="no"), text_ids("Sorry."), **settings)
+    assert row.status is Status.TOOL_ERROR and texts(row, "tool")[0].startswith("Error: ")
+    row = run_one(script, *[call_ids("fail", why="no")] * 4, **settings)
+    assert (row.status, len(row.calls)) == (Status.TOOL_LIMIT, 2)
 
 
 def test_malformed_call_ends_the_row(script):

@@ -8,11 +8,13 @@ from trajectories import trajectory
 from grpo_jax.scoring.metrics import FirstCalls, is_run_metric, trajectory_metrics
 from grpo_jax.types import Outcome, Status
 
+GROUNDED = [{"role": "tool", "name": "add", "content": "Sum: 1"}, {"role": "assistant", "content": "1"}]
+
 
 def test_trajectory_metrics_by_hand():
     """Two groups of two: rewards 1, 0 and 0.5, 0.5; the second function applies to one row."""
     rows = [
-        trajectory(3, [Outcome.OK], rewards=(1.0, 4.0)),
+        trajectory(3, [Outcome.OK], messages=GROUNDED, rewards=(1.0, 4.0)),
         trajectory(5, status=Status.OVERLONG, rewards=(0.0, math.nan)),
         trajectory(2, [Outcome.OK, Outcome.TIMEOUT], status=Status.TOOL_TIMEOUT, rewards=(0.5, math.nan)),
         trajectory(
@@ -33,6 +35,8 @@ def test_trajectory_metrics_by_hand():
             "completions/min_length": 2,
             "completions/max_length": 6,
             "completions/clipped_ratio": 0.5,
+            "completions/turn_closed": 0.5,  # answered, and the last call ran out of time
+            "completions/answer_grounded": 0.25,
             "tools/call_frequency": 1.25,
             "tools/failure_frequency": 0.6,
             "status/answered": 0.25,
@@ -42,6 +46,7 @@ def test_trajectory_metrics_by_hand():
             "status/malformed_call": 0.0,
             "status/tool_error": 0.0,
             "status/tool_timeout": 0.25,
+            "status/tools_done": 0.0,
         }
     )
 

@@ -9,6 +9,7 @@ from grpo_jax.report import main
 from grpo_jax.run.config import write_resolved
 from grpo_jax.run.options import GRPOConfig
 from grpo_jax.run.report import read_run, write_report
+from grpo_jax.scoring.evaluation import FIGURES
 
 EVIL = '<script>alert("&amp;")</script>\u2028\x85end'  # separators that end no line of JSONL
 
@@ -44,6 +45,7 @@ class Page(html.parser.HTMLParser):
 
 def evaluation(share):
     figures = {"response_validity": 1.0, "exact_answer_match": share, "tool_call_schema_match": None}
+    figures |= {"turn_closed": 1.0}  # and no answer_grounded: a run from before there was that figure
     intervals = {name: (max(0, (v or 0) - 0.1), min(1, (v or 0) + 0.1)) for name, v in figures.items()}
     return {**figures, "n": 50, "intervals": intervals}
 
@@ -117,13 +119,13 @@ def test_the_page_shows_the_run_and_needs_nothing_else(tmp_path):
 
 def test_figures_that_could_not_be_computed_are_dashes(tmp_path):
     """An evaluation on rows whose answers are all errors."""
-    nothing = dict.fromkeys(("response_validity", "exact_answer_match", "tool_call_schema_match"))
+    nothing = dict.fromkeys(FIGURES)
     summary = {"before": {**nothing, "n": 0, "intervals": nothing}, "after": {**evaluation(0.5)}}
     summary["after"]["intervals"]["exact_answer_match"] = None
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     words = Page(write_report(tmp_path).read_text()).text
-    assert words.count("–") == 4 and "0.500 (–)" in words
+    assert words.count("–") == 7 and "0.500 (–)" in words
 
 
 @pytest.mark.parametrize("missing", ["summary.json", "resolved_config.yaml", "rollouts"])

@@ -177,7 +177,7 @@ def test_what_is_no_python_file_is_an_error(file, message):
 
 def test_an_unknown_built_in_names_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"Unknown reward function: acuracy\. Available: accuracy\. .*reward_fn"
+        ValueError, match=r"Unknown reward function: acuracy\. Available: accuracy, grounded\. .*reward_fn"
     ):
         load_rewards(None, ["acuracy"])
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import time
 
@@ -19,7 +20,9 @@ from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import load_data, open_job, read_inputs
 from grpo_jax.run.log import PhaseTimer
+from grpo_jax.tools import tools_of
 from grpo_jax.types import Example
+from grpo_jax.update.update import Learned, Totals, sft_objective, turns_objective
 
 
 @contextlib.contextmanager
@@ -84,6 +87,42 @@ def test_each_call_is_a_turn_and_the_last_result_is_the_answer(job):
     assert texts[4][1] == "Product: 12<|im_end|>"
 
 
+def test_the_last_turn_is_a_final_tools_call_or_none_where_none_is_asked_for(job):
+    def changed(**options):
+        return dataclasses.replace(job, config=dataclasses.replace(job.config, **options))
+
+    rows = row(("add", {"a": 1, "b": 2}), ("add", {"a": 3, "b": 4}))
+    done = gold(changed(stop_after_tools=True), rows)
+    assert spans(job, done) == spans(job, gold(job, rows))[:1]  # the first turn of calls is all there will be
+    assert (done.status, [m["role"] for m in done.messages]) == ("tools_done", ["assistant", "tool"])
+
+    def say(text: str) -> str:
+        """Say it."""
+        return text
+
+    functions = {**job.toolbox.functions, "say": say}
+    toolbox = tools_of(list(functions.values()))
+    final = gold(dataclasses.replace(changed(final_tool="say"), toolbox=toolbox), rows)
+    call = {"name": "say", "arguments": {"text": "Sum: 7"}}
+    assert spans(job, final)[-1] == (True, f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>")
+    assert final.messages[-1]["content"] == "Sum: 7"
+    assert [one.name for one, _ in final.calls] == ["add", "add"]
+
+
+def test_turns_may_count_equally(job):
+    """Loss of a row with a log-likelihood of -1 in its call and -3 in its text: 2, and by tokens nearer to 1."""
+    trajectory = gold(job, row(("add", {"a": 1, "b": 2})))
+    n = len(job.conversation.assistant_ids("Sum: 3", []))
+    sampled = np.flatnonzero(trajectory.sampled_mask)
+    N = len(sampled)
+    logprobs = jnp.where(jnp.arange(N) < N - n, -1.0, -3.0)[None]
+    weights = jnp.array(cold_start.turns_weighted(trajectory).logprobs)[sampled][None]
+    given = Learned(logprobs, 0 * logprobs, logprobs < 0, weights, None, None, jnp.zeros(1))
+    totals = Totals(*[jnp.array(N)] * len(Totals._fields))
+    assert float(turns_objective(given, totals)[0]) == pytest.approx(2.0)
+    assert float(sft_objective(given, totals)[0]) == pytest.approx(1 + 2 * n / N)
+
+
 def test_a_gold_row_is_the_conversation_that_a_reward_would_see(job):
     call = {"name": "add", "arguments": {"a": 1, "b": 2}}
     assert gold(job, row(("add", {"a": 1, "b": 2}))).messages == [
@@ -103,7 +142,9 @@ def validations(monkeypatch):
 
     def validate(job, params, data, title, limit, stop):
         asked.append([prompt.example.answer for prompt in data.prompts])
-        return sft_evaluation({"exact_answer_match": figures[len(asked) - 1]})
+        figure = figures[len(asked) - 1]
+        match, grounded = figure if isinstance(figure, tuple) else (figure, None)
+        return sft_evaluation({"exact_answer_match": match, "answer_grounded": grounded})
 
     monkeypatch.setattr(cold_start, "evaluate", validate)
     # the rule does not depend on what the updates do, and this one needs no compiling
@@ -130,7 +171,7 @@ def test_it_stops_at_the_first_validation_that_is_good_enough(tmp_path, validati
     settings = {"sft_eval_steps": 8, "sft_max_steps": 20, "sft_stop_match": 0.4, "sft_validation_size": 4}
     with opened(tmp_path / "run", **settings) as (job, data):
         report = cold_start.fine_tune(job, data, tmp_path / "model")
-    assert report == {"steps": 18, "validation": {"exact_answer_match": 0.4}}
+    assert report == {"steps": 18, "validation": {"exact_answer_match": 0.4, "answer_grounded": None}}
     held_out = [row["answer"] for row in launch.rows(30, 4)]  # the last 4 of rows 10 to 33
     assert asked == [held_out] * 3
     assert len(trained) == 18 * 8
@@ -138,12 +179,22 @@ def test_it_stops_at_the_first_validation_that_is_good_enough(tmp_path, validati
     assert (tmp_path / "model/model.safetensors").exists()
 
 
+def test_it_waits_for_grounded_answers_where_asked(tmp_path, validations):
+    """Looks after 8 and 16 updates; once both figures are past half of the stop, after 2 more."""
+    asked, figures = validations
+    figures += [(1.0, 0.0), (1.0, 0.3), (0.3, 0.9), (0.9, 0.5)]
+    settings = {"sft_eval_steps": 8, "sft_max_steps": 30, "sft_stop_match": 0.4, "sft_stop_grounded": 0.5}
+    with opened(tmp_path / "run", **settings) as (job, data):
+        report = cold_start.fine_tune(job, data, tmp_path / "model")
+    assert report["steps"] == 20 and len(asked) == 4
+
+
 def test_it_stops_at_sft_max_steps_and_validates_there(tmp_path, validations):
     asked, figures = validations
     figures += [0.0, 0.1]
     with opened(tmp_path / "run", sft_eval_steps=2, sft_max_steps=3) as (job, data):
         report = cold_start.fine_tune(job, data, tmp_path / "model")
-    assert report == {"steps": 3, "validation": {"exact_answer_match": 0.1}}
+    assert report == {"steps": 3, "validation": {"exact_answer_match": 0.1, "answer_grounded": None}}
     assert len(asked) == 2
 
 

@@ -36,6 +36,7 @@ def block(name: str) -> str:
         ("deposit", "inline", {"amount": 2}, ["Balance: 2", "Balance: 4"]),
         ("take", "inline", {"item": "tea"}, ["0 tea left", "Error: no tea left"]),
         ("fetch", "process", {"n": 1}, ["1", "1"]),
+        ("final_answer", "process", {"answer": " "}, ["Error: the answer is empty"]),
     ],
 )
 def test_an_example_answers_what_the_page_says(tmp_path, caplog, name, executor, arguments, texts):
@@ -56,6 +57,6 @@ def test_the_example_in_python_runs(tmp_path):
 
 
 def test_every_example_is_tested_and_the_defaults_are_those_of_the_options():
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
     for option, default in re.findall(r"^\| `(\w+)` \| (\d+)", PAGE, re.MULTILINE):
         assert getattr(GRPOConfig(), option) == float(default)

@@ -25,12 +25,14 @@ from grpo_jax.run import job
 from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.options import GRPOConfig
+from grpo_jax.scoring import evaluation
 from grpo_jax.tools import load_tools
 
 LEAVINGS = {
     "resolved_config.yaml",
     "metrics.jsonl",
     "rollouts",
+    "evaluation",
     "checkpoints",
     "model",
     "summary.json",
@@ -48,6 +50,8 @@ METRICS = {
     "completions/min_length",
     "completions/max_length",
     "completions/clipped_ratio",
+    "completions/turn_closed",
+    "completions/answer_grounded",
     "entropy",
     "clip_ratio/low_mean",
     "clip_ratio/high_mean",
@@ -65,7 +69,7 @@ METRICS = {
 }
 PHASES = {"compile", "cold_start", "rollout", "reward", "update", "evaluate", "save"}
 OPTIMISED = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # see conftest
-FIGURES = {"response_validity", "exact_answer_match", "tool_call_schema_match", "n"}
+FIGURES = {*evaluation.FIGURES, "n"}
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -171,6 +175,11 @@ def test_the_summary_holds_both_evaluations_and_the_seconds_of_every_phase():
         assert summary[part].keys() >= FIGURES
         assert summary[part]["n"] == 16
         assert all(0 <= summary[part][name] <= 1 for name in FIGURES - {"n"})
+        rows = ran.jsonl(f"evaluation/{part}.jsonl")
+        for name in FIGURES - {"n"}:
+            assert sum(row[name] for row in rows) / 16 == pytest.approx(summary[part][name])
+    row = launch.whole().jsonl("rollouts/step_000001.jsonl")[0]
+    assert rows[0].keys() - set(evaluation.FIGURES) == row.keys() - {"rewards", "advantage"}
     assert summary["timings"].keys() == PHASES
     assert all(seconds > 0 for seconds in summary["timings"].values())
     assert sum(summary["timings"].values()) < ran.seconds
@@ -407,7 +416,7 @@ def test_evaluation_rows_whose_answers_are_all_errors_leave_the_figures_out(tmp_
         eval_dataset_id_or_path=launch.write_rows(tmp_path / "test.jsonl", errors),
     )
     assert ran.status == 0, ran.err
-    assert "Evaluation before: exact_answer_match – on 0 rows" in ran.out
+    assert "Evaluation before: exact_answer_match –, answer_grounded –, turn_closed – on 0 rows" in ran.out
     assert "Evaluation on 0 rows (4 rows whose answer is an error are not in the figures)" in ran.out
     after = ran.json("summary.json")["after"]
     assert (after["exact_answer_match"], after["n"], after["error_answers"]["n"]) == (None, 0, 4)

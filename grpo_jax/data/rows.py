@@ -13,7 +13,7 @@ from grpo_jax.types import Example, Message
 
 # Keywords that every reward gets from the trainer; a column of that name would hide one.
 RESERVED_COLUMNS = frozenset(
-    ("completions", "prompts", "completion_ids", "trainer_state", "log_metric", "log_extra")
+    ("completions", "prompts", "completion_ids", "statuses", "trainer_state", "log_metric", "log_extra")
 )
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -101,28 +101,29 @@ def _holds_null(value: Any) -> bool:
     return value is None or any(map(_holds_null, inner))
 
 
-def row_tools(example: Example, names: Iterable[str]) -> list[str]:
+def row_tools(example: Example, names: Iterable[str], column: str = "tools") -> list[str]:
     """The tools that a row may see, in the order of `names`: those that its column `tools` names, or all.
 
     Args:
         example: the row; null in the column means all, as does its absence.
         names: of all tools.
+        column: `must_state` for the tools whose results the final text must state.
 
     Raises:
         ValueError: the column is not a list of at least one tool's name.
     """
-    names, wanted = list(names), parsed_text(example.extra.get("tools"))
+    names, wanted = list(names), parsed_text(example.extra.get(column))
     if wanted is None:
         return names
     if not isinstance(wanted, list) or not wanted or not all(isinstance(name, str) for name in wanted):
         raise ValueError(
-            f"{example.source}: column 'tools' must be a list of tool names, as {show_json(names[:1])}, or null "
-            f"for all, got {show_json(wanted)}"
+            f"{example.source}: column {column!r} must be a list of tool names, as {show_json(names[:1])}, or null "
+            f"for {'all' if column == 'tools' else 'the last result'}, got {show_json(wanted)}"
         )
     for name in wanted:
         if name not in names:
             near = nearest(name, names)[0]
-            raise ValueError(f"{example.source}: column 'tools': unknown tool {name!r}; nearest: {near}")
+            raise ValueError(f"{example.source}: column {column!r}: unknown tool {name!r}; nearest: {near}")
     return [name for name in names if name in wanted]
 
 

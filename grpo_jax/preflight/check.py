@@ -259,7 +259,7 @@ def _made_up(job: Job, prompt: Prompt) -> Gold:
     call = ToolCall(next(iter(job.toolbox.functions)), {})
     answer = prompt.example.answer
     calls = [(call, ToolResult(answer, Outcome.OK, 0.0))]
-    return Gold(prompt.example, written_trajectory(job.conversation, prompt, calls, answer))
+    return Gold(prompt.example, written_trajectory(job.conversation, prompt, calls, job.last_turn(answer)))
 
 
 def _conversations(job: Job, row: Gold, gold: Sequence[Gold]) -> list[Trajectory]:
@@ -268,7 +268,7 @@ def _conversations(job: Job, row: Gold, gold: Sequence[Gold]) -> list[Trajectory
     call, result = _wrong_call(job, row, gold)
     return [
         written_trajectory(job.conversation, prompt, [], "I do not know."),
-        written_trajectory(job.conversation, prompt, [(call, result)], result.text),
+        written_trajectory(job.conversation, prompt, [(call, result)], job.last_turn(result.text)),
         row.trajectory,
     ]
 

@@ -18,7 +18,7 @@ import numpy as np
 from grpo_jax.data.gold import failed_call
 from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.text import shorten
-from grpo_jax.types import Example, Outcome, ToolCall, ToolResult, Trajectory
+from grpo_jax.types import Example, Outcome, Status, ToolCall, ToolResult, Trajectory
 
 SHOWN_CHARACTERS = 200  # of a text that a hint quotes
 NO_CALL, WRONG, GOLD = range(3)  # columns of the rewards of conversations written by hand
@@ -57,7 +57,7 @@ class Gold:
     def tokens_of_calls(self) -> int:
         """Tokens up to the end of the last call; its result and the answer follow."""
         spans = [len([*span]) for _, span in itertools.groupby(self.trajectory.sampled_mask)]
-        return sum(spans[:-2])
+        return sum(spans if self.trajectory.status is Status.TOOLS_DONE else spans[:-2])
 
     @property
     def turns(self) -> int:

@@ -11,8 +11,9 @@ together; after a turn's tools one all-gather of five numbers tells each of them
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ class ToolLoop:
         tree: the data set's preamble and buckets.
         max_iterations: tool turns per completion; None for no limit but the budget.
         malformed_feedback: report to the model why a call did not parse instead of ending the completion.
+        stop_after_tools: end a completion when the results of its first turn of calls are in.
+        final_tools: tools whose call ends a completion -> the parameter that is its answer.
         limit: tokens that a completion may have, where that is less than the sampler's budget.
         max_turn: tokens that one turn may have; None for no limit but the budget.
     """
@@ -49,6 +52,8 @@ class ToolLoop:
     tree: Tree
     max_iterations: int | None = None
     malformed_feedback: bool = False
+    stop_after_tools: bool = False
+    final_tools: Mapping[str, str] = dataclasses.field(default_factory=dict)
     limit: int | None = None
     max_turn: int | None = None
 
@@ -271,7 +276,8 @@ def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool) -> None:
         return flight.finish(Status.OVERLONG)
     parsed = loop.conversation.parse(ids, trajectory.prompt.schemas)
     trajectory.messages.append(loop.conversation.assistant_message(parsed))
-    spent = loop.max_iterations is not None and flight.tool_turns >= loop.max_iterations
+    final = bool(parsed.calls) and all(call.name in loop.final_tools for call in parsed.calls)
+    spent = loop.max_iterations is not None and flight.tool_turns >= loop.max_iterations + final
     if parsed.error and loop.malformed_feedback and not spent:
         flight.feedback = f"Error: the tool call does not parse: {parsed.error}"
     elif parsed.error:
@@ -295,13 +301,23 @@ def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
     if trajectory.status is not None or not (flight.running or flight.feedback):
         return []
     if flight.feedback is not None:
-        results, flight.feedback = [(PARSER_NAME, flight.feedback)], None
+        results, flight.feedback, ended = [(PARSER_NAME, flight.feedback)], None, None
     else:
         done = [(call, result.result()) for call, result in flight.running]
+        final = [c for c, r in done if c.name in loop.final_tools and r.outcome is Outcome.OK]
+        if final:  # the call is the answer, and no result of a tool
+            answer = final[-1].arguments[loop.final_tools[final[-1].name]]
+            text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+            trajectory.messages[-1]["content"] = text
+            done = [pair for pair in done if pair[0] not in final]
         trajectory.calls.extend(done)
         results, flight.running = [(call.name, result.text) for call, result in done], []
+        ended = answered(trajectory.calls) if final else Status.TOOLS_DONE if loop.stop_after_tools else None
     flight.tool_turns += 1
     trajectory.messages.extend({"role": "tool", "name": name, "content": text} for name, text in results)
+    if ended is not None:
+        flight.finish(ended)
+        return []
     ids = loop.conversation.response_ids(results)
     if len(trajectory.completion_ids) + len(ids) >= loop.budget:  # at least one token must follow
         flight.finish(Status.OVERLONG_TOOL_RESPONSE)

@@ -3,17 +3,19 @@
 Supervised fine-tuning on the same prefix tree, with the same update, as GRPO: a
 gold row is a trajectory whose turns were written instead of sampled. It ends by
 a rule: a validation slice at the end of the training rows is evaluated greedily
-every few updates until its exact_answer_match reaches `sft_stop_match`, four times as
-often once half of that is reached: a small model learns the second half in a few updates. A completion
-of that evaluation may be twice as long as the longest gold conversation, so that a model that does not end
-its turns yet does not hold training up.
+every few updates until its exact_answer_match reaches `sft_stop_match` and its answer_grounded
+`sft_stop_grounded`, four times as often once half of that is reached: a small model learns the second
+half in a few updates. A completion of that evaluation may be twice as long as the longest gold conversation,
+so that a model that does not end its turns yet does not hold training up.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +35,7 @@ from grpo_jax.run.evaluation import evaluate
 from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import DataSet, Job, optimizer_of
 from grpo_jax.scoring.rewards import same_answer
-from grpo_jax.types import Message, ParsedTurn, Prompt, ToolCall, ToolResult, Trajectory
+from grpo_jax.types import Message, ParsedTurn, Prompt, Status, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.schedules import make_schedule
 from grpo_jax.update.update import (
@@ -43,6 +45,7 @@ from grpo_jax.update.update import (
     place_batch,
     sft_objective,
     state_shardings,
+    turns_objective,
 )
 
 LENGTHS = 2  # of the longest gold conversation that a completion may have in the validation
@@ -93,7 +96,10 @@ def fine_tune(
     trained, frozen = job.load_trained()
     state = init_state(trained, optimizer, job.training)
     step = ModelStep(job.model, job.training, job.dtype, remat=config.gradient_checkpointing)
-    update = make_update(step, optimizer, sft_objective, state, frozen)
+    objective = sft_objective
+    if config.sft_weights == "turns":
+        objective, gold = turns_objective, list(map(turns_weighted, gold))
+    update = make_update(step, optimizer, objective, state, frozen)
     at: dict[str, Any] = {"done": 0, "every": config.sft_eval_steps, "validate": False, "loss": 0.0}
     cursor, of = Cursor(), _made_of(job, gold)
     saved = folder.with_name(folder.name + SAVED)
@@ -119,10 +125,12 @@ def fine_tune(
                     trained, validated = trained_until - trained_from, time.perf_counter() - trained_until
                     trained_from = time.perf_counter()
                     match = report["exact_answer_match"]  # there is one: `check_stop_rule`
+                    stated = report["answer_grounded"] or 0.0  # None where no text is asked for
                     job.console.line(
-                        f"cold start {at['done']}: loss {at['loss']:.3f}, validation exact_answer_match {match:.3f}"
+                        f"cold start {at['done']}: loss {at['loss']:.3f}, validation exact_answer_match "
+                        f"{match:.3f}, answer_grounded {stated:.3f}"
                     )
-                    if match >= config.sft_stop_match:
+                    if match >= config.sft_stop_match and stated >= config.sft_stop_grounded:
                         break
                     if at["done"] > config.sft_eval_steps and validated > trained:  # the first compiles
                         job.console.line(
@@ -131,7 +139,7 @@ def fine_tune(
                         )
                     if at["done"] == config.sft_max_steps:
                         break
-                    if match >= config.sft_stop_match / 2:
+                    if match >= config.sft_stop_match / 2 and stated >= config.sft_stop_grounded / 2:
                         at["every"] = max(1, config.sft_eval_steps // 4)
             except Stopped:
                 if at["done"] > (last or 0):
@@ -222,8 +230,10 @@ def gold_trajectories(job: Job, prompts: Sequence[Prompt]) -> list[Trajectory]:
     Every row must hold a gold call. The budget is not looked at.
     """
     made = run_gold_calls([p.example for p in prompts], job.toolbox.functions, job.runner)
+    if job.config.stop_after_tools:
+        made = [calls[:1] for calls in made]
     return [
-        written_trajectory(job.conversation, prompt, calls, calls[-1][1].text)
+        written_trajectory(job.conversation, prompt, calls, job.last_turn(calls[-1][1].text))
         for prompt, calls in zip(prompts, made, strict=True)
     ]
 
@@ -232,13 +242,14 @@ def written_trajectory(
     conversation: Conversation,
     prompt: Prompt,
     calls: Sequence[tuple[ToolCall, ToolResult]],
-    answer: str,
+    last: str | ToolCall | None,
 ) -> Trajectory:
     """A trajectory whose turns were written instead of sampled.
 
     Args:
         calls: each is a separate turn, followed by its result; may be empty.
-        answer: the text of the last turn.
+        last: the last turn: a text, the call of a final tool with its one argument, or None for none: the
+            conversation then ends with the calls of its last turn (`stop_after_tools`).
     """
     ids: list[int] = []
     mask: list[bool] = []
@@ -249,13 +260,30 @@ def written_trajectory(
         mask.extend([learned] * len(new))
         messages.append(message)
 
-    for call, result in calls:
+    for i, (call, result) in enumerate(calls):
         turn = assistant_message(ParsedTurn("", None, (call,), None))
         append(conversation.assistant_ids("", [call]), True, turn)
         response = {"role": "tool", "name": call.name, "content": result.text}
-        append(conversation.response_ids([(call.name, result.text)]), False, response)
-    append(conversation.assistant_ids(answer, []), True, {"role": "assistant", "content": answer})
-    return Trajectory(prompt, ids, mask, [0.0] * len(ids), messages, list(calls), answered(calls))
+        fed = conversation.response_ids([(call.name, result.text)])
+        append(fed if last is not None or i + 1 < len(calls) else [], False, response)
+    if isinstance(last, ToolCall):
+        turn = assistant_message(ParsedTurn(next(iter(last.arguments.values())), None, (last,), None))
+        append(conversation.assistant_ids("", [last]), True, turn)
+    elif last is not None:
+        append(conversation.assistant_ids(last, []), True, {"role": "assistant", "content": last})
+    status = Status.TOOLS_DONE if last is None else answered(calls)
+    return Trajectory(prompt, ids, mask, [0.0] * len(ids), messages, list(calls), status)
+
+
+def turns_weighted(trajectory: Trajectory) -> Trajectory:
+    """A written trajectory whose turns count equally in `turns_objective`, whatever their number of tokens.
+
+    Of N written tokens in K turns, one in a turn of n has the weight N / (K·n), so that the mean weight is 1.
+    """
+    turns = [(written, len([*run])) for written, run in itertools.groupby(trajectory.sampled_mask)]
+    K, N = sum(written for written, _ in turns), trajectory.sampled_tokens
+    logprobs = [math.log(K * n / N) if written else 0.0 for written, n in turns for _ in range(n)]
+    return dataclasses.replace(trajectory, logprobs=logprobs)
 
 
 def cold_start_rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from grpo_jax import hosts
 from grpo_jax.data.gold import gold_calls
+from grpo_jax.files import plain, write_text_atomic
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.loop import make_policy, roll_out
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.run.checkpoint import Stopped
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import DataSet, Job
-from grpo_jax.run.log import interval_text
-from grpo_jax.scoring.evaluation import summarize, summarize_samples
-from grpo_jax.types import Trajectory
+from grpo_jax.run.log import interval_text, last_user_message
+from grpo_jax.scoring.evaluation import row_figures, summarize, summarize_samples
+from grpo_jax.types import ToolCall, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,7 @@ def evaluate(
     title: str,
     limit: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    name: str | None = None,
 ) -> Evaluation:
     """Run every prompt greedily and score the calls; with eval_samples, sample each so often too.
 
@@ -46,9 +50,10 @@ def evaluate(
         params: rollout weights, from `sampler.export`.
         limit: tokens that a completion may have, where that is less than the budget.
         stop: whether this host was asked to stop.
+        name: of the file in `evaluation/` that gets a line for each row; None for none.
 
     Raises:
-        Stopped: some host was.
+        Stopped: some host was asked to stop.
     """
     gold = [gold_calls(p.example, job.toolbox.functions) for p in data.prompts]
     prompts = [dataclasses.replace(prompt, draw=i) for i, prompt in enumerate(data.prompts)]
@@ -84,7 +89,22 @@ def evaluate(
         found = summarize_samples(completions(job.sampled, f"{title}, {n} samples a row", n), n)
         summary["intervals"] |= found.pop("intervals")
         summary |= found
+    if name is not None:
+        path = Path(job.config.output_dir) / "evaluation" / f"{name}.jsonl"
+        lines = [json.dumps(plain(row), ensure_ascii=False) + "\n" for row in map(_row, trajectories, gold)]
+        hosts.of_first(lambda: write_text_atomic(path, "".join(lines)))
     return Evaluation(summary, trajectories)
+
+
+def _row(trajectory: Trajectory, gold: Sequence[ToolCall]) -> dict[str, Any]:
+    """An evaluated row, as `evaluation/` has it."""
+    return {
+        "prompt": last_user_message(trajectory.prompt.example.messages),
+        "messages": trajectory.messages,
+        "answer": trajectory.prompt.example.answer,
+        "status": trajectory.status.value,
+        **row_figures(trajectory, gold),
+    }
 
 
 def compare(console: Console, summaries: dict[str, dict[str, Any]]) -> None:

@@ -80,7 +80,9 @@ FloatType = Literal["float32", "bfloat16"]
 LoraModule = Literal[
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "all-linear"
 ]
-Figure = Literal["response_validity", "exact_answer_match", "tool_call_schema_match"]
+Figure = Literal[
+    "response_validity", "exact_answer_match", "tool_call_schema_match", "turn_closed", "answer_grounded"
+]
 DEFAULT_TOOLS = "tools_funcs.financial_tools_complex"  # the original's
 NONE_IS_A_VALUE = {"resume_from_checkpoint", "compilation_cache_dir"}  # elsewhere the text none unsets
 
@@ -118,10 +120,19 @@ class Options:
     max_tool_calling_iterations: int | None = _opt(
         None, "Maximum number of tool turns in a conversation; unset: limited by the token budget only.", ge=1
     )
+    stop_after_tools: bool = _opt(
+        False, "End a completion when the results of its first tool turn are in, without a final text."
+    )
+    final_tool: str | None = _opt(
+        None,
+        "Tool whose call ends a conversation with its argument as the answer, besides those marked @final.",
+    )
     malformed_call_feedback: bool = _opt(False, "Answer a tool call that does not parse with the reason.")
 
     reward_fn: list[str] | None = _opt(
-        None, "Python files exporting reward_func; used instead of reward_function_name.", path="file"
+        None,
+        "Python files exporting reward_func, and built-in names; used instead of reward_function_name.",
+        path="file",
     )
     reward_function_name: list[str] | None = _opt(None, "Built-in reward functions; unset: accuracy.")
     reward_weights: list[float] | None = _opt(None, "One weight per reward function; unset: all 1.")
@@ -343,6 +354,12 @@ class Options:
     sft_validation_size: int = _opt(128, "Training rows that are held out for validation.", ge=1)
     sft_stop_match: float = _opt(
         0.95, "exact_answer_match on the validation rows at which the cold start stops.", gt=0, le=1
+    )
+    sft_weights: Literal["tokens", "turns"] = _opt(
+        "tokens", "What counts equally in the cold start's loss: every token, or every turn of a row."
+    )
+    sft_stop_grounded: float = _opt(
+        0.0, "answer_grounded on the validation rows that the cold start must reach as well.", ge=0, le=1
     )
 
     mesh_data: Unlimited = _opt(-1, "Devices along the data axis; -1: all that are left.")

@@ -55,11 +55,12 @@ from grpo_jax.tools import (
     PurityCheck,
     Toolbox,
     ToolRunner,
+    final_tools,
     load_tools,
     signature_line,
     tools_of,
 )
-from grpo_jax.types import Example, Prompt, Schema, Trajectory
+from grpo_jax.types import Example, Prompt, Schema, ToolCall, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.update.optimizer import Optimizer, make_optimizer, make_rule
 from grpo_jax.update.update import GrpoObjective
@@ -167,8 +168,21 @@ class Job:
             tree,
             config.max_tool_calling_iterations,
             config.malformed_call_feedback,
+            config.stop_after_tools,
+            self.final_tools,
             max_turn=config.max_turn_length,
         )
+
+    @functools.cached_property
+    def final_tools(self) -> dict[str, str]:
+        """The tools whose call ends a conversation, each with the parameter that is its answer."""
+        return final_tools(self.toolbox, self.config.final_tool)
+
+    def last_turn(self, answer: str) -> str | ToolCall | None:
+        """The turn with which a written conversation tells its answer: a text, a final tool's call, or none."""
+        if self.config.stop_after_tools:
+            return None
+        return next((ToolCall(name, {of: answer}) for name, of in self.final_tools.items()), answer)
 
     def prompt(self, example: Example) -> Prompt:
         """An example with its token ids and the schemas of the tools that it shows."""
@@ -191,6 +205,7 @@ class Job:
         """The reward functions on a batch, with every column of its examples; see `reward_names`."""
         examples = [t.prompt.example for t in trajectories]
         columns = {name for example in examples for name in example.extra}
+        values = {name: [e.extra.get(name) for e in examples] for name in sorted(columns)}
         outcome = call_rewards(
             self.rewards,
             completions=[t.messages for t in trajectories],
@@ -198,7 +213,7 @@ class Job:
             prompts=[e.messages for e in examples],
             completion_ids=[t.completion_ids for t in trajectories],
             trainer_state=now,
-            columns={name: [e.extra.get(name) for e in examples] for name in sorted(columns)},
+            columns=values | {"statuses": [t.status.value for t in trajectories]},
         )
         if self.config.soft_overlong_cache is None:
             return outcome
@@ -322,6 +337,7 @@ def read_inputs(
     script, module = config.tools_script, config.tool_functions_module
     toolbox = load_tools(script, module) if tools is None else tools_of(tools)
     files, names = config.reward_fn, config.reward_function_name
+    final_tools(toolbox, config.final_tool)  # raises where one cannot be
     functions = load_rewards(files, names) if rewards is None else rewards_of(rewards)
     if problems := reward_problems(config, [reward.name for reward in functions]):
         raise ValueError("\n".join(text for _, text in problems))
@@ -502,6 +518,7 @@ def load_data(job: Job, examples: Sequence[Example]) -> DataSet:
     for prompt in prompts:
         if prompt.example.extra.get("tools") is not None:  # a gold call outside of them could never be made
             gold_calls(prompt.example, job.toolbox.functions)
+        row_tools(prompt.example, job.toolbox.functions, "must_state")
     limit = config.max_prompt_length
     if limit is not None:
         kept = [p for p in prompts if len(p.ids) <= limit]

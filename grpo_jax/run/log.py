@@ -18,7 +18,6 @@ from grpo_jax.run.trackers import open_tracker
 from grpo_jax.types import Trajectory
 
 _log = logging.getLogger(__name__)
-EVALUATED = ("response_validity", "exact_answer_match", "tool_call_schema_match")  # see `evaluate`
 PHASES = ("compile", "cold_start", "rollout", "reward", "update", "evaluate", "save")
 
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from grpo_jax.run.fields import KINDS, OPTIONS, Options, option_type
 from grpo_jax.run.trl_options import EQUAL, Entry, settle, show
+from grpo_jax.scoring.rewards import BUILT_IN
 from grpo_jax.text import nearest
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class GRPOConfig(Options):
 def _absolute(value: Any, kind: str) -> Any:
     if isinstance(value, list):
         return [_absolute(one, kind) for one in value]
-    if value in ("none", "scratch") or value.startswith("tfds:"):
+    if value in ("none", "scratch", *BUILT_IN) or value.startswith("tfds:"):
         return value
     path = re.sub(r"\[[^\[\]]*\]$", "", value) if kind == "data" else value  # without a slice
     if kind != "file" and not os.path.exists(os.path.expanduser(path)):
@@ -253,6 +254,11 @@ def reward_problems(options: Options, rewards: Sequence[str]) -> list[tuple[str,
     if options.reward_weights is not None and len(options.reward_weights) != len(rewards):
         text = f"reward_weights needs one weight per reward function: {len(rewards)} functions "
         found.append(("reward_weights", f"{text}({', '.join(rewards)}), got {options.reward_weights}"))
+    if options.stop_after_tools and "grounded" in rewards:
+        text = (
+            "stop_after_tools asks for no final text, which the reward grounded reads; leave one of them out"
+        )
+        found.append(("stop_after_tools", text))
     if options.soft_overlong_cache is not None and SOFT_OVERLONG in rewards:
         text = f"soft_overlong_cache adds a reward {SOFT_OVERLONG}, and a reward function has this name; rename it"
         found.append(("soft_overlong_cache", text))
@@ -334,6 +340,14 @@ def _contradictions(options: Options) -> list[tuple[str, str]]:
             found.append(
                 (name, f"{name} compares evaluations during training; set eval_steps or eval_strategy")
             )
+
+    # the conversation
+    if options.stop_after_tools and options.sft_stop_grounded:
+        text = f"sft_stop_grounded {options.sft_stop_grounded} can never be reached with stop_after_tools, which asks for"
+        found.append(("sft_stop_grounded", f"{text} no final text; leave one of them out"))
+    if options.stop_after_tools and options.final_tool:
+        text = f"final_tool {options.final_tool} has no effect with stop_after_tools, which ends a completion before it"
+        found.append(("final_tool", text))
 
     # the advantages
     if options.multi_objective_aggregation == "normalize_then_sum":

@@ -18,8 +18,9 @@ import numpy as np
 import yaml
 
 from grpo_jax.files import whole_lines, write_text_atomic
-from grpo_jax.run.log import EVALUATED, interval_text, read_summary
+from grpo_jax.run.log import interval_text, read_summary
 from grpo_jax.run.options import GRPOConfig
+from grpo_jax.scoring.evaluation import FIGURES
 from grpo_jax.scoring.rewards import ROW_COLUMNS
 
 WINDOW = 10  # updates of a running mean
@@ -30,6 +31,10 @@ PANELS = {
     "KL to the reference, nats": ("kl",),
     "sampled tokens a row": ("completions/min_length", "completions/mean_length", "completions/max_length"),
     "tool calls a row, and their failures": ("tools/call_frequency", "tools/failure_frequency"),
+    "share of rows closed by the model, and that state the result": (
+        "completions/turn_closed",
+        "completions/answer_grounded",
+    ),
     "share of groups with equal rewards, and of wasted ones": (
         "frac_reward_zero_std",
         "rollout/wasted_groups",
@@ -96,14 +101,15 @@ def draw_figure(axes, summary: dict[str, Any], figure: str) -> None:
     """One of the evaluation's figures before and after, with 95 % intervals."""
     for i, when in enumerate(("before", "after")):
         seen = summary.get(when)
-        if not seen or seen[figure] is None:
+        if not seen or seen.get(figure) is None:
             continue
         value, interval, error = seen[figure], seen["intervals"][figure], None
         if interval is not None:
             error = [[max(value - interval[0], 0)], [max(interval[1] - value, 0)]]
         axes.bar(i, value, yerr=error, color=("0.75", "C0")[i], capsize=4)
         axes.text(i, 0.03, f"{value:.2f}", ha="center")
-    axes.set(xticks=(0, 1), xticklabels=("before", "after"), xlim=(-0.6, 1.6), ylim=(0, 1.05), title=figure)
+    axes.set(xticks=(0, 1), xticklabels=("before", "after"), xlim=(-0.6, 1.6), ylim=(0, 1.05))
+    axes.set_title(figure, fontsize=10)
 
 
 def _curves(lines):
@@ -113,7 +119,7 @@ def _curves(lines):
     panels["rewards"] = means if len(means) > 1 else []
     ends = sorted(n for n in names if n.startswith("status/"))
     panels["how rows ended, share"] = [n for n in ends if any(line.get(n) for line in lines)]
-    panels["evaluation"] = [f"eval/{name}" for name in EVALUATED if f"eval/{name}" in names]
+    panels["evaluation"] = [f"eval/{name}" for name in FIGURES if f"eval/{name}" in names]
     panels["evaluation, sampled"] = sorted(n for n in names if n.startswith(("eval/mean@", "eval/pass@")))
     panels = {title: metrics for title, metrics in panels.items() if metrics}
     rows = 1 + -(-len(panels) // 2)
@@ -171,20 +177,26 @@ def _svg(figure) -> str:
 def _evaluation(summary) -> str:
     shown = {when: summary[when] for when in ("before", "after") if summary.get(when)}
     figure = _figure(2.6)
-    for axes, name in zip(figure.subplots(1, len(EVALUATED)), EVALUATED, strict=True):
+    for axes, name in zip(figure.subplots(1, len(FIGURES)), FIGURES, strict=True):
         draw_figure(axes, summary, name)
     names = next(iter(shown.values()))["intervals"]
     rows = [("", *shown), *((name, *(interval_text(s, name) for s in shown.values())) for name in names)]
     return _table([*rows, ("rows", *(s["n"] for s in shown.values()))]) + _svg(figure)
 
 
-def _options(path: Path) -> str:
-    """The options that are not the defaults."""
+def changed_options(path: Path) -> list[tuple[str, str]]:
+    """The options of a resolved_config.yaml that are not the defaults, as JSON; none where there is no file."""
     if not path.is_file():
-        return ""
+        return []
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     default = GRPOConfig()
-    changed = [(k, json.dumps(v)) for k, v in given.items() if v != getattr(default, k, None)]
+    return [(k, json.dumps(v)) for k, v in given.items() if v != getattr(default, k, None)]
+
+
+def _options(path: Path) -> str:
+    changed = changed_options(path)
+    if not changed:
+        return ""
     return f"<details><summary>{len(changed)} options that are not the defaults</summary>{_table(changed)}</details>"
 
 

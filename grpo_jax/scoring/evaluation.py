@@ -4,7 +4,10 @@
   not begin with `Error:`;
 - exact_answer_match: share of examples whose last tool result equals the answer, whitespace and case
   ignored;
-- tool_call_schema_match: mean over examples of 0.3 · right name + 0.7 · share of gold arguments reproduced.
+- tool_call_schema_match: mean over examples of 0.3 · right name + 0.7 · share of gold arguments reproduced;
+- turn_closed: share of examples that the model ended itself;
+- answer_grounded: share of examples whose final text states what the last tool result says
+  (`scoring.grounding`).
 
 Examples whose gold answer is itself an `Error:` are counted separately.
 """
@@ -17,10 +20,18 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.scoring.grounding import trajectory_grounded
 from grpo_jax.scoring.intervals import bootstrap_interval, wilson_interval
 from grpo_jax.scoring.rewards import same_answer
-from grpo_jax.types import Outcome, ToolCall, Trajectory
+from grpo_jax.types import Outcome, Status, ToolCall, Trajectory
 
+FIGURES = (
+    "response_validity",
+    "exact_answer_match",
+    "tool_call_schema_match",
+    "turn_closed",
+    "answer_grounded",
+)
 NAME_WEIGHT = 0.3
 
 
@@ -31,23 +42,22 @@ def summarize(trajectories: Sequence[Trajectory], gold: Sequence[list[ToolCall]]
         trajectories: one per example.
         gold: the calls that answer each; empty where an example names none.
     """
-    examples = [t.prompt.example for t in trajectories]
-    rows = [i for i, example in enumerate(examples) if not example.wants_error]
-    valid = [_is_valid(trajectories[i]) for i in rows]
-    exact = [is_exact(trajectories[i]) for i in rows]
-    match = [schema_match([c for c, _ in trajectories[i].calls], gold[i]) for i in rows if gold[i]]
-    n = len(rows)
-    errors = [is_exact(t) for t in trajectories if t.prompt.example.wants_error]
+    found = list(map(row_figures, trajectories, gold))
+    wants_error = [t.prompt.example.wants_error for t in trajectories]
+    rows = [row for row, error in zip(found, wants_error, strict=True) if not error]
+    errors = [row["exact_answer_match"] for row, error in zip(found, wants_error, strict=True) if error]
+    means, intervals = {}, {}
+    for name in FIGURES:
+        values = [row[name] for row in rows if row[name] is not None]
+        means[name] = float(np.mean(values)) if values else None
+        if name != "tool_call_schema_match":  # a share of the rows
+            intervals[name] = wilson_interval(sum(values), len(values))
+        else:
+            intervals[name] = bootstrap_interval(values, seed=0) if values else None
     return {
-        "response_validity": sum(valid) / n if n else None,
-        "exact_answer_match": sum(exact) / n if n else None,
-        "tool_call_schema_match": float(np.mean(match)) if match else None,
-        "n": n,
-        "intervals": {
-            "response_validity": wilson_interval(sum(valid), n),
-            "exact_answer_match": wilson_interval(sum(exact), n),
-            "tool_call_schema_match": bootstrap_interval(match, seed=0) if match else None,
-        },
+        **means,
+        "n": len(rows),
+        "intervals": intervals,
         "error_answers": {
             "n": len(errors),
             "exact_answer_match": sum(errors) / len(errors) if errors else None,
@@ -89,15 +99,24 @@ def summarize_samples(samples: Sequence[Trajectory], n: int) -> dict[str, Any]:
     return found
 
 
-def _is_valid(trajectory: Trajectory) -> bool:
-    return any(result.outcome is Outcome.OK for _, result in trajectory.calls)
-
-
 def is_exact(trajectory: Trajectory) -> bool:
     """Whether the last tool result is the answer; see `exact_answer_match`."""
     return bool(trajectory.calls) and same_answer(
         trajectory.calls[-1][1].text, trajectory.prompt.example.answer
     )
+
+
+def row_figures(trajectory: Trajectory, gold: Sequence[ToolCall]) -> dict[str, bool | float | None]:
+    """What one example adds to each figure; None where it has none."""
+    calls = trajectory.calls
+    asked = trajectory.status is not Status.TOOLS_DONE  # for a final text
+    return {
+        "response_validity": any(result.outcome is Outcome.OK for _, result in calls),
+        "exact_answer_match": is_exact(trajectory),
+        "tool_call_schema_match": schema_match([call for call, _ in calls], gold) if gold else None,
+        "turn_closed": trajectory.status.closed if asked else None,
+        "answer_grounded": trajectory_grounded(trajectory) if asked else None,
+    }
 
 
 def schema_match(calls: Sequence[ToolCall], gold: Sequence[ToolCall]) -> float:

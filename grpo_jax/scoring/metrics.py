@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from grpo_jax.scoring.grounding import trajectory_grounded
 from grpo_jax.text import shorten
 from grpo_jax.types import Message, Outcome, Status, Trajectory
 
@@ -57,7 +58,8 @@ def trajectory_metrics(
 
     `completions/*_length` count sampled tokens, without tool responses.
     `tools/call_frequency` is calls per completion, `tools/failure_frequency` failures
-    per call. Deviations have Bessel's correction. `status/NAME` are shares of the rows.
+    per call. Deviations have Bessel's correction. `status/NAME`, `completions/turn_closed` and
+    `completions/answer_grounded` are shares of the rows; the last two mean what they do in an evaluation, and are NaN where `stop_after_tools` ended all rows.
 
     Args:
         trajectories: [B].
@@ -80,11 +82,14 @@ def trajectory_metrics(
     metrics["frac_reward_zero_std"] = float(np.mean(np.asarray(group_std) <= 1e-8))
 
     lengths = [one.sampled_tokens for one in trajectories]
+    asked = [one for one in trajectories if one.status is not Status.TOOLS_DONE]  # for a final text
     metrics |= {
         "completions/mean_length": sum(lengths) / n,
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(one.status.truncated for one in trajectories) / n,
+        "completions/turn_closed": _mean_and_std([one.status.closed for one in asked])[0],
+        "completions/answer_grounded": _mean_and_std(list(map(trajectory_grounded, asked)))[0],
     }
 
     outcomes = [result.outcome for one in trajectories for _, result in one.calls]

@@ -25,10 +25,11 @@ import numpy as np
 
 from grpo_jax.files import plain
 from grpo_jax.scoring.event_loop import EventLoop
+from grpo_jax.scoring.grounding import is_grounded
 from grpo_jax.scoring.metrics import is_run_metric
 from grpo_jax.text import shorten
 from grpo_jax.tools.user_code import error_text, import_file, users_code
-from grpo_jax.types import PARSER_NAME, Message
+from grpo_jax.types import PARSER_NAME, Message, Status
 
 _log = logging.getLogger(__name__)
 _loop = EventLoop()
@@ -192,14 +193,39 @@ def _accuracy(messages: Sequence[Message], answer: str) -> float:
     return 1.0 if same_answer(responses[-1], answer) else 0.1
 
 
-BUILT_IN: dict[str, Callable] = {"accuracy": accuracy}
+def grounded(
+    completions: Sequence[Sequence[Message]],
+    statuses: Sequence[str],
+    must_state: Sequence[Any] | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    """Built-in reward: does the final text state what the tool said?
+
+    Args:
+        completions: [B] the messages after each prompt.
+        statuses: [B] how each ended.
+        must_state: [B] tools whose results must be stated; None for the last result of any tool.
+
+    Returns:
+        [B] 1.0 where the model ended the conversation and its last message is grounded (`is_grounded`), 0.0
+        where not, None where no tool has answered.
+    """
+    named = must_state or [None] * len(completions)
+    stated = map(is_grounded, completions, named)
+    return [
+        None if states is None else float(states and Status(status).closed)
+        for states, status in zip(stated, statuses, strict=True)
+    ]
+
+
+BUILT_IN: dict[str, Callable] = {"accuracy": accuracy, "grounded": grounded}
 
 
 def load_rewards(files: Sequence[str] | None, names: Sequence[str] | None) -> list[RewardFunction]:
     """Load `reward_func` from each file, else the built-ins of that name, else `accuracy`.
 
     Args:
-        files: Python files exporting `reward_func`; when given, `names` is not read.
+        files: Python files exporting `reward_func`, and names of built-ins; when given, `names` is not read.
         names: built-in rewards.
 
     Raises:
@@ -207,7 +233,9 @@ def load_rewards(files: Sequence[str] | None, names: Sequence[str] | None) -> li
             an unknown built-in, or two rewards of one name.
     """
     return _distinct(
-        [_from_file(f) for f in files] if files else [_built_in(n) for n in names or ["accuracy"]]
+        [_built_in(f) if f in BUILT_IN else _from_file(f) for f in files]
+        if files
+        else [_built_in(n) for n in names or ["accuracy"]]
     )
 
 
@@ -267,7 +295,7 @@ def call_rewards(
         prompts: [B] each prompt as messages.
         completion_ids: [B] token ids after each prompt.
         trainer_state: passed on as it is, usually a `TrainerState`.
-        columns: the data set's other columns, [B] values each.
+        columns: the data set's other columns, and how each completion ended, [B] values each.
 
     Raises:
         RewardError: a function raises, lacks a keyword, or returns or logs anything other than one finite

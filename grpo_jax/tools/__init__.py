@@ -3,7 +3,7 @@
 from grpo_jax.tools.arguments import check_arguments
 from grpo_jax.tools.call import run_tool
 from grpo_jax.tools.isolation import Isolation
-from grpo_jax.tools.load import Toolbox, load_tools, tools_of
+from grpo_jax.tools.load import Toolbox, final_tools, load_tools, tools_of
 from grpo_jax.tools.runner import Limits, PurityCheck, ToolRunner
 from grpo_jax.tools.schema import get_schema, signature_line
 
@@ -14,6 +14,7 @@ __all__ = [
     "ToolRunner",
     "Toolbox",
     "check_arguments",
+    "final_tools",
     "get_schema",
     "load_tools",
     "run_tool",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from grpo_jax.text import nearest
 from grpo_jax.tools import hints
 from grpo_jax.tools.schema import get_schema
 from grpo_jax.tools.user_code import import_file, import_module, users_code, users_errors
@@ -88,6 +89,35 @@ def tools_of(functions: Sequence[Callable]) -> Toolbox:
     """
     named = named_functions(functions, "tools")
     return Toolbox(named, [get_schema(f) for f in named.values()], "tools")
+
+
+def final_tools(toolbox: Toolbox, name: str | None = None) -> dict[str, str]:
+    """The tools whose call ends a conversation, each with its one parameter, which is the answer.
+
+    They are those that `typing.final` marks, and the named one.
+
+    Args:
+        name: of one more; None for none.
+
+    Raises:
+        ValueError: there is no tool of that name, or a final tool has not exactly one parameter.
+    """
+    if name is not None and name not in toolbox.functions:
+        near = nearest(name, toolbox.functions)[0]
+        raise ValueError(f"final_tool must name a tool of {toolbox.source}, got {name!r}; nearest: {near}")
+    found = {}
+    for schema in toolbox.schemas:
+        tool = schema["function"]["name"]
+        if tool != name and not getattr(toolbox.functions[tool], "__final__", False):
+            continue
+        parameters = list(schema["function"]["parameters"]["properties"])
+        if len(parameters) != 1:
+            raise ValueError(
+                f"the final tool {tool} must have one parameter, the answer, got {len(parameters)}: "
+                f"{', '.join(parameters) or 'none'} ({hints.location(toolbox.functions[tool])})"
+            )
+        found[tool] = parameters[0]
+    return found
 
 
 def load_functions(script: str | None, module: str | None, pickled: str | None = None) -> dict[str, Callable]:

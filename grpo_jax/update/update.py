@@ -243,6 +243,11 @@ def sft_objective(x: Learned, totals: Totals) -> tuple[Array, Metrics]:
     return -_mean(x.logprobs, x.mask, totals), Metrics({"entropy": _mean(entropies, x.mask, totals)}, {})
 
 
+def turns_objective(x: Learned, totals: Totals) -> tuple[Array, Metrics]:
+    """The same, weighted: a gold token has the weight exp(−sampler_logprobs), as if it had been sampled so rarely."""
+    return sft_objective(x._replace(logprobs=x.logprobs * jnp.exp(-x.sampler_logprobs)), totals)
+
+
 def _mean(values, mask, totals):
     return jnp.where(mask, values, 0).sum() / jnp.maximum(totals.present, 1)
 
