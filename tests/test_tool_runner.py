@@ -21,7 +21,7 @@ from tools_funcs import math_tools
 SCRIPT = '''
 import asyncio, os, signal, subprocess, sys, threading, time
 
-LOG = os.environ.get("TOOL_TEST_LOG", os.devnull)
+LOG = "THE LOG"
 
 def square(n: int) -> str:
     """Square."""
@@ -155,16 +155,13 @@ def call(name, **arguments):
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
-    path = tmp_path_factory.mktemp("log") / "log.txt"
-    os.environ["TOOL_TEST_LOG"] = str(path)
-    yield path
-    del os.environ["TOOL_TEST_LOG"]
+    return tmp_path_factory.mktemp("log") / "log.txt"
 
 
 @pytest.fixture(scope="module")
 def toolbox(tmp_path_factory, log):
     path = tmp_path_factory.mktemp("tools") / "wild_tools.py"
-    path.write_text(SCRIPT)
+    path.write_text(SCRIPT.replace("THE LOG", str(log)))
     return load_tools(script=path)
 
 
