@@ -338,7 +338,7 @@ class GRPOTrainer:
             try:
                 write()
             except OutputError as error:
-                job.console.line(f"Warning: {error}. Training goes on, and the next save tries again")
+                job.console.line(f"Warning: {error}. Training continues, and the next save tries again")
 
         def stopped() -> Stopped:
             """Saves what was learned since the last checkpoint."""

@@ -1,4 +1,4 @@
-"""The financial job's reward for the whole conversation: 0.8 for the call, 0.2 for what the user is told.
+"""The financial job's reward for the whole conversation: 0.8 for the call, 0.2 for what the user reads.
 
 The call is scored as in financial_tools_reward.py. The 0.2 are for a conversation that the model ended
 with a text that holds every number of the last tool result, or where no tool should be called, for no call.

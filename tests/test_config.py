@@ -799,7 +799,7 @@ def test_each_refused_option_is_an_error_but_for_values_that_change_nothing(name
     assert caplog.text == ""
 
 
-def test_each_option_name_of_20_public_recipes_is_an_option_or_has_a_ruling(capsys):
+def test_each_option_name_of_20_public_recipes_is_an_option_or_is_handled(capsys):
     """What becomes of the names; a value may still be wrong here, such as a reward's name of another script."""
     recipes = yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text(encoding="utf-8"))
     names = [name for text in recipes.values() for name in text.split()]

@@ -57,7 +57,7 @@ def test_training_goes_on_where_a_checkpoint_and_a_rollout_file_cannot_be_writte
     ran = launch.small_run(folder, reward_fn=reward)
     assert ran.status == 0, ran.err
     assert f"Warning: cannot write {folder}/checkpoints/2: File too large" in ran.out
-    assert "Training goes on, and the next save tries again" in ran.out
+    assert "Training continues, and the next save tries again" in ran.out
     assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"1", "4"}
     (folder / "rollouts/step_000002.jsonl").rmdir()
     assert not [path for path in (folder / "rollouts").iterdir() if path.suffix == ".tmp"]

@@ -122,7 +122,7 @@ class Chat:
 
         Args:
             prompt: the user's text, which continues the conversation; or chat messages, which begin a new one.
-            stop: asked after every few tokens; True ends the answer, and the conversation may go on.
+            stop: asked after every few tokens; True ends the answer, and the conversation may continue.
 
         Yields:
             What happens, in order; last a `Reply`.

@@ -134,7 +134,7 @@ class Checkpoints:
         self._written = self._waiter.submit(self._manager.wait_until_finished)
 
     def keep_best(self, step: int) -> None:
-        """Keep this step beside the newest ones, in place of the step of an earlier call."""
+        """Keep this step in addition to the newest ones, in place of the step of an earlier call."""
         self._kept.best = step
 
     def steps(self) -> list[int]:

@@ -51,7 +51,7 @@ from grpo_jax.update.update import (
 LENGTHS = 2  # of the longest gold conversation that a completion may have in the validation
 WARMUP = 10  # updates; AdamW's second moment is not reliable before
 SAVED = "_checkpoint"  # after the folder's name: what a cold start that was asked to stop leaves
-# What the result depends on, besides the gold conversations and the model.
+# What the result depends on, in addition to the gold conversations and the model.
 OPTIONS = (
     "sft_", "adam_", "weight_decay", "max_grad_norm", "seed", "dtype", "param_dtype", "optim", "use_peft", "lora_",
 )  # fmt: skip

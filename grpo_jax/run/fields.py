@@ -104,7 +104,7 @@ class Options:
         20_000, "Maximum length of a tool's result in characters; a longer one becomes an error.", ge=1
     )
     tool_env: list[str] | None = _opt(
-        None, "Environment variables that tool workers get besides the usual ones, as NAME or NAME_*."
+        None, "Environment variables that tool workers get in addition to the usual ones, as NAME or NAME_*."
     )
     tool_sandbox: Literal["none", "unshare", "bubblewrap"] = _opt(
         "none",
@@ -125,7 +125,7 @@ class Options:
     )
     final_tool: str | None = _opt(
         None,
-        "Tool whose call ends a conversation with its argument as the answer, besides those marked @final.",
+        "Tool whose call ends a conversation with its argument as the answer, in addition to those marked @final.",
     )
     malformed_call_feedback: bool = _opt(False, "Answer a tool call that does not parse with the reason.")
 
@@ -375,7 +375,7 @@ class Options:
     )
     save_steps: Interval = _opt(500, "Updates between checkpoints; below 1: a share of all updates.")
     save_total_limit: int | None = _opt(
-        None, "Number of checkpoints to keep, the newest ones and the best beside them; unset: all.", ge=1
+        None, "Number of checkpoints to keep, the newest ones and the best in addition; unset: all.", ge=1
     )
     resume_from_checkpoint: str | None = _opt(
         None,
@@ -411,7 +411,7 @@ class Options:
     eval_batch_size: int = _opt(128, "Rows evaluated at once.", ge=1)
     eval_samples: int | None = _opt(
         None,
-        "Samples of each evaluated row, for mean@K and pass@k beside the greedy figures; unset: none.",
+        "Samples of each evaluated row, for mean@K and pass@k in addition to the greedy figures; unset: none.",
         ge=2,
     )
     seed: Seed = _opt(42, "Seed of all randomness.")

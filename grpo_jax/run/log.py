@@ -152,7 +152,7 @@ class Records:
             self._files[0].write(step, record)
 
     def write_rollouts(self, step: int, *completions: Any) -> None:
-        """A step's completions, as `RolloutLog.write` takes them; the run goes on without those that cannot be."""
+        """A step's completions, as `RolloutLog.write` takes them; the run continues without those that cannot be."""
         if self._files is not None:
             metrics, rollouts = self._files
             metrics.check()

@@ -36,7 +36,7 @@ class Isolation:
     """What a worker may see.
 
     Args:
-        variables: names or patterns of the environment variables that it gets besides `VARIABLES` (`tool_env`).
+        variables: names or patterns of the environment variables that it gets in addition to `VARIABLES` (`tool_env`).
         sandbox: one of `SANDBOXES` (`tool_sandbox`).
 
     Raises:
