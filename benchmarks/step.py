@@ -93,9 +93,8 @@ class RunningStep:
         if self.compiled is None:
             self.batch = make_batch(self.job, self.turns)
             self.compiled = self.job.update.lower(self.state, self.batch).compile()
-        self.state, metrics = self.compiled(
-            self.state, self.batch, None
-        )  # all weights are trained, none frozen
+        rest = None, jnp.float32(0.0)  # no frozen weights, and the learning rate
+        self.state, metrics = self.compiled(self.state, self.batch, *rest)
         return metrics
 
 

@@ -222,7 +222,7 @@ def test_at_a_terminal_a_person_sees_calls_results_and_answers(tmp_path):
     code = TALK.format(tests=str(launch.ROOT / "tests"), history=str(tmp_path / "history"))
     environment = {**launch.os.environ, **launch.ENVIRONMENT, "TERM": "dumb"}
     shell = pexpect.spawn(
-        sys.executable, ["-c", code], env=environment, encoding="utf-8", timeout=60, dimensions=(40, 100)
+        sys.executable, ["-c", code], env=environment, encoding="utf-8", timeout=240, dimensions=(40, 100)
     )
     shell.expect("> ")
     shell.sendline("What is 3 plus 4?")
