@@ -13,7 +13,7 @@ import pytest
 from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
 
 from grpo_jax.rollout.loop import make_policy, roll_out
-from grpo_jax.rollout.sampler import MAX_STEPS
+from grpo_jax.rollout.sampler import FIRST_SLOTS, MAX_STEPS
 from grpo_jax.scoring.grounding import trajectory_grounded
 from grpo_jax.tools import Limits, Toolbox, ToolRunner
 from grpo_jax.types import Outcome, Status, ToolCall
@@ -201,7 +201,8 @@ def test_rule_6_one_compile_per_shape(script):
 
 @pytest.mark.slow
 def test_rule_6_twenty_ragged_steps_with_up_to_three_tool_turns(script):
-    """Once every (T2, J) that `update_shapes` lists and every response length was met, nothing compiles."""
+    """Once every (T2, J) that `update_shapes` lists, and every response length with each size of the cache, was met,
+    nothing compiles."""
     steps, rng = Steps(script), np.random.default_rng(0)
     texts = [" ".join(["What is"] * n) for n in (1, 6, 12)]
     widths = {response_bucket(len(helpers.conversation().response_ids([("echo", t)]))) for t in texts}
@@ -213,7 +214,8 @@ def test_rule_6_twenty_ragged_steps_with_up_to_three_tool_turns(script):
         return [*(token for turn in turns for token in turn), *[FREE] * rng.choice([0, 5, 60])]
 
     for text in texts:
-        steps(0, [call_ids("echo", text=text), [], [], []])
+        for before in ([], [0] * FIRST_SLOTS):
+            steps(0, [[*before, *call_ids("echo", text=text)], [], [], []])
     for T2, J in update_shapes(BUDGET):
         steps.update([unsampled(i, tokens=min(T2 - 1, BUDGET), sampled=J - 1) for i in range(4)])
     met, turns = set(), set()
