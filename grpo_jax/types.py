@@ -20,6 +20,7 @@ from typing import Any
 Message = dict[str, Any]
 Schema = dict[str, Any]  # of one tool, as the chat template takes it
 
+BUILT_IN_REWARDS = ("accuracy", "grounded")  # names that need no file
 # the "tool" that tells the model why its call did not parse; no reward takes it for a result
 PARSER_NAME = "tool_call_parser"
 

@@ -12,7 +12,7 @@ from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import load_data, open_job, read_inputs
 from grpo_jax.run.log import PhaseTimer
-from grpo_jax.types import Trajectory
+from grpo_jax.types import Status, Trajectory
 
 
 @pytest.fixture
@@ -70,7 +70,8 @@ def test_evaluation_rolls_out_every_prompt_and_fills_up_the_last_batch(mixed, mo
 
     def roll_out(loop, policy, prompts, *, generations, seed, **_):
         given.append([p and ([s["function"]["name"] for s in p.schemas], p.draw) for p in prompts])
-        return Rollout([Trajectory(p) for p in prompts if p for _ in range(generations)], row_steps=0)
+        rows = [Trajectory(p, status=Status.OVERLONG) for p in prompts if p for _ in range(generations)]
+        return Rollout(rows, row_steps=0)
 
     monkeypatch.setattr(evaluation, "roll_out", roll_out)
     monkeypatch.setattr(evaluation, "make_policy", lambda loop, params: None)

@@ -8,6 +8,7 @@ import pytest
 
 from grpo_jax import export as export_command
 from grpo_jax.run.stopping import Best
+from grpo_jax.scoring.evaluation import FIGURES
 from grpo_jax.trainer import GRPOTrainer
 
 # Scripted exact_answer_match of the evaluations after 1, 2, … updates; that at 2 is the best.
@@ -39,15 +40,17 @@ def test_a_resumed_run_knows_the_best_unless_it_is_of_another_figure_or_folder()
 def scripted(folder, **changes):
     """A run that evaluates after every update and keeps one newest checkpoint, with the figures of MATCH."""
 
-    def evaluated(self, title, stop=None):
+    def evaluated(self, title, name, stop=None):
         at = 0 if self._learned is None else int(self._learned[1].step)
         return {
             "exact_answer_match": MATCH[at],
             "n": 6,
             "response_validity": None,
             "tool_call_schema_match": None,
+            "turn_closed": None,
+            "answer_grounded": None,
         } | {
-            "intervals": dict.fromkeys(("exact_answer_match", "response_validity", "tool_call_schema_match")),
+            "intervals": dict.fromkeys(FIGURES),
             "error_answers": {"n": 0},
         }
 

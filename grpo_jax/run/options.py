@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from grpo_jax.run.fields import KINDS, OPTIONS, Options, option_type
 from grpo_jax.run.trl_options import EQUAL, Entry, settle, show
-from grpo_jax.scoring.rewards import BUILT_IN
 from grpo_jax.text import nearest
+from grpo_jax.types import BUILT_IN_REWARDS
 
 logger = logging.getLogger(__name__)
 SOFT_OVERLONG = "soft_overlong"  # the reward that soft_overlong_cache adds
@@ -134,7 +134,7 @@ class GRPOConfig(Options):
 def _absolute(value: Any, kind: str) -> Any:
     if isinstance(value, list):
         return [_absolute(one, kind) for one in value]
-    if value in ("none", "scratch", *BUILT_IN) or value.startswith("tfds:"):
+    if value in ("none", "scratch", *BUILT_IN_REWARDS) or value.startswith("tfds:"):
         return value
     path = re.sub(r"\[[^\[\]]*\]$", "", value) if kind == "data" else value  # without a slice
     if kind != "file" and not os.path.exists(os.path.expanduser(path)):

@@ -29,7 +29,7 @@ from grpo_jax.scoring.grounding import is_grounded
 from grpo_jax.scoring.metrics import is_run_metric
 from grpo_jax.text import shorten
 from grpo_jax.tools.user_code import error_text, import_file, users_code
-from grpo_jax.types import PARSER_NAME, Message, Status
+from grpo_jax.types import BUILT_IN_REWARDS, PARSER_NAME, Message, Status
 
 _log = logging.getLogger(__name__)
 _loop = EventLoop()
@@ -218,7 +218,7 @@ def grounded(
     ]
 
 
-BUILT_IN: dict[str, Callable] = {"accuracy": accuracy, "grounded": grounded}
+BUILT_IN: dict[str, Callable] = dict(zip(BUILT_IN_REWARDS, (accuracy, grounded), strict=True))
 
 
 def load_rewards(files: Sequence[str] | None, names: Sequence[str] | None) -> list[RewardFunction]:
