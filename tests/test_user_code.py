@@ -70,14 +70,17 @@ def test_helpers_of_equal_name_are_each_files_own(write):
 def test_a_helper_may_be_named_like_anything_and_hides_nothing(write, name):
     """A package of this project, one that is installed, loaded or not, or missing, and the standard library's."""
     folder = write(
-        {"mine.py": f"from {name} import helper\nimport {name} as whole\n", f"{name}.py": "helper = 'own'\n"}
+        {
+            "mine.py": f"from {name} import users_own\nimport {name} as whole\n",
+            f"{name}.py": "users_own = 'own'\n",
+        }
     )
     before = sys.modules.get(name)
     module = load(folder / "mine.py")
-    assert (module.helper, module.whole.helper) == ("own", "own")
+    assert (module.users_own, module.whole.users_own) == ("own", "own")
     assert sys.modules.get(name) is before
     try:
-        assert not hasattr(importlib.import_module(name), "helper")  # as a dependency of ours does later
+        assert not hasattr(importlib.import_module(name), "users_own")  # as a dependency of ours does later
     except ModuleNotFoundError:
         assert name == "wandb"
 
