@@ -209,13 +209,9 @@ def test_whole_loss_equals_trl_in_float64(loss_type, level, weighted):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_gradient_equals_finite_differences_of_the_float64_loss(loss_type, level, weighted):
-    """A ratio that is cut off by a stop-gradient, or a mean over padding, shows here."""
-    logprobs, *rest = make_batch(seed=1)
-    kind = {"level": level, "loss_type": loss_type, "weighted": weighted}
+def assert_gradient_is_that_of_finite_differences(batch, kind):
+    """The gradient by every log-probability, against the loops in float64 with the ratios' own stop-gradients."""
+    logprobs, *rest = batch
     step, expected = 1e-6, np.zeros((B, J))
     for index in np.ndindex(B, J):
         shift = np.zeros((B, J))
@@ -224,6 +220,15 @@ def test_gradient_equals_finite_differences_of_the_float64_loss(loss_type, level
         expected[index] = (up - down) / (2 * step)
     got = jax.grad(lambda lp: whole_loss(lp, *as_jax(rest), **kind))(jnp.asarray(logprobs, jnp.float32))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_gradient_equals_finite_differences_of_the_float64_loss(loss_type, level, weighted):
+    """A ratio that is cut off by a stop-gradient, or a mean over padding, shows here."""
+    kind = {"level": level, "loss_type": loss_type, "weighted": weighted}
+    assert_gradient_is_that_of_finite_differences(make_batch(seed=1), kind)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -235,15 +240,7 @@ def test_the_loss_with_an_advantage_for_each_token_equals_the_loops(loss_type, l
     stacked = [jnp.stack(x) for x in zip(*map(as_jax, batches), strict=True)]
     got = jax.jit(jax.vmap(lambda *x: whole_loss(*x, **kind)))(*stacked)
     np.testing.assert_allclose(got, [trl_loss(*b, **kind) for b in batches], rtol=2e-5, atol=2e-6)
-    logprobs, *rest = batches[1]
-    step, expected = 1e-6, np.zeros((B, J))
-    for index in np.ndindex(B, J):
-        shift = np.zeros((B, J))
-        shift[index] = step
-        up, down = (trl_loss(logprobs + s, *rest, **kind, frozen=logprobs) for s in (shift, -shift))
-        expected[index] = (up - down) / (2 * step)
-    got = jax.grad(lambda lp: whole_loss(lp, *as_jax(rest), **kind))(jnp.asarray(logprobs, jnp.float32))
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+    assert_gradient_is_that_of_finite_differences(batches[1], kind)
 
 
 def test_one_advantage_for_all_tokens_of_a_row_is_the_rows():
