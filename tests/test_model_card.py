@@ -35,10 +35,17 @@ def test_the_card_says_where_the_model_comes_from_and_what_it_can_do(card):
 
 
 @pytest.mark.torch
-def test_its_python_runs(card):
+def test_its_python_runs_and_prints_what_the_model_says_to_its_tools(card, capsys):
     code = re.search(r"```python\n(.*?)```", card, re.S)[1]
     code = code.replace('"FOLDER", [...]', "folder, [add, multiply]").replace("256", "4")
-    exec(code, {"folder": launch.smoke().folder / "model", "add": add, "multiply": multiply})
+    names = {"folder": launch.smoke().folder / "model", "add": add, "multiply": multiply}
+    capsys.readouterr()
+    exec(code, names)
+    asked = names["inputs"]["input_ids"][0]
+    said = names["output"][0, len(asked) :]
+    assert 1 <= len(said) <= 4
+    assert capsys.readouterr().out == names["tokenizer"].decode(said) + "\n"
+    assert all(f'"name": "{name}"' in names["tokenizer"].decode(asked) for name in ("add", "multiply"))
 
 
 def test_a_model_of_the_hub_and_another_step(tmp_path):
