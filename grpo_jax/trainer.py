@@ -407,7 +407,7 @@ class GRPOTrainer:
                         rates = known_rates
                         raise stopped()
                     with timer("reward"):
-                        outcomes.append(_scored(job, sampled.trajectories, now))
+                        outcomes.append(job.score_all(sampled.trajectories, now))
                         drawn, rollout, outcome = drawn + draws, rollout + sampled, joined(outcomes)
                         acting = [t.acts for t in with_advantages(rollout.trajectories, outcome)]
                         acts = np.array(
@@ -622,16 +622,6 @@ class GRPOTrainer:
         path, job = self.output_dir / "summary.json", self.job
         names = {"tools": list(job.toolbox.functions), "rewards": [reward.name for reward in job.rewards]}
         hosts.of_first(lambda: write_json_atomic(path, {**summary, **names, "timings": job.timer.seconds}))
-
-
-def _scored(job: Job, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
-    """The rewards of a batch: each host scores the completions whose tools it ran, and all get them all."""
-    own = hosts.share(trajectories)
-    gathered = hosts.gather(lambda: (job.score(own, now), job.runner.cache_hit_rate))
-    outcomes, hit_rates = zip(*gathered, strict=True)
-    outcome = joined(outcomes)
-    outcome.metrics["tools/cache_hit_rate"] = sum(hit_rates) / len(hit_rates)
-    return outcome
 
 
 def _report_once(out: Path) -> None:

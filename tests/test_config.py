@@ -722,6 +722,9 @@ def test_adapters_options_without_use_peft_are_named(tmp_path, caplog):
     caplog.clear()
     parse("--lora_r", "8", "--use_peft")
     assert caplog.text == ""
+    parse("--sft_stop_reward", "0.3", "--sft_stop_match", "0.5")
+    assert "sft_stop_match has no effect with sft_stop_reward" in caplog.text
+    caplog.clear()
     parse("--dynamic_sampling_max_rounds", "8")
     assert "dynamic_sampling_max_rounds has no effect without dynamic_sampling" in caplog.text
 

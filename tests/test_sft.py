@@ -18,8 +18,9 @@ from grpo_jax import sft
 from grpo_jax.run import cold_start
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import load_data, open_job, read_inputs
+from grpo_jax.run.job import Job, load_data, open_job, read_inputs
 from grpo_jax.run.log import PhaseTimer
+from grpo_jax.scoring.rewards import RewardOutcome
 from grpo_jax.tools import tools_of
 from grpo_jax.types import Example
 from grpo_jax.update.update import Learned, Totals, sft_objective, turns_objective
@@ -187,6 +188,32 @@ def test_it_waits_for_grounded_answers_where_asked(tmp_path, validations):
     with opened(tmp_path / "run", **settings) as (job, data):
         report = cold_start.fine_tune(job, data, tmp_path / "model")
     assert report["steps"] == 20 and len(asked) == 4
+
+
+def test_it_stops_at_the_mean_reward_of_sampled_completions(tmp_path, validations, monkeypatch):
+    """One completion of each validation row, drawn as in training, scored by the job's rewards with their weights."""
+    asked, _ = validations
+    drawn, rewards = [], iter([0.0, 0.3, 0.4])
+
+    def complete(job, loop, policy, data, title, generations, stop):
+        drawn.append((loop.sampler is job.sampled, len(data.prompts), generations, loop.limit))
+        return cold_start.gold_trajectories(job, data.prompts)
+
+    def rewarded(job, trajectories, now):
+        reward = next(rewards)
+        values = [[2 * reward, 0.0], [0.0, np.nan], [reward, reward], [0.0, reward]]
+        return RewardOutcome(np.array(values), {}, {})
+
+    monkeypatch.setattr(cold_start, "completions", complete)
+    monkeypatch.setattr(cold_start, "make_policy", lambda loop, params: None)
+    monkeypatch.setattr(Job, "score_all", rewarded)
+    settings = {"sft_eval_steps": 8, "sft_max_steps": 30, "sft_validation_size": 4, "sft_stop_reward": 0.29}
+    settings |= {"reward_fn": ["accuracy", "grounded"], "reward_weights": [0.5, 1.0]}
+    with opened(tmp_path / "run", **settings) as (job, data):
+        report = cold_start.fine_tune(job, data, tmp_path / "model")
+    # the mean of r, 0, 1.5 r, r is 0.875 r: 0, 0.2625 (over half), 0.35
+    assert report["steps"] == 18 and report["validation"]["reward"] == pytest.approx(0.35)
+    assert drawn == [(True, 4, 1, drawn[0][3])] * 3 and not asked
 
 
 def test_it_stops_at_sft_max_steps_and_validates_there(tmp_path, validations):

@@ -5,7 +5,8 @@ gold row is a trajectory whose turns were written instead of sampled. It ends by
 a rule: a validation slice at the end of the training rows is evaluated greedily
 every few updates until its exact_answer_match reaches `sft_stop_match` and its answer_grounded
 `sft_stop_grounded`, four times as often once half of that is reached: a small model learns the second
-half in a few updates. A completion of that evaluation may be twice as long as the longest gold conversation,
+half in a few updates. With `sft_stop_reward` the slice is sampled, as GRPO will, until its mean reward reaches that.
+A completion of the slice may be twice as long as the longest gold conversation,
 so that a model that does not end its turns yet does not hold training up.
 """
 
@@ -22,19 +23,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor, next_batch
 from grpo_jax.data.gold import failed_call, gold_calls, run_gold_calls, show_call
 from grpo_jax.models.lora import join
+from grpo_jax.models.qwen import Params
 from grpo_jax.models.sharding import placed
 from grpo_jax.rollout.conversation import Conversation
-from grpo_jax.rollout.loop import answered
+from grpo_jax.rollout.loop import answered, make_policy
 from grpo_jax.rollout.parsing import assistant_message
 from grpo_jax.run.checkpoint import Checkpoints, Stopped
-from grpo_jax.run.evaluation import evaluate
+from grpo_jax.run.evaluation import completions, evaluate
 from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import DataSet, Job, optimizer_of
-from grpo_jax.scoring.rewards import same_answer
+from grpo_jax.run.options import GRPOConfig
+from grpo_jax.scoring.advantages import combine_rewards
+from grpo_jax.scoring.evaluation import summarize
+from grpo_jax.scoring.rewards import TrainerState, same_answer
 from grpo_jax.types import Message, ParsedTurn, Prompt, Status, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.schedules import make_schedule
@@ -105,6 +112,7 @@ def fine_tune(
     saved = folder.with_name(folder.name + SAVED)
     if (last := _stopped_at(saved, of)) is None:
         hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
+    rule = stop_rule(config)
     limit = LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
     trained_from = time.perf_counter()
     with Checkpoints(saved) as checkpoints, job.console.progress("Cold start", config.sft_max_steps) as bar:
@@ -121,16 +129,12 @@ def fine_tune(
                 if at["validate"]:
                     trained_until = time.perf_counter()
                     params = job.greedy.export(join(state.params, frozen))
-                    report = evaluate(job, params, held_out, "Validation", limit, stop).summary
+                    report = _validation(job, params, held_out, limit, stop)
                     trained, validated = trained_until - trained_from, time.perf_counter() - trained_until
                     trained_from = time.perf_counter()
-                    match = report["exact_answer_match"]  # there is one: `check_stop_rule`
-                    stated = report["answer_grounded"] or 0.0  # None where no text is asked for
-                    job.console.line(
-                        f"cold start {at['done']}: loss {at['loss']:.3f}, validation exact_answer_match "
-                        f"{match:.3f}, answer_grounded {stated:.3f}"
-                    )
-                    if match >= config.sft_stop_match and stated >= config.sft_stop_grounded:
+                    shown = ", ".join(f"{name} {report[name] or 0.0:.3f}" for name in rule)
+                    job.console.line(f"cold start {at['done']}: loss {at['loss']:.3f}, validation {shown}")
+                    if all((report[name] or 0.0) >= least for name, least in rule.items()):
                         break
                     if at["done"] > config.sft_eval_steps and validated > trained:  # the first compiles
                         job.console.line(
@@ -139,7 +143,7 @@ def fine_tune(
                         )
                     if at["done"] == config.sft_max_steps:
                         break
-                    if match >= config.sft_stop_match / 2 and stated >= config.sft_stop_grounded / 2:
+                    if all((report[name] or 0.0) >= least / 2 for name, least in rule.items()):
                         at["every"] = max(1, config.sft_eval_steps // 4)
             except Stopped:
                 if at["done"] > (last or 0):
@@ -159,6 +163,32 @@ def fine_tune(
     job.save_model(state.params, frozen, folder, adapter)
     hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
     return report
+
+
+def stop_rule(config: GRPOConfig) -> dict[str, float]:
+    """The figures of a validation at which the cold start stops, once each is at least so high."""
+    if config.sft_stop_reward is None:
+        rule = {"exact_answer_match": config.sft_stop_match}
+    else:
+        rule = {"reward": config.sft_stop_reward}
+    return rule | {
+        "answer_grounded": config.sft_stop_grounded
+    }  # a figure that is None, as of no text, counts as 0
+
+
+def _validation(
+    job: Job, params: Params, data: DataSet, limit: int, stop: Callable[[], bool]
+) -> dict[str, Any]:
+    """The figures of the validation rows, completed greedily, or sampled where the rule looks at their rewards."""
+    if job.config.sft_stop_reward is None:
+        return evaluate(job, params, data, "Validation", limit, stop).summary
+    loop = dataclasses.replace(job.tool_loop(job.sampled, data.tree), limit=limit)
+    rows = completions(job, loop, make_policy(loop, params), data, "Validation", 1, stop)
+    values = job.score_all(rows, TrainerState(0, 1, 0.0, job.config.num_train_epochs)).means
+    rewards = combine_rewards(values, job.reward_weights)
+    figures = summarize(rows, [gold_calls(p.example, job.toolbox.functions) for p in data.prompts])
+    # rows to which no reward applies have none
+    return figures | {"reward": float(np.nanmean(rewards)) if np.isfinite(rewards).any() else None}
 
 
 def _made_of(job: Job, gold: Sequence[Trajectory]) -> str:
@@ -303,7 +333,8 @@ def cold_start_rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
     train, held_out = _part(job, data.prompts[:-size]), _part(job, data.prompts[-size:])
     _check_gold_calls(job, train.prompts)
     check_gold_calls(held_out.prompts, job.toolbox.functions)
-    check_stop_rule(held_out.prompts, job.config.sft_stop_match)
+    if job.config.sft_stop_reward is None:
+        check_stop_rule(held_out.prompts, job.config.sft_stop_match)
     return train, held_out
 
 

@@ -12,8 +12,7 @@ from grpo_jax import hosts
 from grpo_jax.data.gold import gold_calls
 from grpo_jax.files import plain, write_text_atomic
 from grpo_jax.models.qwen import Params
-from grpo_jax.rollout.loop import make_policy, roll_out
-from grpo_jax.rollout.sampler import Sampler
+from grpo_jax.rollout.loop import Policy, ToolLoop, make_policy, roll_out
 from grpo_jax.run.checkpoint import Stopped
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import DataSet, Job
@@ -56,37 +55,14 @@ def evaluate(
         Stopped: some host was asked to stop.
     """
     gold = [gold_calls(p.example, job.toolbox.functions) for p in data.prompts]
-    prompts = [dataclasses.replace(prompt, draw=i) for i, prompt in enumerate(data.prompts)]
-    policy = make_policy(job.tool_loop(job.greedy, data.tree), params)
-
-    def completions(sampler: Sampler, title: str, generations: int) -> list[Trajectory]:
-        loop = dataclasses.replace(job.tool_loop(sampler, data.tree), limit=limit)
-        trajectories: list[Trajectory] = []
-        size = max(job.config.eval_batch_size // generations, 1)
-        if not hosts.alone():  # every host has rows, some of which may be padding
-            size = -(-size // job.row_devices) * job.row_devices
-        with job.console.progress(title, len(prompts) * generations) as bar:
-            for start in range(0, len(prompts), size):
-                chosen = prompts[start : start + size]
-                filled = chosen + [None] * (size - len(chosen))  # always the same shape: one compile
-                rollout = roll_out(
-                    loop,
-                    policy,
-                    filled,
-                    generations=generations,
-                    seed=job.config.seed,
-                    on_progress=bar.advance,
-                    stop=stop,
-                )
-                if rollout.stop:
-                    raise Stopped(f"in {title}")
-                trajectories += rollout.trajectories
-        return trajectories
-
-    trajectories = completions(job.greedy, title, 1)
+    loop = dataclasses.replace(job.tool_loop(job.greedy, data.tree), limit=limit)
+    policy = make_policy(loop, params)
+    trajectories = completions(job, loop, policy, data, title, 1, stop)
     summary, n = summarize(trajectories, gold), job.config.eval_samples
     if n:
-        found = summarize_samples(completions(job.sampled, f"{title}, {n} samples a row", n), n)
+        loop = dataclasses.replace(loop, sampler=job.sampled)
+        sampled = completions(job, loop, policy, data, f"{title}, {n} samples a row", n, stop)
+        found = summarize_samples(sampled, n)
         summary["intervals"] |= found.pop("intervals")
         summary |= found
     if name is not None:
@@ -94,6 +70,43 @@ def evaluate(
         lines = [json.dumps(plain(row), ensure_ascii=False) + "\n" for row in map(_row, trajectories, gold)]
         hosts.of_first(lambda: write_text_atomic(path, "".join(lines)))
     return Evaluation(summary, trajectories)
+
+
+def completions(
+    job: Job,
+    loop: ToolLoop,
+    policy: Policy,
+    data: DataSet,
+    title: str,
+    generations: int,
+    stop: Callable[[], bool],
+) -> list[Trajectory]:
+    """Complete every prompt so often, in batches of one shape; without rewards.
+
+    Raises:
+        Stopped: some host was asked to stop.
+    """
+    prompts = [dataclasses.replace(prompt, draw=i) for i, prompt in enumerate(data.prompts)]
+    trajectories: list[Trajectory] = []
+    size = max(job.config.eval_batch_size // generations, 1)
+    if not hosts.alone():  # every host has rows, some of which may be padding
+        size = -(-size // job.row_devices) * job.row_devices
+    with job.console.progress(title, len(prompts) * generations) as bar:
+        for start in range(0, len(prompts), size):
+            chosen = prompts[start : start + size]
+            rollout = roll_out(
+                loop,
+                policy,
+                chosen + [None] * (size - len(chosen)),  # always the same shape: one compile
+                generations=generations,
+                seed=job.config.seed,
+                on_progress=bar.advance,
+                stop=stop,
+            )
+            if rollout.stop:
+                raise Stopped(f"in {title}")
+            trajectories += rollout.trajectories
+    return trajectories
 
 
 def _row(trajectory: Trajectory, gold: Sequence[ToolCall]) -> dict[str, Any]:

@@ -355,6 +355,10 @@ class Options:
     sft_stop_match: float = _opt(
         0.95, "exact_answer_match on the validation rows at which the cold start stops.", gt=0, le=1
     )
+    sft_stop_reward: float | None = _opt(
+        None,
+        "Mean reward of sampled validation rows at which the cold start stops, in place of sft_stop_match.",
+    )
     sft_weights: Literal["tokens", "turns"] = _opt(
         "tokens", "What counts equally in the cold start's loss: every token, or every turn of a row."
     )

@@ -33,7 +33,7 @@ NOT_COMPARED = frozenset((
     "num_train_epochs", "max_steps",  # by the number of updates
     "use_peft", "lora_r", "lora_alpha", "lora_target_modules",  # by the adapters' shapes
     "tool_sandbox", "cold_start", "sft_max_steps", "sft_batch_size", "sft_learning_rate", "sft_eval_steps", "sft_validation_size",
-    "sft_stop_match", "sft_stop_grounded", "sft_weights",
+    "sft_stop_match", "sft_stop_reward", "sft_stop_grounded", "sft_weights",
     "mesh_data", "mesh_fsdp", "mesh_tensor", "micro_batches", "gradient_checkpointing", "max_shard_size",
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_config_change",
     "save_strategy", "save_steps", "save_total_limit", "logging_steps", "log_completions", "log_level", "report_to",

@@ -46,6 +46,7 @@ from grpo_jax.scoring.rewards import (
     RewardOutcome,
     TrainerState,
     call_rewards,
+    joined,
     load_rewards,
     rewards_of,
 )
@@ -222,6 +223,15 @@ class Job:
         limits = (self.config.max_grpo_completion_length, self.config.soft_overlong_cache)
         added = soft_overlong(lengths, truncated, *limits)
         return dataclasses.replace(outcome, values=np.column_stack([outcome.values, added]))
+
+    def score_all(self, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
+        """`score` over several hosts: each scores the completions whose tools it ran, and all get them all."""
+        own = hosts.share(trajectories)
+        gathered = hosts.gather(lambda: (self.score(own, now), self.runner.cache_hit_rate))
+        outcomes, hit_rates = zip(*gathered, strict=True)
+        outcome = joined(outcomes)
+        outcome.metrics["tools/cache_hit_rate"] = sum(hit_rates) / len(hit_rates)
+        return outcome
 
     def load_params(self, dtype: jax.typing.DTypeLike | None = None) -> Params:
         """The weights that the job starts from, straight into their shards.

@@ -373,6 +373,11 @@ def _without_effect(options: Options) -> list[tuple[str, str]]:
         if options.lr_scheduler_type == "constant" and value:
             text = f"lr_scheduler_type constant has no warm-up, so {name} {value:g} has no effect (as in "
             found.append((name, f"{text}transformers); constant_with_warmup has one"))
+    if options.sft_stop_reward is not None and options.sft_stop_match != OPTIONS["sft_stop_match"].default:
+        text = (
+            "sft_stop_match has no effect with sft_stop_reward, which takes its place; leave one of them out"
+        )
+        found.append(("sft_stop_match", text))
     of_optim = {"adam_beta1": ("adamw", "lion"), "adam_beta2": ("adamw", "lion"), "adam_epsilon": ("adamw",)}
     for name, optimizers in of_optim.items():
         if options.optim not in optimizers and getattr(options, name) != OPTIONS[name].default:
