@@ -38,7 +38,6 @@ from grpo_jax.run.checkpoint import Checkpoints, Stopped
 from grpo_jax.run.evaluation import completions, evaluate
 from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import DataSet, Job, optimizer_of
-from grpo_jax.run.options import GRPOConfig
 from grpo_jax.scoring.advantages import combine_rewards
 from grpo_jax.scoring.evaluation import summarize
 from grpo_jax.scoring.rewards import TrainerState, same_answer
@@ -112,7 +111,7 @@ def fine_tune(
     saved = folder.with_name(folder.name + SAVED)
     if (last := _stopped_at(saved, of)) is None:
         hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
-    rule = stop_rule(config)
+    rule = _stop_rule(job)
     limit = LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
     trained_from = time.perf_counter()
     with Checkpoints(saved) as checkpoints, job.console.progress("Cold start", config.sft_max_steps) as bar:
@@ -165,8 +164,9 @@ def fine_tune(
     return report
 
 
-def stop_rule(config: GRPOConfig) -> dict[str, float]:
+def _stop_rule(job: Job) -> dict[str, float]:
     """The figures of a validation at which the cold start stops, once each is at least so high."""
+    config = job.config
     if config.sft_stop_reward is None:
         rule = {"exact_answer_match": config.sft_stop_match}
     else:
