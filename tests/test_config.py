@@ -933,10 +933,7 @@ def test_help_lists_every_option_with_default_and_one_line(capsys):
         assert f"--{name} " in text
         assert field.description in text
         assert len(field.description) <= 105
-    assert (
-        "--num_generations INT Completions per prompt, which are compared with one another. [default: 8]"
-        in text
-    )
+    assert "--num_generations INT Completions per prompt, which form a group. [default: 8]" in text
     assert "load_in_4bit" not in text
 
 

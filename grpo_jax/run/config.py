@@ -152,7 +152,7 @@ def _help_parser(prog: str, description: str, default_config: str | None) -> arg
         kind, choices, is_list, _ = option_type(name)
         words = "|".join(choices) or {bool: "true|false", dict: "JSON"}.get(kind, kind.__name__.upper())
         names = [f"--{name}", *(f"--{alias}" for alias, target in ALIASES.items() if target == name)]
-        text = f"{field.description} [default: {_shown(field.get_default(call_default_factory=True))}]"
+        text = f"{field.description} [default: {shown(field.get_default(call_default_factory=True))}]"
         nargs = "+" if is_list else "?" if kind is bool else None
         group.add_argument(*names, metavar=words, nargs=nargs, help=text.replace("%", "%%"))
     return parser
@@ -161,7 +161,8 @@ def _help_parser(prog: str, description: str, default_config: str | None) -> arg
 # --- writing ---
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """An option's value as --help and the docs print it."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "unset"}[value]
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
@@ -183,4 +184,4 @@ def write_resolved(config: GRPOConfig, path: str | os.PathLike) -> None:
 def print_config(resolved: ResolvedConfig) -> None:
     """Print each option, its value and where it came from."""
     for name, origin in resolved.origin.items():
-        print(f"{name:<30} {_shown(getattr(resolved.config, name)):<40} {origin}")
+        print(f"{name:<30} {shown(getattr(resolved.config, name)):<40} {origin}")

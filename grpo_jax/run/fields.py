@@ -92,76 +92,87 @@ class Options:
     """The fields of `GRPOConfig`, of which pydantic checks each value by itself."""
 
     tools_script: str | None = _opt(
-        None, "Python file exporting TOOL_FUNCTIONS; used instead of the module.", path="file"
+        None,
+        "Python file that exports TOOL_FUNCTIONS; takes precedence over tool_functions_module.",
+        path="file",
     )
-    tool_functions_module: str = _opt(DEFAULT_TOOLS, "Python module exporting TOOL_FUNCTIONS.")
+    tool_functions_module: str = _opt(DEFAULT_TOOLS, "Python module that exports TOOL_FUNCTIONS.")
     tool_executor: Literal["process", "inline"] = _opt(
         "process", "Run tools in worker processes, or inline in the main process."
     )
-    tool_timeout: float = _opt(5.0, "Seconds after which a tool call is stopped.", gt=0)
-    tool_memory_limit: int = _opt(1024, "Memory that a tool worker may use, in MB.", ge=1)
+    tool_timeout: float = _opt(5.0, "Time limit of a tool call, in seconds.", gt=0)
+    tool_memory_limit: int = _opt(1024, "Memory limit of a tool worker, in MB.", ge=1)
     tool_result_limit: int = _opt(
         20_000, "Maximum length of a tool's result in characters; a longer one becomes an error.", ge=1
     )
     tool_env: list[str] | None = _opt(
-        None, "Environment variables that tool workers get in addition to the usual ones, as NAME or NAME_*."
+        None,
+        "Environment variables passed to tool workers in addition to the default ones, as NAME or NAME_*.",
     )
     tool_sandbox: Literal["none", "unshare", "bubblewrap"] = _opt(
         "none",
-        "Start tool workers without network and sight of other processes; bubblewrap: files read-only.",
+        "unshare: workers without network or view of other processes; bubblewrap: also with read-only files.",
     )
-    tool_cache: bool = _opt(True, "Reuse the result of an equal tool call within a step.")
+    tool_cache: bool = _opt(True, "Reuse the result of an identical tool call within a step.")
     verify_purity: bool = _opt(
         False, "Run up to 8 calls of each training step twice and report tools whose results differ."
     )
     tool_arg_validation: Literal["strict", "lax"] = _opt(
-        "strict", "lax accepts a number written as text in a tool call; strict does not."
+        "strict", "lax accepts numbers written as text in tool arguments; strict rejects them."
     )
     max_tool_calling_iterations: int | None = _opt(
-        None, "Maximum number of tool turns in a conversation; unset: limited by the token budget only.", ge=1
+        None,
+        "Maximum number of tool turns in a conversation; unset: only the token budget limits them.",
+        ge=1,
     )
     stop_after_tools: bool = _opt(
-        False, "End a completion when the results of its first tool turn are in, without a final text."
+        False, "End a completion after the results of its first tool turn, without a final text."
     )
     final_tool: str | None = _opt(
         None,
         "Tool whose call ends a conversation with its argument as the answer, in addition to those marked @final.",
     )
-    malformed_call_feedback: bool = _opt(False, "Answer a tool call that does not parse with the reason.")
+    malformed_call_feedback: bool = _opt(
+        False, "Send the parse error to the model as a tool response when a tool call does not parse."
+    )
 
     reward_fn: list[str] | None = _opt(
         None,
-        "Python files exporting reward_func, and built-in names; used instead of reward_function_name.",
+        "Python files that export reward_func, or built-in names; takes precedence over reward_function_name.",
         path="file",
     )
     reward_function_name: list[str] | None = _opt(None, "Built-in reward functions; unset: accuracy.")
     reward_weights: list[float] | None = _opt(None, "One weight per reward function; unset: all 1.")
     turn_advantage_coef: float = _opt(
-        1.0, "Weight of a turn's advantage, from rewards that return one number per turn.", ge=0
+        1.0, "Weight of a turn's own advantage, from rewards that return one number per turn.", ge=0
     )
     malformed_call_penalty: float = _opt(
-        0.0, "Subtracted from the advantage on the tokens of a call that does not parse.", ge=0
+        0.0, "Subtracted from the advantage of the tokens of a tool call that does not parse.", ge=0
     )
     failed_call_penalty: float = _opt(
-        0.0, "Subtracted from the advantage on the tokens of a call whose result is an error.", ge=0
+        0.0, "Subtracted from the advantage of the tokens of a tool call whose result is an error.", ge=0
     )
     soft_overlong_cache: int | None = _opt(
         None,
-        "Tokens before the maximum length in which a penalty on length grows from 0 to 1; unset: none.",
+        "Length penalty that grows from 0 to 1 over the last N tokens before the maximum length; unset: none.",
         ge=1,
     )
     soft_overlong_penalty: float = _opt(
-        1.0, "Weight of that penalty, which is one of the rewards (soft_overlong).", gt=0
+        1.0, "Weight of that length penalty, which is logged as the reward soft_overlong.", gt=0
     )
 
     dataset_id_or_path: str | None = _opt(
-        None, "Training data: a JSONL file, tfds:NAME, or a data set of the hub, OWNER/NAME.", path="data"
+        None,
+        "Training data: a file (JSONL, CSV, Parquet, ...), tfds:NAME, or a hub data set OWNER/NAME.",
+        path="data",
     )
-    eval_dataset_id_or_path: str | None = _opt(None, "Evaluation data, in the same forms.", path="data")
+    eval_dataset_id_or_path: str | None = _opt(
+        None, "Evaluation data, in the same forms as dataset_id_or_path.", path="data"
+    )
     dataset_columns: ColumnNames = _opt(
-        {}, 'Column names of both data sets, as {"prompt": "question"}: name here, name in the data.'
+        {}, 'Column names of both data sets, name here to name in the data, as {"prompt": "question"}.'
     )
-    system_prompt: str | None = _opt(None, "System message for prompts without one.")
+    system_prompt: str | None = _opt(None, "System message for prompts that have none.")
     max_prompt_length: int | None = _opt(
         None, "Maximum length of a prompt in tokens; unset: the longest prompt of the data.", ge=1
     )
@@ -171,7 +182,7 @@ class Options:
 
     model_name_or_path: str | None = _opt(
         None,
-        "Model folder, GGUF file, hub id, or scratch: a new small model with its own tokenizer.",
+        "Model folder, GGUF file or hub id; scratch: a new small model with its own tokenizer.",
         path="model",
     )
     model_revision: str = _opt("main", "Branch, tag or commit of a hub model.", spellings={"none": "main"})
@@ -186,7 +197,7 @@ class Options:
     max_shard_size: FileSize = _opt("5GB", "Maximum size of one weight file of a saved model.")
     chat_template: str | None = _opt(
         None,
-        "Chat template in place of the model's: a Jinja file, or hermes, for models whose own knows no tools.",
+        "Chat template in place of the model's: a Jinja file, or hermes, which supports tools.",
         path="model",
     )
     chat_template_kwargs: dict = _opt(
@@ -195,32 +206,35 @@ class Options:
 
     use_peft: bool = _opt(False, "Train LoRA adapters instead of all weights.")
     lora_r: int = _opt(16, "Rank of the LoRA adapters.", ge=1)
-    lora_alpha: float = _opt(32.0, "LoRA scale: the adapters' product is multiplied by alpha / r.", gt=0)
-    use_rslora: bool = _opt(False, "Multiply the adapters' product by alpha / sqrt(r) instead (rsLoRA).")
+    lora_alpha: float = _opt(32.0, "LoRA alpha: the adapters' output is scaled by alpha / r.", gt=0)
+    use_rslora: bool = _opt(False, "Scale the adapters' output by alpha / sqrt(r) instead (rsLoRA).")
     lora_dropout: float = _opt(0.05, "Dropout on the adapters' input during updates.", ge=0, lt=1)
     lora_target_modules: list[LoraModule] | None = _opt(
-        None, "Modules that get adapters; all-linear: all of them; unset: q_proj and v_proj, as in PEFT."
+        None,
+        "Modules that get adapters; all-linear: every linear layer; unset: q_proj and v_proj, as in PEFT.",
     )
 
     num_train_epochs: float = _opt(3.0, "Passes over the training data.", gt=0)
-    max_steps: Unlimited = _opt(-1, "Number of updates; -1: as num_train_epochs implies.")
+    max_steps: Unlimited = _opt(-1, "Number of updates; -1: as many as num_train_epochs implies.")
     per_device_train_batch_size: int = _opt(
         8, "Completions per accumulation step and device (along the data and fsdp axes).", ge=1
     )
     gradient_accumulation_steps: int = _opt(1, "Accumulation steps per update.", ge=1)
     generation_batch_size: int | None = _opt(
         None,
-        "Completions per update: per device × devices × accumulation steps, and an error otherwise.",
+        "Completions per update; if set, it must equal per device × devices × accumulation steps.",
         ge=1,
     )
     num_generations: int = _opt(
-        8, "Completions per prompt, which are compared with one another.", ge=2, why="to rank completions"
+        8, "Completions per prompt, which form a group.", ge=2, why="to rank completions"
     )
     max_grpo_completion_length: int = _opt(
         512, "Maximum length of a completion in tokens, tool responses included.", ge=1
     )
     max_turn_length: int | None = _opt(
-        None, "Maximum length of one turn of the model in tokens, which ends as overlong; unset: none.", ge=1
+        None,
+        "Maximum length of one model turn in tokens; a longer one ends the completion; unset: none.",
+        ge=1,
     )
     mask_truncated_completions: bool = _opt(False, "Exclude truncated completions from the loss.")
     temperature: float = _opt(1.0, "Sampling temperature.", gt=0)
@@ -229,7 +243,7 @@ class Options:
         0, "Sample from this many most likely tokens; 0: from all.", ge=0, spellings={"-1": 0, "none": 0}
     )
     min_p: float | None = _opt(
-        None, "Sample from tokens with at least this share of the highest probability.", ge=0, le=1
+        None, "Sample from tokens with at least this fraction of the highest probability.", ge=0, le=1
     )
     beta: float = _opt(
         0.0, "Weight of the KL divergence from the initial model; 0: no reference model.", ge=0
@@ -250,7 +264,7 @@ class Options:
         why="(an unchanged policy has the ratio 1)",
     )
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"] = _opt(
-        "dapo", "Loss of a token, and how token losses are averaged."
+        "dapo", "Loss per token, and how token losses are averaged."
     )
     sapo_temperature_pos: float = _opt(1.0, "loss_type sapo: temperature where the advantage is > 0.", gt=0)
     sapo_temperature_neg: float = _opt(1.05, "loss_type sapo: temperature elsewhere.", gt=0)
@@ -258,17 +272,19 @@ class Options:
     vespo_lambda_pos: float = _opt(3.0, "loss_type vespo: decay where the advantage is >= 0.", ge=1e-4)
     vespo_k_neg: float = _opt(3.0, "loss_type vespo: exponent elsewhere.", ge=0)
     vespo_lambda_neg: float = _opt(2.0, "loss_type vespo: decay elsewhere.", ge=1e-4)
-    entropy_coef: float = _opt(0.0, "Weight of the mean entropy, which is subtracted from the loss.")
+    entropy_coef: float = _opt(
+        0.0, "Weight of the entropy bonus, the mean entropy that is subtracted from the loss."
+    )
     off_policy_mask_threshold: float | None = _opt(
         None,
-        "Exclude completions of negative advantage whose mean log-probability fell by more since sampling.",
+        "Exclude completions with negative advantage whose mean log-probability has fallen by more than this.",
         gt=0,
     )
     sampler_correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = _opt(
         "none",
-        "Weight by trainer/sampler probability, truncated or masked beyond the bounds.",
+        "Importance weight, trainer over sampler probability, truncated or masked at the bounds.",
     )
     sampler_correction_min: float | None = _opt(None, "Lower bound of that weight; unset: none.", ge=0, le=1)
     sampler_correction_max: float | None = _opt(3.0, "Upper bound of that weight; none: no bound.", ge=1)
@@ -281,26 +297,29 @@ class Options:
         "token", "One importance ratio per token, or one per sequence."
     )
     top_entropy_quantile: float = _opt(
-        1.0, "Share of a batch's sampled tokens that enter the loss, those of highest entropy.", gt=0, le=1
+        1.0, "Fraction of a batch's sampled tokens that enter the loss, those of highest entropy.", gt=0, le=1
     )
     num_iterations: int = _opt(1, "Updates per batch of completions.", ge=1)
     dynamic_sampling: bool = _opt(
-        False, "Replace groups without an advantage (equal rewards) by groups of the next prompts."
+        False, "Replace groups with zero advantage (all rewards equal) by groups of the next prompts."
     )
     dynamic_sampling_max_rounds: int = _opt(
-        4, "Maximum number of rollouts for a batch with dynamic_sampling.", ge=2, why="to replace any group"
+        4, "Maximum number of rollouts per batch with dynamic_sampling.", ge=2, why="to replace any group"
     )
     difficulty_sampling: bool = _opt(
-        False, "Draw prompts by how close the share of right completions in their last group is to 0.5."
+        False, "Sample prompts more often the closer the solve rate of their last group is to 0.5."
     )
     difficulty_floor: float = _opt(
-        0.1, "Smallest weight of a prompt with difficulty_sampling; that of one half solved is 1.", gt=0, le=1
+        0.1,
+        "Minimum weight of a prompt with difficulty_sampling; at a solve rate of 0.5 the weight is 1.",
+        gt=0,
+        le=1,
     )
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = _opt(
-        "sum_then_normalize", "Normalize the sum of the rewards, or sum normalized rewards (GDPO)."
+        "sum_then_normalize", "Normalize the sum of the rewards, or sum the normalized rewards (GDPO)."
     )
     advantage_estimator: Literal["group", "loo", "none"] = _opt(
-        "group", "Baseline of a reward: its group's mean, the mean of the group's others, or 0."
+        "group", "Baseline of a reward: the mean of its group, the mean of the others in its group, or 0."
     )
 
     learning_rate: float = _opt(1e-6, "Peak learning rate.", ge=0)
@@ -316,13 +335,13 @@ class Options:
         "warmup_stable_decay",
     ] = _opt("linear", "Learning rate schedule after the warm-up.")
     lr_scheduler_kwargs: dict = _opt({}, 'Arguments of the schedule, as {"min_lr_rate": 0.1}.')
-    warmup_steps: WarmUp = _opt(0.0, "Updates of warm-up; below 1: a share of all updates.")
+    warmup_steps: WarmUp = _opt(0.0, "Number of warm-up updates; below 1: a fraction of all updates.")
     warmup_ratio: float | None = _opt(
-        None, "Share of all updates that is warm-up, where warmup_steps is 0.", ge=0, le=1
+        None, "Fraction of all updates used for warm-up if warmup_steps is 0.", ge=0, le=1
     )
     optim: Literal["adamw", "adafactor", "lion", "sgd"] = _opt(
         "adamw",
-        "Optimizer; adafactor and sgd keep no moments of the weights' size, lion one.",
+        "Optimizer; adafactor and sgd keep no full-size moments, lion keeps one.",
         why="(moments are kept in optim_dtype, float32 or bfloat16)",
         spellings={
             **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_hf"), "adamw"),
@@ -331,7 +350,7 @@ class Options:
         },
     )
     weight_decay: float = _opt(
-        0.0, "Weight decay, times the learning rate; norms and biases have none.", ge=0
+        0.0, "Weight decay, scaled by the learning rate; not applied to norms and biases.", ge=0
     )
     adam_beta1: float = _opt(0.9, "AdamW and Lion: decay rate of the first moment.", ge=0, lt=1)
     adam_beta2: float = _opt(
@@ -339,19 +358,19 @@ class Options:
     )
     adam_epsilon: float = _opt(1e-8, "AdamW: epsilon.", gt=0)
     max_grad_norm: float = _opt(1.0, "Clip the gradient to this norm; 0: no clipping.", ge=0)
-    gradient_checkpointing: bool = _opt(
-        True, "Recompute activations in the backward pass, which saves memory."
-    )
+    gradient_checkpointing: bool = _opt(True, "Recompute activations in the backward pass to save memory.")
     micro_batches: int = _opt(
-        0, "Parts in which an update is computed, with the same result; 0: as many as memory needs.", ge=0
+        0, "Micro-batches per update, which do not change the result; 0: as few as memory allows.", ge=0
     )
 
     cold_start: bool = _opt(False, "Fine-tune on gold calls before GRPO.")
     sft_max_steps: int = _opt(300, "Maximum number of updates of the cold start.", ge=1)
     sft_batch_size: int = _opt(32, "Rows per update of the cold start.", ge=1)
     sft_learning_rate: float = _opt(1e-5, "Learning rate of the cold start.", gt=0)
-    sft_eval_steps: int = _opt(10, "Updates of the cold start between evaluations on validation rows.", ge=1)
-    sft_validation_size: int = _opt(128, "Training rows that are held out for validation.", ge=1)
+    sft_eval_steps: int = _opt(
+        10, "Updates of the cold start between evaluations on the validation rows.", ge=1
+    )
+    sft_validation_size: int = _opt(128, "Number of training rows held out for validation.", ge=1)
     sft_stop_match: float = _opt(
         0.95, "exact_answer_match on the validation rows at which the cold start stops.", gt=0, le=1
     )
@@ -360,15 +379,18 @@ class Options:
         "Mean reward of sampled validation rows at which the cold start stops, in place of sft_stop_match.",
     )
     sft_weights: Literal["tokens", "turns"] = _opt(
-        "tokens", "What counts equally in the cold start's loss: every token, or every turn of a row."
+        "tokens", "Weight every token, or every turn of a row, equally in the loss of the cold start."
     )
     sft_stop_grounded: float = _opt(
-        0.0, "answer_grounded on the validation rows that the cold start must reach as well.", ge=0, le=1
+        0.0,
+        "answer_grounded on the validation rows that is also required to stop the cold start.",
+        ge=0,
+        le=1,
     )
 
-    mesh_data: Unlimited = _opt(-1, "Devices along the data axis; -1: all that are left.")
-    mesh_fsdp: int = _opt(1, "Devices among which batches and weights are sharded.", ge=1)
-    mesh_tensor: int = _opt(1, "Devices among which the heads and widths of layers are sharded.", ge=1)
+    mesh_data: Unlimited = _opt(-1, "Devices along the data axis; -1: all remaining ones.")
+    mesh_fsdp: int = _opt(1, "Devices over which batches and weights are sharded.", ge=1)
+    mesh_tensor: int = _opt(1, "Devices over which the heads and widths of layers are sharded.", ge=1)
 
     output_dir: str = _opt("trainer_output", "Folder for the results.", path="file")
     overwrite_output_dir: bool = _opt(False, "Delete the run that output_dir holds and start over.")
@@ -377,23 +399,23 @@ class Options:
         "When to save checkpoints during training.",
         spellings={"false": "no"},  # YAML reads a bare no as false
     )
-    save_steps: Interval = _opt(500, "Updates between checkpoints; below 1: a share of all updates.")
+    save_steps: Interval = _opt(500, "Updates between checkpoints; below 1: a fraction of all updates.")
     save_total_limit: int | None = _opt(
-        None, "Number of checkpoints to keep, the newest ones and the best in addition; unset: all.", ge=1
+        None, "Number of newest checkpoints to keep, in addition to the best one; unset: all.", ge=1
     )
     resume_from_checkpoint: str | None = _opt(
         None,
-        "Checkpoint folder to resume from; none: a fresh start; unset: the newest in output_dir.",
+        "Checkpoint folder to resume from; none: start fresh; unset: the newest in output_dir.",
         path="file",
         spellings={"true": None, "false": "none"},
     )
     allow_config_change: bool = _opt(
-        False, "Continue a checkpoint although data, tools, rewards, seed or batch differ from its own."
+        False, "Resume even if data, tools, rewards, seed or batch size differ from the checkpoint's."
     )
-    logging_steps: Interval = _opt(10, "Updates between printed lines; below 1: a share of all updates.")
+    logging_steps: Interval = _opt(10, "Updates between printed lines; below 1: a fraction of all updates.")
     log_completions: bool = _opt(False, "Print sample conversations with these lines.")
     report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = _opt(
-        "none", "Experiment tracker that also gets the metrics of metrics.jsonl."
+        "none", "Experiment tracker to which the metrics are also sent."
     )
     eval_strategy: Literal["no", "steps", "epoch"] | None = _opt(
         None,
@@ -401,21 +423,22 @@ class Options:
         spellings={"false": "no"},
     )
     eval_steps: Interval | None = _opt(
-        None, "Updates between evaluations, below 1 a share of all; unset: only before and after training."
+        None,
+        "Updates between evaluations; below 1: a fraction of all; unset: only before and after training.",
     )
     early_stop_patience: int | None = _opt(
         None,
-        "Evaluations during training without a better early_stop_metric that end the run; unset: never.",
+        "Stop after this many evaluations without a better early_stop_metric; unset: never.",
         ge=1,
     )
-    early_stop_metric: Figure = _opt("exact_answer_match", "Figure of the evaluations that is compared.")
+    early_stop_metric: Figure = _opt("exact_answer_match", "Figure by which evaluations are compared.")
     load_best_model_at_end: bool = _opt(
-        False, "Save the weights of the best evaluation as model, instead of the last ones."
+        False, "Export the weights of the best evaluation instead of the last ones."
     )
     eval_batch_size: int = _opt(128, "Rows evaluated at once.", ge=1)
     eval_samples: int | None = _opt(
         None,
-        "Samples of each evaluated row, for mean@K and pass@k in addition to the greedy figures; unset: none.",
+        "Samples per evaluated row, for mean@K and pass@k in addition to the greedy figures; unset: none.",
         ge=2,
     )
     seed: Seed = _opt(42, "Seed of all randomness.")
@@ -424,13 +447,13 @@ class Options:
         "How much is printed.",
         spellings={"passive": "info", "error": "warning", "critical": "warning"},
     )
-    check: bool = _opt(False, "Load everything, run the gold calls, score three conversations, and exit.")
+    check: bool = _opt(False, "Load everything, run the gold calls, score sample conversations, and exit.")
     plan: str | None = _opt(
-        None, "Estimate a step on v5e-8, v6e-8, v5p-64, h200, cpu or BYTES x DEVICES, print that, and exit."
+        None, "Estimate a step on v5e-8, v6e-8, v5p-64, h200, cpu or BYTES x DEVICES, and exit."
     )
-    print_config: bool = _opt(False, "Print every option and where its value comes from.")
+    print_config: bool = _opt(False, "Print every option with its value and origin.")
     compilation_cache_dir: str | None = _opt(
-        "~/.cache/grpo_jax/xla", "Folder for compiled programs; none: do not keep them.", path="file"
+        "~/.cache/grpo_jax/xla", "Folder of the persistent compilation cache; none: no cache.", path="file"
     )
 
     @field_validator("*", mode="before")

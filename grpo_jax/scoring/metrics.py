@@ -13,39 +13,54 @@ from grpo_jax.scoring.grounding import trajectory_grounded
 from grpo_jax.text import shorten
 from grpo_jax.types import Message, Outcome, Status, Trajectory
 
-# The names under which a run writes its own metrics, and what others of them begin with.
-RUN_METRICS = frozenset(
-    [
-        "step",
-        "reward",
-        "reward_std",
-        "frac_reward_zero_std",
-        "loss",
-        "kl",
-        "entropy",
-        "grad_norm",
-        "skipped",
-        "learning_rate",
-        "epoch",
-        "num_tokens",
-        "step_time",
-    ]
-)
-RUN_PREFIXES = (
-    "completions/",
-    "rewards/",
-    "status/",
-    "tools/",
-    "rollout/",
-    "sampling/",
-    "clip_ratio/",
-    "eval/",
-)
+# Every metric of metrics.jsonl and what it is; `python scripts/make_docs.py` writes docs/metrics.md from this table.
+# NAME is a reward function, STATUS a status, FIGURE a figure of an evaluation.
+METRICS = {
+    "step": "Updates so far, skipped ones included.",
+    "reward": "Mean over all completions of the weighted sum of their rewards.",
+    "reward_std": "Standard deviation of that sum over all completions.",
+    "rewards/NAME/mean": "Mean of one reward function over the completions to which it applies.",
+    "rewards/NAME/std": "Standard deviation of the same values.",
+    "frac_reward_zero_std": "Share of groups whose completions all have the same reward, and so zero advantage.",
+    "completions/mean_length": "Mean number of sampled tokens per completion; tool responses do not count.",
+    "completions/min_length": "Smallest number of sampled tokens.",
+    "completions/max_length": "Largest number of sampled tokens.",
+    "completions/clipped_ratio": "Share of completions that the token budget ended.",
+    "completions/turn_closed": "Share of completions that the model ended itself, as in an evaluation.",
+    "completions/answer_grounded": "Share of completions whose final text states the last tool result, as in an "
+    "evaluation.",
+    "tools/call_frequency": "Tool calls per completion.",
+    "tools/failure_frequency": "Share of calls that ended with an error, a timeout or a crash.",
+    "tools/cache_hit_rate": "Share of calls answered from the results of equal calls (`tool_cache`).",
+    "tools/impure": "Tools that returned different results for the same call (with `verify_purity`).",
+    "status/STATUS": "Share of completions with this status.",
+    "loss": "The loss, averaged as `loss_type` says.",
+    "entropy": "Mean entropy of the policy at the sampled tokens of the update, in nats.",
+    "kl": "Mean KL divergence from the reference model per sampled token, in nats (with `beta` above 0).",
+    "clip_ratio/low_mean": "Share of sampled tokens clipped at 1 - epsilon (negative advantage).",
+    "clip_ratio/high_mean": "Share of sampled tokens clipped at 1 + epsilon_high (positive advantage).",
+    "clip_ratio/region_mean": "Sum of the two.",
+    "cispo_clip_ratio": "Share of sampled tokens whose weight is clipped (with `loss_type cispo`).",
+    "grad_norm": "Norm of the gradient before clipping.",
+    "skipped": "1 when the loss or the gradient was not finite; such an update leaves the weights unchanged.",
+    "learning_rate": "Learning rate of the update.",
+    "epoch": "Passes over the training data so far.",
+    "num_tokens": "Tokens of all prompts and completions so far, tool responses included.",
+    "sampling/sampling_logp_difference/mean": "Mean absolute difference between the log-probabilities of sampler and "
+    "trainer, in nats.",
+    "sampling/sampling_logp_difference/max": "Largest such difference.",
+    "rollout/wasted_decode": "Share of decode work on rows whose turn had already ended.",
+    "rollout/rounds": "Rollouts for this batch (with `dynamic_sampling`).",
+    "rollout/wasted_groups": "Share of sampled groups that contribute no gradient (with `dynamic_sampling`).",
+    "step_time": "Seconds for rollout, rewards and update.",
+    "eval/FIGURE": "Each figure of the evaluation after this update, and `n`, its number of rows.",
+}
+_PREFIXES = tuple({name.split("/")[0] + "/" for name in METRICS if "/" in name})
 
 
 def is_run_metric(name: str) -> bool:
     """Whether the run itself writes, or may write, a metric under this name."""
-    return name in RUN_METRICS or name.startswith(RUN_PREFIXES)
+    return name in METRICS or name.startswith(_PREFIXES)
 
 
 def trajectory_metrics(
