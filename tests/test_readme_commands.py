@@ -102,8 +102,8 @@ def run(line, folder):
 
 @pytest.mark.slow
 def test_the_readmes_own_tools_train_a_model_that_is_evaluated_exported_and_drawn(tmp_path):
-    """The three files and the commands as they stand, except the model, which is a new one, and fewer
-    updates."""
+    """The three files, the commands and the Python as they stand, except the model, which is a new one, and
+    fewer updates."""
     readme = (ROOT / "README.md").read_text()
     for name, text in re.findall(
         r"^`([\w.]+\.(?:py|jsonl))`[^\n]*\n\n```\w*\n(.*?)^```", readme, re.M | re.S
@@ -120,11 +120,22 @@ def test_the_readmes_own_tools_train_a_model_that_is_evaluated_exported_and_draw
     assert "Written: " in run(export, tmp_path)
     assert (tmp_path / run(report, tmp_path).strip()).exists()
 
+    (python,) = re.findall(r"^```python\n(from grpo_jax .*?)^```", readme, re.M | re.S)
+    for given, here in (
+        ("Qwen/Qwen2.5-0.5B-Instruct", "scratch"),
+        ('"runs/mine", max_steps=50', '"runs/python", max_steps=1, max_completion_length=63'),
+    ):
+        assert given in python
+        python = python.replace(given, here)
+    imports = "from my_tools import add, multiply\nfrom my_reward import reward_func\n"
+    launch.write(tmp_path / "script.py", imports + python)
+    assert "Finished: 1 updates" in run("python script.py", tmp_path)
+
 
 @pytest.mark.slow
 def test_the_quickstart_command_runs(tmp_path):
-    """README's first command with few updates."""
-    (line,) = [line for line in of("pip install -e . &&", "README.md")]
+    """README's second command with few updates."""
+    (line,) = of("python -m grpo_jax.train --config configs/quickstart.yaml", "README.md")
     few = "--max_steps 1 --sft_max_steps 2 --sft_eval_steps 2 --eval_dataset_id_or_path data/math_test.jsonl[:32]"
-    out = run(f"{line.split('&& ')[1]} {few} --output_dir {tmp_path / 'run'}", ROOT)
+    out = run(f"{line} {few} --output_dir {tmp_path / 'run'}", ROOT)
     assert "Finished: 1 updates" in out
