@@ -389,7 +389,9 @@ class GRPOTrainer:
                 with timer("rollout"):
                     policy = make_policy(loop, sampler.export(learner.params(state)))
                 while len(outcomes) < rounds and acts.sum() < steps.P:
-                    draws, next_cursor = next_batch(len(data.prompts), steps.P, next_cursor, config.seed)
+                    draws, next_cursor = next_batch(
+                        len(data.prompts), steps.P, next_cursor, config.seed, config.shuffle_dataset
+                    )
                     if config.difficulty_sampling:
                         draws = rates.draw(draws, config.seed, config.difficulty_floor)
                     prompts = [dataclasses.replace(data.prompts[i], draw=draw) for i, draw in draws]

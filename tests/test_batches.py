@@ -43,6 +43,14 @@ def test_every_row_is_drawn_at_most_once_per_epoch_and_draws_are_unique(n, data)
         assert keys == tuple(range(epoch * n, epoch * n + half))
 
 
+def test_without_shuffling_every_epoch_has_the_order_of_the_data():
+    batch, cursor = next_batch(5, 2, Cursor(), seed=9, shuffle=False)
+    assert batch == [(0, 0), (1, 1)]
+    batch, cursor = next_batch(5, 2, cursor, seed=9, shuffle=False)
+    assert (batch, cursor) == ([(2, 2), (3, 3)], Cursor(epoch=1, next_index=0))
+    assert next_batch(5, 2, cursor, seed=9, shuffle=False)[0] == [(0, 5), (1, 6)]
+
+
 def test_an_incomplete_last_batch_is_dropped():
     batch, cursor = next_batch(5, 2, Cursor(epoch=3, next_index=2), seed=9)
     assert [key for _, key in batch] == [17, 18]

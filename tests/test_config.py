@@ -172,7 +172,7 @@ def test_flags_read_every_kind_of_value(argv, name, value):
         ("top_k: -1", "top_k", 0),
         ("top_k: null", "top_k", 0),
         ("chat_template_kwargs: null", "chat_template_kwargs", {}),
-        ("shuffle_dataset: true", "seed", 42),
+        ("shuffle_dataset: false", "shuffle_dataset", False),
         ("reward_funcs: accuracy", "reward_function_name", ["accuracy"]),
         ("lr_scheduler_kwargs: {}", "lr_scheduler_type", "linear"),
         ("lr_scheduler_kwargs: null", "lr_scheduler_kwargs", {}),

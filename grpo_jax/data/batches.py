@@ -42,13 +42,16 @@ class Cursor:
         return cls(epoch=int(value["epoch"]), next_index=int(value["next_index"]))
 
 
-def next_batch(n: int, size: int, cursor: Cursor, seed: int) -> tuple[list[tuple[int, int]], Cursor]:
+def next_batch(
+    n: int, size: int, cursor: Cursor, seed: int, shuffle: bool = True
+) -> tuple[list[tuple[int, int]], Cursor]:
     """Draw the next batch of rows; an incomplete last batch of an epoch is dropped.
 
     Args:
         n: number of rows.
         size: rows per batch.
         cursor: where the last batch ended.
+        shuffle: every epoch has an order of its own; False: that of the data.
 
     Returns:
         [size] pairs (example_index, draw_index) and the next cursor, which is at the next epoch's
@@ -65,7 +68,7 @@ def next_batch(n: int, size: int, cursor: Cursor, seed: int) -> tuple[list[tuple
         )
     if cursor.next_index + size > n:  # a cursor that was saved with a smaller batch
         cursor = Cursor(cursor.epoch + 1, 0)
-    order = epoch_order(seed, cursor.epoch, n)
+    order = epoch_order(seed, cursor.epoch, n) if shuffle else np.arange(n)
     stop = cursor.next_index + size
     draws = [(int(order[place]), cursor.epoch * n + place) for place in range(cursor.next_index, stop)]
     return draws, cursor_after(draws[-1][1], n, size)

@@ -442,6 +442,9 @@ class Options:
         ge=2,
     )
     seed: Seed = _opt(42, "Seed of all randomness.")
+    shuffle_dataset: bool = _opt(
+        True, "Draw every epoch's order of the training rows; false: keep that of the data."
+    )
     log_level: Literal["debug", "info", "warning"] = _opt(
         "info",
         "How much is printed.",
