@@ -269,6 +269,11 @@ def test_samples_stand_beside_the_greedy_figures(tmp_path):
     assert figures.keys() - greedy.keys() == {"mean@3", "pass@2", "pass@3"}
     assert all(figures[name] == greedy[name] for name in ("n", "exact_answer_match", "response_validity"))
     assert all(name in ran.out for name in ("mean@3", "pass@2", "pass@3"))
+    rows = ran.jsonl("evaluation/evaluate.jsonl")
+    drawn = ran.jsonl("evaluation/evaluate_samples.jsonl")
+    assert [row["prompt"] for row in drawn] == [row["prompt"] for row in rows for _ in range(3)]
+    assert any(a["messages"] != b["messages"] for a, b in itertools.pairwise(drawn))
+    assert drawn[0].keys() == rows[0].keys()
 
 
 def test_another_step_is_another_model(tmp_path):

@@ -49,7 +49,8 @@ def evaluate(
         params: rollout weights, from `sampler.export`.
         limit: tokens that a completion may have, where that is less than the budget.
         stop: whether this host was asked to stop.
-        name: of the file in `evaluation/` that gets a line for each row; None for none.
+        name: of the file in `evaluation/` that gets a line for each row; None for none. Samples have their own,
+            NAME_samples.jsonl, a row's next to each other.
 
     Raises:
         Stopped: some host was asked to stop.
@@ -59,16 +60,18 @@ def evaluate(
     policy = make_policy(loop, params)
     trajectories = completions(job, loop, policy, data, title, 1, stop)
     summary, n = summarize(trajectories, gold), job.config.eval_samples
+    written = {"": (trajectories, gold)}
     if n:
         loop = dataclasses.replace(loop, sampler=job.sampled)
         sampled = completions(job, loop, policy, data, f"{title}, {n} samples a row", n, stop)
         found = summarize_samples(sampled, n)
         summary["intervals"] |= found.pop("intervals")
         summary |= found
-    if name is not None:
-        path = Path(job.config.output_dir) / "evaluation" / f"{name}.jsonl"
-        lines = [json.dumps(plain(row), ensure_ascii=False) + "\n" for row in map(_row, trajectories, gold)]
-        hosts.of_first(lambda: write_text_atomic(path, "".join(lines)))
+        written["_samples"] = sampled, [calls for calls in gold for _ in range(n)]
+    for suffix, rows in written.items() if name is not None else ():
+        path = Path(job.config.output_dir) / "evaluation" / f"{name}{suffix}.jsonl"
+        lines = [json.dumps(plain(row), ensure_ascii=False) + "\n" for row in map(_row, *rows)]
+        hosts.of_first(lambda path=path, lines=lines: write_text_atomic(path, "".join(lines)))
     return Evaluation(summary, trajectories)
 
 
