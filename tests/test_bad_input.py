@@ -44,8 +44,8 @@ def model(tmp_path):
     [
         (ROW + "{'prompt': 1}\n", 2, "not JSON"),
         (ROW + '"text"\n', 2, "a row must be a JSON object"),
-        (ROW + '{"answer": "Sum: 42"}\n', 2, "lacks the column 'prompt'; it has 'answer'"),
-        ('{"prompt": "What?"}\n', 1, "lacks the column 'answer'; it has 'prompt'"),
+        (ROW + '{"answer": "Sum: 42"}\n', 2, "has no column 'prompt'; it has 'answer'"),
+        ('{"prompt": "What?"}\n', 1, "has no column 'answer'; it has 'prompt'"),
         (ROW + "\n" + ROW, 2, "empty line between rows; delete it"),
         (ROW * 2 + '{"prompt": " ", "answer": "x"}\n', 3, "'prompt' is empty"),
         (ROW + '{"prompt": "What?", "answer": null}\n', 2, "'answer' must be text, as the tool returns it"),
@@ -65,7 +65,7 @@ def test_a_bad_row_of_the_evaluation_is_named_by_file_and_line(tmp_path):
 def test_an_empty_file_says_what_a_row_looks_like(tmp_path):
     path = file(tmp_path, "")
     message = rejected(tmp_path, dataset_id_or_path=path)
-    assert f'{path} holds no rows; a row is an object like {{"prompt"' in message
+    assert f'{path} contains no rows; a row is an object like {{"prompt"' in message
 
 
 def test_a_missing_data_file_names_the_nearest(tmp_path):
@@ -85,7 +85,7 @@ def test_a_missing_test_file_is_found_before_training(tmp_path, part):
 def test_a_bad_test_row_is_found_before_the_cold_start(tmp_path):
     path = launch.write_rows(tmp_path / "test.jsonl", [*launch.rows(60, 3), {"prompt": "What?"}])
     for rows, message in (
-        ([{"prompt": "What?"}], "lacks the column 'answer'"),
+        ([{"prompt": "What?"}], "has no column 'answer'"),
         (
             [{"prompt": "x", "answer": "y", "tool_call": {"name": "sum", "arguments": {}}}],
             "unknown tool 'sum'",
@@ -183,7 +183,7 @@ def test_a_gold_conversation_over_the_budget_is_named_by_line(tmp_path, cold_sta
     [
         ('["add", "multipl"]', "column 'tools': unknown tool 'multipl'; nearest: multiply"),
         ("[]", "column 'tools' must be a list of tool names"),
-        ('["multiply"]', "column 'tool_call': the row does not see the tool 'add', only multiply"),
+        ('["multiply"]', "column 'tool_call': the row does not show the tool 'add', only multiply"),
     ],
 )
 def test_bad_tools_of_a_row_are_named_by_line(tmp_path, tools, message):
@@ -201,7 +201,7 @@ def test_a_mapping_of_columns_that_a_row_lacks_is_named_by_line(tmp_path):
             dataset_id_or_path=path,
             dataset_columns={"prompt": "question"},
         )
-        assert f"{path}:2: lacks the column 'question' of the mapping" in message
+        assert f"{path}:2: has no column 'question', which dataset_columns names" in message
 
 
 # Tools and rewards

@@ -423,7 +423,7 @@ def test_bad_evaluation_rows_are_met(tmp_path):
     path = launch.write(tmp_path / "eval.jsonl", '{"prompt": "What?"}\n')
     ran = checked(tmp_path, ROWS, eval_dataset_id_or_path=path)
     assert ran.status == 2
-    assert f"{path}:1: lacks the column 'answer'" in ran.err
+    assert f"{path}:1: has no column 'answer'" in ran.err
     unknown = price("nuts", 2, tool_call={"name": "sum", "arguments": {}})
     ran = checked(tmp_path, ROWS, eval_dataset_id_or_path=launch.write_rows(path, [unknown]))
     assert ran.status == 2

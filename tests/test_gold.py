@@ -183,7 +183,7 @@ def test_a_gold_call_that_the_row_does_not_see_is_named_by_row():
     with pytest.raises(ValueError) as raised:
         gold_calls(with_columns(tool_call=gold, tools=["convert"]), TOOLS)
     assert str(raised.value) == (
-        "rows.jsonl:7: column 'tool_call': the row does not see the tool 'anything', only convert; "
+        "rows.jsonl:7: column 'tool_call': the row does not show the tool 'anything', only convert; "
         "add it to the column 'tools'"
     )
 

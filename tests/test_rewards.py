@@ -184,7 +184,7 @@ def test_an_unknown_built_in_names_the_known_ones():
 
 def test_two_rewards_of_one_name_are_an_error():
     with pytest.raises(
-        ValueError, match=r"two reward functions are called 'accuracy' \(built-in and built-in\)"
+        ValueError, match=r"two reward functions are named 'accuracy' \(built-in and built-in\)"
     ):
         load_rewards(None, ["accuracy", "accuracy"])
 
@@ -366,7 +366,9 @@ def test_a_function_that_only_fails_on_the_whole_batch_says_so():
             raise KeyError("group")
         return [1.0 / 0]
 
-    with pytest.raises(RewardError, match="raised on no single row, only on the batch: KeyError: 'group'"):
+    with pytest.raises(
+        RewardError, match="raised only on the whole batch, on no single row: KeyError: 'group'"
+    ):
         call(jointly)
 
 
@@ -674,7 +676,7 @@ def test_what_a_reward_logs_never_takes_a_name_of_the_runs_own(caplog):
     ]
     said_once = [r.getMessage() for r in caplog.records if "'status'" in r.getMessage()]
     assert said_once == [
-        "log_extra('status', …): the run writes 'status' itself; the reward's is called 'logged/status'"
+        "log_extra('status', …): the run itself writes 'status'; the reward's value is logged as 'logged/status'"
     ]
 
 
@@ -717,7 +719,7 @@ def test_a_text_is_no_column():
         return [0.0] * 4
 
     with pytest.raises(
-        RewardError, match=r"log_extra\('reason', …\) takes a list of one value a row, got 'four'"
+        RewardError, match=r"log_extra\('reason', …\) takes a list with one value per row, got 'four'"
     ):
         call(logs)
 

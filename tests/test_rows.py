@@ -93,7 +93,9 @@ def test_columns_can_be_mapped(rows_file):
     (example,) = load_examples(path, columns={"prompt": "question", "answer": "final"})
     assert example.messages == [{"role": "user", "content": "Hi"}]
     assert (example.answer, example.extra) == ("x", {"level": 1})
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: lacks the column 'query' of the mapping; it has"):
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:1: has no column 'query', which dataset_columns names; it has"
+    ):
         load_examples(path, columns={"prompt": "query"})
 
 
@@ -105,18 +107,18 @@ def test_a_whole_surrogate_pair_is_its_character(rows_file):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{'prompt': 1}", "not JSON: .*; write one JSON object a line, got \"{'prompt': 1}\""),
+        ("{'prompt': 1}", "not JSON: .*; write one JSON object per line, got \"{'prompt': 1}\""),
         (
             r'{"prompt": "a", "answer": "b", "x": "\ud83d"}',
-            "a string holds half of a surrogate pair, which no file can hold; write the character",
+            "a string contains half of a surrogate pair, which no file can represent; write the whole character",
         ),
         ('{"prompt": "a", "answer": "b", "x": NaN}', "not JSON: NaN is not JSON; write null or a number"),
         ("[" * 100_000, "not JSON: "),
         ("", "empty line between rows; delete it"),
         ('["a", "b"]', r"a row must be a JSON object like .*, got \[\"a\", \"b\"\]"),
-        ('{"answer": "b"}', "lacks the column 'prompt'; it has 'answer'"),
-        ('{"prompt": "a", "label": "b"}', "lacks the column 'answer'; it has 'prompt', 'label'"),
-        ("{}", "lacks the column 'prompt'; it has none"),
+        ('{"answer": "b"}', "has no column 'prompt'; it has 'answer'"),
+        ('{"prompt": "a", "label": "b"}', "has no column 'answer'; it has 'prompt', 'label'"),
+        ("{}", "has no column 'prompt'; it has none"),
         (
             '{"prompt": "a", "answer": null}',
             "'answer' must be text, .* without null, got null; write it as text",
@@ -136,11 +138,11 @@ def test_a_whole_surrogate_pair_is_its_character(rows_file):
         ),
         (
             '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": "c"}',
-            "the last message of 'prompt' must be a user's or a tool's, got role 'assistant'",
+            "the last message of 'prompt' must have the role user or tool, got 'assistant'",
         ),
         (
             '{"prompt": "a", "answer": "b", "completions": []}',
-            "column 'completions' is a keyword that rewards get from the trainer; rename it",
+            "column 'completions' has the name of an argument that rewards get from the trainer; rename it",
         ),
     ],
 )

@@ -54,7 +54,7 @@ def test_text_that_is_not_utf8_is_an_error_that_names_the_file(tmp_path):
 
 @pytest.mark.parametrize("part", ["", "[:50%]"])
 def test_a_file_without_rows_is_an_error(rows_file, part):
-    with pytest.raises(ValueError, match=r"rows\.jsonl.* holds no rows; a row is an object like"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl.* contains no rows; a row is an object like"):
         load_examples(rows_file("", "") + part)
 
 
@@ -214,17 +214,17 @@ def test_a_csv_cell_may_be_longer_than_pythons_limit(tmp_path):
         ("rows.jsonl.zst", zstd(lines(ROWS))[:20], "cannot be read: "),
         ("rows.parquet", lines(ROWS), "cannot be read as Parquet: "),
         ("rows.parquet", b"", "cannot be read as Parquet: "),
-        ("rows.jsonl", b"", "holds no rows; a row is an object like"),
-        ("rows.json", b"[]", "holds no rows; a row is an object like"),
-        ("rows.csv", b"", "holds no rows; a row is an object like"),
-        ("rows.csv", b"prompt,answer\n", "holds no rows; a row is an object like"),
+        ("rows.jsonl", b"", "contains no rows; a row is an object like"),
+        ("rows.json", b"[]", "contains no rows; a row is an object like"),
+        ("rows.csv", b"", "contains no rows; a row is an object like"),
+        ("rows.csv", b"prompt,answer\n", "contains no rows; a row is an object like"),
         (
             "rows.json",
             b'[{"prompt": "a"}',
-            ": not JSON: .*; write an array of objects, or one JSON object a line",
+            ": not JSON: .*; write an array of objects, or one JSON object per line",
         ),
         ("rows.json", b'[{"prompt": NaN}]', ": not JSON: NaN is not JSON; write null or a number"),
-        ("rows.csv", b"prompt,prompt\na,b\n", ":1: the column 'prompt' is there twice"),
+        ("rows.csv", b"prompt,prompt\na,b\n", ":1: the column 'prompt' appears twice"),
         (
             "rows.csv",
             b'prompt,answer\n"a\nb",c\nd,e,f\n',
@@ -247,19 +247,17 @@ def test_a_folder_is_an_error_that_says_what_to_name(tmp_path):
             load_examples(path)
     (tmp_path / "b.csv.gz").touch()
     with pytest.raises(
-        ValueError, match=rf"is a folder; name one file in it, as {tmp_path}/b\.csv\.gz; supp"
+        ValueError, match=rf"is a folder; name one file in it, e\.g\. {tmp_path}/b\.csv\.gz; supp"
     ):
         load_examples(tmp_path)
     (tmp_path / "dataset_info.json").touch()
-    with pytest.raises(
-        ValueError, match=r"as `datasets` saves one: load it with load_from_disk and write it"
-    ):
+    with pytest.raises(ValueError, match=r"saved by `datasets`: load it with load_from_disk and write it"):
         load_examples(tmp_path)
 
 
 def test_a_file_that_may_not_be_read_or_is_no_file_is_one_line(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(ValueError, match=r"pipe\.jsonl is no regular file; supported are"):
+    with pytest.raises(ValueError, match=r"pipe\.jsonl is not a regular file; supported are"):
         load_examples(tmp_path / "pipe.jsonl")
 
 
@@ -307,7 +305,7 @@ def test_columns_of_a_slice_can_be_mapped(rows_file):
     examples = load_examples(f"{path}[2:]", columns={"prompt": "q"})
     assert [e.messages[0]["content"] for e in examples] == ["question 2 ü\u2028", "question 3 ü\u2028"]
     with pytest.raises(
-        ValueError, match=r"rows\.jsonl:3: lacks the column 'x' of the mapping; it has 'q', 'an"
+        ValueError, match=r"rows\.jsonl:3: has no column 'x', which dataset_columns names; it has 'q', 'an"
     ):
         load_examples(f"{path}[2:]", columns={"prompt": "x"})
 
@@ -320,7 +318,7 @@ def test_a_slice_sees_a_changed_file(rows_file):
 def test_a_bad_row_of_a_slice_is_named_by_its_line(rows_file):
     path = rows_file(*numbered(9), "{}")
     assert len(load_examples(f"{path}[:9]")) == 9
-    with pytest.raises(ValueError, match=r"rows\.jsonl:10: lacks the column 'prompt'"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:10: has no column 'prompt'"):
         load_examples(f"{path}[5:]")
 
 
@@ -386,14 +384,14 @@ def test_a_data_set_object_is_read_by_what_it_can_do():
     [
         (
             [json.loads(GOOD), {"prompt": "a"}],
-            "row 2 of the given list: lacks the column 'answer'; it has 'prompt'",
+            "row 2 of the given list: has no column 'answer'; it has 'prompt'",
         ),
         ([json.loads(GOOD), "rows.jsonl"], "row 2 of the given list: a row must be a JSON object"),
         (
             [{"prompt": "\ud83d", "answer": "x"}],
-            "row 1 of the given list: a string holds half of a surrogate",
+            "row 1 of the given list: a string contains half of a surrogate",
         ),
-        ([], "the given list holds no rows; a row is an object like"),
+        ([], "the given list contains no rows; a row is an object like"),
         ({"prompt": "a", "answer": "b"}, "got dict; put the row in a list"),
         (
             {"train": Dataset([]), "test": Dataset([])},
@@ -463,7 +461,7 @@ def test_an_unknown_tfds_data_set_is_an_error():
 
 def test_a_hub_id_without_the_library_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"owner/name is no file here, .* pip install datasets"):
+    with pytest.raises(ValueError, match=r"owner/name is not a local file, .* pip install datasets"):
         load_examples("owner/name")
 
 

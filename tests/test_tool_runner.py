@@ -649,7 +649,7 @@ def test_a_function_that_cannot_be_copied_is_named():
     [
         ([], "tools must be a list with at least one function"),
         (None, "tools must be a list with at least one function"),
-        ([math_tools.add, math_tools.add], "tools holds the name 'add' twice"),
+        ([math_tools.add, math_tools.add], "tools contains the name 'add' twice"),
         ([lambda n: n], r"tools\[0\] must be a function defined with `def`, got a lambda"),
         ([int], r"tools\[0\] must be a function defined with `def`, got <class 'int'>"),
     ],

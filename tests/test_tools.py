@@ -634,7 +634,7 @@ def test_scripts_named_like_modules_do_not_replace_them(script):
         ("TOOL_FUNCTIONS = [lambda: 1]\n", "must be a function"),
         (
             ADD + "TOOL_FUNCTIONS = [add, add]\n",
-            r"holds the name 'add' twice .*my_tools\.py:1, add.*rename one",
+            r"contains the name 'add' twice .*my_tools\.py:1, add.*rename one",
         ),
         (
             ADD + "TOOL_FUNCTIONS = [add]\ndef make_tools():\n    return [add]\n",

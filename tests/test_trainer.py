@@ -126,12 +126,12 @@ BAD = {
     "an empty list": ({"tools": []}, ValueError, "at least one function"),
     "a lambda": ({"tools": [lambda a: a]}, ValueError, "defined with `def`"),
     "a class": ({"tools": [Tool]}, ValueError, "defined with `def`"),
-    "two of one name": ({"tools": [add, add]}, ValueError, "holds the name 'add' twice"),
+    "two of one name": ({"tools": [add, add]}, ValueError, "contains the name 'add' twice"),
     "no callable": ({"reward_funcs": 3.0}, TypeError, "reward_func must be callable|not iterable"),
     "one of several": ({"reward_funcs": ["accuracy", 3.0]}, TypeError, "reward_func must be callable"),
     "an unknown reward": ({"reward_funcs": "acuracy"}, ValueError, "Unknown reward function: acuracy"),
-    "no prompt": ({"train_dataset": [{"answer": "x"}]}, ValueError, "lacks the column 'prompt'"),
-    "no rows": ({"train_dataset": []}, ValueError, "holds no rows"),
+    "no prompt": ({"train_dataset": [{"answer": "x"}]}, ValueError, "has no column 'prompt'"),
+    "no rows": ({"train_dataset": []}, ValueError, "contains no rows"),
     "a missing file": ({"train_dataset": "no_such.jsonl"}, FileNotFoundError, "no_such.jsonl does not exist"),
 }
 

@@ -1,4 +1,4 @@
-"""The order in which rows are drawn, the place in it that a checkpoint keeps, and the steps of a run."""
+"""The order in which rows are drawn, the position in it that a checkpoint saves, and the number of steps of a run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def next_batch(
         n: number of rows.
         size: rows per batch.
         cursor: where the last batch ended.
-        shuffle: every epoch has an order of its own; False: that of the data.
+        shuffle: draw an order for every epoch; False keeps the order of the data.
 
     Returns:
         [size] pairs (example_index, draw_index) and the next cursor, which is at the next epoch's
@@ -63,7 +63,7 @@ def next_batch(
     """
     if not 1 <= size <= n:
         raise ValueError(
-            f"a batch must hold between 1 prompt and the data set's {n} rows, got {size}; "
+            f"a batch must have between 1 prompt and the data set's {n} rows, got {size}; "
             "lower the batch size or add rows"
         )
     if cursor.next_index + size > n:  # a cursor that was saved with a smaller batch
@@ -75,7 +75,7 @@ def next_batch(
 
 
 def cursor_after(draw: int, n: int, size: int) -> Cursor:
-    """The cursor of a run whose last row that it used was that of this draw; n and size as in `next_batch`."""
+    """The cursor after the row of this draw was used last; n and size as in `next_batch`."""
     epoch, place = divmod(draw, n)
     return Cursor(epoch, place + 1) if place + 1 + size <= n else Cursor(epoch + 1, 0)
 
@@ -126,7 +126,7 @@ def count_steps(
         rows: of the data set.
         P: prompts per batch.
         G: completions per prompt.
-        epochs: how often the data is gone through; a fraction is rounded up to whole batches.
+        epochs: passes over the data; a fraction is rounded up to whole batches.
         max_updates: updates after which the run ends instead, rounded up to whole batches; ignored unless > 0.
         updates_per_batch: optimizer steps on each batch.
 

@@ -1,4 +1,4 @@
-"""Prompts drawn by how often they are solved (`--difficulty_sampling`): those near one half teach the most."""
+"""Sampling of prompts by their solve rate (`--difficulty_sampling`): rates near one half give the largest advantages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SolveRates:
         return np.where(np.isnan(self.rates), 1.0, np.maximum(floor, 1 - np.abs(2 * self.rates - 1)))
 
     def draw(self, draws: Sequence[tuple[int, int]], seed: int, floor: float) -> list[tuple[int, int]]:
-        """Other rows for the draws of `next_batch`: no row twice, each next one with a chance by its weight.
+        """Rows sampled by weight, without replacement, for the draws of `next_batch`.
 
         Args:
             draws: [P] pairs (example_index, draw_index), of which the first draw_index and the seed decide.
@@ -54,7 +54,7 @@ class SolveRates:
 
         Args:
             rows: [P] whose groups it sampled.
-            solved: [P·G] whether a completion is right, a group's next to each other.
+            solved: [P·G] whether a completion is right; those of a group are adjacent.
         """
         rates = self.rates.copy()
         rates[list(rows)] = np.reshape(solved, (len(rows), -1)).mean(1)

@@ -1,4 +1,4 @@
-"""Gold calls: the calls that answer a row, as fine-tuning, `--check` and the evaluation's schema figure read them."""
+"""Gold calls, the calls that answer a row; used by fine-tuning, `--check` and the figure tool_call_schema_match."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CallAndResult = tuple[ToolCall, ToolResult]
 def gold_calls(example: Example, functions: Mapping[str, Callable]) -> list[ToolCall]:
     """The calls that answer a row, in order, from its column `tool_call`, else from `ground_truth`.
 
-    Arrow and Parquet give every call the parameters of all tools, and null for those that it does not have.
-    From both columns these nulls are dropped:
-    1. of a parameter that the function does not have;
-    2. of a parameter of the function that has a default and does not take null: null stays for all others;
-    3. inside objects, except the required keys of a TypedDict or dataclass.
+    Arrow and Parquet pad every call with the parameters of all tools, set to null. From both columns a null is
+    dropped:
+    1. if the function has no such parameter;
+    2. if the parameter has a default and does not accept null; for all other parameters null is kept;
+    3. inside objects, except for the required keys of a TypedDict or dataclass.
     From `ground_truth` every other key that the function does not have is dropped too, and integral floats
-    become int, as the original TRL recipe's data needs. In `tool_call` both stay.
+    become int, as the original TRL recipe's data needs. In `tool_call` both are kept.
 
     Args:
         example: the row.
@@ -52,7 +52,7 @@ def gold_calls(example: Example, functions: Mapping[str, Callable]) -> list[Tool
     for call in gold:
         if call.name not in seen:
             raise ValueError(
-                f"{example.source}: column {column!r}: the row does not see the tool {call.name!r}, only "
+                f"{example.source}: column {column!r}: the row does not show the tool {call.name!r}, only "
                 f"{', '.join(seen)}; add it to the column 'tools'"
             )
     return gold
@@ -110,7 +110,7 @@ def _without_nulls(value: Any, hint: Any) -> Any:
 
 
 def _integers(value: Any) -> Any:
-    """A value with its integral floats as int: Arrow has one type for all numbers of a column."""
+    """A value with its integral floats converted to int: Arrow has one type for all numbers of a column."""
     if isinstance(value, dict):
         return {key: _integers(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -121,7 +121,7 @@ def _integers(value: Any) -> Any:
 def _hints(of: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(of)
-    except Exception:  # of no use here; what loads the tools has refused or reported it
+    except Exception:  # loading the tools has already reported it
         return {}
 
 

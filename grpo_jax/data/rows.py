@@ -1,4 +1,4 @@
-"""Rows and the examples made of them: every row is read and checked before anything is compiled."""
+"""Turns rows into examples; every row is checked before anything is compiled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo_jax.data.sources import Source, read_source
 from grpo_jax.text import has_lone_surrogate, nearest, shorten
 from grpo_jax.types import Example, Message
 
-# Keywords that every reward gets from the trainer; a column of that name would hide one.
+# Arguments that every reward gets from the trainer; a column of the same name would hide one.
 RESERVED_COLUMNS = frozenset(
     ("completions", "prompts", "completion_ids", "statuses", "trainer_state", "log_metric", "log_extra")
 )
@@ -45,7 +45,7 @@ def load_examples(
             raise ValueError(f"{place}: {error}") from None
     if not examples:
         name = source if isinstance(source, str | os.PathLike) else f"the given {type(source).__name__}"
-        raise ValueError(f'{name} holds no rows; a row is an object like {{"prompt": "…", "answer": "…"}}')
+        raise ValueError(f'{name} contains no rows; a row is an object like {{"prompt": "…", "answer": "…"}}')
     return examples
 
 
@@ -56,17 +56,19 @@ def _example(row: Any, place: str, system_prompt: str | None, columns: Mapping[s
         )
     if has_lone_surrogate(json.dumps(row, ensure_ascii=False, default=repr, skipkeys=True)):
         raise ValueError(
-            "a string holds half of a surrogate pair, which no file can hold; write the character"
+            "a string contains half of a surrogate pair, which no file can represent; write the whole character"
         )
     row = _renamed(row, columns)
     for name in ("prompt", "answer"):
         if name not in row:
             raise ValueError(
-                f"lacks the column {name!r}; it has {', '.join(map(repr, row)) or 'none'}; if one of them is it, "
-                f'say so with dataset_columns, as {{"{name}": "…"}}'
+                f"has no column {name!r}; it has {', '.join(map(repr, row)) or 'none'}; rename one, or map it "
+                f'with dataset_columns, e.g. {{"{name}": "…"}}'
             )
     if reserved := sorted(RESERVED_COLUMNS & set(row)):
-        raise ValueError(f"column {reserved[0]!r} is a keyword that rewards get from the trainer; rename it")
+        raise ValueError(
+            f"column {reserved[0]!r} has the name of an argument that rewards get from the trainer; rename it"
+        )
     answer, messages = _answer(row.pop("answer")), read_prompt(row.pop("prompt"))
     if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
@@ -75,13 +77,15 @@ def _example(row: Any, place: str, system_prompt: str | None, columns: Mapping[s
 
 def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     if absent := [theirs for theirs in columns.values() if theirs not in row]:
-        raise ValueError(f"lacks the column {absent[0]!r} of the mapping; it has {', '.join(map(repr, row))}")
+        raise ValueError(
+            f"has no column {absent[0]!r}, which dataset_columns names; it has {', '.join(map(repr, row))}"
+        )
     kept = {name: value for name, value in row.items() if name not in columns.values()}
     return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 def _answer(value: Any) -> str:
-    """The answer as the tool would return it: a value that is not text as its JSON text."""
+    """The answer as the tool would return it; a value that is not text becomes its JSON text."""
     if isinstance(value, str):
         return value
     try:
@@ -102,7 +106,7 @@ def _holds_null(value: Any) -> bool:
 
 
 def row_tools(example: Example, names: Iterable[str], column: str = "tools") -> list[str]:
-    """The tools that a row may see, in the order of `names`: those that its column `tools` names, or all.
+    """The tools that a row shows, in the order of `names`: those that its column `tools` names, or all.
 
     Args:
         example: the row; null in the column means all, as does its absence.
@@ -134,7 +138,7 @@ def read_prompt(prompt: Any) -> list[Message]:
     """A prompt as the chat messages that templates read.
 
     A tool call may be recorded with its arguments as JSON text; Qwen2.5's template would quote that
-    text once more, so it becomes the object that it spells.
+    text once more, so the text is parsed.
 
     Args:
         prompt: text, which becomes one message of the user, or a list of messages.
@@ -153,10 +157,10 @@ def read_prompt(prompt: Any) -> list[Message]:
     last = messages[-1]
     if last["role"] not in ("user", "tool"):
         raise ValueError(
-            f"the last message of 'prompt' must be a user's or a tool's, got role {last['role']!r}"
+            f"the last message of 'prompt' must have the role user or tool, got {last['role']!r}"
         )
     if last["role"] == "user" and not last["content"].strip():
-        raise ValueError("'prompt' is empty: the user's last message holds no text")
+        raise ValueError("'prompt' is empty: the user's last message has no text")
     return messages
 
 
@@ -187,7 +191,7 @@ def _message(message: Any, which: str) -> Message:
 
 
 def recorded_call(call: Any) -> dict[str, Any] | None:
-    """A recorded call's {"name", "arguments"}, arguments as an object; None where it is not a call.
+    """A recorded call's {"name", "arguments"}, with the arguments as an object; None if it is not a call.
 
     Args:
         call: {"name", "arguments"}, also inside {"function": …}; the arguments may be JSON text.
@@ -203,7 +207,7 @@ def recorded_call(call: Any) -> dict[str, Any] | None:
 
 
 def parsed_text(value: Any) -> Any:
-    """JSON text, the only form that a CSV cell has for lists and objects, as its value; all else as it is."""
+    """The value of JSON text, the only form of lists and objects in a CSV cell; any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,8 +1,8 @@
-"""Where rows come from: a file, a slice of one, Python objects, a TFDS data set or the Hugging Face hub.
+"""Sources of rows: a file, a slice of one, Python objects, a TFDS data set or the Hugging Face hub.
 
-Each source gives (place, row) pairs: where the row stands, for messages to the user, and its columns as JSON
-values. Only `tfds:` and hub data sets need the network; TFDS, pyarrow and datasets are imported by the sources
-that need them alone.
+Each source yields (place, row) pairs: the location of the row, for messages to the user, and its columns as JSON
+values. Only `tfds:` and hub data sets need the network. TFDS, pyarrow and datasets are imported only by the
+sources that need them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SUPPORTED = (
 _SLICED = re.compile(r"(?P<path>.+)\[(?P<part>[^\[\]]*)\]")
 _SLICE = re.compile(r"(-?[\d_.]+%?)?:(-?[\d_.]+%?)?")
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.-]+))?(?P<part>\[[^\[\]]*\])?")
-_LOCAL = "or give the path of a local file, as rows.jsonl"
+_LOCAL = "or give the path of a local file, e.g. rows.jsonl"
 
 
 def read_source(source: Source) -> Iterator[Row]:
@@ -66,13 +66,13 @@ def read_source(source: Source) -> Iterator[Row]:
 
 
 def _file_rows(path: str, part: str | None) -> Iterator[Row]:
-    """The rows of a file, or of a slice of it; lines outside of the slice are not parsed."""
+    """The rows of a file, or of a slice of it; lines outside the slice are not parsed."""
     file = Path(path).expanduser()
     if file.is_dir():
         raise ValueError(f"{path} is a folder; {_file_of_folder(file)}; {SUPPORTED}")
     kind, compression = _format(path)
     if not file.is_file() or kind not in FORMATS or (compression and kind not in TEXT_FORMATS):
-        what = f"has the unknown format {file.suffix!r}" if file.is_file() else "is no regular file"
+        what = f"has the unknown format {file.suffix!r}" if file.is_file() else "is not a regular file"
         raise ValueError(f"data set {path} {what}; {SUPPORTED}")
     lines = False
     if kind == ".parquet":
@@ -102,9 +102,9 @@ def _file_of_folder(folder: Path) -> str:
     """What to do about a folder."""
     files = sorted(file for file in folder.iterdir() if _format(file.name)[0] in FORMATS)
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
-        return "as `datasets` saves one: load it with load_from_disk and write it with to_parquet('rows.parquet')"
+        return "saved by `datasets`: load it with load_from_disk and write it with to_parquet('rows.parquet')"
     data = [file for file in files if file.name not in ("state.json", "config.json")]
-    return f"name one file in it, as {data[0]}" if data else "give the path of a file"
+    return f"name one file in it, e.g. {data[0]}" if data else "give the path of a file"
 
 
 def _text(path: str, compression: str | None) -> str:
@@ -144,7 +144,7 @@ def _parsed(place: str, line: str) -> Any:
         return json.loads(line, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{place}: not JSON: {error}; write one JSON object a line, got {shorten(line.strip(), 80)!r}"
+            f"{place}: not JSON: {error}; write one JSON object per line, got {shorten(line.strip(), 80)!r}"
         ) from None
 
 
@@ -157,25 +157,25 @@ def _array_rows(path: str, text: str) -> list[Row]:
         rows = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path}: not JSON: {error}; write an array of objects, or one JSON object a line"
+            f"{path}: not JSON: {error}; write an array of objects, or one JSON object per line"
         ) from None
     return [(f"row {i} of {path}", row) for i, row in enumerate(rows, start=1)]
 
 
 def _table_rows(path: str, text: str, delimiter: str) -> list[Row]:
-    """The records of a CSV or TSV file under the names in its first line; every cell is text, an empty one null."""
-    csv.field_size_limit(2**31 - 1)  # Python's own limit of 131,072 characters is less than a long prompt has
+    """The records of a CSV or TSV file, with the column names of its first line; cells are text, empty ones null."""
+    csv.field_size_limit(2**31 - 1)  # Python's default, 131,072 characters, is too short for long prompts
     reader, rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), []
     try:
         header = next(reader, [])
         if twice := [name for name in header if header.count(name) > 1]:
-            raise ValueError(f"{path}:1: the column {twice[0]!r} is there twice; rename one")
+            raise ValueError(f"{path}:1: the column {twice[0]!r} appears twice; rename one")
         place = f"{path}:{reader.line_num + 1}"
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise ValueError(
                     f"{place}: {len(cells)} cells, the first line names {len(header)} columns; quote a cell that "
-                    f"holds {delimiter!r}, and double the quotation marks in it"
+                    f"contains {delimiter!r}, and double the quotation marks in it"
                 )
             if cells:
                 rows.append((place, {k: v or None for k, v in zip(header, cells, strict=True)}))
@@ -201,12 +201,12 @@ def _chosen(path: str, part: str, rows: int) -> range:
     """The rows of a slice such as `:95%` or `100:200`, by TFDS's rules.
 
     A percentage is rounded to the nearest row, a half to the even one; one % holds for both bounds; a negative
-    bound counts from the end. Bounds outside of the rows, and slices that select none, are errors.
+    bound counts from the end. Bounds outside the rows and empty slices are errors.
     """
     percent = "%" in part
     try:
         if not _SLICE.fullmatch(part) or part == ":":
-            raise ValueError("it is no slice")
+            raise ValueError("it is not a slice")
         number = float if percent else int
         bounds = [number(bound.rstrip("%")) if bound else None for bound in part.split(":")]
         if any(abs(bound) > (100 if percent else rows) for bound in bounds if bound is not None):
@@ -257,7 +257,7 @@ def _given_rows(source: Any) -> Iterator[Row]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, tensors, bytes and NaN, which is how pandas marks what is missing, as JSON values."""
+    """Arrays, tensors, bytes and NaN (how pandas marks missing values) as JSON values."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -286,7 +286,7 @@ def _tfds_rows(source: str) -> Iterator[Row]:
 
 
 def _prepared(name: str) -> Any:
-    """The builder of a registered data set whose cache is on disk; of processes that start together, the first writes it."""
+    """The builder of a registered data set, prepared on disk; of processes that start together, the first writes it."""
     import filelock
     import tensorflow_datasets as tfds
 
@@ -308,12 +308,12 @@ def _prepared(name: str) -> Any:
 
 
 def _hub_rows(source: str, name: str, split: str) -> Iterator[Row]:
-    datasets = _library("datasets", f"{source} is no file here, and as a hub data set it")
+    datasets = _library("datasets", f"{source} is not a local file, and as a hub data set it")
     try:
         data = datasets.load_dataset(name, split=split)
     except Exception as error:  # network, access, format: the hub client's many errors
         raise ValueError(
-            f"{source} is no file here and cannot be loaded from the hub: {_reason(error)}; {_LOCAL}"
+            f"{source} is not a local file and cannot be loaded from the hub: {_reason(error)}; {_LOCAL}"
         ) from error
     for i, row in enumerate(data, start=1):
         yield f"{source}:{i}", _plain(row)

@@ -1,4 +1,4 @@
-"""What the run adds to the user's rewards: a penalty on length, and credit for turns and single calls.
+"""What a run adds to the user's rewards: a length penalty, and credit for single turns and calls.
 
 Plain numpy functions, run on the host in float64.
 """
@@ -43,8 +43,8 @@ def turn_advantages(
     """How much better a turn did than the turns of its group: A_it = (r_it − mean) / (std + 1e-4).
 
     Mean and deviation are over all turns of all completions of the group that have a reward: each turn counts
-    once, wherever it stands, so that a completion of three turns counts three times as much in them as one of
-    one. A turn without a reward has advantage 0, as has the only one of a group.
+    once, so a completion with three turns has three times the weight of one with a single turn. A turn without a
+    reward has advantage 0, as has a group's only turn with a reward.
 
     Args:
         rewards: for each of B rows one value per turn; NaN where there is none.
@@ -68,12 +68,12 @@ def turn_advantages(
 
 @dataclasses.dataclass(frozen=True)
 class Credit:
-    """How tokens come to advantages of their own.
+    """How tokens get advantages of their own.
 
     Args:
-        turn_coef: c, what the advantage of a turn counts next to that of the completion.
-        malformed: what is subtracted on the tokens of a call that does not parse.
-        failed: the same, of a call whose result is an error, a timeout or a crash.
+        turn_coef: c, the weight of a turn's advantage relative to the completion's.
+        malformed: subtracted from the advantage of the tokens of a call that does not parse.
+        failed: the same for a call whose result is an error, a timeout or a crash.
         scale: of the advantages of turns, see `group_advantages`.
     """
 
@@ -84,7 +84,7 @@ class Credit:
 
     @property
     def penalises(self) -> bool:
-        """Whether calls that went wrong matter."""
+        """Whether failed or malformed calls are penalised."""
         return bool(self.malformed or self.failed)
 
     def of_tokens(

@@ -1,7 +1,7 @@
 """The one event loop that reward functions run in, for the lifetime of the process.
 
-What a reward's module keeps between updates (semaphores, clients, connections, background tasks) belongs to
-the loop it was first used in, so each update must find the same one.
+Objects that a reward's module keeps between updates (semaphores, clients, connections, background tasks) belong
+to the loop in which they were first used, so each update must use the same one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
-SECONDS_TO_END = 1.0  # that background tasks have to end when the process does
+SECONDS_TO_END = 1.0  # for background tasks to end when the process exits
 
 
 class EventLoop:

@@ -1,4 +1,4 @@
-"""Whether the text that a user gets in the end states what the tools said; docs/evaluation.md has examples."""
+"""Whether the final text states the results of the tools; docs/evaluation.md has examples."""
 
 from __future__ import annotations
 

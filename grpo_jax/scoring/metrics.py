@@ -1,4 +1,4 @@
-"""Figures of a batch of completions, under TRL's names where TRL has them, and what they say about a run."""
+"""Metrics of a batch of completions, under TRL's names where TRL has them, and a hint when no tool is called."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ from grpo_jax.types import BUILT_IN_REWARDS, PARSER_NAME, Message, Status
 
 _log = logging.getLogger(__name__)
 _loop = EventLoop()
-# What the functions print. One object for the lifetime of the process: a log handler that a library makes in
-# the first call, for what is then standard error, keeps writing to it.
+# What the functions print. One object for the lifetime of the process, because a log handler that a library
+# creates in the first call keeps writing to what was standard error then.
 _printed = io.StringIO()
 
 # What every row of rollouts/ holds; a column of these names that a reward logs is called logged/NAME.
@@ -65,7 +65,7 @@ class RewardFunction:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainerState(Mapping):
-    """Where the run is, for rewards that change as it proceeds; each field is an attribute and an item.
+    """The progress of the run, for rewards that depend on it; each field is an attribute and an item.
 
     Args:
         global_step: updates done.
@@ -267,7 +267,7 @@ def _distinct(rewards: list[RewardFunction]) -> list[RewardFunction]:
         for other in rewards[:i]:
             if other.name == reward.name:
                 raise ValueError(
-                    f"two reward functions are called {reward.name!r} ({other.source} and {reward.source}); "
+                    f"two reward functions are named {reward.name!r} ({other.source} and {reward.source}); "
                     "metrics would mix them: rename one or drop one"
                 )
     return rewards
@@ -294,7 +294,7 @@ def call_rewards(
         answer: [B] expected answers.
         prompts: [B] each prompt as messages.
         completion_ids: [B] token ids after each prompt.
-        trainer_state: passed on as it is, usually a `TrainerState`.
+        trainer_state: passed on unchanged, usually a `TrainerState`.
         columns: the data set's other columns, and how each completion ended, [B] values each.
 
     Raises:
@@ -375,7 +375,9 @@ class _Log:
 
     def extra(self, column: str, values: Iterable) -> None:
         if isinstance(values, str | bytes | Mapping):
-            raise TypeError(f"log_extra({column!r}, …) takes a list of one value a row, got {_short(values)}")
+            raise TypeError(
+                f"log_extra({column!r}, …) takes a list with one value per row, got {_short(values)}"
+            )
         self.extras.setdefault(str(column), []).extend(values)
 
 
@@ -407,7 +409,7 @@ def _own_name(function: str, name: str, taken: bool) -> str:
     """The name under which a reward's logged value is written, so that it does not replace the run's own."""
     if taken:
         _warn_once(
-            f"{function}({name!r}, …): the run writes {name!r} itself; the reward's is called 'logged/{name}'"
+            f"{function}({name!r}, …): the run itself writes {name!r}; the reward's value is logged as 'logged/{name}'"
         )
     return f"logged/{name}" if taken else name
 
@@ -432,7 +434,7 @@ def _bound(
         is_variadic = p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         if p.name not in keywords and p.default is p.empty and not is_variadic:
             raise RewardError(
-                f"reward function {reward} needs {p.name!r}, which is no column of the data; "
+                f"reward function {reward} needs {p.name!r}, which is not a column of the data; "
                 f"available: {', '.join(keywords)}"
             )
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -481,7 +483,7 @@ def _failure(
     reward: RewardFunction, error: BaseException, batch: Mapping[str, Sequence], trainer_state: Any
 ) -> RewardError:
     row = _failing_row(reward, error, batch, trainer_state)
-    where = "on no single row, only on the batch"
+    where = "only on the whole batch, on no single row"
     if row is not None:
         where = f"on row {row} (answer {batch['answer'][row]!r})"
     frame = traceback.extract_tb(error.__traceback__)[-1]

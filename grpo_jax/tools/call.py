@@ -38,8 +38,8 @@ def run_tool(
         lax: strings may stand for numbers and booleans.
 
     Returns:
-        What the tool returned, as a string; or what is wrong, beginning with `Error: `. Never raises for
-        what the call or the tool does. It has no time limit: `ToolRunner` does.
+        The tool's result as a string, or a message that begins with `Error: `. Never raises for anything that
+        the call or the tool does. It has no time limit; `ToolRunner` has one.
     """
     if isinstance(call, str | bytes):
         try:
@@ -117,7 +117,7 @@ def _unknown_tool(name: Any, names: list[str]) -> str:
 
 
 class _Loops(list):
-    """The event loops of a thread: one for all its calls, and one for each call inside of a call."""
+    """The event loops of a thread: one for all its calls, and one for each nested call."""
 
     task = None  # the async function that runs
 

@@ -28,7 +28,7 @@ _PARAMETER_SECTIONS = (
     "Keyword Arguments",
     "Other Parameters",
 )
-# As transformers reads them: an "Example:" or "Note:" is part of the description.
+# As in transformers, an "Example:" or "Note:" is part of the description.
 _GOOGLE = GoogleParser(
     [
         *(Section(title, "param", SectionType.MULTIPLE) for title in _PARAMETER_SECTIONS),
@@ -157,8 +157,8 @@ def parameters(function: Callable) -> dict[str, Field]:
 
 
 def _remembered(owner: Any, read: Callable) -> Any:
-    """What is read of a function or class, kept on itself: a table of ours would keep the objects of
-    trajectories that are over."""
+    """What is read from a function or class, cached on the object itself: a table here would keep objects of
+    finished trajectories alive."""
     try:
         return vars(owner)[_REMEMBERED]
     except (KeyError, TypeError):
@@ -213,7 +213,7 @@ def _without_return(function: Callable) -> Callable:
 
 
 def meaning(hint: Any) -> Any:
-    """The type behind a NewType, a `type` alias or `Annotated`; any other hint as it is."""
+    """The type behind a NewType, a `type` alias or `Annotated`; any other hint unchanged."""
     if hasattr(hint, "__metadata__"):
         return meaning(hint.__origin__)
     if isinstance(hint, typing.NewType):

@@ -1,4 +1,4 @@
-"""What a tool's worker process may see of the machine: environment variables, and other programs' sandboxes."""
+"""What a tool's worker process may see of the machine: its environment variables, and its sandbox."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fnmatch
 import subprocess
 from collections.abc import Mapping
 
-# Variables that every worker gets: where programs, libraries and caches lie, the language, the number of threads.
+# Variables that every worker gets: locations of programs, libraries and caches, the language, the number of threads.
 VARIABLES = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LANGUAGE", "LC_*", "TZ", "TMPDIR", "TEMP", "TMP",
     "PWD", "HOSTNAME", "PYTHON*", "VIRTUAL_ENV", "CONDA_*", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "XDG_*", "*_NUM_THREADS",

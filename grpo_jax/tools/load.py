@@ -143,7 +143,7 @@ def pickled(functions: Mapping[str, Callable]) -> str:
             cloudpickle.dumps(function)
         except Exception as error:  # the __reduce__ of a user's object may raise anything
             raise ValueError(
-                f"the tool {name} cannot be copied into worker processes: {error}; make what it holds inside of "
+                f"the tool {name} cannot be copied into worker processes: {error}; create what it holds inside "
                 'the function or in a file (tools_script), or set tool_executor="inline"'
             ) from error
     return base64.b64encode(cloudpickle.dumps(dict(functions))).decode()
@@ -175,7 +175,7 @@ def named_functions(functions: Any, source: str) -> dict[str, Callable]:
             )
         if name in named:
             both = f"{hints.location(named[name])} and {hints.location(function)}"
-            raise ValueError(f"{source} holds the name {name!r} twice ({both}); rename one")
+            raise ValueError(f"{source} contains the name {name!r} twice ({both}); rename one")
         named[name] = function
     return named
 

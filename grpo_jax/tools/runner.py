@@ -1,7 +1,7 @@
 """Runs the tool calls of a batch: concurrently, isolated, within limits, equal calls once.
 
 Calls run in lanes, each one call at a time under a time limit: a worker process, or a thread of this process.
-A lane never raises for what a tool does; where a tool hangs or crashes, it is replaced for the next call.
+A lane never raises for what a tool does; if a tool hangs or crashes, the lane is replaced for the next call.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class ToolRunner:
 
     Args:
         executor: "process" (isolated worker processes) or "inline" (threads of this process, for tools with
-            state; a tool that hangs or eats memory is then not stopped, only abandoned).
+            state; a tool that hangs or uses too much memory is then abandoned but not stopped).
         limits: of a call; the one on memory holds for "process" only.
         workers: calls that run at once; default the CPU count, at least 2, and 1 inline, where tools may
             share state.
@@ -168,7 +168,7 @@ class ToolRunner:
         Args:
             calls: the calls of a turn, of all rows.
             rows: the row of each call; by default each call has a separate row.
-            again: run them past the cache; what it holds stays as it is.
+            again: bypass the cache, which stays unchanged.
         """
         self._check_open()
         rows = range(len(calls)) if rows is None else rows
@@ -236,7 +236,7 @@ class ToolRunner:
 
 
 def _encode(call: ToolCall) -> str:
-    """The call as a JSON line; without arguments, which `execute` then refuses, where they are no JSON."""
+    """The call as a JSON line; arguments that are not JSON are left out, which `execute` reports as an error."""
     try:
         return json.dumps([call.name, call.arguments])
     except (TypeError, ValueError, RecursionError):
@@ -247,7 +247,7 @@ class PurityCheck:
     """Tests that tools are pure, on which the sharing of equal calls rests (`--verify_purity`).
 
     The first good call of each function in a step, at most `PURITY_SAMPLE`, runs a second time, in the
-    background. A second run that ends by time limit or crash proves nothing and is not counted.
+    background. A second run that times out or crashes is not counted.
 
     Args:
         runner: that ran the calls; from `start` to `finish` it must not be asked for anything else.
@@ -450,12 +450,12 @@ class _InlineLane:
         if self._inbox is None:
             self._inbox, self._outbox, self._loops = queue.SimpleQueue(), queue.SimpleQueue(), None
             threading.Thread(target=self._serve, args=(self._inbox, self._outbox), daemon=True).start()
-        with users_code(self._sample):  # on this side: a tool that hangs in its thread must not hold it open
+        with users_code(self._sample):  # in this thread: a tool that hangs in its own must not keep it open
             self._inbox.put((line, row))
             try:
                 return self._outbox.get(timeout=self._timeout)
             except queue.Empty:
-                try:  # an async tool ends here, and keeps the loop in which what it holds is of use
+                try:  # an async tool ends here, and its event loop stays usable for the next call
                     cancelled = self._loops is not None and self._loops.cancel()
                     self._outbox.get(timeout=_CANCEL_GRACE if cancelled else 0)
                 except queue.Empty:
