@@ -1,5 +1,6 @@
 """The reward files: each table's order on hand-written conversations."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -214,6 +215,25 @@ def test_a_step_may_drop_cents():
     conversation = [grow, GROWN, call("take_share", amount=110_250, share=0.2), result("Share: 22050.00")]
     columns = {"answer": ["Share: 22050.10"], "tool_call": [gold]}
     assert one(multi_step_reward, conversation, **columns) == pytest.approx(0.7)  # both steps, another result
+
+
+@pytest.mark.parametrize(
+    ("conversation", "expected"),
+    [
+        (NO_CALL, [0.0]),
+        ([grow, GROWN, say("1102.50")], [1.0, 0.0]),
+        ([wrong_grow, result("Future Value: 1123.60", "grow_savings"), share, SHARE], [0.0, 1.0]),
+        ([grow, GROWN, wrong_share, OTHER_SHARE, say("200.")], [1.0, 0.0, None]),
+        ([share, SHARE, grow, GROWN, share, SHARE], [0.0, 0.0, None]),
+    ],
+)
+def test_turn_reward_scores_each_turn_by_the_gold_call_of_its_place(conversation, expected, monkeypatch):
+    monkeypatch.syspath_prepend(DATA.parent / "rewards")  # as for a file that is named by --reward_fn
+    turn_reward = importlib.import_module("turn_reward").reward_func
+    columns = {"answer": ["Share: 220.50"], "tool_call": [[FIRST, SECOND]]}
+    assert turn_reward([conversation], **columns) == [expected]
+    with pytest.raises(ValueError, match="tool_call"):
+        turn_reward([conversation], answer=["Share: 220.50"])
 
 
 @pytest.mark.parametrize(
