@@ -35,6 +35,7 @@ REQUIRES = [
 ]
 TEST = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.14",
     "beartype>=0.18",

@@ -6,6 +6,7 @@ Tests see one CPU device. Those that need eight live in `on_eight_devices.py`, w
 
 import os
 import sys
+import tempfile
 
 import hypothesis
 import pytest
@@ -21,6 +22,12 @@ os.environ.setdefault("NPROC", "32")
 # The suite compiles many small programs and runs each a few times: without XLA's optimisation one
 # gradient of a two-layer model takes 1.1 s of CPU time to compile instead of 10.9 s.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0")
+
+# One compile cache for the session, its xdist workers and every process that a test starts.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="grpo_jax_xla_")  # removed when the session ends
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 # annotated shapes and dtypes are checked whenever a function of these modules is called or traced
 CHECKED = ("models.attention", "models.logprobs", "models.qwen", "update.losses", "scoring.advantages")

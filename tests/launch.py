@@ -1,7 +1,7 @@
 """Runs of the commands: the smoke run and one small run, each made once, and how to make more.
 
-The small run trains a two-layer model in this process; its compiled programs are kept in a
-folder of the session, so that every later run of that shape takes about three seconds.
+The small run trains a two-layer model in this process; its compiled programs are kept in the
+session's cache, so that every later run of that shape takes about three seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from grpo_jax.tools import load_tools
 ROOT = Path(__file__).parents[1]
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="grpo_jax_runs_")  # removed when the session ends
 FOLDER = Path(_TEMPORARY.name)
-XLA_CACHE = FOLDER / "xla"
+XLA_CACHE = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])  # the session's, see conftest
 # slices of JSONL files are cached by TFDS, which must not write into the user's own cache
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(FOLDER / "tfds")}
 

@@ -619,36 +619,29 @@ def users_run(folder: Path) -> subprocess.Popen:
     return launch.start("train", flags, OPTIMISED)
 
 
-@pytest.fixture(scope="module")
-def users_whole_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    ran = launch.finish(users_run(folder), folder)
-    assert ran.status == 0, ran.err
-    assert ran.weights() != launch.smoke().weights("cold_start")
-    return ran
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "status"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 130), ("SIGINT", 130)]
-)
-def test_rule_7_resume_is_exact_as_a_user_meets_it(tmp_path, users_whole_run, name, status):
-    """The signal comes from outside, at any time after update 2, to the whole group as a terminal's Ctrl-C."""
+def test_rule_7_resume_is_exact_as_a_user_meets_it(tmp_path):
+    """Three signals from outside stop one run, each two updates or more after the last, and each to the whole
+    group as a terminal's Ctrl-C; it ends as one that was left alone."""
+    whole = launch.finish(users_run(tmp_path / "whole"), tmp_path / "whole")
+    assert whole.status == 0, whole.err
+    assert whole.weights() != launch.smoke().weights("cold_start")
     folder = tmp_path / "run"
-    process = users_run(folder)
     metrics = folder / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        time.sleep(0.02)
-    os.killpg(process.pid, getattr(signal, name))
-    stopped = launch.finish(process, folder)
-    assert stopped.status == status, stopped.err
-    assert 2 <= len(stopped.jsonl("metrics.jsonl")) < 12
+    lines = lambda: metrics.read_text().count("\n") if metrics.exists() else 0  # noqa: E731
+    for name, status in ("SIGKILL", -signal.SIGKILL), ("SIGTERM", 130), ("SIGINT", 130):
+        process, before = users_run(folder), lines()
+        while process.poll() is None and lines() < before + 2:
+            time.sleep(0.02)
+        os.killpg(process.pid, getattr(signal, name))
+        stopped = launch.finish(process, folder)
+        assert stopped.status == status, stopped.err
+        assert before + 2 <= lines() < 12
     again = launch.finish(users_run(folder), folder)
     assert again.status == 0, again.err
-    assert again.weights() == users_whole_run.weights()
-    lines, whole_lines = (ran.jsonl("metrics.jsonl") for ran in (again, users_whole_run))
-    assert timeless(lines) == timeless(whole_lines)
-    assert again.json("summary.json")["after"] == users_whole_run.json("summary.json")["after"]
+    assert again.weights() == whole.weights()
+    assert timeless(again.jsonl("metrics.jsonl")) == timeless(whole.jsonl("metrics.jsonl"))
+    assert again.json("summary.json")["after"] == whole.json("summary.json")["after"]
 
 
 @pytest.mark.slow

@@ -232,7 +232,13 @@ def test_the_rewards_of_the_examples_by_hand():
 @pytest.mark.parametrize("name", ["own_tools", "two_calls", "final_answer"])
 def test_examples_run(name, tmp_path):
     """From a new model to a conversation, with few updates."""
-    few = {"max_steps": 1, "sft_max_steps": 1, "sft_eval_steps": 1, "eval_batch_size": 50}
+    few = {
+        "max_steps": 1,
+        "sft_max_steps": 1,
+        "sft_eval_steps": 1,
+        "sft_validation_size": 50,
+        "eval_batch_size": 50,
+    }
     trainer = example(name).main(output_dir=str(tmp_path / "run"), per_device_train_batch_size=16, **few)
     assert {m["role"] for m in trainer.generate("What is 15 plus 27?")} >= {"user", "assistant"}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
