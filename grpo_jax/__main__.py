@@ -7,7 +7,7 @@ import os
 import sys
 
 COMMANDS = {
-    "train": "Train a Qwen model with GRPO to call your Python functions.",
+    "train": "Train a model with GRPO to call your Python functions.",
     "sft": "Fine-tune a model on gold calls.",
     "evaluate": "Evaluate a model folder or a checkpoint.",
     "export": "Write a checkpoint as a Hugging Face folder.",

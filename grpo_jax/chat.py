@@ -88,7 +88,7 @@ def open_chat(job: Job, sampling: Sampling) -> Chat:
 def talk(job: Job, chat: Chat) -> None:
     """Read a person's lines and answer each."""
     console = job.console
-    console.line("Say something; /help lists what else there is.")
+    console.line("Type a message; /help lists the commands.")
     with _typed_before():
         while True:
             try:

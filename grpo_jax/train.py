@@ -35,7 +35,7 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    description = "Train a Qwen model with GRPO to call your Python functions."
+    description = "Train a model with GRPO to call your Python functions."
     default = Path("configs/default.yaml")
     if not default.exists():  # outside of the repository
         default = Path(__file__).parents[1] / default

@@ -410,7 +410,7 @@ def test_another_machine_is_said(tmp_path):
         found = find_start(checkpoints, None, {}, fresh() | {"threads": 8}, False)
     assert found.meta["threads"] == 8
     (note,) = found.notes
-    assert "threads was 2 when" in note and "is 8 now; sums are then taken in another order" in note
+    assert "threads was 2 when" in note and "is 8 now; sums are then computed in another order" in note
 
 
 # Stopping

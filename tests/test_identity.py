@@ -83,8 +83,8 @@ def test_the_same_job_differs_in_nothing(job):
     [
         ((1, 2), "the training data: 3 rows then, 2 rows now"),
         ((1, 2, 3, 4), "the training data: 3 rows then, 4 rows now"),
-        ((1, 2, 4), "the training data: 3 rows as then, but with other contents"),
-        ((1, 2, example(3, level=2)), "the training data: 3 rows as then, but with other contents"),
+        ((1, 2, 4), "the training data: 3 rows as before, but with other contents"),
+        ((1, 2, example(3, level=2)), "the training data: 3 rows as before, but with other contents"),
         ((2, 1, 3), "the training data: the same rows in another order"),
     ],
 )

@@ -215,7 +215,7 @@ def test_a_finished_run_without_checkpoints_cannot_continue(tmp_path):
     ran = launch.small_run(folder, save_strategy="no")
     assert (ran.status, ran.compiles) == (2, 0)
     assert (
-        "is finished after 2 updates and left no checkpoint to continue from, 4 are asked for now" in ran.err
+        "is finished after 2 updates and left no checkpoint to continue from, 4 are requested now" in ran.err
     )
 
 
@@ -223,7 +223,7 @@ def test_a_finished_run_without_checkpoints_cannot_continue(tmp_path):
     ("changes", "message"),
     [
         ({"rows": (10, 20)}, "the training data: 24 rows then, 20 rows now"),
-        ({"rows": (11, 24)}, "the training data: 24 rows as then, but with other contents"),
+        ({"rows": (11, 24)}, "the training data: 24 rows as before, but with other contents"),
         ({"seed": 7}, "seed: 42 then, 7 now"),
         ({"num_generations": 2}, "prompts per update: 2 then, 4 now; num_generations: 4 then, 2 now"),
         ({"num_iterations": 2}, "num_iterations: 1 then, 2 now"),
@@ -243,7 +243,7 @@ def test_a_checkpoint_of_another_job_is_refused(tmp_path, changes, message):
     assert (ran.status, ran.compiles) == (2, 0)
     assert f"cannot continue from {step}: this run differs from the one that saved it (" in ran.err
     assert message in ran.err
-    assert "continue nevertheless with --allow_config_change" in ran.err
+    assert "continue anyway with --allow_config_change" in ran.err
     assert ran.err.count("\n") == 1
 
 
@@ -258,7 +258,7 @@ def test_an_allowed_change_is_said_and_other_rows_are_read_from_their_start(tmp_
         learning_rate=1e-3,
     )
     assert ran.status == 0, ran.err
-    assert "was saved: the training data: 24 rows as then, but with other contents" in ran.out
+    assert "was saved: the training data: 24 rows as before, but with other contents" in ran.out
     assert "was saved: learning_rate: 0.003 then, 0.001 now" in ran.out
     assert "so it is read from the start of an epoch" in ran.out
     (line,) = ran.jsonl("metrics.jsonl")

@@ -196,7 +196,7 @@ class Checkpoints:
         self._manager.reload()
         return (
             f"Warning: the checkpoint of update {step} is damaged and was renamed to {away}; the one of update "
-            f"{earlier[-1]} takes its place, and the updates after it are made again. ({damaged})"
+            f"{earlier[-1]} is used instead, and the later updates are repeated. ({damaged})"
         )
 
     def wait(self) -> None:
@@ -378,7 +378,7 @@ def find_start(
         if found not in (None, named):
             raise ValueError(
                 f"cannot resume from {path}: {checkpoints.directory} already holds step {newest}; "
-                "choose another --output_dir, so that what was saved stays saved"
+                "choose another --output_dir to keep what was saved there"
             )
         found = named
     done = summary.get("updates", newest or updates) if "after" in summary else None
@@ -387,7 +387,7 @@ def find_start(
     if done is not None and newest is None and not enough:
         raise ValueError(
             f"the run in {checkpoints.directory.parent} is finished after {done} updates and left no checkpoint to "
-            f"continue from, {updates} are asked for now: start over with --overwrite_output_dir, or train its model "
+            f"continue from, {updates} are requested now: start over with --overwrite_output_dir, or train its model "
             f"further with --model_name_or_path {checkpoints.directory.parent / 'model'} and another --output_dir"
         )
     finished = done if enough else None
@@ -416,13 +416,13 @@ def _compared(
     if refused and not allow_change:
         raise ValueError(
             f"cannot continue from {where}: this run differs from the one that saved it ({'; '.join(refused)}), which "
-            "would change the result without a word. Use what it was saved with, choose another --output_dir for "
-            "a new run, or continue nevertheless with --allow_config_change"
+            "would silently change the result. Restore what it was saved with, choose another --output_dir for "
+            "a new run, or continue anyway with --allow_config_change"
         )
     notes = [f"Warning: not as when {where} was saved: {one.text}" for one in found]
     notes += [
         f"Warning: {name} was {saved.get(name)!r} when {where} was saved and is {fresh[name]!r} now; "
-        "sums are then taken in another order, and the run may differ in the last bits"
+        "sums are then computed in another order, and the run may differ in the last bits"
         for name in MACHINE
         if saved.get(name) != fresh[name]
     ]

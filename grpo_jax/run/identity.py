@@ -136,7 +136,7 @@ def _row_differences(then: Identity, now: Identity) -> list[str]:
     if then["number"] != now["number"]:
         return [_was("the training data", f"{then['number']} rows", f"{now['number']} rows")]
     if then["content"] != now["content"]:
-        return [f"the training data: {now['number']} rows as then, but with other contents"]
+        return [f"the training data: {now['number']} rows as before, but with other contents"]
     if then["order"] != now["order"]:
         return ["the training data: the same rows in another order"]
     if then["tokens"] != now["tokens"]:

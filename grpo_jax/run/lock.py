@@ -98,7 +98,7 @@ def _locked(path: Path) -> IO[str]:
             if error.errno in _BUSY:
                 raise _refusal(path, holder) from None
             _log.warning(
-                "%s cannot be locked (%s): nothing keeps a second run from writing into the same folder",
+                "%s cannot be locked (%s): a second run in the same folder would not be noticed",
                 path,
                 error.strerror,
             )
