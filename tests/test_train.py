@@ -482,6 +482,8 @@ def test_rule_6_twenty_updates_compile_in_the_first(tmp_path, caplog):
     assert compiled == [compiled[0]] * 20
     assert "tool responses [B, one of [32, 64, 128]]" in caplog.text
     assert "(T2, J) one of [(80, 80)]" in caplog.text
+    assert "First prompt of " in caplog.text and "<|im_start|>user\n" in caplog.text
+    assert re.search(r"Completion, \w+:\n", caplog.text)
 
 
 def test_several_updates_a_batch_with_reference_and_evaluations(tmp_path):

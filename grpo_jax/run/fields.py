@@ -236,7 +236,9 @@ class Options:
         "Maximum length of one model turn in tokens; a longer one ends the completion; unset: none.",
         ge=1,
     )
-    mask_truncated_completions: bool = _opt(False, "Exclude truncated completions from the loss.")
+    mask_truncated_completions: bool = _opt(
+        False, "Exclude completions that the budget ended (overlong, overlong_tool_response) from the loss."
+    )
     temperature: float = _opt(1.0, "Sampling temperature.", gt=0)
     top_p: float = _opt(1.0, "Sample from the most likely tokens with this total probability.", gt=0, le=1)
     top_k: int = _opt(

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from grpo_jax import hosts
 from grpo_jax.data.batches import Steps, count_steps
-from grpo_jax.data.gold import gold_calls, gold_texts
+from grpo_jax.data.gold import gold_calls, gold_texts, show_call
 from grpo_jax.data.rows import load_examples, row_tools
 from grpo_jax.models import hf
 from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join, merge
@@ -204,6 +204,15 @@ class Job:
 
     def score(self, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
         """The reward functions on a batch, with every column of its examples; see `reward_names`."""
+        if log.isEnabledFor(logging.DEBUG):
+            for t in trajectories:
+                calls = [f"\n{show_call(call, result)} in {result.seconds:.3f} s" for call, result in t.calls]
+                log.debug(
+                    "Completion, %s:\n%s%s",
+                    t.status,
+                    self.conversation.decode(t.completion_ids),
+                    "".join(calls),
+                )
         examples = [t.prompt.example for t in trajectories]
         columns = {name for example in examples for name in example.extra}
         values = {name: [e.extra.get(name) for e in examples] for name in sorted(columns)}
@@ -550,6 +559,7 @@ def load_data(job: Job, examples: Sequence[Example]) -> DataSet:
     local = dataclasses.replace(config, compilation_cache_dir=None)  # the one option that hosts may differ in
     hosts.check_alike(f"the options or the prompts from {source} on", (local, ids))
     tree = make_tree(ids, config.max_grpo_completion_length, job.row_devices)
+    log.debug("First prompt of %s:\n%s", source, job.conversation.decode(ids[0]))
     log.debug(
         "Shapes of %s: preamble [1, %d], prompts [P, %d], tool responses [B, one of %s], completions [B, T2] "
         "with J loss positions a row, (T2, J) one of %s",
