@@ -13,7 +13,7 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 def states_the_result(completions, **kwargs):
-    """1.0 where the last message states every number of the last tool result; None without a result."""
+    """1.0 if the last message states every number of the last tool result; None without a result."""
     scores = []
     for messages in completions:
         results = [m["content"] for m in messages if m["role"] == "tool"]

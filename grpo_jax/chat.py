@@ -36,7 +36,7 @@ COMMANDS = {
     "/history": "the conversation so far",
     "/reset": "begin a new conversation",
     "/help": "this list",
-    "/quit": "end, as Ctrl-D; Ctrl-C stops an answer",
+    "/quit": "quit, like Ctrl-D; Ctrl-C stops an answer",
 }
 LONGEST = 131_072  # tokens of a conversation with a model that names no limit
 RESULT_CHARACTERS = 2000  # of a tool's result, on the terminal

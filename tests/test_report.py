@@ -103,7 +103,7 @@ def test_the_page_shows_the_run_and_needs_nothing_else(tmp_path):
     assert "a <b> run: 12 updates" in words
     for shown in ("0.25", "0.75", "0.250 (0.150 to 0.350)", "0.750 (0.650 to 0.850)", "–", "50", "61 s"):
         assert shown in words
-    for panel in ("gradient norm", "how rows ended, share", "rewards", "reward", "before", "after"):
+    for panel in ("gradient norm", "how completions ended, share", "rewards", "reward", "before", "after"):
         assert panel in words
     assert "entropy, nats" in words and "KL to the reference, nats" not in words
     assert "overlong" not in words  # never happened

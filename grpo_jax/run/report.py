@@ -29,18 +29,22 @@ WIDTH = 10.0  # inches of a picture
 PANELS = {
     "entropy, nats": ("entropy",),
     "KL to the reference, nats": ("kl",),
-    "sampled tokens a row": ("completions/min_length", "completions/mean_length", "completions/max_length"),
-    "tool calls a row, and their failures": ("tools/call_frequency", "tools/failure_frequency"),
-    "share of rows closed by the model, and that state the result": (
+    "sampled tokens per completion": (
+        "completions/min_length",
+        "completions/mean_length",
+        "completions/max_length",
+    ),
+    "tool calls per completion, and share of failures": ("tools/call_frequency", "tools/failure_frequency"),
+    "share of completions ended by the model, and grounded": (
         "completions/turn_closed",
         "completions/answer_grounded",
     ),
-    "share of groups with equal rewards, and of wasted ones": (
+    "share of groups with equal rewards, and of wasted groups": (
         "frac_reward_zero_std",
         "rollout/wasted_groups",
     ),
     "gradient norm": ("grad_norm",),
-    "seconds an update": ("step_time",),
+    "seconds per update": ("step_time",),
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -118,7 +122,7 @@ def _curves(lines):
     means = sorted(n for n in names if n.startswith("rewards/") and n.endswith("/mean"))
     panels["rewards"] = means if len(means) > 1 else []
     ends = sorted(n for n in names if n.startswith("status/"))
-    panels["how rows ended, share"] = [n for n in ends if any(line.get(n) for line in lines)]
+    panels["how completions ended, share"] = [n for n in ends if any(line.get(n) for line in lines)]
     panels["evaluation"] = [f"eval/{name}" for name in FIGURES if f"eval/{name}" in names]
     panels["evaluation, sampled"] = sorted(n for n in names if n.startswith(("eval/mean@", "eval/pass@")))
     panels = {title: metrics for title, metrics in panels.items() if metrics}
