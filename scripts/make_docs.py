@@ -1,8 +1,8 @@
-"""Writes the generated parts of docs/: options, metrics, and what becomes of TRL's option names.
+"""Writes the generated parts of docs/: the options, the metrics, and TRL's option names that are not options here.
 
     python scripts/make_docs.py
 
-A part lies between two comments, `<!-- generated: NAME -->` and `<!-- end -->`; tests/test_docs.py compares.
+A part is between the comments `<!-- generated: NAME -->` and `<!-- end -->`; tests/test_docs.py checks that it is current.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def metrics() -> str:
 
 
 def trl_options() -> str:
-    """Tables of the option names that are no options here."""
+    """Tables of the option names that are not options here."""
     lines = ["| name | here |", "|---|---|"]
     lines += [f"| `{name}` | `{option}` |" for name, option in ALIASES.items()]
     for name, of in SETS.items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a Cloud TPU VM: one command for each step, each of which may be repeated.
+# Train on a Cloud TPU VM: one command per step, each of which may be repeated.
 #
 #   scripts/tpu_vm.sh create mine --type v6e-8 --zone us-east5-b --spot
 #   scripts/tpu_vm.sh setup  mine --zone us-east5-b

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Run a command whose results lie in a local folder, and keep a copy of that folder in a bucket.
+# Run a command that writes its results to a local folder, and keep a copy of that folder in a bucket.
 #
 #   scripts/with_bucket.sh gs://my-bucket/mine runs/mine -- python -m grpo_jax.train --config … --output_dir runs/mine
 #
-# The bucket's copy is fetched first where the folder is not there, so that the same command continues on another
-# machine; it is brought up to date every COPY_SECONDS (default 60) and when the command has ended. SIGTERM is passed on.
-# Names are copied in their order: checkpoints before the metrics that belong to them. A checkpoint that was copied
-# in part is found damaged by the next start, which takes the one before.
+# The bucket's copy is fetched first if the folder does not exist, so that the same command continues on another
+# machine; the copy is updated every COPY_SECONDS (default 60) and when the command has ended. SIGTERM is passed on.
+# Names are copied in their order: checkpoints before the metrics that belong to them. A partly copied
+# checkpoint is recognised as damaged at the next start, which uses the previous one.
 set -uo pipefail
 
 [[ $# -ge 4 && $3 == -- ]] || { sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2; }
