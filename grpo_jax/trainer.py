@@ -25,6 +25,7 @@ from grpo_jax.files import OutputError, plain
 from grpo_jax.models.qwen import Params
 from grpo_jax.models.sharding import placed
 from grpo_jax.preflight.check import check_job
+from grpo_jax.rollout.delays import ToolDelays
 from grpo_jax.rollout.faults import faults
 from grpo_jax.rollout.loop import Rollout, make_policy, roll_out
 from grpo_jax.run.checkpoint import (
@@ -298,6 +299,7 @@ class GRPOTrainer:
         compared = compares_evaluations(config)
         checkpoints.keep_best(best.step)
         rates = SolveRates.from_json(len(data.prompts), meta.get("solve_rates", {}))
+        delays = ToolDelays.from_json(meta.get("tool_delays", {}))
         rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
 
         def with_advantages(rows: Sequence[Trajectory], outcome: RewardOutcome) -> list[Trajectory]:
@@ -327,7 +329,7 @@ class GRPOTrainer:
 
         def save() -> None:
             now = {"cursor": cursor.to_json(), "num_tokens": num_tokens, "timings": timer.seconds}
-            now["best"] = dataclasses.asdict(best)
+            now["best"], now["tool_delays"] = dataclasses.asdict(best), delays.to_json()
             if config.difficulty_sampling:
                 now["solve_rates"] = rates.to_json()
             with timer("save"):
@@ -384,7 +386,7 @@ class GRPOTrainer:
                 # Roll out G completions of each of the next P prompts, with the tools that they call, and score them.
                 # The order of prompts is that of seed and epoch, or with difficulty_sampling by how often they are
                 # solved; with dynamic_sampling more follow, until P groups have an advantage.
-                drawn, next_cursor, known_rates = [], cursor, rates
+                drawn, next_cursor, known = [], cursor, (rates, delays)
                 rollout, outcomes, acts = Rollout([], 0), [], np.zeros(0, bool)
                 with timer("rollout"):
                     policy = make_policy(loop, sampler.export(learner.params(state)))
@@ -397,7 +399,7 @@ class GRPOTrainer:
                     prompts = [dataclasses.replace(data.prompts[i], draw=draw) for i, draw in draws]
                     with timer("rollout"), job.console.progress("Rollout", steps.P * steps.G) as rows:
                         sampled = roll_out(
-                            loop,
+                            dataclasses.replace(loop, delays=delays.steps),
                             policy,
                             prompts,
                             generations=steps.G,
@@ -406,8 +408,9 @@ class GRPOTrainer:
                             stop=lambda: stop.requested,
                         )
                     if sampled.stop:  # a later run samples the same tokens
-                        rates = known_rates
+                        rates, delays = known
                         raise stopped()
+                    delays = delays.after(sampled)
                     with timer("reward"):
                         outcomes.append(job.score_all(sampled.trajectories, now))
                         drawn, rollout, outcome = drawn + draws, rollout + sampled, joined(outcomes)

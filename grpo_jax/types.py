@@ -117,7 +117,7 @@ class ToolResult:
     Args:
         text: what the model sees.
         outcome: what became of the call.
-        seconds: wall time of the call.
+        seconds: wall time of the call, without waiting for a worker.
     """
 
     text: str

@@ -209,7 +209,7 @@ class Script:
         self._rows = [list(row) for row in rows]
         self._given: dict[tuple[int, int], int] = {}
         self.shared: Counter = Counter()  # (rows of the level, row, position, token) of shared levels
-        self.own: Counter = Counter()  # (row, position, token) of the completions' level
+        self.fed: Counter = Counter()  # (position, token) of the completions' level, whose rows change places
 
     def _patched(self, function):
         def call(*args, **kwargs):  # the names are looked up while tracing
@@ -255,11 +255,11 @@ class Script:
     def _record(self, shared, *arrays) -> None:
         tokens, positions, valid = map(np.asarray, arrays)
         for row, at in zip(*np.nonzero(valid), strict=True):
-            key = (int(row), int(positions[row, at]), int(tokens[row, at]))
+            key = int(positions[row, at]), int(tokens[row, at])
             if shared:
-                self.shared[len(tokens), *key] += 1
+                self.shared[len(tokens), int(row), *key] += 1
             else:
-                self.own[key] += 1
+                self.fed[key] += 1
 
 
 def call_ids(name: str, content: str = "", **arguments) -> list[int]:

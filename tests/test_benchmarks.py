@@ -190,6 +190,13 @@ def test_growth_writes_a_table_and_a_picture(tmp_path):
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_completions_that_do_not_wait_take_about_as_many_steps_as_the_longest():
+    lines = command("turns", "--layers", 1, "--repeats", 1, "--sleep", 0.0)
+    ratios = [float(ratio) for ratio in re.findall(r"steps, ([\d.]+) times the longest", "\n".join(lines))]
+    assert len(ratios) == 2 and all(1 <= ratio <= 1.15 for ratio in ratios)
+
+
 @pytest.mark.parametrize("cfg", [*job.MODELS.values(), job.narrow(700)])
 def test_the_config_that_trl_reads_is_that_of_the_model(cfg):
     read = ModelConfig.from_hf(compare_trl.hf_config(cfg))

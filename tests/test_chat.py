@@ -57,7 +57,7 @@ def test_each_token_of_a_conversation_passes_once_and_is_the_templates():
     )
     # the template renders the conversation and the question that could follow as the cache holds it
     rendered = conversation().prompt_ids([*chat.messages, {"role": "user", "content": "?"}], SCHEMAS)
-    own = {(position, token): n for (row, position, token), n in script().own.items()}
+    own = script().fed
     T0 = len(chat._loop.tree.preamble)
     last = max(position for position, _ in own)
     assert own == {(at, rendered[at]): 1 for at in range(T0, last + 1)}

@@ -287,12 +287,16 @@ def test_every_token_passes_through_extend_once(script):
     for i, prompt in enumerate(PROMPTS[:2]):
         shared |= {(2, i, position, prompt[position]) for position in range(n, len(prompt) - 1)}
     assert script.shared == Counter(shared)
-    own = set()
-    for i, row in enumerate(trajectories):
-        ids = [*row.prompt.ids, *row.completion_ids]
-        own |= {(i, position, ids[position]) for position in range(len(row.prompt.ids) - 1, len(ids) - 1)}
-    assert script.own == Counter(own)
-    assert len(own) == sum(len(row.completion_ids) for row in trajectories)
+    assert script.fed == expected_fed(trajectories)
+
+
+def expected_fed(trajectories):
+    """(position, token) of what completions feed, however often another feeds the same."""
+    expected = Counter()
+    for t in trajectories:
+        ids, start = [*t.prompt.ids, *t.completion_ids], len(t.prompt.ids) - 1
+        expected.update(enumerate(ids[start:-1], start))
+    return expected
 
 
 def skewed_rows():
@@ -314,7 +318,7 @@ def test_finished_rows_cost_little_and_change_nothing():
     script = helpers.Script(compact=True)
     compact = roll_out_skewed(script)
     jax.effects_barrier()
-    fed = Counter((position, token) for _, position, token in script.own.elements())
+    fed = script.fed
     with compilations() as names:
         roll_out_skewed(script)
     assert names == []
@@ -322,40 +326,66 @@ def test_finished_rows_cost_little_and_change_nothing():
     assert compact.wasted_decode < 0.2
     assert whole.wasted_decode > 0.6
     assert {len(t.calls) for t in compact.trajectories} == {1, 2}
-    expected = Counter()
     for a, b in zip(compact.trajectories, whole.trajectories, strict=True):
         assert (a.completion_ids, a.messages, a.status) == (b.completion_ids, b.messages, b.status)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
-        ids, start = [*a.prompt.ids, *a.completion_ids], len(a.prompt.ids) - 1
-        expected.update(enumerate(ids[start:-1], start))
-    assert fed == expected
+    assert fed == expected_fed(compact.trajectories)
 
 
-def test_tools_run_while_other_rows_decode(script):
-    """The tool of row 0 ends only once decode continues with rows 2 and 3: were it waited for, it would
-    time out."""
+@pytest.mark.parametrize(("delay", "rounds"), [(0, 0), (8, 1), (64, 2)])
+def test_a_slow_tools_result_is_fed_so_many_steps_later(script, delay, rounds):
+    """The tool of row 0 ends once decode has gone on for as many rounds with rows 2 and 3 as its delay asks for,
+    though their turns take 50 and 60 steps; were it waited for any sooner, it would time out."""
     events, decode_goes_on = [], threading.Event()
 
     def nap(seconds: float) -> str:
-        return "decode went on" if decode_goes_on.wait(seconds) else "decode waited"
+        return "decode went on" if not rounds or decode_goes_on.wait(seconds) else "decode waited"
 
     def decode(*args, **rows):
         events.append("decode")
-        if "submit" in events:
+        if "submit" in events and events[events.index("submit") :].count("decode") == rounds:
             decode_goes_on.set()
         return script.sampler.decode(*args, **rows)
 
+    def append(*args, **rows):
+        events.append("feed")
+        return script.sampler.append(*args, **rows)
+
     script.load([call_ids("nap", seconds=5.0), [], [0] * 60, [0] * 50])
     runner = ToolRunner(Toolbox({"nap": nap}, SCHEMAS, "a test"), "inline", Limits(seconds=10))
-    sampler = dataclasses.replace(script.sampler, decode=decode)
-    loop = dataclasses.replace(helpers.tool_loop(sampler), runner=runner)
+    sampler = dataclasses.replace(script.sampler, decode=decode, append=append)
+    loop = dataclasses.replace(helpers.tool_loop(sampler), runner=runner, delays={"nap": delay})
     with runner:
         submit = runner.submit
         runner.submit = lambda *args: events.append("submit") or submit(*args)
         row = helpers.rollout(loop, PROMPTS[:2], generations=2)[0]
     assert texts(row, "tool") == ["decode went on"]
-    # two rows end, the others continue, in two calls, and end, and the answer to row 0 makes its next turn
-    assert events == ["decode", "submit", "decode", "decode", "decode"]
+    after = events[events.index("submit") + 1 :]
+    assert after[: rounds + 1] == ["decode"] * rounds + ["feed"]
+
+
+def test_each_completion_takes_its_turns_as_it_would_alone():
+    """Four conversations with tools at once, their turns interleaved and one tool late, and one after the other."""
+    call, rows = call_ids("add", a=3, b=4), [[FREE] * 5, [FREE] * 25, [], [FREE] * 9]
+    rows = [[*row, *call, *row, *call_ids("echo", text="seven"), *row] for row in rows]
+    prompts = [PROMPTS[i] for i in (0, 1, 2, 0)]
+
+    def rolled(script, chosen, **settings):
+        script.load([rows[i] for i in chosen])
+        loop = helpers.tool_loop(script.sampler, **settings)
+        return helpers.rollout(loop, [prompts[i] for i in chosen], chosen)
+
+    together = rolled(helpers.Script(), range(4), delays={"echo": 16})
+    one = helpers.Script()
+    for i, row in enumerate(together):
+        (alone,) = rolled(one, [i])
+        assert (row.completion_ids, row.messages, row.status) == (
+            alone.completion_ids,
+            alone.messages,
+            alone.status,
+        )
+        np.testing.assert_allclose(row.logprobs, alone.logprobs, atol=1e-4)
+    assert [len(row.calls) for row in together] == [2] * 4
 
 
 def test_several_calls_of_a_turn_run_in_order(script):
@@ -555,7 +585,7 @@ def test_what_only_fills_up_the_batch_gives_no_trajectory(script):
 
 
 def test_progress_is_reported_at_every_return_of_decode(script):
-    """Every turn says how many completions it finished; a turn longer than a decode may last reports within."""
+    """What has ended since, what still runs, and how many turns were answered; also within a long turn."""
     call = call_ids("add", a=1, b=2)
     script.load([[*call, *call], [call[0]], [], [*[0] * MAX_STEPS, *call]])
     finished, shown = [], []
@@ -566,9 +596,12 @@ def test_progress_is_reported_at_every_return_of_decode(script):
 
     loop = helpers.tool_loop(script.sampler)
     helpers.rollout(loop, PROMPTS[:2], generations=2, on_progress=on_progress)
-    assert [count for count in finished if count] == [2, 1, 1]
-    assert [(fields["running"], fields["turn"]) for fields in shown if fields][:2] == [(4, 1), (4, 1)]
-    assert all(fields["tokens_per_s"] > 0 for fields in shown if fields)
+    assert [count for count in finished if count] == [1, 1, 1, 1]
+    running = 4 - np.cumsum(finished)
+    assert [fields["running"] for fields in shown] == running.tolist() and running[-1] == 0
+    answered = [fields["tool_turns"] for fields in shown]
+    assert answered == sorted(answered) and set(answered) == {0, 1, 2, 3}
+    assert all(fields["tokens_per_s"] > 0 for fields in shown)
 
 
 def test_without_a_shared_preamble_the_rollout_is_the_same(script):

@@ -282,7 +282,8 @@ def decoded_whole(sampler, cache) -> tuple[list[np.ndarray], list[int]]:
         cache = sampler.fit(cache, held + 1)
         slots.append(cache.room + 1)
         cache, turn = decode(sampler, cache, [True] * 4, left)
-        n, held = turn.count[0], int(turn.longest)
+        n = turn.count[0]
+        held += int(n)
         parts.append((turn.tokens[:, :n], turn.logprobs[:, :n]))
         left = left - turn.count
     return [np.hstack(arrays) for arrays in zip(*parts, strict=True)], slots

@@ -1,17 +1,20 @@
-"""The multi-turn tool loop: decode a turn, parse it, run its calls, feed the responses, again.
+"""The multi-turn tool loop: decode, parse the turns that have ended, run their calls, feed the responses, again.
 
-All completions of a batch take their turns together; the conversation continues on the same key/value
-cache, so that every token passes through the model once. A completion speaks until its turn ends; then
-its calls run while others still speak, or it is finished.
+Each completion takes its turns at its own pace, on the same key/value cache, so that every token passes
+through the model once. Decode returns when some turns have ended: their calls run, and what is due of the results
+is fed, while the others' turns go on. What is due follows from the tokens and from `ToolLoop.delays`, never from
+how long a call happens to take: batch shapes decide the last bits of what is sampled.
 
 With several hosts each keeps its share of the prompts, with all completions of them. They decode
-together; after a turn's tools one all-gather of five numbers tells each of them how to continue.
+together; at each return one all-gather of seven numbers tells each of them how to continue.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -22,11 +25,15 @@ import numpy as np
 from grpo_jax import hosts
 from grpo_jax.models.qwen import Level, Params
 from grpo_jax.rollout.conversation import Conversation
-from grpo_jax.rollout.sampler import PARTS, Sampler, Trunk
+from grpo_jax.rollout.sampler import Sampler, Trunk
 from grpo_jax.rollout.sampling import row_keys
 from grpo_jax.tools import ToolRunner
 from grpo_jax.types import PARSER_NAME, Outcome, Prompt, Status, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import Tree, preamble_level, prompts_level, response_bucket
+
+# Decode returns when this part of the completions that speak has ended its turn: sooner costs more returns, later
+# more steps in which they only wait (docs/log.md).
+RETURN_AT = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +51,7 @@ class ToolLoop:
         final_tools: tools whose call ends a completion -> the parameter that is its answer.
         limit: tokens that a completion may have, where that is less than the sampler's budget.
         max_turn: tokens that one turn may have; None for no limit but the budget.
+        delays: slow tools -> decode steps that others may take before its results are waited for; see `ToolDelays`.
     """
 
     sampler: Sampler
@@ -56,6 +64,7 @@ class ToolLoop:
     final_tools: Mapping[str, str] = dataclasses.field(default_factory=dict)
     limit: int | None = None
     max_turn: int | None = None
+    delays: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def budget(self) -> int:
@@ -94,12 +103,14 @@ class Rollout:
     Args:
         trajectories: of all hosts, a group's completions next to each other, without rewards.
         row_steps: decode steps times the rows that took part in each.
+        step_seconds: median time of a decode step on the slowest host.
         stop: a host was asked to stop before the last turn ended, and completions may be missing; the same on all
             of them.
     """
 
     trajectories: list[Trajectory]
     row_steps: int
+    step_seconds: float = 0.0
     stop: bool = False
 
     @property
@@ -111,7 +122,8 @@ class Rollout:
     def __add__(self, other: Rollout) -> Rollout:
         """This one and a later one of the same policy."""
         trajectories = self.trajectories + other.trajectories
-        return Rollout(trajectories, self.row_steps + other.row_steps, self.stop or other.stop)
+        row_steps, stop = self.row_steps + other.row_steps, self.stop or other.stop
+        return Rollout(trajectories, row_steps, other.step_seconds, stop)
 
 
 @dataclasses.dataclass
@@ -125,6 +137,7 @@ class _Flight:
         turn_start: where its turn begins in `completion_ids`.
         running: the turn's calls, with their results to come.
         feedback: what the model gets instead, when its call did not parse.
+        due: decode steps of the rollout after which it is answered.
     """
 
     trajectory: Trajectory
@@ -133,6 +146,12 @@ class _Flight:
     turn_start: int = 0
     running: list[tuple[ToolCall, Future[ToolResult]]] = dataclasses.field(default_factory=list)
     feedback: str | None = None
+    due: int = 0
+
+    @property
+    def waiting(self) -> bool:
+        """Its turn has ended and is to be answered."""
+        return bool(self.running) or self.feedback is not None
 
     def append(self, ids: Sequence[int], logprobs: Sequence[float] | None) -> None:
         """Sampled tokens with their log-probabilities, or given ones (None)."""
@@ -165,8 +184,8 @@ def roll_out(
         generations: G.
         seed: of the run.
         on_progress: called at every return of decode with the number of completions that were finished since, and
-            as keywords with what to show: completions still running, tokens a second, the turn.
-        stop: whether this host was asked to stop; asked after every turn, and ends the rollout early.
+            as keywords with what to show: completions still running, tokens a second, tool turns so far.
+        stop: whether this host was asked to stop; asked at every return, and ends the rollout early.
 
     Raises:
         HostError: a tool worker of some host does not start; with one host its RuntimeError.
@@ -187,52 +206,52 @@ def roll_out(
         put(np.array([len(f.trajectory.prompt.ids) - 1 for f in flights], np.int32)),
     )
     loop.runner.start_step([f.trajectory.prompt.example.columns for f in flights])
-    row_steps, turns, failure, stopped = 0, 0, hosts.Failure(), False
-    needed, sampled, began = 1, 0, time.perf_counter()
-    speaking = sum(prompt is not None for prompt in prompts) * G  # on all hosts
+    row_steps, steps, turns, failure = 0, 0, 0, hosts.Failure()
+    sampled, began, step_seconds = 0, time.perf_counter(), list[float]()
+    now = _Agreed(speaking=sum(prompt is not None for prompt in prompts) * G)
 
-    while before := speaking:
-        # decode until every completion that speaks has ended its turn; those that have run their calls meanwhile
-        ends = [P * G // part for part in PARTS] + [0]
-        while speaking:
+    while now.running and not now.stopped:
+        before, due = now.running, math.inf  # where nobody speaks, all results are waited for
+        if now.speaking:
             left = np.array([loop.left(f) for f in flights], np.int32)
-            stop_at = np.int32(next(n for n in ends if n < speaking))
-            cache = loop.sampler.fit(cache, needed)
-            rows = loop.sampler.rows_for(speaking, cache, trunk)
+            stop_at = now.speaking - max(1, now.speaking // RETURN_AT)
+            cache = loop.sampler.fit(cache, now.held + 1)
+            rows = loop.sampler.rows_for(now.speaking, cache, trunk)
+            decoding = time.perf_counter()
             cache, turn = loop.sampler.decode(
-                policy.params, trunk, cache, keys, put(left), stop_at, rows=rows
+                policy.params, trunk, cache, keys, put(left), np.int32(stop_at), rows=rows
             )
             turn = loop.sampler.layout.get_rows(turn)
-            speaking, row_steps = int(turn.live), row_steps + int(turn.row_steps)
-            needed = int(turn.longest) + 1
+            taken = int(turn.row_steps) // rows
+            step_seconds.append((time.perf_counter() - decoding) / taken)
+            row_steps, due = row_steps + int(turn.row_steps), steps + taken
+            steps = due
             sampled += int(turn.count.sum()) * P // len(own)  # all hosts have as many
-            on_progress(
-                0, running=before, tokens_per_s=sampled / (time.perf_counter() - began), turn=turns + 1
-            )
             for i in np.flatnonzero(left).tolist():
                 n = turn.count[i]
                 flights[i].append(turn.tokens[i, :n].tolist(), turn.logprobs[i, :n].tolist())
                 if turn.stopped[i] or n == left[i]:
                     with failure:
-                        _end_turn(loop, flights[i], i, turn.stopped[i])
-        # wait for the calls, and feed what they returned
+                        _end_turn(loop, flights[i], i, turn.stopped[i], steps)
         responses: list[list[int]] = [[] for _ in flights]
         with failure:
-            responses = [_respond(loop, flight) for flight in flights]
-        held = max((len(f.trajectory.completion_ids) for f in flights if f.speaking), default=0)
-        speaking, longest, held, stopped = _agree(responses, held, failure, stop())
-        if stopped:
-            break
-        needed, turns = held + 1, turns + 1
-        if speaking:
-            cache = loop.sampler.fit(cache, needed)
-            fed = map(put, _pending_and_responses(flights, responses, longest))
-            cache = loop.sampler.append(policy.params, trunk, cache, *fed)
-        on_progress(before - speaking)
+            responses = [_respond(loop, f) if f.waiting and f.due <= due else [] for f in flights]
+        now, turns = _agree(flights, responses, failure, stop()), turns + now.fed
+        if now.fed and not now.stopped:
+            cache = loop.sampler.fit(cache, now.held + 1)
+            fed = map(put, _pending_and_responses(flights, responses, now.longest))
+            rows = loop.sampler.rows_fed(cache, trunk)
+            cache = loop.sampler.append(policy.params, trunk, cache, *fed, rows=rows)
+        speed = sampled / (time.perf_counter() - began)
+        on_progress(before - now.running, running=now.running, tokens_per_s=speed, tool_turns=turns)
 
-    finished = [f.trajectory for f in flights if f.trajectory.status is not None]  # not what fills up
-    trajectories = hosts.gather(lambda: finished)
-    return Rollout([t for of_host in trajectories for t in of_host], row_steps, stopped)
+    def found() -> tuple[list[Trajectory], float]:
+        """What this host sampled, without what fills up, and its time of a step."""
+        finished = [f.trajectory for f in flights if f.trajectory.status is not None]
+        return finished, statistics.median(step_seconds or [0.0])
+
+    trajectories, seconds = zip(*hosts.gather(found), strict=True)
+    return Rollout([t for of_host in trajectories for t in of_host], row_steps, max(seconds), now.stopped)
 
 
 def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
@@ -253,22 +272,54 @@ def _prefill(sampler: Sampler, params: Params, above: Trunk, level: Level) -> Tr
     return ((sampler.prefill(params, above, level), level.valid),)
 
 
+class _Agreed(NamedTuple):
+    """Where a rollout stands, of all hosts.
+
+    Args:
+        speaking: completions that speak.
+        waiting: completions whose calls are to be answered.
+        fed: completions that are answered now.
+        longest: tokens of the longest of these responses.
+        held: tokens of the longest completion that speaks.
+        stopped: some host was asked to stop.
+    """
+
+    speaking: int
+    waiting: int = 0
+    fed: int = 0
+    longest: int = 0
+    held: int = 0
+    stopped: bool = False
+
+    @property
+    def running(self) -> int:
+        """Completions that are not finished."""
+        return self.speaking + self.waiting
+
+
 def _agree(
-    responses: Sequence[list[int]], held: int, failure: hosts.Failure, stop: bool
-) -> tuple[int, int, int, bool]:
-    """Of all hosts: completions that speak again, the longest response, the most tokens that such a completion has
-    by then, and whether any host was asked to stop."""
+    flights: Sequence[_Flight], responses: Sequence[list[int]], failure: hosts.Failure, stop: bool
+) -> _Agreed:
+    """The one exchange of a return: the same result on all hosts."""
     lengths = [len(ids) for ids in responses]
-    figures = hosts.agree([sum(n > 0 for n in lengths), max(lengths), held, failure.error is not None, stop])
-    if figures[:, 3].any():
+    speak = [len(f.trajectory.completion_ids) for f in flights if f.speaking]
+    counts = [len(speak), sum(f.waiting for f in flights), sum(n > 0 for n in lengths)]
+    most = [max(lengths), max(speak, default=0), stop, failure.error is not None]
+    figures = hosts.agree([*counts, *most])
+    if figures[:, 6].any():
         failure.raise_everywhere()
-    speaking, longest, held = figures[:, 0].sum(), figures[:, 1].max(), figures[:, 2].max()
-    return int(speaking), int(longest), int(held), bool(figures[:, 4].any())
+    speaking, waiting, fed = figures[:, :3].sum(0).tolist()
+    longest, held, stopped = figures[:, 3:6].max(0).tolist()
+    return _Agreed(speaking, waiting, fed, longest, held, bool(stopped))
 
 
-def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool) -> None:
-    """Read completion i's turn: its calls start to run, or it gets feedback on its call, or it is finished."""
-    flight.speaking = False
+def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool, steps: int) -> None:
+    """Read completion i's turn: its calls start to run, or it gets feedback on its call, or it is finished.
+
+    Args:
+        steps: of the rollout so far.
+    """
+    flight.speaking, flight.due = False, steps
     trajectory = flight.trajectory
     ids = trajectory.completion_ids[flight.turn_start :]
     if not stopped:
@@ -289,6 +340,7 @@ def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool) -> None:
     else:
         results = loop.runner.submit(parsed.calls, [i] * len(parsed.calls))
         flight.running = list(zip(parsed.calls, results, strict=True))
+        flight.due += max(loop.delays.get(call.name, 0) for call in parsed.calls)
 
 
 def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
@@ -298,8 +350,6 @@ def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
         Its ids, [] where the completion is finished.
     """
     trajectory = flight.trajectory
-    if trajectory.status is not None or not (flight.running or flight.feedback):
-        return []
     if flight.feedback is not None:
         results, flight.feedback, ended = [(PARSER_NAME, flight.feedback)], None, None
     else:

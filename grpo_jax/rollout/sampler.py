@@ -73,8 +73,6 @@ class Turn(NamedTuple):
         count: [B] int32 tokens sampled, the stop token included.
         stopped: [B] bool, the row ended with a stop token.
         row_steps: int32 scalar, the work done: steps times rows that took part, finished ones too.
-        live: int32 scalar, rows that have not come to the end of their turn, on all hosts.
-        longest: int32 scalar, tokens in the cache of the longest of these rows.
     """
 
     tokens: Int[Array, "B n"]
@@ -82,8 +80,6 @@ class Turn(NamedTuple):
     count: Int[Array, " B"]
     stopped: Bool[Array, " B"]
     row_steps: Int[Array, ""]
-    live: Int[Array, ""]
-    longest: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +94,8 @@ class Sampler:
         decode: (params, trunk, cache, keys [B, 2], remaining [B], stop_at = 0, rows = B) -> (cache, Turn).
             Rows with tokens remaining are live. Samples until at most `stop_at` rows are running, a row has no room left, or
             `MAX_STEPS` tokens are sampled; computes `rows` rows, which must hold all that are live.
-        append: (params, trunk, cache, tokens [B, T], count [B], pending [B]) -> cache, which must have the room.
+        append: (params, trunk, cache, tokens [B, T], count [B], pending [B], rows = B) -> cache, which must have the
+            room. Computes `rows` rows at a time, until all that have a count are fed.
         pad: (keys or values of a layer, slots) -> the same with so many slots.
         budget: tokens after the prompt that a row may reach.
         layout: the rollout column.
@@ -133,6 +130,10 @@ class Sampler:
         B = len(cache.length)
         sizes = part_sizes(B, cache.room + 1, trunk, self.layout) if self.compact else (B,)
         return min(size for size in sizes if size >= live)
+
+    def rows_fed(self, cache: Cache, trunk: Trunk) -> int:
+        """The rows that one append takes: few, since a response costs the same for a row that has none."""
+        return part_sizes(len(cache.length), cache.room + 1, trunk, self.layout)[-1]
 
 
 def cache_sizes(budget: int) -> tuple[int, ...]:
@@ -181,8 +182,6 @@ def make_sampler(
             turn.count + live,
             turn.stopped | stopped,
             turn.row_steps + live.shape[0],
-            turn.live,
-            turn.longest,
         )
         cache = cache._replace(pending=jnp.where(live, token, cache.pending))
         return _State(cache, live & ~stopped & (turn.count < rows.remaining), turn, state.t + 1)
@@ -191,7 +190,7 @@ def make_sampler(
         B, live = len(remaining), remaining > 0
         steps = jnp.minimum(MAX_STEPS, cache.room - _longest(live, cache))
         zeros = jnp.zeros((B, min(MAX_STEPS, cache.room)), jnp.int32)
-        turn = Turn(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, *[jnp.int32(0)] * 3)
+        turn = Turn(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, jnp.int32(0))
         state = _State(cache, live, turn, jnp.int32(0))
         read = _Rows(params, keys, remaining)
         few = rows is not None and rows < B
@@ -208,10 +207,9 @@ def make_sampler(
             functools.partial(step, trunk, read),
             state,
         )
-        report = {"live": state.live.sum(), "longest": _longest(state.live, state.cache)}
         if few:
             state = _put(whole, chosen, state, layout)
-        return state.cache, state.turn._replace(**report)
+        return state.cache, state.turn
 
     decode = jax.jit(decode, static_argnames="rows", donate_argnames="cache", compiler_options=ALL_ROUNDINGS)
     return Sampler(**shared, decode=decode, budget=budget, layout=layout, compact=compact)
@@ -263,8 +261,22 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
     def pad(x, slots):
         return layout.constrain(jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0))), "rows_kv")
 
-    def append(params, trunk, cache, tokens, count, pending):
-        return _append(run, params, trunk, cache, tokens, count, pending)
+    def append(params, trunk, cache, tokens, count, pending, rows=None):
+        B = len(count)
+        if rows is None or rows == B:
+            return _append(run, params, trunk, cache, tokens, count, pending)
+        order = jnp.argsort(count == 0, stable=True)
+
+        def feed(state):
+            first, cache = state
+            at = jnp.minimum(first, B - rows) + jnp.arange(rows)
+            chosen, now = order[at], at >= first  # those before are fed already
+            of_rows = tuple(_take(s, chosen * s[1].shape[0] // B, layout) for s in trunk)
+            given = tokens[chosen], jnp.where(now, count[chosen], 0), pending[chosen]
+            part = _append(run, params, of_rows, _take(cache, chosen, layout), *given)
+            return first + rows, _put(cache, chosen, part, layout)
+
+        return jax.lax.while_loop(lambda state: state[0] < (count > 0).sum(), feed, (0, cache))[1]
 
     def export(params):
         params = dict(params)
@@ -278,7 +290,9 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
         "prefill": jax.jit(prefill, compiler_options=ALL_ROUNDINGS),
         "begin": jax.jit(begin, static_argnames="slots"),
         "pad": jax.jit(pad, static_argnames="slots"),
-        "append": jax.jit(append, donate_argnames="cache", compiler_options=ALL_ROUNDINGS),
+        "append": jax.jit(
+            append, static_argnames="rows", donate_argnames="cache", compiler_options=ALL_ROUNDINGS
+        ),
     }
 
 

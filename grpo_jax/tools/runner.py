@@ -219,10 +219,9 @@ class ToolRunner:
         try:
             for future, name, line in requests:
                 self._check_open()
-                start = time.perf_counter()
-                text, outcome = lane.call(name, line, row)
+                text, outcome, seconds = lane.call(name, line, row)
                 self._check_open()  # what `close` killed is no crash of the tool
-                future.set_result(ToolResult(text, Outcome(outcome), time.perf_counter() - start))
+                future.set_result(ToolResult(text, Outcome(outcome), seconds))
         except BaseException as error:  # raised where these calls are waited for
             for future, _, _ in requests:
                 if not future.done():
@@ -320,23 +319,25 @@ class _ProcessLane:
         self._isolation = isolation
         self._process: subprocess.Popen | None = None
 
-    def call(self, name: str, line: str, row: Hashable) -> tuple[str, str]:
-        """Run one call, given as a JSON line; returns the text for the model and the outcome.
+    def call(self, name: str, line: str, row: Hashable) -> tuple[str, str, float]:
+        """Run one call, given as a JSON line; returns the text for the model, the outcome and the tool's seconds.
 
         Raises:
             RuntimeError: the worker cannot load the tools that this process could load.
         """
         if self._process is None or self._process.poll() is not None:
             self._start()
+        began = time.perf_counter()
         try:
-            outcome, text = self._ask(line, self._timeout)
+            outcome, text, seconds = self._ask(line, self._timeout)
         except TimeoutError:
-            outcome, text = "timeout", _overtime(name, self._timeout)
+            outcome, text, seconds = "timeout", _overtime(name, self._timeout), self._timeout
         except (EOFError, OSError, ValueError) as error:
-            outcome, text = "crash", f"Error: {name} {self._cause_of_death(error)}"
+            text, seconds = f"Error: {name} {self._cause_of_death(error)}", time.perf_counter() - began
+            outcome = "crash"
         if outcome in ("timeout", "crash"):
             self.close()
-        return text, outcome
+        return text, outcome, seconds
 
     def stop(self) -> None:
         """Kill the worker and what it started; a call under way ends as a crash."""
@@ -369,7 +370,7 @@ class _ProcessLane:
         )
         os.set_blocking(self._process.stdin.fileno(), False)
         try:
-            state, why = self._ask(self._setup, _START_LIMIT)
+            state, why, _ = self._ask(self._setup, _START_LIMIT)
         except TimeoutError:
             state, why = "error", f"importing the tools took over {_START_LIMIT:g} s"
         except (EOFError, OSError, ValueError) as error:
@@ -378,11 +379,11 @@ class _ProcessLane:
             self.close()
             raise RuntimeError(f"a tool worker did not start: {why}")
 
-    def _ask(self, line: str, timeout: float) -> tuple[str, str]:
+    def _ask(self, line: str, timeout: float) -> tuple[str, str, float]:
         answer = json.loads(self._exchange(line, timeout))
         match answer:
-            case ["ready" | "ok" | "error" | "crash" as outcome, str(text)]:
-                return outcome, text
+            case ["ready" | "ok" | "error" | "crash" as outcome, str(text), float(seconds)]:
+                return outcome, text, seconds
         raise ValueError("it wrote into the worker's pipe")
 
     def _exchange(self, line: str, timeout: float) -> bytes:
@@ -445,8 +446,8 @@ class _InlineLane:
         self._options = (lax, limits.characters)
         self._inbox: queue.SimpleQueue | None = None
 
-    def call(self, name: str, line: str, row: Hashable) -> tuple[str, str]:
-        """Run one call, given as a JSON line; returns the text for the model and the outcome."""
+    def call(self, name: str, line: str, row: Hashable) -> tuple[str, str, float]:
+        """Run one call, given as a JSON line; returns the text for the model, the outcome and the tool's seconds."""
         if self._inbox is None:
             self._inbox, self._outbox, self._loops = queue.SimpleQueue(), queue.SimpleQueue(), None
             threading.Thread(target=self._serve, args=(self._inbox, self._outbox), daemon=True).start()
@@ -460,7 +461,7 @@ class _InlineLane:
                     self._outbox.get(timeout=_CANCEL_GRACE if cancelled else 0)
                 except queue.Empty:
                     self.close()
-                return _overtime(name, self._timeout), "timeout"
+                return _overtime(name, self._timeout), "timeout", self._timeout
 
     def stop(self) -> None:
         """A thread cannot be killed: a call under way continues until its time limit."""
@@ -474,11 +475,12 @@ class _InlineLane:
     def _serve(self, inbox: queue.SimpleQueue, outbox: queue.SimpleQueue) -> None:
         self._loops = loops = thread_loops()
         while (request := inbox.get()) is not None:
-            line, row = request
+            (line, row), began = request, time.perf_counter()
             try:
                 # Read again from text, so that a tool which changes its arguments does not change the call.
-                outbox.put(execute(self._functions_of(row), *json.loads(line), *self._options))
+                text, outcome = execute(self._functions_of(row), *json.loads(line), *self._options)
             except BaseException as error:  # make_tools() failed, or the tool raised KeyboardInterrupt
-                outbox.put((f"Error: {error_text(error)}", "crash"))
+                text, outcome = f"Error: {error_text(error)}", "crash"
+            outbox.put((text, outcome, time.perf_counter() - began))
             del line, row, request
         loops.close()

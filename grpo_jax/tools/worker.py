@@ -1,7 +1,7 @@
 """The program of one tool worker: reads calls as JSON lines, answers each with one JSON line.
 
-The first line is the set-up (`runner.py` writes it), answered with `["ready", ""]` or `["error", why]`. Every
-further line is a call `[name, arguments]`, answered with `[outcome, text]`. Imports neither jax nor
+The first line is the set-up (`runner.py` writes it), answered with `["ready", "", 0.0]` or `["error", why, 0.0]`. Every
+further line is a call `[name, arguments]`, answered with `[outcome, text, seconds]`. Imports neither jax nor
 transformers, so that it starts in 0.2 s.
 """
 
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from grpo_jax.tools import user_code
@@ -32,9 +33,9 @@ def main() -> None:
         functions = load_functions(setup["script"], setup["module"], setup["pickled"])
         _limit_memory(setup["limits"]["memory_mb"])
     except Exception as error:
-        answers.write(json.dumps(["error", str(error)]) + "\n")
+        answers.write(json.dumps(["error", str(error), 0.0]) + "\n")
         return
-    answers.write('["ready", ""]\n')
+    answers.write('["ready", "", 0.0]\n')
     worker = os.getpid()
     for line in calls:
         # Without its parent nothing else ends a hanging tool: SIGALRM's default action does.
@@ -98,8 +99,9 @@ def _answer(functions: dict, line: str, setup: dict) -> str:
     try:
         name, arguments = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return json.dumps(["error", f"Error: the call cannot be read: {error}"])
+        return json.dumps(["error", f"Error: the call cannot be read: {error}", 0.0])
+    began = time.perf_counter()
     text, outcome = execute(functions, name, arguments, setup["lax"], setup["limits"]["characters"])
     if text == f"Error: {name} {OUT_OF_MEMORY}":
         text += f"; tool_memory_limit is {setup['limits']['memory_mb']} MB"
-    return json.dumps([outcome, text])
+    return json.dumps([outcome, text, time.perf_counter() - began])
