@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import subprocess
@@ -195,6 +196,19 @@ def test_completions_that_do_not_wait_take_about_as_many_steps_as_the_longest():
     lines = command("turns", "--layers", 1, "--repeats", 1, "--sleep", 0.0)
     ratios = [float(ratio) for ratio in re.findall(r"steps, ([\d.]+) times the longest", "\n".join(lines))]
     assert len(ratios) == 2 and all(1 <= ratio <= 1.15 for ratio in ratios)
+
+
+@pytest.mark.slow
+def test_a_measurement_for_gpus_runs_on_a_cpu_with_tiny_sizes(tmp_path):
+    """Each kind once, as benchmarks/gpu.sh calls it: a line each, and shares that can be."""
+    out = tmp_path / "gpu.jsonl"
+    for arguments in (("parity", "float32"), ("step", "qwen3-0.6b"), ("profile", "qwen3-0.6b")):
+        command("gpu", *arguments, "--out", out)
+    parity, step, profile = map(json.loads, out.read_text().splitlines())
+    assert parity["passed"] and 0 < parity["difference"]["max"] <= 1e-4
+    assert 0 < step["decode_share_of_limit"] < 1 and 0 < step["update_share_of_product"] < 1
+    for kernels in (profile["decode"], profile["update"]):
+        assert len(kernels) == 5 and 0 < sum(share for _, share in kernels) <= 1
 
 
 @pytest.mark.parametrize("cfg", [*job.MODELS.values(), job.narrow(700)])
