@@ -18,12 +18,11 @@ import math
 import time
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from job import Shape, abstract_batch, add_shape_options, make_job, shape_of
 
 from grpo_jax.models.cost import weights
-from grpo_jax.models.sharding import AXES
+from grpo_jax.models.sharding import AXES, mesh_of
 from grpo_jax.models.target import SLICES, compiling_for, tpu_devices
 
 GB = 1e9
@@ -67,7 +66,7 @@ def main() -> None:
             f"{args.target or 'present'} devices, got {wanted}; lower it, or name a --target"
         )
     devices = present[:wanted]
-    mesh = Mesh(np.reshape(devices, args.mesh), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = mesh_of(devices, args.mesh)
     x, first = shape.lengths, None
     print(
         f"{args.model or args.shape}: {x.P} × {x.G} rows, preamble {x.T0}, prompt {x.T1 + 1}, completion {x.T2} "

@@ -19,15 +19,13 @@ import numpy as np
 
 from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor, Steps, choose_groups, cursor_after, next_batch
-from grpo_jax.data.difficulty import SolveRates
 from grpo_jax.data.rows import read_prompt
-from grpo_jax.files import OutputError, plain
+from grpo_jax.files import plain
 from grpo_jax.models.qwen import Params
 from grpo_jax.models.sharding import placed
 from grpo_jax.preflight.check import check_job
-from grpo_jax.rollout.delays import ToolDelays
 from grpo_jax.rollout.faults import faults
-from grpo_jax.rollout.loop import Rollout, make_policy, roll_out
+from grpo_jax.rollout.loop import Rollout, ToolLoop, make_policy, roll_out
 from grpo_jax.run.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
@@ -60,6 +58,7 @@ from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
 from grpo_jax.run.options import GRPOConfig, compares_evaluations
+from grpo_jax.run.progress import Progress, Saver
 from grpo_jax.run.report import write_report
 from grpo_jax.run.stopping import Best
 from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
@@ -286,232 +285,196 @@ class GRPOTrainer:
         """The loop of GRPO, from the state in `_learned`; raises Stopped once what it learned is saved."""
         job, data, steps, config, timer = self.job, self.data, self.steps, self.job.config, self.job.timer
         learner, state = self._learned
-        sampler = job.sampled
-        loop = job.tool_loop(sampler, data.tree)
-        cursor, num_tokens, first = Cursor.from_json(meta["cursor"]), meta["num_tokens"], int(state.step)
-        names, weights, credit = job.reward_names, job.reward_weights, credit_of(config)
+        loop, names, line = job.tool_loop(job.sampled, data.tree), job.reward_names, job.console.line
+        first, per_batch = int(state.step), steps.updates_per_batch
         # the line of a step that is still to be evaluated is written again
         records = Records(config, resume_step=first - ("unevaluated" in meta) if first else None)
+        unevaluated = meta.pop("unevaluated", None)
+        saver = Saver(checkpoints, meta, timer, line)
+        rows = len(data.prompts) if config.difficulty_sampling else None
+        progress = Progress.from_meta(meta, config.early_stop_metric, checkpoints.steps(), rows)
+        checkpoints.keep_best(progress.best.step)
         first_calls = FirstCalls(batches=min(3, steps.batches))
-        per_epoch = steps.batches_per_epoch * steps.updates_per_batch
+        per_epoch = steps.batches_per_epoch * per_batch
         every = {of: config.interval(of, steps.updates, per_epoch) for of in ("eval", "save", "logging")}
-        best = Best.resumed(meta.get("best"), config.early_stop_metric, checkpoints.steps())
-        compared = compares_evaluations(config)
-        checkpoints.keep_best(best.step)
-        rates = SolveRates.from_json(len(data.prompts), meta.get("solve_rates", {}))
-        delays = ToolDelays.from_json(meta.get("tool_delays", {}))
-        rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
 
-        def with_advantages(rows: Sequence[Trajectory], outcome: RewardOutcome) -> list[Trajectory]:
-            """Rows compared with their groups; where turns or calls have credit of their own, token by token."""
-            advantages = batch_advantages(
-                outcome.values,
-                weights,
-                steps.G,
-                scale=config.scale_rewards,
-                aggregation=config.multi_objective_aggregation,
-                estimator=config.advantage_estimator,
-            )
-            scored = [
-                dataclasses.replace(t, rewards=tuple(values), advantage=advantage)
-                for t, values, advantage in zip(
-                    rows, outcome.means.tolist(), advantages.tolist(), strict=True
-                )
-            ]
-            if not (outcome.turns or credit.penalises):
-                return scored
-            wrong = [faults(t, job.conversation) if credit.penalises else [] for t in scored]
-            return credit.of_tokens(scored, steps.G, outcome.turn_rewards(weights), wrong)
-
-        def due(every: int | None) -> bool:
-            """Whether this batch reached a multiple of `every`; several updates per batch may step over it."""
-            return every is not None and step // every > (step - steps.updates_per_batch) // every
-
-        def save() -> None:
-            now = {"cursor": cursor.to_json(), "num_tokens": num_tokens, "timings": timer.seconds}
-            now["best"], now["tool_delays"] = dataclasses.asdict(best), delays.to_json()
-            if config.difficulty_sampling:
-                now["solve_rates"] = rates.to_json()
-            with timer("save"):
-                checkpoints.save(int(state.step), state, meta | now)
-
-        def tried(write: Callable[[], None]) -> None:
-            """A write to the checkpoints, whose failure is no reason to throw away what is being learned."""
-            try:
-                write()
-            except OutputError as error:
-                job.console.line(f"Warning: {error}. Training continues, and the next save tries again")
-
-        def stopped() -> Stopped:
-            """Saves what was learned since the last checkpoint."""
-            step = int(state.step)
-            tried(checkpoints.wait)
-            if step > (checkpoints.latest() or 0):
-                save()
-            checkpoints.wait()
-            return Stopped(f"after update {step}, which is saved" if step else "before the first update")
-
-        def evaluated(record: dict[str, Any]) -> tuple[dict[str, Any], Best]:
-            """The record with the figures of an evaluation, and the best so far; one that is stopped is made later."""
-            step = int(state.step)
-            try:
-                figures = self._evaluated(f"Evaluation at {step}", f"step_{step:06d}", stop)
-            except Stopped:
-                meta["unevaluated"] = plain(record)
-                raise stopped() from None
-            now = best.after(step, figures[best.figure]) if compared else best
-            return record | {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}, now
+        def due(event: str) -> bool:
+            """Whether this batch reached a multiple of the interval; several updates per batch may step over it."""
+            n = every[event]
+            return n is not None and step // n > (step - per_batch) // n
 
         with records, job.console.progress("GRPO", steps.batches) as bar:
-            bar.advance(first // steps.updates_per_batch)
-            if record := meta.pop("unevaluated", None):
-                record, best = evaluated(record)
+            bar.advance(first // per_batch)
+            if unevaluated is not None:
+                record, progress = self._evaluated_record(unevaluated, progress, saver, stop)
                 records.write_metrics(first, record)
-                checkpoints.keep_best(best.step)
-            for _ in range(first // steps.updates_per_batch, steps.batches):
-                if best.ends(config.early_stop_patience):
-                    job.console.line(
+                checkpoints.keep_best(progress.best.step)
+            for _ in range(first // per_batch, steps.batches):
+                if (best := progress.best).ends(config.early_stop_patience):
+                    line(
                         f"Stopping early: in {best.waited} evaluations {best.figure} was not above "
                         f"{best.value:.3f}, that at update {best.step}"
                     )
                     break
                 began = time.perf_counter()
-                now = TrainerState(
-                    global_step=int(state.step),
-                    max_steps=steps.updates,
-                    epoch=cursor.epoch + cursor.next_index / len(data.prompts),
-                    num_train_epochs=steps.batches / steps.batches_per_epoch,
-                )
 
                 # Roll out G completions of each of the next P prompts, with the tools that they call, and score them.
-                # The order of prompts is that of seed and epoch, or with difficulty_sampling by how often they are
-                # solved; with dynamic_sampling more follow, until P groups have an advantage.
-                drawn, next_cursor, known = [], cursor, (rates, delays)
-                rollout, outcomes, acts = Rollout([], 0), [], np.zeros(0, bool)
-                with timer("rollout"):
-                    policy = make_policy(loop, sampler.export(learner.params(state)))
-                while len(outcomes) < rounds and acts.sum() < steps.P:
-                    draws, next_cursor = next_batch(
-                        len(data.prompts), steps.P, next_cursor, config.seed, config.shuffle_dataset
-                    )
-                    if config.difficulty_sampling:
-                        draws = rates.draw(draws, config.seed, config.difficulty_floor)
-                    prompts = [dataclasses.replace(data.prompts[i], draw=draw) for i, draw in draws]
-                    with timer("rollout"), job.console.progress("Rollout", steps.P * steps.G) as rows:
-                        sampled = roll_out(
-                            dataclasses.replace(loop, delays=delays.steps),
-                            policy,
-                            prompts,
-                            generations=steps.G,
-                            seed=config.seed,
-                            on_progress=rows.advance,
-                            stop=lambda: stop.requested,
-                        )
-                    if sampled.stop:  # a later run samples the same tokens
-                        rates, delays = known
-                        raise stopped()
-                    delays = delays.after(sampled)
-                    with timer("reward"):
-                        outcomes.append(job.score_all(sampled.trajectories, now))
-                        drawn, rollout, outcome = drawn + draws, rollout + sampled, joined(outcomes)
-                        acting = [t.acts for t in with_advantages(rollout.trajectories, outcome)]
-                        acts = np.array(
-                            [any(acting[i : i + steps.G]) for i in range(0, len(acting), steps.G)]
-                        )
-                    rates = rates.after([i for i, _ in draws], list(map(is_exact, sampled.trajectories)))
-                del policy  # the update needs the memory
+                groups = self._next_groups(loop, progress, stop)
+                if groups is None:  # asked to stop; a later run samples the same tokens
+                    raise saver.stopped(state, progress)
 
-                # Compare each with its group, in a batch of P groups; prompts after the last one that it needs are
-                # drawn again.
-                chosen, cursor = choose_groups(acts, steps.P), next_cursor
-                if acts.sum() >= steps.P:
-                    cursor = cursor_after(drawn[chosen[-1]][1], len(data.prompts), steps.P)
-                batch_rows = (chosen[:, None] * steps.G + np.arange(steps.G)).reshape(-1)
-                rewards = combine_rewards(outcome.means, weights)
-                in_batch = with_advantages(
-                    [rollout.trajectories[i] for i in batch_rows], outcome.of_rows(batch_rows)
+                # Compare each completion with its group.
+                rows = groups.batch_rows(steps.G)
+                compared = with_advantages(
+                    job, [groups.trajectories[i] for i in rows], groups.outcome.of_rows(rows)
                 )
-                trajectories = [
-                    dataclasses.replace(t, rewards=tuple(values))
-                    for t, values in zip(rollout.trajectories, outcome.means.tolist(), strict=True)
-                ]
-                for i, trajectory in zip(batch_rows, in_batch, strict=True):
+                trajectories = list(groups.trajectories)
+                for i, trajectory in zip(rows, compared, strict=True):
                     trajectories[i] = trajectory
                 if job.purity is not None:  # while what follows runs, which needs no tools
                     job.purity.start(call for t in hosts.share(trajectories) for call in t.calls)
 
                 # Update the policy on the batch.
                 with timer("update"):
+                    masked = config.mask_truncated_completions
                     batch = make_batch(
-                        data.tree,
-                        in_batch,
-                        steps.G,
-                        mask_truncated=config.mask_truncated_completions,
-                        sizes=learner.sizes,
+                        data.tree, compared, steps.G, mask_truncated=masked, sizes=learner.sizes
                     )
                     batch = place_batch(learner.step.layout, batch)
                     if learner.reference is not None:
                         batch = batch.with_logprobs(ref_logprobs=learner.score(learner.reference, batch))
-                    if steps.updates_per_batch > 1:
+                    if per_batch > 1:
                         batch = batch.with_logprobs(old_logprobs=learner.score(learner.params(state), batch))
-                    for _ in range(steps.updates_per_batch):
+                    for _ in range(per_batch):
                         state, metrics = learner.update(state, batch)
                     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                self._learned, step = (learner, state), int(state.step)
+                self._learned, step, progress = (learner, state), int(state.step), groups.progress
 
-                # Record.
-                num_tokens += sum(len(t.prompt.ids) + len(t.completion_ids) for t in trajectories)
+                # Record; evaluate when due.
+                rewards = combine_rewards(groups.outcome.means, job.reward_weights)
                 record = {
                     **trajectory_metrics(trajectories, rewards, group_std(rewards, steps.G), names),
-                    **outcome.metrics,
+                    **groups.outcome.metrics,
                     **metrics,
                     "learning_rate": float(learner.schedule(step - 1)),
-                    "epoch": cursor.epoch + cursor.next_index / len(data.prompts),
-                    "num_tokens": num_tokens,
-                    "rollout/wasted_decode": rollout.wasted_decode,
+                    "epoch": self._epoch(progress),
+                    "num_tokens": progress.num_tokens,
+                    **groups.metrics,
                 }
-                if config.dynamic_sampling:
-                    record["rollout/rounds"] = len(outcomes)
-                    record["rollout/wasted_groups"] = 1 - acts[chosen].sum() / len(acts)
                 if job.purity is not None:
                     record["tools/impure"] = sum(hosts.gather(job.purity.finish))
                 record["step_time"] = time.perf_counter() - began
+                records.write_rollouts(step, trajectories, names, groups.outcome.extras)
                 last = step >= steps.updates  # evaluated here only where it is compared with earlier ones
-                records.write_rollouts(step, trajectories, names, outcome.extras)
-                if self.evaluation is not None and (compared if last else due(every["eval"])):
-                    record, best = evaluated(record)
-                done = last or best.ends(config.early_stop_patience)
+                if self.evaluation is not None and (compares_evaluations(config) if last else due("eval")):
+                    record, progress = self._evaluated_record(record, progress, saver, stop)
+                done = last or progress.best.ends(config.early_stop_patience)
                 records.write_metrics(step, record)
                 bar.advance(1, reward=record["reward"], spread=record["reward_std"])
                 if hint := first_calls.hint(trajectories):
-                    job.console.line(hint)
+                    line(hint)
                 if record["skipped"]:
-                    job.console.line(
-                        f"Warning: update {step} was skipped: its loss or gradient is not finite"
-                    )
-                if due(every["logging"]) or step == steps.updates_per_batch or done:
+                    line(f"Warning: update {step} was skipped: its loss or gradient is not finite")
+                if due("logging") or step == per_batch or done:
                     _print_update(job, steps, step, record, trajectories)
 
                 # Save and stop when due. Several hosts stop in the same rollout.
-                tried(checkpoints.check)
-                checkpoints.keep_best(best.step)
+                saver.tried(checkpoints.check)
+                checkpoints.keep_best(progress.best.step)
                 if done and config.save_strategy != "no":
-                    tried(checkpoints.wait)
-                    save()
-                elif due(every["save"]) or step == best.step:
-                    tried(checkpoints.wait)
-                    tried(save)
+                    saver.save(state, progress)
+                elif due("save") or step == progress.best.step:
+                    saver.tried(saver.save, state, progress)
                 if stop.requested and hosts.alone() and not done:
-                    raise stopped()
+                    raise saver.stopped(state, progress)
 
-        self._best = best
+        self._best = best = progress.best
         if config.load_best_model_at_end and best.step not in (0, int(state.step)):
             params = placed(state.params, state_shardings(learner.step.layout, state).params)
             params = checkpoints.restore_params(best.step, params)
             self._learned = learner, dataclasses.replace(state, params=params)
-            job.console.line(
-                f"The model is that of update {best.step}: {best.figure} {best.value:.3f} is the best"
+            line(f"The model is that of update {best.step}: {best.figure} {best.value:.3f} is the best")
+
+    def _epoch(self, progress: Progress) -> float:
+        """Passes over the data done."""
+        return progress.cursor.epoch + progress.cursor.next_index / len(self.data.prompts)
+
+    def _next_groups(self, loop: ToolLoop, progress: Progress, stop: StopSignal) -> Groups | None:
+        """Roll out the next P prompts and score their completions; None where a host was asked to stop.
+
+        The order of prompts is that of seed and epoch, or with difficulty_sampling by how often they are solved.
+        With dynamic_sampling more prompts follow, until P groups have an advantage, and those after the last one
+        that the batch needs are drawn again.
+        """
+        job, data, steps, config, timer = self.job, self.data, self.steps, self.job.config, self.job.timer
+        learner, state = self._learned
+        now = TrainerState(
+            global_step=int(state.step),
+            max_steps=steps.updates,
+            epoch=self._epoch(progress),
+            num_train_epochs=steps.batches / steps.batches_per_epoch,
+        )
+        with timer("rollout"):
+            policy = make_policy(loop, job.sampled.export(learner.params(state)))
+        cursor, rates, delays = progress.cursor, progress.rates, progress.delays
+        drawn, rollout, outcomes, acts = [], Rollout([], 0), [], []
+        rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
+        while len(outcomes) < rounds and sum(acts) < steps.P:
+            draws, cursor = next_batch(
+                len(data.prompts), steps.P, cursor, config.seed, config.shuffle_dataset
             )
+            if rates is not None:
+                draws = rates.draw(draws, config.seed, config.difficulty_floor)
+            prompts = [dataclasses.replace(data.prompts[i], draw=draw) for i, draw in draws]
+            with timer("rollout"), job.console.progress("Rollout", steps.P * steps.G) as rows:
+                sampled = roll_out(
+                    dataclasses.replace(loop, delays=delays.steps),
+                    policy,
+                    prompts,
+                    generations=steps.G,
+                    seed=config.seed,
+                    on_progress=rows.advance,
+                    stop=lambda: stop.requested,
+                )
+            if sampled.stop:
+                return None
+            delays = delays.after(sampled)
+            with timer("reward"):
+                outcomes.append(job.score_all(sampled.trajectories, now))
+                drawn, rollout = drawn + draws, rollout + sampled
+                if config.dynamic_sampling:
+                    acts += groups_that_act(with_advantages(job, sampled.trajectories, outcomes[-1]), steps.G)
+            if rates is not None:
+                rates = rates.after([i for i, _ in draws], list(map(is_exact, sampled.trajectories)))
+        metrics, chosen = {"rollout/wasted_decode": rollout.wasted_decode}, np.arange(steps.P)
+        if config.dynamic_sampling:
+            chosen = choose_groups(np.array(acts), steps.P)
+            if sum(acts) >= steps.P:
+                cursor = cursor_after(drawn[chosen[-1]][1], len(data.prompts), steps.P)
+            wasted = 1 - np.array(acts)[chosen].sum() / len(acts)
+            metrics |= {"rollout/rounds": len(outcomes), "rollout/wasted_groups": wasted}
+        outcome = joined(outcomes)
+        scored = [
+            dataclasses.replace(t, rewards=tuple(values))
+            for t, values in zip(rollout.trajectories, outcome.means.tolist(), strict=True)
+        ]
+        tokens = sum(len(t.prompt.ids) + len(t.completion_ids) for t in scored)
+        after = Progress(cursor, progress.num_tokens + tokens, progress.best, rates, delays)
+        return Groups(scored, outcome, chosen, after, metrics)
+
+    def _evaluated_record(
+        self, record: dict[str, Any], progress: Progress, saver: Saver, stop: StopSignal
+    ) -> tuple[dict[str, Any], Progress]:
+        """A step's record with the figures of an evaluation, and the best so far; one that is stopped is made later."""
+        _, state = self._learned
+        step, best = int(state.step), progress.best
+        try:
+            figures = self._evaluated(f"Evaluation at {step}", f"step_{step:06d}", stop)
+        except Stopped:
+            raise saver.stopped(state, progress, unevaluated=plain(record)) from None
+        if compares_evaluations(self.job.config):
+            progress = dataclasses.replace(progress, best=best.after(step, figures[best.figure]))
+        return record | {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}, progress
 
     def check(self) -> bool:
         """Print what the run would learn from, as `--check` does; False when no right answer would be rewarded."""
@@ -627,6 +590,54 @@ class GRPOTrainer:
         path, job = self.output_dir / "summary.json", self.job
         names = {"tools": list(job.toolbox.functions), "rewards": [reward.name for reward in job.rewards]}
         hosts.of_first(lambda: write_json_atomic(path, {**summary, **names, "timings": job.timer.seconds}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Scored completions, the G of a prompt next to each other, and which of them make the next batch.
+
+    Args:
+        trajectories: of all groups, with their rewards.
+        outcome: what the rewards said of them.
+        chosen: [P] numbers of the groups in the batch, rising.
+        progress: of the run after the batch.
+        metrics: of the rollout.
+    """
+
+    trajectories: list[Trajectory]
+    outcome: RewardOutcome
+    chosen: np.ndarray
+    progress: Progress
+    metrics: dict[str, float]
+
+    def batch_rows(self, G: int) -> np.ndarray:
+        """[P·G] numbers of the completions in the batch."""
+        return (self.chosen[:, None] * G + np.arange(G)).reshape(-1)
+
+
+def with_advantages(job: Job, trajectories: Sequence[Trajectory], outcome: RewardOutcome) -> list[Trajectory]:
+    """Completions compared with their groups; where turns or calls have credit of their own, token by token."""
+    config, credit, G = job.config, credit_of(job.config), job.config.num_generations
+    advantages = batch_advantages(
+        outcome.values,
+        job.reward_weights,
+        G,
+        scale=config.scale_rewards,
+        aggregation=config.multi_objective_aggregation,
+        estimator=config.advantage_estimator,
+    )
+    compared = [
+        dataclasses.replace(t, advantage=a) for t, a in zip(trajectories, advantages.tolist(), strict=True)
+    ]
+    if not (outcome.turns or credit.penalises):
+        return compared
+    wrong = [faults(t, job.conversation) if credit.penalises else [] for t in compared]
+    return credit.of_tokens(compared, G, outcome.turn_rewards(job.reward_weights), wrong)
+
+
+def groups_that_act(trajectories: Sequence[Trajectory], G: int) -> list[bool]:
+    """For each group of G whether some completion of it has an advantage."""
+    return [any(t.acts for t in trajectories[i : i + G]) for i in range(0, len(trajectories), G)]
 
 
 def _report_once(out: Path) -> None:

@@ -29,6 +29,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+# [B, T] + [T] is a mistake more often than not: the shorter one's place is written down
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
 # annotated shapes and dtypes are checked whenever a function of these modules is called or traced
 CHECKED = ("models.attention", "models.logprobs", "models.qwen", "update.losses", "scoring.advantages")
 install_import_hook([f"grpo_jax.{name}" for name in CHECKED], "beartype.beartype")

@@ -140,6 +140,26 @@ def spread_reward() -> Path:
     return write(FOLDER / "rewards" / "spread.py", SPREAD.format(value=SPREAD_VALUE))
 
 
+def reward_that(folder: Path, when: str, then: str) -> Path:
+    """A file with the small run's reward, which does something else too, the first time that a condition holds.
+
+    Args:
+        folder: of the file.
+        when: an expression of `step`, the updates done.
+        then: a statement.
+    """
+    return write(
+        folder / "spread.py",
+        "import os\nimport resource\nimport shutil\nimport signal\nfrom pathlib import Path\n\n\n"
+        "def reward_func(completions, completion_ids, trainer_state, **kwargs):\n"
+        "    once, step = Path(__file__).with_name('once'), trainer_state['global_step']\n"
+        f"    if {when} and not once.exists():\n"
+        "        once.touch()\n"
+        f"        {then}\n"
+        f"    return {SPREAD_VALUE}\n",
+    )
+
+
 def options(output_dir: Path, **changes: Any) -> list[str]:
     """The words of a small run: 4 updates of 2 prompts × 4 generations, a checkpoint after each.
 

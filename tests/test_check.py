@@ -186,7 +186,7 @@ def test_gold_calls_that_do_not_run_fail_the_check(tmp_path):
     assert counts in ran.out
     problem, top = marked(ran, "Problem: ")
     assert problem.startswith(
-        f"Problem: {tmp_path}/rows.jsonl:1: no gold call runs; the first, price(item='nuts', number=2), returns "
+        f"Problem: {tmp_path}/rows.jsonl:1: no gold call runs; the first: price(item='nuts', number=2) returns "
         '"Error: wrong arguments for price: '
     )
     assert "no gold conversation earns the top reward" in top

@@ -95,7 +95,7 @@ def test_gold_calls_of_which_none_runs_are_fatal_and_the_first_error_is_shown():
     rows = [row(i, results=(f"Error: no {i}",), outcome=Outcome.ERROR) for i in (4, 5)]
     (hint,) = gold_hints(rows)
     assert hint.text == (
-        'rows.jsonl:4: no gold call runs; the first, add(a=15), returns "Error: no 4"; correct the call or the tool'
+        'rows.jsonl:4: no gold call runs; the first: add(a=15) returns "Error: no 4"; correct the call or the tool'
     )
     assert hint.fatal
 

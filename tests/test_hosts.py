@@ -381,19 +381,7 @@ def test_two_processes_replace_the_same_groups_as_one(tmp_path):
 
 def reward_in_process_one(folder, body):
     """The small run's reward, which in process 1 does something after update 1, once."""
-    return launch.write(
-        folder / "spread.py",
-        "import os\n"
-        "import signal\n"
-        "from pathlib import Path\n\n\n"
-        "def reward_func(completions, completion_ids, trainer_state, **kwargs):\n"
-        "    once = Path(__file__).with_name('done')\n"
-        "    here = os.environ['JAX_PROCESS_ID'] == '1' and trainer_state['global_step'] == 1\n"
-        "    if here and not once.exists():\n"
-        "        once.touch()\n"
-        f"        {body}\n"
-        f"    return {launch.SPREAD_VALUE}\n",
-    )
+    return launch.reward_that(folder, "os.environ['JAX_PROCESS_ID'] == '1' and step == 1", body)
 
 
 @pytest.mark.slow

@@ -269,13 +269,8 @@ def test_an_allowed_change_is_said_and_other_rows_are_read_from_their_start(tmp_
 def test_an_output_dir_that_vanishes_ends_the_run_in_one_line(tmp_path):
     """It is not made again with half of a run in it."""
     folder = tmp_path / "run"
-    reward = launch.write(
-        tmp_path / "spread.py",
-        "import shutil\n\n\ndef reward_func(completions, completion_ids, trainer_state, **kwargs):\n"
-        "    if trainer_state['global_step'] == 2:\n"
-        f"        shutil.rmtree({str(folder)!r}, ignore_errors=True)\n"
-        f"    return {launch.SPREAD_VALUE}\n",
-    )
+    remove = f"shutil.rmtree({str(folder)!r}, ignore_errors=True)"
+    reward = launch.reward_that(tmp_path, "step == 2", remove)
     ran = launch.small_run(folder, reward_fn=reward)
     assert ran.status == 1
     assert ran.err.startswith(
@@ -288,16 +283,8 @@ def test_an_output_dir_that_vanishes_ends_the_run_in_one_line(tmp_path):
 def test_a_full_disk_ends_the_run_in_one_line_and_the_same_command_continues(tmp_path):
     """A limit on the size of files, set by the reward after update 2, stands for the disk."""
     folder = tmp_path / "run"
-    reward = launch.write(
-        tmp_path / "spread.py",
-        "import resource\nfrom pathlib import Path\n\n\n"
-        "def reward_func(completions, completion_ids, trainer_state, **kwargs):\n"
-        "    once = Path(__file__).with_name('full')\n"
-        "    if trainer_state['global_step'] == 2 and not once.exists():\n"
-        "        once.touch()\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
-        f"    return {launch.SPREAD_VALUE}\n",
-    )
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
+    reward = launch.reward_that(tmp_path, "step == 2", limit)
     argv = launch.options(folder, reward_fn=reward, save_total_limit=1)
     full = launch.finish(launch.start("train", argv), folder)
     assert full.status == 1, full.err
@@ -552,18 +539,7 @@ def test_groups_of_equal_rewards_are_replaced_by_the_next_and_a_resume_draws_the
 
 def interrupting_reward(folder: Path, name: str) -> Path:
     """The reward of the small run, which once, after update 2, sends a signal to its own process."""
-    return launch.write(
-        folder / "spread.py",
-        "import os\n"
-        "import signal\n"
-        "from pathlib import Path\n\n\n"
-        "def reward_func(completions, completion_ids, trainer_state, **kwargs):\n"
-        "    once = Path(__file__).with_name('sent')\n"
-        "    if trainer_state['global_step'] == 2 and not once.exists():\n"
-        "        once.touch()\n"
-        f"        os.kill(os.getpid(), signal.{name})\n"
-        f"    return {launch.SPREAD_VALUE}\n",
-    )
+    return launch.reward_that(folder, "step == 2", f"os.kill(os.getpid(), signal.{name})")
 
 
 def assert_equals_the_whole_run(ran: launch.Ran) -> None:

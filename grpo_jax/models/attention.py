@@ -294,8 +294,8 @@ def _keys(segment, pair, tiling, causal):
         valid = jax.lax.dynamic_slice_in_dim(valid, j * size, size, 1)
     mask = valid[:, None, None, None, :]
     if causal and tiling.query_block > 1:
-        t = i * tiling.query_block + jnp.arange(tiling.query_block)
-        mask = mask & (j * size + jnp.arange(size) <= t[:, None])
+        t, s = i * tiling.query_block + jnp.arange(tiling.query_block), j * size + jnp.arange(size)
+        mask = mask & (s[None, :] <= t[:, None])[None, None, None]
     return k, v, mask
 
 

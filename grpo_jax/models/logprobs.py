@@ -124,7 +124,8 @@ class _Blocks(NamedTuple):
         """[shards, width, 1] token ids of a block; V where a row is padding."""
         local = self.V // self.shards
         row = block * self.width + jnp.arange(self.width)
-        ids = jnp.where(row < local, row + local * np.arange(self.shards)[:, None], self.V)
+        ids = row[None] + local * np.arange(self.shards)[:, None]
+        ids = jnp.where((row < local)[None], ids, self.V)
         return ids[..., None]
 
     def logits(self, head_block, hidden_DR, tokens, temperature):
@@ -139,7 +140,7 @@ class _Blocks(NamedTuple):
         Each shard gathers along its own rows: nothing moves when V is sharded, and no block-sized mask is made.
         """
         local = self.V // self.shards
-        row = targets_R - block * self.width - local * np.arange(self.shards)[:, None]
+        row = targets_R[None] - block * self.width - local * np.arange(self.shards)[:, None]
         here = (row >= 0) & (row < jnp.minimum(self.width, local - block * self.width))
         mine = jnp.take_along_axis(logits, jnp.where(here, row, 0)[:, None], 1)[:, 0]
         return jnp.where(here, mine, 0).sum(0)
@@ -165,7 +166,7 @@ def _sums(hidden_RD, head_VD, targets_R, temperature, plan):
         logits = plan.logits(plan.by_shard(x[0]), hidden_DR, tokens, temperature)
         target = target + plan.of_targets(logits, targets_R, x[1])
         new_peak = jnp.maximum(peak, logits.max((0, 1)))
-        mass, shrink = jnp.exp(logits - new_peak), jnp.exp(peak - new_peak)
+        mass, shrink = jnp.exp(logits - new_peak[None, None]), jnp.exp(peak - new_peak)
         total = total * shrink + mass.sum((0, 1))
         weighted = weighted * shrink + (mass * logits).sum((0, 1))
         return (new_peak, total, weighted, target), None
@@ -187,10 +188,11 @@ def _backward(temperature, plan, residuals, cotangents):
     def step(d_hidden_DR, x):
         block, tokens = plan.by_shard(x[0]), plan.tokens(x[1])
         logits = plan.logits(block, hidden_DR, tokens, temperature)
-        mass = jnp.exp(logits - log_z)
-        d_logits = (jnp.where(tokens == targets_R, 1.0, 0.0) - mass) * scaled
+        mass = jnp.exp(logits - log_z[None, None])
+        d_logits = (jnp.where(tokens == targets_R[None, None], 1.0, 0.0) - mass) * scaled[None, None]
         if entropy_counts:
-            d_logits = d_logits - mass * (logits - log_z + entropy) * of_entropy
+            surprise = logits - log_z[None, None] + entropy[None, None]
+            d_logits = d_logits - mass * surprise * of_entropy[None, None]
         d_logits = d_logits.astype(hidden_RD.dtype)
         d_hidden_DR = d_hidden_DR + dot_fp32("swd,swr->dr", block, d_logits)
         d_block = dot_fp32("swr,rd->swd", d_logits, hidden_RD).astype(head_VD.dtype)

@@ -129,7 +129,7 @@ def rms_norm(x, scale, eps: float):
     """
     x32 = (x.reshape(-1, x.shape[-1]) if device_count() == 1 else x).astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)
-    return (x32.astype(x.dtype) * scale).reshape(x.shape)
+    return (x32.astype(x.dtype) * jax.lax.expand_dims(scale, range(x32.ndim - 1))).reshape(x.shape)
 
 
 @jax.checkpoint  # its inputs are kept for the backward pass anyway; intermediate values need not be
@@ -171,7 +171,7 @@ def biased_heads(x_BTD, w_DNH, bias_NH):
     (eager, sdpa) lie from each other; with one, 0.7 to 1.0 times: tests/test_qwen_torch.py.
     """
     y = jnp.einsum("btd,dnh->btnh", x_BTD, w_DNH, preferred_element_type=jnp.float32)
-    return (y + bias_NH).astype(x_BTD.dtype)
+    return (y + bias_NH[None, None]).astype(x_BTD.dtype)
 
 
 def _biased_heads_backward(residuals, dy_BTNH):
@@ -336,7 +336,7 @@ def _bind_layer(cfg: ModelConfig, weights: Params) -> DecoderLayer:
 def rope_tables(cfg: ModelConfig, positions: Int[Array, "n T"]):
     """cos and sin [n, T, 1, H/2] in fp32; bf16 angles would turn position 5801 into 5792."""
     frequency = jnp.asarray(frequencies(cfg.rope_theta, cfg.H, cfg.rope))
-    angle = positions[..., None].astype(jnp.float32) * frequency
+    angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
     scale = 1.0 if cfg.rope is None else cfg.rope.attention_factor
     return (jnp.cos(angle) * scale)[..., None, :], (jnp.sin(angle) * scale)[..., None, :]
 

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import hosts
 
 AXES = ("data", "fsdp", "tensor")
+AUTO = (AxisType.Auto,) * 3
 ROWS = ("data", "fsdp")  # what completions are sharded over in training
 STAY = ("fsdp", "tensor")  # what weights are sharded over in the rollout
 
@@ -83,14 +85,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """
     n = jax.device_count()
     sizes = mesh_sizes(data, fsdp, tensor, n, f"the {n} devices present")
-    auto = (jax.sharding.AxisType.Auto,) * 3
     if hosts.alone():
         if jax.process_count() > 1:
             raise ValueError(
                 f"the {n} devices belong to {jax.process_count()} processes that were not joined; set "
                 f"{hosts.JOIN}=1 in all of them"
             )
-        return jax.make_mesh(sizes, AXES, axis_types=auto)
+        return jax.make_mesh(sizes, AXES, axis_types=AUTO)
     if jax.local_device_count() % tensor:
         raise ValueError(
             f"mesh_tensor must divide the {jax.local_device_count()} devices of a host, got {tensor}: every "
@@ -98,7 +99,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         )
     # in the order of the processes; jax.make_mesh may interleave them on a TPU's torus
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=auto)
+    return mesh_of(devices, sizes)
+
+
+def mesh_of(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> Mesh:
+    """A mesh of these devices, in their order."""
+    return Mesh(np.reshape(devices, sizes), AXES, axis_types=AUTO)
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, n: int, devices: str) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.data.gold import failed_call
+from grpo_jax.data.gold import failed_call, show_call
 from grpo_jax.scoring.rewards import same_answer
 from grpo_jax.text import shorten
 from grpo_jax.types import Example, Outcome, Status, ToolCall, ToolResult, Trajectory
@@ -114,13 +114,10 @@ def normalised(text: str) -> str:
 
 def _failed_hint(failed: Sequence[Gold], rows: int, *, none_runs: bool) -> Hint:
     call, result = failed[0].failed
-    arguments = shorten(
-        ", ".join(f"{name}={value!r}" for name, value in call.arguments.items()), SHOWN_CHARACTERS
-    )
     return Hint(
         f"{failed[0].example.source}: "
         + ("no gold call runs" if none_runs else f"the gold calls of {len(failed)} of {rows} rows do not run")
-        + f"; the first, {call.name}({arguments}), returns {quoted(result.text)}; correct the call or the tool",
+        + f"; the first: {show_call(call, result)}; correct the call or the tool",
         fatal=none_runs,
     )
 

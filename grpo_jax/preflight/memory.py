@@ -17,16 +17,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from grpo_jax.models import cost
 from grpo_jax.models.attention import score_block_bytes
 from grpo_jax.models.logprobs import head_blocks
 from grpo_jax.models.lora import Frozen, init_adapters
 from grpo_jax.models.qwen import MLP_TOKENS, Level, ModelConfig, abstract_params
-from grpo_jax.models.sharding import AXES, Layout, mesh_sizes, placed
+from grpo_jax.models.sharding import AXES, Layout, mesh_of, mesh_sizes, placed
 from grpo_jax.models.target import SLICES, compiling_for, tpu_devices
 from grpo_jax.preflight.plan_inputs import (
     DataLengths,
@@ -259,7 +258,7 @@ def compile_step(job: Job, step: Step, devices: Sequence[jax.Device]) -> Tempora
 
     Decode's layers are unrolled: of a deep model those of two and four layers are compiled, the rest is linear.
     """
-    mesh = Mesh(np.reshape(devices, step.sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = mesh_of(devices, step.sizes)
 
     def decode(L: int) -> float:
         few = dataclasses.replace(job, model=dataclasses.replace(job.model, L=L))

@@ -175,7 +175,7 @@ def make_sampler(
         logits = jnp.einsum("bd,vd->bv", hidden, head_weights(params), preferred_element_type=jnp.float32)
         logits = layout.constrain(logits, "decode_logits")
         token, logprob = sample(logits, rows.keys, cache.position, sampling)
-        stopped = live & (token[:, None] == jnp.asarray(stop_ids, jnp.int32)).any(1)
+        stopped = live & (token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None]).any(1)
         turn = Turn(
             turn.tokens.at[:, state.t].set(jnp.where(live, token, 0)),
             turn.logprobs.at[:, state.t].set(jnp.where(live, logprob, 0)),
@@ -369,7 +369,7 @@ def _feed_pending(run, params, trunk, cache, live):
 def _append(run, params, trunk, cache, tokens, count, pending):
     """Feed `count` known tokens per row (the pending one and a response except for its last)."""
     B, T = tokens.shape
-    t = jnp.arange(T)
+    t = jnp.arange(T)[None]
     valid = t < count[:, None]
     level = Level(tokens, cache.position[:, None] + t, valid)
     _, (new,) = run(params, (level,), (*trunk, _own(cache)))
@@ -386,4 +386,4 @@ def _append(run, params, trunk, cache, tokens, count, pending):
 
 def _own(cache: Cache):
     S = cache.kv.k[0].shape[2]
-    return cache.kv, jnp.arange(S) < cache.length[:, None]
+    return cache.kv, jnp.arange(S)[None] < cache.length[:, None]

@@ -28,7 +28,7 @@ import numpy as np
 from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor, next_batch
 from grpo_jax.data.gold import failed_call, gold_calls, run_gold_calls, show_call
-from grpo_jax.models.lora import join
+from grpo_jax.models.lora import Frozen, join
 from grpo_jax.models.qwen import Params
 from grpo_jax.models.sharding import placed
 from grpo_jax.rollout.conversation import Conversation
@@ -46,6 +46,7 @@ from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.schedules import make_schedule
 from grpo_jax.update.update import (
     ModelStep,
+    TrainState,
     init_state,
     make_update,
     place_batch,
@@ -97,71 +98,110 @@ def fine_tune(
     train, held_out = cold_start_rows(job, data)
     train, gold = _with_gold(job, train)
     _check_budget(gold, config.max_grpo_completion_length)
+    if config.sft_weights == "turns":
+        gold = list(map(turns_weighted, gold))
+    update, state, frozen = _learner(job)
+    at, of, saved = _At(config.sft_eval_steps), _made_of(job, gold), folder.with_name(folder.name + SAVED)
+    if (last := _stopped_at(saved, of)) is None:
+        hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
+    rule = _stop_rule(job)
+    limit = LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
+    clock = [time.perf_counter()]  # when updates and validations began, in turn
+    with Checkpoints(saved) as checkpoints, job.console.progress("Cold start", config.sft_max_steps) as bar:
+        if last is not None:
+            state, meta = checkpoints.restore(last, placed(state, state_shardings(job.training, state)))
+            at = _At.from_json(meta["at"])
+            job.console.line(f"Continuing the cold start after its update {at.done}")
+            bar.advance(at.done)
+        while True:
+            try:
+                if hosts.agree([stop()]).any():
+                    raise Stopped
+                if at.validate:
+                    clock.append(time.perf_counter())
+                    params = job.greedy.export(join(state.params, frozen))
+                    report = _validation(job, params, held_out, limit, stop)
+                    clock.append(time.perf_counter())
+                    _say(job, at, {name: report[name] for name in rule}, clock[-3:])
+                    if _reached(rule, report) or at.done == config.sft_max_steps:
+                        break
+                    if _reached(rule, report, 0.5):
+                        at = dataclasses.replace(at, every=max(1, config.sft_eval_steps // 4))
+            except Stopped:
+                if at.done > (last or 0):
+                    checkpoints.save(at.done, state, {"at": dataclasses.asdict(at), "of": of})
+                    checkpoints.wait()
+                where = f"after its update {at.done}, which is saved" if at.done else "before it began"
+                raise Stopped(f"in the cold start, {where}") from None
+            draws, cursor = next_batch(len(gold), config.sft_batch_size, at.cursor, config.seed)
+            batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
+            state, metrics = update(state, place_batch(job.training, batch))
+            at = at.after(cursor, metrics["loss"], config.sft_max_steps)
+            bar.advance(1)
+    found = {"steps": at.done, "validation": report}
+    before_saving(found)
+    job.save_model(state.params, frozen, folder, adapter)
+    hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    """Where a cold start is; part of its checkpoint.
+
+    Args:
+        every: updates between validations.
+        done: updates.
+        cursor: place in the data of the next batch.
+        validate: a validation is due.
+        loss: of the last update where a validation is due, else 0.
+    """
+
+    every: int
+    done: int = 0
+    cursor: Cursor = dataclasses.field(default_factory=Cursor)
+    validate: bool = False
+    loss: float = 0.0
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> _At:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**values | {"cursor": Cursor.from_json(values["cursor"])})
+
+    def after(self, cursor: Cursor, loss: Any, last: int) -> _At:
+        """After one more update; the loss is read from the device only where it is shown."""
+        done = self.done + 1
+        validate = done % self.every == 0 or done == last
+        return _At(self.every, done, cursor, validate, float(loss) if validate else 0.0)
+
+
+def _learner(job: Job) -> tuple[Callable, TrainState, Frozen | None]:
+    """The jitted update, the state before the first one, and the base under trained adapters."""
+    config = job.config
     schedule = make_schedule("constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps)
     optimizer = optimizer_of(config, schedule)
     trained, frozen = job.load_trained()
     state = init_state(trained, optimizer, job.training)
     step = ModelStep(job.model, job.training, job.dtype, remat=config.gradient_checkpointing)
-    objective = sft_objective
-    if config.sft_weights == "turns":
-        objective, gold = turns_objective, list(map(turns_weighted, gold))
-    update = make_update(step, optimizer, objective, state, frozen)
-    at: dict[str, Any] = {"done": 0, "every": config.sft_eval_steps, "validate": False, "loss": 0.0}
-    cursor, of = Cursor(), _made_of(job, gold)
-    saved = folder.with_name(folder.name + SAVED)
-    if (last := _stopped_at(saved, of)) is None:
-        hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
-    rule = _stop_rule(job)
-    limit = LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
-    trained_from = time.perf_counter()
-    with Checkpoints(saved) as checkpoints, job.console.progress("Cold start", config.sft_max_steps) as bar:
-        if last is not None:
-            target = placed(state, state_shardings(job.training, state))
-            state, meta = checkpoints.restore(last, target)
-            at, cursor = meta["at"], Cursor.from_json(meta["cursor"])
-            job.console.line(f"Continuing the cold start after its update {at['done']}")
-            bar.advance(at["done"])
-        while True:
-            try:
-                if hosts.agree([stop()]).any():
-                    raise Stopped
-                if at["validate"]:
-                    trained_until = time.perf_counter()
-                    params = job.greedy.export(join(state.params, frozen))
-                    report = _validation(job, params, held_out, limit, stop)
-                    trained, validated = trained_until - trained_from, time.perf_counter() - trained_until
-                    trained_from = time.perf_counter()
-                    shown = ", ".join(f"{name} {report[name] or 0.0:.3f}" for name in rule)
-                    job.console.line(f"cold start {at['done']}: loss {at['loss']:.3f}, validation {shown}")
-                    if all((report[name] or 0.0) >= least for name, least in rule.items()):
-                        break
-                    if at["done"] > config.sft_eval_steps and validated > trained:  # the first compiles
-                        job.console.line(
-                            f"Validation took {validated:.0f} s, the updates before it {trained:.0f} s; a larger "
-                            "sft_eval_steps or a smaller sft_validation_size makes that less"
-                        )
-                    if at["done"] == config.sft_max_steps:
-                        break
-                    if all((report[name] or 0.0) >= least / 2 for name, least in rule.items()):
-                        at["every"] = max(1, config.sft_eval_steps // 4)
-            except Stopped:
-                if at["done"] > (last or 0):
-                    checkpoints.save(at["done"], state, {"at": at, "cursor": cursor.to_json(), "of": of})
-                    checkpoints.wait()
-                where = f"after its update {at['done']}, which is saved" if at["done"] else "before it began"
-                raise Stopped(f"in the cold start, {where}") from None
-            draws, cursor = next_batch(len(gold), config.sft_batch_size, cursor, config.seed)
-            batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
-            state, metrics = update(state, place_batch(step.layout, batch))
-            at["done"] += 1
-            at["validate"] = at["done"] % at["every"] == 0 or at["done"] == config.sft_max_steps
-            at["loss"] = float(metrics["loss"]) if at["validate"] else 0.0
-            bar.advance(1)
-    report = {"steps": at["done"], "validation": report}
-    before_saving(report)
-    job.save_model(state.params, frozen, folder, adapter)
-    hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
-    return report
+    objective = turns_objective if config.sft_weights == "turns" else sft_objective
+    return make_update(step, optimizer, objective, state, frozen), state, frozen
+
+
+def _reached(rule: dict[str, float], report: dict[str, Any], share: float = 1.0) -> bool:
+    """Whether each figure of the rule is at least this share of what it asks for; one that is None counts as 0."""
+    return all((report[name] or 0.0) >= least * share for name, least in rule.items())
+
+
+def _say(job: Job, at: _At, figures: dict[str, float | None], clock: Sequence[float]) -> None:
+    """Print a validation; `clock`: when the updates before it began, when it began and when it ended."""
+    shown = ", ".join(f"{name} {value or 0.0:.3f}" for name, value in figures.items())
+    job.console.line(f"cold start {at.done}: loss {at.loss:.3f}, validation {shown}")
+    trained, validated = clock[1] - clock[0], clock[2] - clock[1]
+    if at.done > job.config.sft_eval_steps and validated > trained:  # the first compiles
+        job.console.line(
+            f"Validation took {validated:.0f} s, the updates before it {trained:.0f} s; a larger "
+            "sft_eval_steps or a smaller sft_validation_size makes that less"
+        )
 
 
 def _stop_rule(job: Job) -> dict[str, float]:
@@ -171,9 +211,7 @@ def _stop_rule(job: Job) -> dict[str, float]:
         rule = {"exact_answer_match": config.sft_stop_match}
     else:
         rule = {"reward": config.sft_stop_reward}
-    return rule | {
-        "answer_grounded": config.sft_stop_grounded
-    }  # a figure that is None, as of no text, counts as 0
+    return rule | {"answer_grounded": config.sft_stop_grounded}
 
 
 def _validation(

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
+from grpo_jax.tools.call import no_running_loop
+
 SECONDS_TO_END = 1.0  # for background tasks to end when the process exits
 
 
@@ -38,20 +40,15 @@ class EventLoop:
         """
         with self._lock:
             self._stop_thread()
-            running = asyncio._get_running_loop()
-            task = asyncio.current_task(running) if running else None
-            if task:
-                asyncio._leave_task(running, task)
-            asyncio._set_running_loop(None)
             usual = asyncio.get_event_loop_policy()
-            asyncio.set_event_loop_policy(_Policy(usual, self._open))
             try:
-                yield
+                with no_running_loop():
+                    asyncio.set_event_loop_policy(_Policy(usual, self._open))
+                    try:
+                        yield
+                    finally:
+                        asyncio.set_event_loop_policy(usual)
             finally:
-                asyncio.set_event_loop_policy(usual)
-                asyncio._set_running_loop(running)
-                if task:
-                    asyncio._enter_task(running, task)
                 if self._has_run and not self._loop.is_closed():
                     self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
                     self._thread.start()

@@ -541,11 +541,7 @@ def _scores_turns(result: Any) -> bool:
 
 def _checked_turns(reward: RewardFunction, result: Sequence, turns: Sequence[int]) -> list[list[float]]:
     """One value per turn of each row; a row's None is NaN at each of them."""
-    if len(result) != len(turns):
-        raise RewardError(
-            f"reward function {reward} must return one list for each of the {len(turns)} completions, "
-            f"got {len(result)}"
-        )
+    _check_length(reward, "list", result, len(turns))
     rows = []
     for row, (values, n) in enumerate(zip(result, turns, strict=True)):
         if values is None:
@@ -575,14 +571,17 @@ def _checked(reward: RewardFunction, result: Any, n: int) -> list[float]:
             f"reward function {reward} must return a list with one number or None for each of the {n} "
             f"completions, got {type(result).__name__}: {_short(result)}"
         )
-    if len(values) != n:
-        raise RewardError(
-            f"reward function {reward} must return one value for each of the {n} completions, "
-            f"got {len(values)} values"
-        )
+    _check_length(reward, "value", values, n)
     if values is not result:
         values = [_only(value) for value in values]
     return [_value(reward, row, value) for row, value in enumerate(values)]
+
+
+def _check_length(reward: RewardFunction, what: str, values: Sequence, n: int) -> None:
+    if len(values) != n:
+        raise RewardError(
+            f"reward function {reward} must return one {what} for each of the {n} completions, got {len(values)} {what}s"
+        )
 
 
 def _value(reward: RewardFunction, row: int | str, value: Any) -> float:

@@ -186,7 +186,7 @@ def call_users(function: Callable, **arguments: Any) -> Any:
     plain function that asks for the current loop, or runs one (asyncio.run), finds it idle. It also works
     inside a running loop, as in a notebook's cell; that one is suspended meanwhile.
     """
-    with _no_running_loop():
+    with no_running_loop():
         if "asyncio" in sys.modules:  # else no loop is needed; the import takes 50 ms
             sys.modules["asyncio"].set_event_loop(_thread.loops.idle())
         result = function(**arguments)
@@ -203,7 +203,7 @@ def thread_loops() -> _Loops:
 
 
 @contextlib.contextmanager
-def _no_running_loop() -> Iterator[None]:
+def no_running_loop() -> Iterator[None]:
     """Set the loop that this thread runs aside, so that another may run."""
     asyncio = sys.modules.get("asyncio")
     running = asyncio._get_running_loop() if hasattr(asyncio, "_get_running_loop") else None

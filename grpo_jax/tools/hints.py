@@ -137,6 +137,14 @@ def _split_choices(text: str) -> tuple[str, list | None]:
     return text[: match.start()].strip(), [c.strip() if isinstance(c, str) else c for c in choices]
 
 
+def signature(function: Callable) -> inspect.Signature:
+    """The signature, with types in place of their text where that can be evaluated."""
+    try:
+        return inspect.signature(function, eval_str=True)
+    except Exception:  # evaluating the text of a hint may raise anything
+        return inspect.signature(function)
+
+
 def location(function: Callable) -> str:
     """`file:line, name`, for messages to the user."""
     code = getattr(inspect.unwrap(function), "__code__", None)

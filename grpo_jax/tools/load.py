@@ -190,10 +190,7 @@ def _without_bound(partial: functools.partial) -> Callable:
     def tool(**arguments: Any) -> Any:
         return partial(**arguments)
 
-    try:
-        signature = inspect.signature(partial, eval_str=True)
-    except Exception:  # evaluating a hint may raise anything; the schema will say what is wrong
-        signature = inspect.signature(partial)
+    signature = hints.signature(partial)  # where a hint is wrong the schema will say so
     free = [p for name, p in signature.parameters.items() if name not in partial.keywords]
     kept = {p.name for p in free} | {"return"}
     tool.__signature__ = signature.replace(parameters=free)

@@ -49,11 +49,7 @@ def get_schema(function: Callable) -> dict[str, Any]:
 
 def signature_line(function: Callable) -> str:
     """`add(a: int, b: int) -> str`, for the start-up print."""
-    try:
-        signature = inspect.signature(function, eval_str=True)
-    except Exception:  # evaluating the text of a hint may raise anything
-        signature = inspect.signature(function)
-    return f"{function.__name__}{signature}"
+    return f"{function.__name__}{hints.signature(function)}"
 
 
 def read_schema(function: Callable) -> dict[str, Any]:
