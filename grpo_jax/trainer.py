@@ -291,8 +291,8 @@ class GRPOTrainer:
         records = Records(config, resume_step=first - ("unevaluated" in meta) if first else None)
         unevaluated = meta.pop("unevaluated", None)
         saver = Saver(checkpoints, meta, timer, line)
-        rows = len(data.prompts) if config.difficulty_sampling else None
-        progress = Progress.from_meta(meta, config.early_stop_metric, checkpoints.steps(), rows)
+        rated = len(data.prompts) if config.difficulty_sampling else None
+        progress = Progress.from_meta(meta, config.early_stop_metric, checkpoints.steps(), rated)
         checkpoints.keep_best(progress.best.step)
         first_calls = FirstCalls(batches=min(3, steps.batches))
         per_epoch = steps.batches_per_epoch * per_batch

@@ -59,7 +59,7 @@ def loss(params, cfg, constrain, shards=1):
     rng = np.random.default_rng(0)
 
     def level(n, T, start, shared=False):
-        places = start + jnp.zeros((n, 1), jnp.int32) + jnp.arange(T, dtype=jnp.int32)
+        places = jnp.broadcast_to(start + jnp.arange(T, dtype=jnp.int32), (n, T))
         ids = jnp.asarray(rng.integers(0, cfg.V, (n, T)))
         return Level(ids, places, jnp.ones((n, T), bool), shared=shared)
 

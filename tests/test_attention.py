@@ -35,7 +35,7 @@ def dense(q, segments, own, score_bytes=None):
     k, v = (jnp.concatenate([repeat(s[i]) for s in every], 2) for i in (0, 1))
     k, v = (jnp.repeat(x, heads // own.k.shape[1], 1) for x in (k, v))
     masks = [jnp.repeat(repeat(s.valid)[:, None], T, 1) for s in segments]
-    masks.append(own.valid[:, None] & jnp.tril(jnp.ones((T, T), bool)))
+    masks.append(own.valid[:, None] & jnp.tril(jnp.ones((T, T), bool))[None])
     mask = jnp.concatenate(masks, 2)[:, None]
     scores = jnp.einsum("btnh,bnsh->bnts", q, k) / np.sqrt(size)
     p = jax.nn.softmax(jnp.where(mask, scores, -1e9), -1) * mask
@@ -160,7 +160,7 @@ def test_causality():
     q, segments, own = inputs(PADDED, ragged=False)
     before, _ = value_and_gradients(attend, q, segments, own, BLOCKED)
     for t in (0, 64, 65, 66, 129):  # 131 tokens are two blocks of 66
-        later = jnp.arange(131)[:, None] > t
+        later = (jnp.arange(131) > t)[None, None, :, None]
         changed = own._replace(k=jnp.where(later, 3.0, own.k), v=jnp.where(later, -3.0, own.v))
         after, _ = value_and_gradients(attend, q, segments, changed, BLOCKED)
         np.testing.assert_array_equal(before[:, : t + 1], after[:, : t + 1])

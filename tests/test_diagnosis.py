@@ -104,7 +104,7 @@ def test_gold_calls_of_which_none_runs_are_fatal_and_the_first_error_is_shown():
 def test_some_gold_calls_that_do_not_run_are_a_hint(outcome):
     (hint,) = gold_hints([row(1), row(2, results=("Error: x",), outcome=outcome), row(3)])
     assert hint.text.startswith(
-        "rows.jsonl:2: the gold calls of 1 of 3 rows do not run; the first, add(a=15)"
+        "rows.jsonl:2: the gold calls of 1 of 3 rows do not run; the first: add(a=15) returns"
     )
     assert not hint.fatal
 

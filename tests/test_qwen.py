@@ -244,7 +244,7 @@ def test_rows_do_not_see_each_other():
 
 def test_only_distances_between_positions_matter():
     """Rotary embedding: all positions + 1000 changes nothing but rounding, a gap in them does."""
-    counted = jnp.arange(12, dtype=jnp.int32) + jnp.zeros((2, 1), jnp.int32)
+    counted = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (2, 12))
     base = hidden_of(plain(TOKENS))
     np.testing.assert_allclose(hidden_of(plain(TOKENS, counted + 1000)), base, atol=1e-3)
     gap = hidden_of(plain(TOKENS, jnp.where(counted < 6, counted, counted + 3)))
@@ -255,7 +255,7 @@ def test_only_distances_between_positions_matter():
 def test_invalid_tokens_change_no_other():
     """Neither their ids nor their positions; a valid token in the same place does."""
     hole = jnp.ones((2, 12), bool).at[:, 4].set(False)
-    counted = jnp.arange(12, dtype=jnp.int32) + jnp.zeros((2, 1), jnp.int32)
+    counted = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (2, 12))
     other = np.where(hole, TOKENS, (TOKENS + 1) % 50)
     others = np.delete(np.arange(12), 4)
     base = hidden_of(plain(TOKENS, counted, hole))[:, others]
@@ -277,7 +277,7 @@ def test_compiled_programs_keep_every_rounding_to_bf16():
     x, y = (jnp.asarray(rng.normal(1, 0.3, (50, 64)), jnp.bfloat16) for _ in range(2))
 
     def norm_of_sum(x, y):
-        return rms_norm(x + y, y, 1e-6)
+        return rms_norm(x + y, y[0], 1e-6)
 
     want = norm_of_sum(x, y)
     np.testing.assert_array_equal(jax.jit(norm_of_sum, compiler_options=ALL_ROUNDINGS)(x, y), want)
@@ -293,7 +293,7 @@ def test_a_biased_projection_rounds_once_and_has_the_gradients_of_its_formula():
     product = np.einsum("btd,dnh->btnh", X, W)
     got, pull = jax.vjp(biased_heads, x, w, bias)
     np.testing.assert_array_equal(got, (product + B).astype(np.float32).astype(jnp.bfloat16))
-    assert (got != product.astype(np.float32).astype(jnp.bfloat16) + bias).any()
+    assert (got != product.astype(np.float32).astype(jnp.bfloat16) + bias[None, None]).any()
     gradients = np.einsum("btnh,dnh->btd", DY, W), np.einsum("btd,btnh->dnh", X, DY), DY.sum((0, 1))
     for mine, want in zip(pull(dy), gradients, strict=True):
         assert mine.dtype == jnp.bfloat16
