@@ -157,7 +157,7 @@ class Workload:
 
         def forced(logits: Any, of: Any, positions: Any, sampling: Sampling) -> Any:
             token, logprob = sample(logits, of, positions, sampling)
-            row = (of[:, None] == jnp.asarray(keys)).all(-1).argmax(1)
+            row = (of[:, None] == jnp.asarray(keys)[None]).all(-1).argmax(1)
             # `position` is that of the token to come
             at = jnp.clip(positions - jnp.asarray(starts)[row], 0, table.shape[1] - 1)
             return jnp.asarray(table)[row, at] + 0 * token, logprob
