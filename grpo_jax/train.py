@@ -16,14 +16,18 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
     """Train as configured, or only say what training would meet (`check`, `plan`); returns the exit status."""
     from grpo_jax.preflight.plan import show_plan  # here, so that --help does not wait for jax
     from grpo_jax.run.lock import check_writable
+    from grpo_jax.run.remote import Remote, is_url
     from grpo_jax.trainer import GRPOTrainer
 
     config = resolved.config
     if config.plan is not None:
         return show_plan(config, console)
     if config.check:
-        out = Path(config.output_dir).absolute()
-        check_writable(next(path for path in (out, *out.parents) if path.exists()))
+        if is_url(config.output_dir):
+            Remote(config.output_dir).check()
+        else:
+            out = Path(config.output_dir).absolute()
+            check_writable(next(path for path in (out, *out.parents) if path.exists()))
         with tempfile.TemporaryDirectory() as elsewhere:  # nothing is left in output_dir
             trainer = GRPOTrainer(args=dataclasses.replace(config, output_dir=elsewhere), console=console)
             with trainer.job.runner:

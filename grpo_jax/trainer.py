@@ -59,6 +59,7 @@ from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomi
 from grpo_jax.run.model_card import write_model_card
 from grpo_jax.run.options import GRPOConfig, compares_evaluations
 from grpo_jax.run.progress import Progress, Saver
+from grpo_jax.run.remote import open_remote
 from grpo_jax.run.report import write_report
 from grpo_jax.run.stopping import Best
 from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
@@ -145,6 +146,9 @@ class GRPOTrainer:
         if model is not None:
             config = dataclasses.replace(config, model_name_or_path=str(model))
         config = config.with_absolute_paths()  # code of the user may change the working directory
+        self.remote = open_remote(config.output_dir, config.report_to)
+        if self.remote is not None:
+            config = config.with_output_dir(str(self.remote.folder))
         console, timer = console or Console(), PhaseTimer()
         setup_logging(console, config.log_level)
         self.output_dir = Path(config.output_dir)
@@ -161,6 +165,8 @@ class GRPOTrainer:
                 "early_stop_patience and load_best_model_at_end compare evaluations; set eval_dataset_id_or_path"
             )
         with run_lock(self.output_dir, "grpo_jax.train"), watch_compiles(console, timer):
+            if self.remote is not None:
+                console.line(self.remote.fetch(empty=config.overwrite_output_dir))
             if config.overwrite_output_dir:
                 hosts.of_first(lambda: _start_over(self.output_dir))
             self.job = open_job(config, console, timer, inputs)  # writes a new model into base_model
@@ -192,7 +198,8 @@ class GRPOTrainer:
             if config.cold_start and not hosts.of_first((out / "cold_start").exists):
                 cold_start_rows(job, self.data)  # raises where it would, before anything compiles
             print_steps(job.console, self.steps, self.data)
-            with Checkpoints(out / "checkpoints", keep=config.save_total_limit) as checkpoints:
+            keep = config.save_total_limit
+            with Checkpoints(out / "checkpoints", keep=keep, publish=self._publish) as checkpoints:
                 return self._train(summary, checkpoints)
 
     def _train(self, summary: dict[str, Any], checkpoints: Checkpoints) -> TrainResult:
@@ -218,8 +225,9 @@ class GRPOTrainer:
         except Stopped as stopped:
             step = 0 if self._learned is None else int(self._learned[1].step)
             self._write_summary(summary)
-            if step:
-                hosts.of_first(lambda: write_report(out))
+            if step:  # where a machine is taken away, drawing would take as long as all else of a stop
+                hosts.of_first(lambda: None if stop.hurry else write_report(out))
+            self._publish()
             line(f"Stopped {stopped}. The same command continues.")
             return TrainResult(step, False, summary)
 
@@ -277,8 +285,9 @@ class GRPOTrainer:
         self._write_summary(summary)
         self._write_card(out / "model")  # again, now with the figures
         report = hosts.of_first(lambda: write_report(out))
-        line(f"Finished: {step} updates; the model is in {out / 'model'}")
-        line(f"Curves and conversations: {report}")
+        self._publish()
+        line(f"Finished: {step} updates; the model is in {self._shown(out / 'model')}")
+        line(f"Curves and conversations: {self._shown(report)}")
         return TrainResult(step, True, summary)
 
     def _learn(self, meta: dict[str, Any], checkpoints: Checkpoints, stop: StopSignal) -> None:
@@ -559,19 +568,19 @@ class GRPOTrainer:
         if not hosts.of_first(folder.exists):
             with job.timer("cold_start"):
                 report = fine_tune(job, self.data, folder, None, lambda: stop.requested, note)
+            self._publish()
             job.console.line(
-                f"Cold start: {report['steps']} updates on gold calls; GRPO starts from {folder}"
+                f"Cold start: {report['steps']} updates on gold calls; GRPO starts from {self._shown(folder)}"
             )
-        name = str(folder.absolute())
+        name = self._shown(folder.absolute())
         return dataclasses.replace(job, folder=folder, checkpoint=None, adapter=None, model_name=name)
 
     def _fresh_meta(self) -> dict[str, Any]:
         """What a checkpoint of a run that starts from its model says; see `find_start`."""
         job, config, steps = self.job, self.job.config, self.steps
-        source, name = job.folder.absolute(), job.model_name
+        source, name = self._shown(job.folder.absolute()), job.model_name
         if config.cold_start:
-            source = (self.output_dir / "cold_start").absolute()
-            name = str(source)
+            source = name = self._shown((self.output_dir / "cold_start").absolute())
         numbers = {"seed": config.seed, "prompts": steps.P, "num_generations": steps.G}
         numbers |= {"num_iterations": steps.updates_per_batch, "updates": steps.updates}
         meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(source)} | machine_meta()
@@ -585,6 +594,15 @@ class GRPOTrainer:
             prompts, toolbox, job.rewards, numbers, str(job.adapter or source), options
         )
         return meta
+
+    def _publish(self) -> None:
+        """Bring an output_dir that is a URL up to date; before anything is called saved."""
+        if self.remote is not None:
+            self.remote.publish()
+
+    def _shown(self, path: Path) -> str:
+        """A path of the run, in the store where output_dir is a URL: the local folder may be another next time."""
+        return str(path) if self.remote is None else self.remote.shown(path)
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
         path, job = self.output_dir / "summary.json", self.job

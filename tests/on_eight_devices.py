@@ -1,6 +1,7 @@
 """Tests that need eight devices; `test_sharding.py` runs them in a separate process."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,14 @@ from jax.sharding import PartitionSpec
 from parity import QWEN2, QWEN3, random_tensors, write_checkpoint
 from safetensors.numpy import load_file
 
+from grpo_jax.models.attention import Segment, attend
 from grpo_jax.models.hf import load_params, read_config, save_model
 from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.models.qwen import Level, abstract_params, extend, head_weights
 from grpo_jax.models.sharding import Layout, make_mesh
+from grpo_jax.models.target import compiling_for
+from grpo_jax.update.optimizer import make_optimizer, scale_by_adam
+from grpo_jax.update.update import init_state
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
 CASES = {"qwen2": QWEN2, "qwen3": QWEN3 | {"tie_word_embeddings": True}}
@@ -99,3 +104,46 @@ def test_a_layers_weights_are_gathered_over_fsdp_in_training_only(rollout):
     want = [(None, stay), (stay, None)] if rollout else [(None, "tensor"), ("tensor", None)]
     for x, spec in zip((out["gate"], out["down"]), want, strict=True):
         assert x.sharding.is_equivalent_to(jax.NamedSharding(layout.mesh, PartitionSpec(*spec)), 2)
+
+
+@pytest.mark.parametrize("blocks", [None, 1 << 20], ids=["whole", "in blocks"])
+def test_queries_that_devices_share_are_attended_by_each_for_its_part(blocks):
+    """The prompts of a batch above their preamble: equal on one and on eight devices, an eighth of the work on each.
+
+    Both forms failed: merged with the heads of a group, or cut into blocks, tokens did not stay sharded.
+    """
+    rng, layout = np.random.default_rng(0), Layout(make_mesh(4, 2, 1))
+    sizes = (4, 256, 8, 8), (4, 2, 256, 8), (1, 2, 512, 8)
+    q, kv, above = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in sizes)
+    own, segment = (Segment(x, x, jnp.ones((len(x), x.shape[2]), bool)) for x in (kv, above))
+
+    def run(q, devices, constrain):
+        with compiling_for(devices):
+            o = attend(constrain(q, "shared_heads"), (segment,), own, blocks, tokens_sharded=True)
+            return constrain(o, "shared_heads")
+
+    on_one = jax.jit(functools.partial(run, devices=jax.devices()[:1], constrain=lambda x, kind: x))
+    on_eight = jax.jit(functools.partial(run, devices=jax.devices(), constrain=layout.constrain))
+    np.testing.assert_allclose(on_eight(q), on_one(q), atol=1e-6)
+    compiled = on_eight.lower(q).compile()
+    if blocks is None:  # else XLA counts one block of the loop
+        whole = (
+            4 * 4 * 8 * 256 * 8 * (512 + 256)
+        )  # 4 NH for a query and a key, also for those that are masked
+        assert compiled.cost_analysis()["flops"] < 1.5 * whole / 8
+    assert not re.search(r"f32\[[^]]*256[^]]*\][^=]*all-gather\(", compiled.as_text())
+
+
+@pytest.mark.parametrize("fsdp", [2, 8])
+def test_weights_and_moments_take_a_share_of_fsdp(fsdp, checkpoint):
+    """Bytes on a device, from the arrays' own shards. Gradients: test_plan.py counts them so, within XLA's figure."""
+    source, cfg, _ = checkpoint
+    layout = Layout(make_mesh(8 // fsdp, fsdp, 1))
+    params = load_params(source, cfg, layout.params(abstract_params(cfg)))
+    adam = scale_by_adam(0.9, 0.99, 1e-8)
+    optimizer = make_optimizer(adam, schedule=lambda count: 1e-3, weight_decay=0, max_grad_norm=1)
+    state = init_state(params, optimizer, layout)
+    for tree in (state.params, state.opt_state):
+        matrices = [x for x in jax.tree.leaves(tree) if x.ndim > 2 or x.shape == (cfg.V, cfg.D)]
+        held = sum(x.addressable_shards[0].data.nbytes for x in matrices)
+        assert held * fsdp < 1.1 * sum(x.nbytes for x in matrices)  # biases are whole

@@ -6,6 +6,8 @@ batch that pays the preamble per row is compiled as well, and breaks them.
 
 import dataclasses
 import functools
+import os
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -161,3 +163,25 @@ def test_decoding_neither_repeats_the_preamble_nor_copies_it():
     copied = EIGHT.B * 2 * CFG.K * EIGHT.T0 * CFG.H * 4  # keys and values of one layer, for every row
     assert temporary < copied / 2
     assert temporary < 2 * decode_cost(FOUR)[1]
+
+
+# --- several devices ---------------------------------------------------------------------------------
+
+
+def test_eight_devices_divide_the_work_and_gather_no_logits():
+    """Ratios to an even division, of update, prefill and decode: 1.6 and 4.4 where each computed all prompts."""
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/devices.py", "8x1x1", "1x4x2"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    _, *lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["8x1x1", "1x4x2"]
+    for line in lines:
+        assert all(0.95 < float(ratio) < 1.1 for ratio in line.split()[1:5]), line
+        assert "vocabulary" not in line

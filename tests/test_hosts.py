@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from unittest import mock
 
 import jax
@@ -191,7 +192,8 @@ def test_processes_are_joined_where_there_are_several(environ, initialised):
         mock.patch.object(jax.config, "update"),
     ):
         hosts.join_processes(environ)
-    assert initialize.call_args == (None if initialised is None else mock.call(**initialised))
+    heartbeat = {"heartbeat_timeout_seconds": 50}
+    assert initialize.call_args == (None if initialised is None else mock.call(**initialised, **heartbeat))
 
 
 @pytest.mark.parametrize(
@@ -411,10 +413,15 @@ def test_an_error_in_one_processs_reward_ends_both_with_its_message(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_other(tmp_path):
-    reward = reward_in_process_one(tmp_path / "rewards", "os.kill(os.getpid(), signal.SIGKILL)")
+def test_a_process_that_dies_ends_the_other_within_a_minute_and_with_a_message(tmp_path):
+    body = (
+        "Path(__file__).with_name('died').write_text(str(time.time())); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    reward = reward_in_process_one(tmp_path / "rewards", f"import time; {body}")
     first, second = run_on_two(tmp_path / "run", reward_fn=reward)
+    assert time.time() - float((tmp_path / "rewards/died").read_text()) < 60
     assert first.status != 0 and second.status == -9
+    assert "continues from the newest checkpoint" in first.err or "distributed" in first.err
 
 
 @pytest.mark.slow

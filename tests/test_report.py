@@ -2,6 +2,8 @@
 
 import html.parser
 import json
+import shutil
+import subprocess
 
 import pytest
 
@@ -41,6 +43,39 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data.strip())
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def shown(page):
+    """A page as a browser has it after its scripts ran."""
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={page.parent / 'profile'}",
+        "--dump-dom",
+    ]
+    done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_runs_no_script_of_a_tool(tmp_path):
+    """The same script as an element changes the title: this browser would run it."""
+    script = "<script>document.title = 'it ' + 'ran'</script>"
+    control = tmp_path / "control.html"
+    control.write_text(f"<!doctype html><html><body>{script}</body></html>")
+    assert "<title>it ran</title>" in shown(control)
+    leave_a_run(tmp_path / "run")
+    for path in (tmp_path / "run/rollouts").iterdir():
+        path.write_text(path.read_text().replace("Sum: 3", script))
+    page = shown(write_report(tmp_path / "run"))
+    assert "<title>run: 12 updates</title>" in page and "it ran" not in page
+    assert html.escape(script, quote=False) in page
 
 
 def evaluation(share):

@@ -99,7 +99,7 @@ def test_sigterm_in_a_rollout_saves_the_update_before_at_once(tmp_path):
     assert stopped.status == 130
     assert "Stopped after update 2, which is saved. The same command continues." in stopped.out
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
-    assert (tmp_path / "run/report.html").exists()
+    assert not (tmp_path / "run/report.html").exists()  # drawing it takes seconds
     again = launch.small_run(tmp_path / "run", save_steps=100)
     assert "Continuing from the checkpoint of update 2" in again.out
     assert_equals_the_whole_run(again)

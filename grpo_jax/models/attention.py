@@ -37,6 +37,13 @@ class Segment(NamedTuple):
     valid: Bool[Array, "n S"]
 
 
+class _Blocks(NamedTuple):
+    """How blocks of scores are cut; see `attend`."""
+
+    score_bytes: int
+    cut_queries: bool
+
+
 class _Tiling(NamedTuple):
     """Static plan for one segment: which (query block, key block) pairs are computed."""
 
@@ -50,6 +57,7 @@ def attend(
     segments: tuple[Segment, ...],
     own: Segment,
     score_bytes: int | None = None,
+    tokens_sharded: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over every segment and, causally, over the queries' own keys.
 
@@ -60,6 +68,9 @@ def attend(
         score_bytes: what one block of fp32 scores should stay under (blocks have at least
             128 queries and keys); None means 12 MB on a CPU, where blocks that stay in the
             cache are 3 to 6 times faster than 50 MB, and 512 MB elsewhere.
+        tokens_sharded: on several devices each has a part of T, as in `sharding` the levels that all rows
+            share: only keys are cut into blocks then, since a block of queries would lie on one device, and
+            XLA would have all devices compute all of them.
 
     Returns:
         [B, T, N, H] in q's dtype; zeros for a query that may attend to nothing.
@@ -72,7 +83,8 @@ def attend(
     if score_bytes is None:
         score_bytes = score_block_bytes(on_cpu())
     q_BKRTH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    o_BKRTH = _attend(q_BKRTH, (*segments, own), score_bytes)
+    blocks = _Blocks(score_bytes, cut_queries=not (tokens_sharded and device_count() > 1))
+    o_BKRTH = _attend(q_BKRTH, (*segments, own), blocks)
     return o_BKRTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
@@ -94,11 +106,11 @@ def score_block_bytes(on_cpu: bool) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend(q_BKRTH, segments, score_bytes):
-    return _forward(q_BKRTH, segments, score_bytes)[0]
+def _attend(q_BKRTH, segments, blocks):
+    return _forward(q_BKRTH, segments, blocks)[0]
 
 
-def _forward(q_BKRTH, segments, score_bytes):
+def _forward(q_BKRTH, segments, blocks):
     B, K, R, T, H = q_BKRTH.shape
     peak = jnp.full((B, K, R, T, 1), NEG, jnp.float32)
     total = jnp.zeros((B, K, R, T, 1), jnp.float32)
@@ -106,7 +118,7 @@ def _forward(q_BKRTH, segments, score_bytes):
     for i, segment in enumerate(segments):
         n, causal = segment.k.shape[0], i == len(segments) - 1
         state = tuple(_by_segment(x, n, causal) for x in (q_BKRTH, peak, total, acc))
-        tiling = _tile(state[0].shape, segment.k.shape[2], causal, score_bytes)
+        tiling = _tile(state[0].shape, segment.k.shape[2], causal, blocks)
         state = _segment_forward(state, _pad_keys(segment, tiling), tiling, causal)
         peak, total, acc = (_by_row(x, (B, K, R, T), causal) for x in state)
     o = (acc / jnp.maximum(total, 1e-30)).astype(q_BKRTH.dtype)
@@ -136,7 +148,7 @@ def _segment_forward(state, segment, tiling, causal):
     return tuple(x[:, :, :, :queries] for x in done)
 
 
-def _backward(score_bytes, residuals, do):
+def _backward(blocks, residuals, do):
     q_BKRTH, segments, o, lse = residuals
     rows = q_BKRTH.shape[:4]
     delta = dot_fp32("bkrth,bkrth->bkrt", do, o)[..., None]
@@ -145,7 +157,7 @@ def _backward(score_bytes, residuals, do):
     for i, segment in enumerate(segments):
         n, causal = segment.k.shape[0], i == len(segments) - 1
         args = tuple(_by_segment(x, n, causal) for x in (q_BKRTH, do, lse, delta, dq))
-        tiling = _tile(args[0].shape, segment.k.shape[2], causal, score_bytes)
+        tiling = _tile(args[0].shape, segment.k.shape[2], causal, blocks)
         dq_n, dk, dv = _segment_backward(args, _pad_keys(segment, tiling), tiling, causal)
         dq = _by_row(dq_n, rows, causal)
         S = segment.k.shape[2]
@@ -199,8 +211,10 @@ def _scores(q, k):
     return dot_fp32("nkgth,nksh->nkgts", q, k) * q.shape[-1] ** -0.5
 
 
-def _tile(q_shape, S, causal, score_bytes) -> _Tiling:
+def _tile(q_shape, S, causal, blocks: _Blocks) -> _Tiling:
     """Blocks whose fp32 scores stay under `score_bytes`; causal pairs above the diagonal are left out.
+
+    Where queries are not cut there are no such pairs: the device with the last tokens would wait for none.
 
     Args:
         q_shape: [n, K, G, T, H] as `_by_segment` makes it.
@@ -209,8 +223,12 @@ def _tile(q_shape, S, causal, score_bytes) -> _Tiling:
     """
     n, K, G, T, _ = q_shape
     heads = 4 * n * K * G  # bytes of one (query, key) pair over all heads
+    score_bytes = blocks.score_bytes
     if heads * T * S <= score_bytes:
         return _Tiling(T, S, ((0, 0),))
+    if not blocks.cut_queries:
+        key_block = even_block(S, KEY_BLOCK)
+        return _Tiling(T, key_block, tuple((0, j) for j in range(-(-S // key_block))))
     if causal:
         block = even_block(T, max(128, int((score_bytes / heads) ** 0.5)))
         nb = -(-T // block)
@@ -252,14 +270,14 @@ def _by_segment(x, n, causal):
     """[B, K, R, T, E] -> [n, K, G, T', E], or unchanged where each row has its own keys.
 
     All queries of a segment row see the same keys. On one device they are one long dimension
-    to cut blocks from (G = 1). On several, the rows stay a separate dimension (G = B/n),
-    since rows are sharded: a block cut across them would gather all queries everywhere.
+    to cut blocks from (G = 1). On several, tokens stay a separate dimension (G = R·B/n), since rows
+    or tokens are sharded: merged they could not stay so, and all queries would be gathered everywhere.
     """
     if causal:
         return x
     B, K, R, T, E = x.shape
     x = x.reshape(n, B // n, K, R, T, E).swapaxes(1, 2)
-    return x.reshape(n, K, 1 if device_count() == 1 else B // n, -1, E)
+    return x.reshape(n, K, 1, -1, E) if device_count() == 1 else x.reshape(n, K, -1, T, E)
 
 
 def _by_row(x, rows, causal):

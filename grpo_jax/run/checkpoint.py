@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -67,12 +67,20 @@ class Checkpoints:
         directory: the folder; made by the first save.
         keep: number of newest checkpoints to keep, None for all.
         async_save: return from `save` as soon as the state is copied, and write in the background.
+        publish: called in the background when a save is written; it counts as written afterwards.
 
     Raises:
         ValueError: when keep is below 1, or the folder holds anything other than checkpoints.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int | None = None, async_save: bool = True):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int | None = None,
+        async_save: bool = True,
+        publish: Callable[[], None] | None = None,
+    ):
         if keep is not None and keep < 1:
             raise ValueError(f"save_total_limit must be >= 1, or none to keep all checkpoints, got {keep}")
         self.directory = Path(directory).absolute()
@@ -85,7 +93,8 @@ class Checkpoints:
         )
         self._manager = self._open()
         self._waiter = ThreadPoolExecutor(1, "checkpoint")
-        self._written: Future[None] = Future()
+        self._written = _nothing_written()
+        self._publish = publish
         self._newest = self.directory  # what is being written, for messages
         self._quiet = contextlib.ExitStack()
 
@@ -131,7 +140,7 @@ class Checkpoints:
         with self._writing():
             self._manager.save(step, args=items)
         # Orbax reports that a save failed only when it is waited for
-        self._written = self._waiter.submit(self._manager.wait_until_finished)
+        self._written = self._waiter.submit(self._finish, self._manager)
 
     def keep_best(self, step: int) -> None:
         """Keep this step in addition to the newest ones, in place of the step of an earlier call."""
@@ -199,10 +208,16 @@ class Checkpoints:
             f"{earlier[-1]} is used instead, and the later updates are repeated. ({damaged})"
         )
 
+    def _finish(self, manager: ocp.CheckpointManager) -> None:
+        manager.wait_until_finished()
+        if self._publish is not None:
+            self._publish()
+
     def wait(self) -> None:
         """Returns when every save has been written; errors as `save`."""
         with self._writing():
             self._manager.wait_until_finished()
+            self._written.result()
 
     def check(self) -> None:
         """Raises OutputError when a save that is written in the background has failed."""
@@ -237,11 +252,13 @@ class Checkpoints:
             yield
         # Orbax and TensorStore have no specific error for a disk that is full or gone.
         except Exception as error:
-            failed, self._written = self._newest, Future()
+            failed, self._written = self._newest, _nothing_written()
             with contextlib.suppress(Exception):  # the same failure again
                 self._manager.close()
             self._manager = self._open()  # the old one would count the step that failed
-            raise cannot_write(failed, _reason(error)) from None
+            raise (
+                error if isinstance(error, OutputError) else cannot_write(failed, _reason(error))
+            ) from None
 
     def _check_held(self, step: int) -> None:
         if step not in self.steps():
@@ -276,6 +293,12 @@ class Checkpoints:
                 f"cannot restore {self.directory / str(step)}: it is damaged, or of another optimizer than "
                 f"this run's. Delete that folder to {fix}. ({type(error).__name__}: {error})",
             ) from error
+
+
+def _nothing_written() -> Future[None]:
+    written: Future[None] = Future()
+    written.set_result(None)
+    return written
 
 
 class _NewestAndBest(PreservationPolicy):
@@ -458,7 +481,7 @@ class Stopped(Exception):
 class StopSignal:
     """A context in which Ctrl-C and SIGTERM only set `requested`, so that a step can end.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Enter it from the main thread,
+    SIGTERM also sets `hurry`: a machine that is taken away gives seconds. A second Ctrl-C raises KeyboardInterrupt at once. Enter it from the main thread,
     the only one that Python lets handle signals.
 
     Example:
@@ -468,7 +491,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.hurry = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -484,6 +507,7 @@ class StopSignal:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        self.hurry = self.hurry or number == signal.SIGTERM
 
 
 def _reason(error: BaseException) -> str:

@@ -16,6 +16,10 @@ from grpo_jax.run.config import ResolvedConfig, parse_config, print_config
 from grpo_jax.run.console import Console, note_dependencies, setup_logging
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
+LOST = (
+    "If another process of this run has ended (see its own output), this error follows from it. The same command, "
+    "started on all hosts, continues from the newest checkpoint"
+)
 
 
 def run_command(
@@ -44,6 +48,10 @@ def run_command(
         for option in ("check", "plan"):
             if getattr(config, option) and name != "train":
                 raise ValueError(f"{option} is an option of grpo_jax.train; leave it out of grpo_jax.{name}")
+        if "://" in config.output_dir and name != "train":
+            raise ValueError(
+                f"output_dir may be a URL in grpo_jax.train only, got {config.output_dir}; name a local folder"
+            )
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
@@ -81,6 +89,9 @@ def run_command(
         status = 1
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
+        if "Gloo" in str(error):  # of the CPU's collectives, a ValueError too
+            print(LOST, file=sys.stderr)
+            return end_all(1)
         return end_all(2)
     except OutputError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -88,6 +99,8 @@ def run_command(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             traceback.print_exc()
+            if not hosts.alone():
+                print(LOST, file=sys.stderr)
             return end_all(1)
         from grpo_jax.run.memory import explain
 

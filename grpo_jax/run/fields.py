@@ -394,7 +394,9 @@ class Options:
     mesh_fsdp: int = _opt(1, "Devices over which batches and weights are sharded.", ge=1)
     mesh_tensor: int = _opt(1, "Devices over which the heads and widths of layers are sharded.", ge=1)
 
-    output_dir: str = _opt("trainer_output", "Folder for the results.", path="file")
+    output_dir: str = _opt(
+        "trainer_output", "Folder for the results; in training also a URL, as gs://bucket/name.", path="file"
+    )
     overwrite_output_dir: bool = _opt(False, "Delete the run that output_dir holds and start over.")
     save_strategy: Literal["steps", "epoch", "no"] = _opt(
         "steps",

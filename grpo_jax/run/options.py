@@ -126,6 +126,12 @@ class GRPOConfig(Options):
         object.__setattr__(config, "_given", given | self._given)
         return config
 
+    def with_output_dir(self, folder: str) -> GRPOConfig:
+        """The same options with the results in another folder, and output_dir as it was given."""
+        config = dataclasses.replace(self, output_dir=folder)
+        object.__setattr__(config, "_given", {"output_dir": self.output_dir} | self._given)
+        return config
+
     def as_given(self) -> dict[str, Any]:
         """Every option, paths as they were given."""
         return dataclasses.asdict(self) | self._given
@@ -134,7 +140,7 @@ class GRPOConfig(Options):
 def _absolute(value: Any, kind: str) -> Any:
     if isinstance(value, list):
         return [_absolute(one, kind) for one in value]
-    if value in ("none", "scratch", *BUILT_IN_REWARDS) or value.startswith("tfds:"):
+    if value in ("none", "scratch", *BUILT_IN_REWARDS) or value.startswith("tfds:") or "://" in value:
         return value
     path = re.sub(r"\[[^\[\]]*\]$", "", value) if kind == "data" else value  # without a slice
     if kind != "file" and not os.path.exists(os.path.expanduser(path)):

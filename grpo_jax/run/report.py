@@ -2,7 +2,7 @@
 
     python -m grpo_jax.report runs/quickstart
 
-`train` writes it when it ends or is stopped; the command does so at any time, also while a run is in progress.
+`train` writes it when it ends or is stopped by Ctrl-C; the command does so at any time, also while a run is in progress.
 """
 
 from __future__ import annotations
