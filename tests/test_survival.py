@@ -27,7 +27,7 @@ def test_damaged_checkpoints_are_set_aside_and_a_model_that_cannot_be_written_co
     for step, before in ((4, 3), (3, 2)):
         assert (
             f"Warning: the checkpoint of update {step} is damaged and was renamed to {folder}/checkpoints/"
-            f".damaged-{step}; the one of update {before} takes its place"
+            f".damaged-{step}; the one of update {before} is used instead"
         ) in ran.out
     assert "Continuing from the checkpoint of update 2" in ran.out
     assert (ran.status, ran.err.count("\n")) == (1, 1)
