@@ -128,15 +128,15 @@ def parquet(rows) -> bytes:
 ARRAY = json.dumps(ROWS, indent=2).encode()
 FILES = {
     "rows.jsonl": (lines(ROWS), "{path}:2"),
-    "rows.JSONL.gz": (gzip.compress(lines(ROWS)), "{path}:2"),
+    "rows.JSONL.gz": (gzip.compress(lines(ROWS), mtime=0), "{path}:2"),
     "rows.jsonl.bz2": (bz2.compress(lines(ROWS)), "{path}:2"),
     "rows.jsonl.xz": (lzma.compress(lines(ROWS)), "{path}:2"),
     "rows.json": (ARRAY, "row 2 of {path}"),
     "lines.json": (lines(ROWS), "{path}:2"),
-    "rows.json.gz": (gzip.compress(ARRAY), "row 2 of {path}"),
+    "rows.json.gz": (gzip.compress(ARRAY, mtime=0), "row 2 of {path}"),
     "rows.csv": (table(ROWS, ","), "{path}:3"),
     "rows.tsv": (table(ROWS, "\t"), "{path}:3"),
-    "rows.v2.csv.gz": (gzip.compress(table(ROWS, ",")), "{path}:3"),
+    "rows.v2.csv.gz": (gzip.compress(table(ROWS, ","), mtime=0), "{path}:3"),
 }
 
 
@@ -200,14 +200,18 @@ def test_a_csv_cell_may_be_longer_than_pythons_limit(tmp_path):
         ),
         (
             "rows.jsonl",
-            gzip.compress(lines(ROWS)),
+            gzip.compress(lines(ROWS), mtime=0),
             "is a binary file, or UTF-16, under a text file's name; supported are",
         ),
         ("rows.csv", "prompt,answer\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
         ("rows.csv", b"prompt,answer\na,caf\xe9\n", ":2: not UTF-8: .*; save the file as UTF-8"),
         ("rows.jsonl.gz", lines(ROWS), "cannot be read: Not a gzipped file"),
-        ("rows.jsonl.gz", gzip.compress(lines(ROWS))[:40], "cannot be read: Compressed file ended before"),
-        ("rows.jsonl.gz", gzip.compress(lines(ROWS))[:12] + b"xxxxxxxxxxxxxx", "cannot be read: "),
+        (
+            "rows.jsonl.gz",
+            gzip.compress(lines(ROWS), mtime=0)[:40],
+            "cannot be read: Compressed file ended before",
+        ),
+        ("rows.jsonl.gz", gzip.compress(lines(ROWS), mtime=0)[:12] + b"xxxxxxxxxxxxxx", "cannot be read: "),
         ("rows.jsonl.bz2", lines(ROWS), "cannot be read: "),
         ("rows.jsonl.xz", lines(ROWS), "cannot be read: "),
         ("rows.jsonl.zst", lines(ROWS), "cannot be read: "),
