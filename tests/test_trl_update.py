@@ -503,7 +503,9 @@ def run_trl(case, folder, adapters, tmp_path):
         trainer = Recorder(
             model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
             reward_funcs=[reward(name) for name in case.rewards],
-            args=GRPOConfig(use_cpu=True, bf16=False, shuffle_dataset=False, disable_tqdm=True, **options),
+            args=GRPOConfig(
+                use_cpu=True, bf16=False, disable_tqdm=True, **options | {"shuffle_dataset": False}
+            ),
             train_dataset=Dataset.from_list([{"prompt": str(p)} for p in range(P)]),
             processing_class=tokenizer(),
             rollout_func=rollout,
