@@ -29,14 +29,13 @@ if "jax" not in sys.modules:
 import jax
 import jax.numpy as jnp
 import job
-import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from grpo_jax.models import attention
 from grpo_jax.models.cost import Lengths
 from grpo_jax.models.level import Level
 from grpo_jax.models.qwen import ModelConfig
-from grpo_jax.models.sharding import AXES, placed
+from grpo_jax.models.sharding import mesh_of, placed
 from grpo_jax.models.target import compiling_for
 from grpo_jax.preflight import memory
 from grpo_jax.update.update import GrpoObjective, batch_loss
@@ -96,7 +95,7 @@ def measure(kind: str, layers: list[int], mesh: str) -> tuple[list[float], list,
     """FLOP of a device: gradient by number of layers, prefill, decode; what is gathered in gradient and decode."""
     sizes = tuple(map(int, mesh.split("x")))
     devices = jax.devices()[: math.prod(sizes)]
-    placed_on = Mesh(np.reshape(devices, sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    placed_on = mesh_of(devices, sizes)
     with compiling_for(devices), mock.patch.object(attention, "score_block_bytes", lambda on_cpu: 1 << 40):
         gradients = [compile_gradient(model(kind, L), placed_on) for L in layers]
         *prefills, decode = compile_rollout(model(kind, layers[0]), placed_on)

@@ -14,6 +14,11 @@ from grpo_jax.text import replace_lone_surrogates
 MAX_DEPTH = 100  # of a structure that is written as JSON; a deeper one probably holds itself
 
 
+def is_url(path: str) -> bool:
+    """Whether a path names a place in a store, as gs://bucket/folder does."""
+    return "://" in path
+
+
 class OutputError(RuntimeError):
     """A file of the results cannot be written; the message names it and the reason in one line."""
 

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from grpo_jax.files import is_url
 from grpo_jax.run.command import INTERRUPTED, run_command
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
@@ -16,7 +17,7 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
     """Train as configured, or only say what training would meet (`check`, `plan`); returns the exit status."""
     from grpo_jax.preflight.plan import show_plan  # here, so that --help does not wait for jax
     from grpo_jax.run.lock import check_writable
-    from grpo_jax.run.remote import Remote, is_url
+    from grpo_jax.run.remote import Remote
     from grpo_jax.trainer import GRPOTrainer
 
     config = resolved.config

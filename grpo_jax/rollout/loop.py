@@ -2,7 +2,7 @@
 
 Each completion takes its turns at its own pace, on the same key/value cache, so that every token passes
 through the model once. Decode returns when some turns have ended: their calls run, and what is due of the results
-is fed, while the others' turns go on. What is due follows from the tokens and from `ToolLoop.delays`, never from
+is fed, while the others' turns continue. What is due follows from the tokens and from `ToolLoop.delays`, never from
 how long a call happens to take: batch shapes decide the last bits of what is sampled.
 
 With several hosts each keeps its share of the prompts, with all completions of them. They decode
@@ -224,8 +224,8 @@ def roll_out(
             turn = loop.sampler.layout.get_rows(turn)
             taken = int(turn.row_steps) // rows
             step_seconds.append((time.perf_counter() - decoding) / taken)
-            row_steps, due = row_steps + int(turn.row_steps), steps + taken
-            steps = due
+            row_steps, steps = row_steps + int(turn.row_steps), steps + taken
+            due = steps
             sampled += int(turn.count.sum()) * P // len(own)  # all hosts have as many
             for i in np.flatnonzero(left).tolist():
                 n = turn.count[i]

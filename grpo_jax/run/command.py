@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 
-from grpo_jax.files import OutputError
+from grpo_jax.files import OutputError, is_url
 from grpo_jax.run.config import ResolvedConfig, parse_config, print_config
 from grpo_jax.run.console import Console, note_dependencies, setup_logging
 
@@ -48,7 +48,7 @@ def run_command(
         for option in ("check", "plan"):
             if getattr(config, option) and name != "train":
                 raise ValueError(f"{option} is an option of grpo_jax.train; leave it out of grpo_jax.{name}")
-        if "://" in config.output_dir and name != "train":
+        if is_url(config.output_dir) and name != "train":
             raise ValueError(
                 f"output_dir may be a URL in grpo_jax.train only, got {config.output_dir}; name a local folder"
             )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationError
 
+from grpo_jax.files import is_url
 from grpo_jax.run.fields import KINDS, OPTIONS, Options, option_type
 from grpo_jax.run.trl_options import EQUAL, Entry, settle, show
 from grpo_jax.text import nearest
@@ -140,7 +141,7 @@ class GRPOConfig(Options):
 def _absolute(value: Any, kind: str) -> Any:
     if isinstance(value, list):
         return [_absolute(one, kind) for one in value]
-    if value in ("none", "scratch", *BUILT_IN_REWARDS) or value.startswith("tfds:") or "://" in value:
+    if value in ("none", "scratch", *BUILT_IN_REWARDS) or value.startswith("tfds:") or is_url(value):
         return value
     path = re.sub(r"\[[^\[\]]*\]$", "", value) if kind == "data" else value  # without a slice
     if kind != "file" and not os.path.exists(os.path.expanduser(path)):

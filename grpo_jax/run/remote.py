@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax import hosts
-from grpo_jax.files import cannot_write
+from grpo_jax.files import cannot_write, is_url
 from grpo_jax.run.lock import LOCK
 
 _log = logging.getLogger(__name__)
@@ -42,11 +42,6 @@ STEPS = ("checkpoints", "cold_start_checkpoint")  # folders of folders that are 
 LOCAL = ("wandb", "mlflow.db")
 UNFINISHED = (".orbax-checkpoint-tmp", ".tmp", ".old")
 CHUNK = 16 << 20  # bytes
-
-
-def is_url(path: str) -> bool:
-    """Whether an output_dir is a URL."""
-    return "://" in path
 
 
 def open_remote(output_dir: str, report_to: str) -> Remote | None:
@@ -87,9 +82,8 @@ class Remote:
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:12]
         self.folder = cache / "grpo_jax" / "runs" / f"{self.url.rsplit('/', 1)[-1]}-{digest}"
         self._published: dict[str, list[int]] = {}  # of each file that counts: size and checksum
-        self._known: dict[
-            str, tuple[tuple[int, int], list[int]]
-        ] = {}  # in the store: local stat and the same
+        # of each file in the store: its local stat, size and checksum
+        self._known: dict[str, tuple[tuple[int, int], list[int]]] = {}
         self._lock = threading.Lock()  # a checkpoint is published by the thread that writes it
 
     def check(self) -> None:
@@ -187,9 +181,8 @@ class Remote:
         counted = {n: x for n, x in self._published.items() if n in now and _whole(n) not in touched}
         if len(counted) < len(self._published):
             self._write_manifest(counted)
-        for folder in touched - {
-            _whole(name) for name in self._known
-        }:  # what a publication that was killed left
+        left = touched - {_whole(name) for name in self._known}  # by a publication that was killed
+        for folder in left:
             with contextlib.suppress(FileNotFoundError):
                 self._store.rm(self._at(folder), recursive=True)
         for name in changed:
