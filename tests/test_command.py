@@ -9,6 +9,7 @@ import pytest
 
 from grpo_jax import __main__ as commands
 from grpo_jax.run.command import run_command
+from grpo_jax.run.fields import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,6 +66,15 @@ def test_wrong_options_are_reported_before_jax_is_imported():
     ran = python("-c", code)
     assert ran.stdout == "2 False\n"
     assert ran.stderr == "Error: --sed: unknown option 'sed'; nearest: seed (its value: 1)\n"
+
+
+@pytest.mark.parametrize("name", commands.OF_OPTIONS)
+def test_print_config_prints_the_options_and_does_nothing_else(name, capsys, tmp_path):
+    assert commands.main([name, "--print_config", "--seed", "7", "--output_dir", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert ["seed", "7", "--seed"] in [line.split() for line in out.splitlines()]
+    assert len(out.splitlines()) == len(OPTIONS)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("option", ["check", "plan"])

@@ -30,7 +30,7 @@ def run_command(
     default_config: str | None = None,
     console: Console | None = None,
 ) -> int:
-    """Parse the options and run a command; returns its exit status.
+    """Parse the options and run a command, or only print them (`print_config`); returns its exit status.
 
     Bad input (ValueError, FileNotFoundError) is printed as a sentence, with status 2, results that cannot
     be written (OutputError) as one with status 1; anything else, as a reward function that raises, keeps
@@ -55,6 +55,9 @@ def run_command(
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    if config.print_config:
+        print_config(resolved)
+        return 0
 
     import jax  # after the options, so that --help and a wrong one do not wait for it
 
@@ -78,8 +81,6 @@ def run_command(
             console.mute()
         setup_logging(console, config.log_level)
         console.line(resolved.sources())
-        if config.print_config and hosts.is_first():
-            print_config(resolved)
         with _sigterm_interrupts():
             status = run(dataclasses.replace(resolved, config=config), console) or 0
     except hosts.HostError as error:  # every host has it; the one that failed has the traceback

@@ -458,7 +458,7 @@ class Options:
     plan: str | None = _opt(
         None, "Estimate a step on v5e-8, v6e-8, v5p-64, h200, cpu or BYTES x DEVICES, and exit."
     )
-    print_config: bool = _opt(False, "Print every option with its value and origin.")
+    print_config: bool = _opt(False, "Print every option with its value and origin, and exit.")
     compilation_cache_dir: str | None = _opt(
         "~/.cache/grpo_jax/xla", "Folder of the persistent compilation cache; none: no cache.", path="file"
     )
