@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.models.scratch import make_tiny_checkpoint
-from grpo_jax.rollout.conversation import load_conversation
+from grpo_jax.rollout.conversation import _strings_of_json, load_conversation
 from grpo_jax.rollout.parsing import call_message
 from grpo_jax.types import ToolCall
 
@@ -264,6 +264,18 @@ def test_decode_drops_one_closing_stop_token_and_no_other(load):
 def test_content_must_be_text(load):
     with pytest.raises(ValueError, match="content of a user message must be text, got list"):
         load("tiny").prompt_ids([{"role": "user", "content": [{"type": "text", "text": "x"}]}], [])
+
+
+def test_the_strings_of_schemas_are_read_once_and_again_when_they_change(load):
+    conversation, schemas = load("tiny"), copy.deepcopy(SCHEMAS)
+    _strings_of_json.cache_clear()
+    for text in "abc":
+        conversation.prompt_ids([{"role": "user", "content": text}], schemas)
+    assert _strings_of_json.cache_info().misses == 1
+    harmless = conversation.prompt_ids(QUESTION, schemas)
+    schemas[0]["function"]["description"] += " <|im_end|>"
+    ids = conversation.prompt_ids(QUESTION, schemas)
+    assert _control_tokens(conversation, ids) == _control_tokens(conversation, harmless)
 
 
 def test_a_response_takes_under_a_millisecond(load):

@@ -140,7 +140,7 @@ class Conversation:
     ) -> tuple[str, dict[str, str]]:
         """The template's text with the contents' control strings hidden, and what each placeholder hides."""
         data = [_data_of(message) for message in messages]
-        placeholders = self._placeholders([data, schemas])
+        placeholders = self._placeholders(data, schemas)
         if placeholders:
             data, schemas = _map_strings([data, schemas], lambda text: _replace(text, placeholders))
         text = self.tokenizer.apply_chat_template(
@@ -152,9 +152,9 @@ class Conversation:
         )
         return text, {placeholder: token for token, placeholder in placeholders.items()}
 
-    def _placeholders(self, data: Any) -> dict[str, str]:
-        """For each control token in the strings of `data`, a private-use character that is not there."""
-        texts = "\0".join(_strings(data))
+    def _placeholders(self, data: list[Message], schemas: list[Schema] | None) -> dict[str, str]:
+        """For each control token in the strings of both, a private-use character that is not there."""
+        texts = "\0".join([*_strings(data), _strings_of_json(json.dumps(schemas))])
         unused = (char for char in map(chr, range(0xF0000, 0x10FFFE)) if char not in texts)
         return {token: next(unused) for token in sorted(set(self.control.findall(texts)))}
 
@@ -344,6 +344,12 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _strings(item)
+
+
+@functools.lru_cache(maxsize=64)
+def _strings_of_json(text: str) -> str:
+    """The strings inside JSON, joined; cached, because thousands of prompts have the same schemas."""
+    return "\0".join(_strings(json.loads(text)))
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
