@@ -1,6 +1,8 @@
 """Which tools count as slow, and how many steps later their results are fed."""
 
+import io
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import launch
@@ -8,7 +10,10 @@ import pytest
 
 from grpo_jax import trainer
 from grpo_jax.rollout.delays import CALLS, ToolDelays
-from grpo_jax.rollout.loop import Rollout
+from grpo_jax.rollout.loop import Rollout, ToolLoop
+from grpo_jax.run import evaluation
+from grpo_jax.run.console import Console
+from grpo_jax.run.job import DataSet
 from grpo_jax.types import Example, Outcome, Prompt, ToolCall, ToolResult, Trajectory
 
 
@@ -55,3 +60,15 @@ def test_a_resumed_run_keeps_the_delays_and_they_apply_from_the_next_rollout_on(
         ran = launch.small_run(tmp_path / "run", max_steps=3, save_steps=2)
     assert ran.status == 0, ran.err
     assert [call.args[0].delays for call in rollouts.call_args_list] == [known.steps]
+
+
+def test_the_seed_fixes_an_evaluation_whatever_time_its_tools_take():
+    """Each batch waits for all results; measuring delays would change the shapes of the second one."""
+    rows = [Prompt(Example([], ""), [0], []) for _ in range(4)]
+    config = SimpleNamespace(eval_batch_size=2, seed=0)
+    job = SimpleNamespace(config=config, console=Console(io.StringIO()))
+    loop = ToolLoop(None, None, None, None)
+    slow = mock.Mock(return_value=rollout(slow=[0.2] * CALLS))
+    with mock.patch.object(evaluation, "roll_out", slow):
+        evaluation.completions(job, loop, None, DataSet(rows, None), "Validation", 1, lambda: False)
+    assert [call.args[0].delays for call in slow.call_args_list] == [{}, {}]

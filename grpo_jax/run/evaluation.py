@@ -12,7 +12,6 @@ from grpo_jax import hosts
 from grpo_jax.data.gold import gold_calls
 from grpo_jax.files import plain, write_text_atomic
 from grpo_jax.models.qwen import Params
-from grpo_jax.rollout.delays import ToolDelays
 from grpo_jax.rollout.loop import Policy, ToolLoop, make_policy, roll_out
 from grpo_jax.run.checkpoint import Stopped
 from grpo_jax.run.console import Console
@@ -87,11 +86,14 @@ def completions(
 ) -> list[Trajectory]:
     """Complete every prompt so often, in batches of one shape; without rewards.
 
+    Results of slow tools are waited for like all others (`loop.delays` is empty): a delay is a measured time, and
+    the seed fixes an evaluation to the last bit.
+
     Raises:
         Stopped: some host was asked to stop.
     """
     prompts = [dataclasses.replace(prompt, draw=i) for i, prompt in enumerate(data.prompts)]
-    trajectories, delays = list[Trajectory](), ToolDelays()
+    trajectories = list[Trajectory]()
     size = max(job.config.eval_batch_size // generations, 1)
     if not hosts.alone():  # every host has rows, some of which may be padding
         size = -(-size // job.row_devices) * job.row_devices
@@ -99,7 +101,7 @@ def completions(
         for start in range(0, len(prompts), size):
             chosen = prompts[start : start + size]
             rollout = roll_out(
-                dataclasses.replace(loop, delays=delays.steps),
+                loop,
                 policy,
                 chosen + [None] * (size - len(chosen)),  # always the same shape: one compile
                 generations=generations,
@@ -109,7 +111,6 @@ def completions(
             )
             if rollout.stop:
                 raise Stopped(f"in {title}")
-            delays = delays.after(rollout)
             trajectories += rollout.trajectories
     return trajectories
 
