@@ -73,11 +73,16 @@ def checked(tmp_path, rows, *flags, **changes):
 
 
 def figures(ran, title) -> list[str]:
-    """The lines of a table."""
+    """The indented lines below a title."""
     lines = ran.out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(title)) + 1
     stop = next(i for i in range(start, len(lines)) if not lines[i].startswith("  "))
     return [line.strip() for line in lines[start:stop]]
+
+
+def cells(ran, title) -> list[list[str]]:
+    """The rows of a table, without that of its columns' names."""
+    return [re.split("  +", line) for line in figures(ran, title)[1:]]
 
 
 def marked(ran, mark) -> list[str]:
@@ -96,7 +101,8 @@ def test_a_sound_job_passes_with_its_figures(tmp_path, monkeypatch):
     counts = "Gold calls of 3 rows: 3 ran, 0 returned an error; the last result is the answer in 3 rows"
     assert counts in ran.out
     assert figures(ran, "Mean rewards of conversations written by hand, for 3 rows") == [
-        "reward: strict  no call: 0  wrong call: 0.25  gold calls: 1"
+        "reward  no call  wrong call  gold calls",
+        "strict  0        0.25        1",
     ]
     assert "Check passed; hints: 0" in ran.out
     assert not marked(ran, "Hint") + marked(ran, "Problem")
@@ -106,12 +112,19 @@ def test_a_sound_job_passes_with_its_figures(tmp_path, monkeypatch):
 def test_the_sample_conversations_are_of_one_row(tmp_path):
     out = checked(tmp_path, ROWS).out
     assert f'{tmp_path}/rows.jsonl:1 asks "Price of 2 nuts?"' in out
-    no_call, wrong, gold = out.split("Sample conversations")[1].split("completion: ")[1:]
-    assert no_call.startswith("assistant: I do not know.  answer: Price: 6  rewards: 0")
-    assert wrong.startswith("assistant: price(item='figs', count=5)\ntool: Price: 15")  # of the next row
-    assert "answer: Price: 6  rewards: 0.25" in wrong
-    assert gold.startswith("assistant: price(item='nuts', count=2)\ntool: Price: 6\nassistant: Price: 6")
-    assert "rewards: 1 " in gold
+    samples = out.split("Sample conversations\n")[1].splitlines()
+    assert samples[:10] == [
+        '  status answered, rewards 0, answer "Price: 6"',
+        "    assistant: I do not know.",
+        '  status answered, rewards 0.25, answer "Price: 6"',
+        "    assistant: price(item='figs', count=5)",  # of the next row
+        "    tool: Price: 15",
+        "    assistant: Price: 15",
+        '  status answered, rewards 1, answer "Price: 6"',
+        "    assistant: price(item='nuts', count=2)",
+        "    tool: Price: 6",
+        "    assistant: Price: 6",
+    ]
 
 
 def test_tokens_are_those_of_the_chat_template(tmp_path):
@@ -137,10 +150,10 @@ def test_tokens_are_those_of_the_chat_template(tmp_path):
         completions.append(length(question + turns) - prompts[-1] - 1)
 
     def line(of, n):
-        return f"of: {of}  number: {len(n)}  min: {min(n)}  mean: {sum(n) / len(n):.1f}  max: {max(n)}"
+        return [of, str(len(n)), str(min(n)), f"{sum(n) / len(n):.1f}", str(max(n))]
 
     title = "Tokens (a completion may have max_grpo_completion_length = 512)"
-    assert figures(ran, title)[1:] == [
+    assert cells(ran, title)[1:] == [
         line("prompts", prompts),
         line("evaluation prompts", prompts[2:]),
         line("completions of gold calls", completions),
@@ -198,7 +211,7 @@ def test_answers_in_another_number_format_fail_the_check(tmp_path):
     rows = [price("nuts", 2, answer="Price: 6.0"), price("figs", 500, answer="Price: 1,500")]
     ran = checked(tmp_path, rows)
     assert ran.status == 1
-    assert figures(ran, "Mean rewards") == ["reward: strict  no call: 0  wrong call: 0.25  gold calls: 0.25"]
+    assert cells(ran, "Mean rewards") == [["strict", "0", "0.25", "0.25"]]
     (hint,) = marked(ran, "Hint: ")
     assert (
         "2 of 2 answers differ from what their gold calls return only by number format or whitespace" in hint
@@ -219,7 +232,7 @@ def test_one_answer_in_another_format_is_a_hint(tmp_path):
     )
     assert "rows.jsonl:4: 1 of 4 gold conversations earn no more than a wrong call, or none" in unrewarded
     # (1 + 1 + 1 + 0.25) / 4
-    assert figures(ran, "Mean rewards") == ["reward: strict  no call: 0  wrong call: 0.25  gold calls: 0.812"]
+    assert cells(ran, "Mean rewards") == [["strict", "0", "0.25", "0.812"]]
 
 
 def test_a_reward_that_is_the_same_for_everything_fails_the_check(tmp_path):
@@ -233,7 +246,7 @@ def test_a_budget_without_room_for_a_call_fails_the_check(tmp_path):
     ran = checked(tmp_path, ROWS, max_grpo_completion_length=8)
     assert ran.status == 1
     (problem,) = marked(ran, "Problem: ")
-    longest = re.search(r"completions of gold calls .* max: (\d+)", ran.out)[1]
+    longest = re.search(r"completions of gold calls .* (\d+)\n", ran.out)[1]
     assert "rows.jsonl:1: 3 of 3 gold conversations exceed 8 tokens" in problem
     assert problem.endswith(f"raise max_grpo_completion_length to {longest}")
 
@@ -251,27 +264,27 @@ def test_several_rewards_are_weighted(tmp_path):
     ]
     ran = checked(tmp_path, ROWS, reward_fn=files, reward_weights=[2.0, 0.5])
     assert ran.status == 0, ran.err
-    assert figures(ran, "Mean rewards") == [
-        "reward: strict  no call: 0  wrong call: 0.25  gold calls: 1",
-        "reward: calls  no call: none  wrong call: 1  gold calls: 1",
-        "reward: weighted sum  no call: 0  wrong call: 1  gold calls: 2.5",
+    assert cells(ran, "Mean rewards") == [
+        ["strict", "0", "0.25", "1"],
+        ["calls", "none", "1", "1"],
+        ["weighted sum", "0", "1", "2.5"],
     ]
 
 
 def test_a_wrong_call_is_one_that_the_tool_refuses_where_no_other_row_has_one(tmp_path):
     call = {"name": "stock", "arguments": {"item": "figs"}}
     out = checked(tmp_path, [{"prompt": "Figs left?", "answer": "Left: 4", "tool_call": call}]).out
-    assert "assistant: stock(no_such_argument=0)\ntool: Error: wrong arguments for stock: " in out
+    assert "assistant: stock(no_such_argument=0)\n    tool: Error: wrong arguments for stock: " in out
 
 
 def test_a_gold_call_that_does_not_run_is_neither_counted_nor_taken_for_a_wrong_call(tmp_path):
     """Its error is longer than any answer, and is no result of the tool."""
     failing = price("figs", 5, tool_call={"name": "price", "arguments": {"number": 5}})
     ran = checked(tmp_path, [ROWS[0], failing, ROWS[2]])
-    (tokens,) = [line for line in figures(ran, "Tokens") if "completions" in line]
-    assert tokens.startswith("of: completions of gold calls  number: 2  ")
-    wrong = ran.out.split("Sample conversations")[1].split("completion: ")[2]
-    assert wrong.startswith("assistant: price(item='pears', count=14)\ntool: Price: 42")
+    (tokens,) = [row for row in cells(ran, "Tokens") if "completions" in row[0]]
+    assert tokens[:2] == ["completions of gold calls", "2"]
+    wrong = figures(ran, "Sample conversations")[3:]
+    assert wrong[:2] == ["assistant: price(item='pears', count=14)", "tool: Price: 42"]
 
 
 def test_varying_system_messages_are_named(tmp_path):
@@ -298,8 +311,8 @@ def test_rows_without_gold_calls_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("reward", "earned", "hints"),
     [
-        (REWARD, "no call: 0  wrong call: 0.25  made-up call, answer as its result: 1", 0),
-        (CONSTANT, "no call: 0.5  wrong call: 0.5  made-up call, answer as its result: 0.5", 1),
+        (REWARD, ["0", "0.25", "1"], 0),
+        (CONSTANT, ["0.5", "0.5", "0.5"], 1),
     ],
 )
 def test_without_any_gold_call_the_reward_is_tried_on_a_made_up_one(tmp_path, reward, earned, hints):
@@ -307,7 +320,8 @@ def test_without_any_gold_call_the_reward_is_tried_on_a_made_up_one(tmp_path, re
     ran = checked(tmp_path, rows, reward_fn=launch.write(tmp_path / "mine.py", reward))
     assert ran.status == 0, ran.err
     assert "3 of 3 rows have no gold call" in ran.out
-    assert figures(ran, "Mean rewards") == [f"reward: mine  {earned}"]
+    assert "made-up call, answer as its result" in figures(ran, "Mean rewards")[0]
+    assert cells(ran, "Mean rewards") == [["mine", *earned]]
     unchecked, *others = marked(ran, "Hint: ")
     assert "rows.jsonl:1: no row has a gold call" in unchecked
     assert len(others) == hints

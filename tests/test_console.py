@@ -90,6 +90,11 @@ def test_samples_show_conversation_answer_rewards_and_status():
         assert "y" * 500 not in text
         assert "1, none" in text
         assert "answered" in text
+    assert printed(file)[0].strip() == "Sample conversations"
+    file = io.StringIO()
+    Console(file).samples(rows[:1], ['a "b"\nc'])
+    assert printed(file)[1] == r'  status answered, rewards 1, none, answer "a \"b\"\nc"'
+    assert printed(file)[2].startswith("    assistant: Let me")
     file = io.StringIO()
     Console(file).samples(rows, ["row 0", "row 1", "row 2", "row 3"], n=2)
     assert [name for name in ("row 0", "row 1", "row 2", "row 3") if name in file.getvalue()] == [
@@ -102,12 +107,14 @@ def test_tools_and_tables_are_plain_lines_without_a_terminal():
     file = io.StringIO()
     console = Console(file)
     console.tools(["add(a: float, b: float) -> str"])
-    console.table("Evaluation", ["metric", "before"], [["n", 500]])
+    console.table("Evaluation", ["metric", "before", "after"], [["n", 500, "–"], ["reward", 0.25, 1]])
     assert printed(file) == [
         "Loaded 1 tool functions:",
         "  add(a: float, b: float) -> str",
         "Evaluation",
-        "  metric: n  before: 500",
+        "  metric  before  after",
+        "  n       500     –",
+        "  reward  0.25    1",
     ]
 
 

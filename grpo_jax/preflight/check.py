@@ -185,7 +185,7 @@ def _print_tokens(console: Console, data: DataSet, evaluation: DataSet | None, g
     }
     rows = [(of, len(n), min(n), f"{sum(n) / len(n):.1f}", max(n)) for of, n in counts.items() if n]
     title = f"Tokens (a completion may have max_grpo_completion_length = {data.tree.budget})"
-    console.table(title, ("of", "number", "min", "mean", "max"), rows)
+    console.table(title, ("part", "count", "min", "mean", "max"), rows)
 
 
 # Conversations written by hand

@@ -7,8 +7,10 @@ every few seconds. All output goes through here, so that nothing breaks a bar.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
@@ -73,8 +75,11 @@ class Console:
         """
         if not self.terminal:
             self.line(title)
-            for row in rows:
-                self.line("  " + "  ".join(f"{c}: {v}" for c, v in zip(columns, row, strict=True)))
+            lines = [list(map(str, row)) for row in (columns, *rows)]
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            for cells in lines:
+                padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+                self.line("  " + "  ".join(padded).rstrip())
             return
         table = Table(
             title=Text(title), title_justify="left", show_lines=any("\n" in str(v) for r in rows for v in r)
@@ -101,8 +106,15 @@ class Console:
         """
         n = min(n, len(trajectories))
         chosen = [i * len(trajectories) // n for i in range(n)]
-        rows = [_sample(trajectories[i], answers[i]) for i in chosen]
-        self.table("Sample conversations", ("completion", "answer", "rewards", "status"), rows)
+        title, rows = "Sample conversations", [_sample(trajectories[i], answers[i]) for i in chosen]
+        if self.terminal:
+            return self.table(title, ("completion", "answer", "rewards", "status"), rows)
+        self.line(title)
+        for text, answer, rewards, status in rows:
+            self.line(
+                f"  status {status}, rewards {rewards}, answer {json.dumps(answer, ensure_ascii=False)}"
+            )
+            self.line(textwrap.indent(text, "    "))
 
     @contextlib.contextmanager
     def progress(self, description: str, total: int) -> Iterator[_Bar | _Lines]:
