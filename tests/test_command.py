@@ -4,10 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from grpo_jax import __main__ as commands
+from grpo_jax import hosts
+from grpo_jax.files import OutputError
 from grpo_jax.run.command import run_command
 from grpo_jax.run.fields import OPTIONS
 
@@ -98,3 +102,55 @@ def test_a_command_says_where_its_options_come_from_and_runs_with_absolute_paths
     assert run_command("train", "", run, ["--config", "c.yaml", "--output_dir", "out"]) == 0
     assert "Options: c.yaml, 1 flag, defaults otherwise" in capsys.readouterr().out
     assert (seen[0].output_dir, seen[0].seed) == (f"{tmp_path}/out", 3)
+
+
+def failing(error, cause=None):
+    """A command that fails, as those of a run do."""
+
+    def run(resolved, console):
+        try:
+            if cause is not None:
+                raise cause
+        finally:
+            raise error from None
+
+    return run
+
+
+RESET = "Connection reset by peer [127.0.0.1]:5000"
+UNWRITTEN = OutputError("cannot write checkpoints/2: unknown")
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "status"),
+    [
+        (ValueError(f"UNKNOWN: Gloo all-reduce failed: {RESET}"), None, 1),
+        (JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce failed"), None, 1),
+        (JaxRuntimeError("ABORTED: a peer is gone"), None, 1),  # the runtime's, whatever it says
+        (RuntimeError("UNAVAILABLE: the coordination service has shut down"), None, 1),
+        (OSError(RESET), None, 1),
+        (UNWRITTEN, JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), 1),
+        (UNWRITTEN, OSError("No space left on device"), None),
+        (ValueError("seed must be >= 0, got -1"), None, None),
+        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), None, None),
+    ],
+    ids=str,
+)
+def test_an_error_of_several_processes_that_may_follow_from_the_end_of_another_says_so(
+    error, cause, status, capsys, monkeypatch
+):
+    class Ended(BaseException):
+        pass
+
+    monkeypatch.setattr(hosts, "alone", lambda: False)
+    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=Ended))
+    with pytest.raises(Ended):
+        run_command("train", "", failing(error, cause), [])
+    said = "If another process of this run has ended (see its own output), this error follows from it."
+    assert (said in capsys.readouterr().err) == (status is not None)
+    os._exit.assert_called_once_with(status or (2 if isinstance(error, ValueError) else 1))
+
+
+def test_the_error_of_a_process_that_is_alone_follows_from_no_other(capsys):
+    assert run_command("train", "", failing(ValueError(f"no such file: {RESET}")), []) == 2
+    assert capsys.readouterr().err == f"Error: no such file: {RESET}\n"

@@ -20,6 +20,12 @@ LOST = (
     "If another process of this run has ended (see its own output), this error follows from it. The same command, "
     "started on all hosts, continues from the newest checkpoint"
 )
+# What errors say where another process is gone: of the collectives of CPUs and GPUs, of jax's coordination service,
+# and of connections.
+OF_LOST = (
+    "Gloo", "NCCL", "coordination service", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED",
+    "Connection reset by peer", "Connection closed by peer",
+)  # fmt: skip
 
 
 def run_command(
@@ -63,10 +69,13 @@ def run_command(
 
     from grpo_jax import hosts
 
-    def end_all(status: int) -> int:
+    def end_all(status: int, error: BaseException | None = None) -> int:
         """The exit status of an error of which the other hosts do not know; those would wait forever."""
         if hosts.alone():
             return status
+        if error is not None and _of_lost_process(error):
+            print(LOST, file=sys.stderr)
+            status = 1
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # at once: jax then ends the others, and a proper end would wait for them
@@ -90,19 +99,14 @@ def run_command(
         status = 1
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
-        if "Gloo" in str(error):  # of the CPU's collectives, a ValueError too
-            print(LOST, file=sys.stderr)
-            return end_all(1)
-        return end_all(2)
+        return end_all(2, error)
     except OutputError as error:
         print(f"Error: {error}", file=sys.stderr)
-        return end_all(1)
+        return end_all(1, error)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             traceback.print_exc()
-            if not hosts.alone():
-                print(LOST, file=sys.stderr)
-            return end_all(1)
+            return end_all(1, error)
         from grpo_jax.run.memory import explain
 
         print(f"Error: {explain(error)}", file=sys.stderr)
@@ -110,14 +114,30 @@ def run_command(
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return end_all(INTERRUPTED)
-    except BaseException:
+    except BaseException as error:
         if hosts.alone():
             raise
         traceback.print_exc()
-        return end_all(1)
+        return end_all(1, error)
     if not hosts.alone():
         jax.distributed.shutdown()
     return status
+
+
+def _of_lost_process(error: BaseException | None) -> bool:
+    """Whether an error of one of several processes may follow from the end of another.
+
+    The runtime's own error does, and any that says one of `OF_LOST`: gloo's is a ValueError, and Orbax's thread
+    raises what it likes. Either may be the cause of ours, as of a checkpoint that cannot be written.
+    """
+    import jax
+
+    while error is not None:
+        runtime = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+        if runtime or any(words in str(error) for words in OF_LOST):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextlib.contextmanager
