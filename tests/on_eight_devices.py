@@ -18,7 +18,7 @@ from grpo_jax.models.qwen import Level, abstract_params, extend, head_weights
 from grpo_jax.models.sharding import Layout, make_mesh
 from grpo_jax.models.target import compiling_for
 from grpo_jax.update.optimizer import make_optimizer, scale_by_adam
-from grpo_jax.update.update import init_state
+from grpo_jax.update.update import init_state, state_shardings
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
 CASES = {"qwen2": QWEN2, "qwen3": QWEN3 | {"tie_word_embeddings": True}}
@@ -134,16 +134,29 @@ def test_queries_that_devices_share_are_attended_by_each_for_its_part(blocks):
     assert not re.search(r"f32\[[^]]*256[^]]*\][^=]*all-gather\(", compiled.as_text())
 
 
-@pytest.mark.parametrize("fsdp", [2, 8])
-def test_weights_and_moments_take_a_share_of_fsdp(fsdp, checkpoint):
-    """Bytes on a device, from the arrays' own shards. Gradients: test_plan.py counts them so, within XLA's figure."""
+@pytest.mark.parametrize(("fsdp", "checkpoint"), [(2, "qwen3"), (8, "qwen2")], indirect=["checkpoint"])
+def test_weights_gradients_and_moments_take_a_share_of_fsdp(fsdp, checkpoint):
+    """Bytes on a device, from the arrays' own shards.
+
+    The gradient is sharded as XLA chooses in an update, whose moments say how; alone it would be whole.
+    """
     source, cfg, _ = checkpoint
     layout = Layout(make_mesh(8 // fsdp, fsdp, 1))
     params = load_params(source, cfg, layout.params(abstract_params(cfg)))
     adam = scale_by_adam(0.9, 0.99, 1e-8)
     optimizer = make_optimizer(adam, schedule=lambda count: 1e-3, weight_decay=0, max_grad_norm=1)
     state = init_state(params, optimizer, layout)
-    for tree in (state.params, state.opt_state):
+
+    def learned(state):
+        shards = layout.head_shards(cfg.V)
+        function = functools.partial(loss, cfg=cfg, constrain=layout.constrain, shards=shards)
+        gradient, _ = jax.grad(function, has_aux=True)(state.params)
+        now = {"learning_rate": jnp.float32(1e-3), "finite": jnp.bool_(True)}
+        return gradient, optimizer.update(gradient, state.opt_state, state.params, **now)
+
+    shardings = state_shardings(layout, state)
+    gradient, _ = jax.jit(learned, out_shardings=(None, (shardings.params, shardings.opt_state)))(state)
+    for tree in (state.params, gradient, state.opt_state):
         matrices = [x for x in jax.tree.leaves(tree) if x.ndim > 2 or x.shape == (cfg.V, cfg.D)]
         held = sum(x.addressable_shards[0].data.nbytes for x in matrices)
         assert held * fsdp < 1.1 * sum(x.nbytes for x in matrices)  # biases are whole
