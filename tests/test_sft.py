@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from grpo_jax import sft
 from grpo_jax.run import cold_start
+from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import Job, load_data, open_job, read_inputs
@@ -214,6 +215,27 @@ def test_it_stops_at_the_mean_reward_of_sampled_completions(tmp_path, validation
     # the mean of r, 0, 1.5 r, r is 0.875 r: 0, 0.2625 (over half), 0.35
     assert report["steps"] == 18 and report["validation"]["reward"] == pytest.approx(0.35)
     assert drawn == [(True, 4, 1, drawn[0][3])] * 3 and not asked
+
+
+@pytest.mark.parametrize("differs", ["optimizer", "place", "digest"])
+def test_a_checkpoint_of_an_earlier_version_is_one_line_that_says_what_to_do(tmp_path, monkeypatch, differs):
+    monkeypatch.setattr(cold_start, "_made_of", lambda *_: "the same")
+    with opened(tmp_path / "run", max_grpo_completion_length=120) as (job, data):
+        _, state, _ = cold_start._learner(job)
+        meta = {"at": dataclasses.asdict(cold_start._At(2, done=3)), "of": "the same"}
+        if differs == "optimizer":
+            state = dataclasses.replace(state, opt_state={"count": jnp.int32(3)})
+        else:
+            meta.pop("at" if differs == "place" else "of")
+        left = tmp_path / "run/model_checkpoint"
+        with Checkpoints(left) as checkpoints:
+            checkpoints.save(3, state, meta)
+        with pytest.raises(ValueError) as raised:
+            cold_start.fine_tune(job, data, tmp_path / "run/model")
+    assert str(raised.value) == (
+        f"the cold start cannot continue from {left}: the checkpoint there is damaged, or an earlier version of "
+        "grpo_jax wrote it; delete that folder to begin the cold start again"
+    )
 
 
 def test_it_stops_at_sft_max_steps_and_validates_there(tmp_path, validations):

@@ -291,7 +291,7 @@ class Checkpoints:
             raise DamagedCheckpoint(
                 self.directory / str(step),
                 f"cannot restore {self.directory / str(step)}: it is damaged, or of another optimizer than "
-                f"this run's. Delete that folder to {fix}. ({type(error).__name__}: {error})",
+                f"this run's. Delete that folder to {fix}. ({type(error).__name__}: {_reason(error)})",
             ) from error
 
 

@@ -12,6 +12,7 @@ so that a model that does not end its turns yet does not hold training up.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -19,7 +20,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def fine_tune(
     Raises:
         ValueError: see `cold_start_rows`; too few rows whose gold calls run, or a gold conversation over
             the budget; raised before anything is compiled.
+        ValueError: the checkpoint of a stopped cold start cannot be read.
         Stopped: some host was asked to stop.
     """
     config = dataclasses.replace(job.config, eval_samples=None)  # the rule looks at greedy completions
@@ -109,8 +111,9 @@ def fine_tune(
     clock = [time.perf_counter()]  # when updates and validations began, in turn
     with Checkpoints(saved) as checkpoints, job.console.progress("Cold start", config.sft_max_steps) as bar:
         if last is not None:
-            state, meta = checkpoints.restore(last, placed(state, state_shardings(job.training, state)))
-            at = _At.from_json(meta["at"])
+            with _can_be_read(saved):
+                state, meta = checkpoints.restore(last, placed(state, state_shardings(job.training, state)))
+                at = _At.from_json(meta["at"])
             job.console.line(f"Continuing the cold start after its update {at.done}")
             bar.advance(at.done)
         while True:
@@ -241,9 +244,21 @@ def _stopped_at(saved: Path, of: str) -> int | None:
     """The update after which the same cold start was asked to stop; None where there is no such."""
     if not saved.exists():
         return None
-    with Checkpoints(saved) as checkpoints:
+    with Checkpoints(saved) as checkpoints, _can_be_read(saved):
         last = checkpoints.latest()
         return last if last is not None and checkpoints.meta(last)["of"] == of else None
+
+
+@contextlib.contextmanager
+def _can_be_read(saved: Path) -> Iterator[None]:
+    """A block that reads what a cold start left; an earlier version may have written other entries."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the cold start cannot continue from {saved}: the checkpoint there is damaged, or an earlier version of "
+            "grpo_jax wrote it; delete that folder to begin the cold start again"
+        ) from error
 
 
 def _check_gold_calls(job: Job, prompts: Sequence[Prompt]) -> None:
