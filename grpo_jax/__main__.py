@@ -11,7 +11,7 @@ COMMANDS = {
     "sft": "Fine-tune a model on gold calls.",
     "evaluate": "Evaluate a model folder or a checkpoint.",
     "export": "Write a checkpoint as a Hugging Face folder.",
-    "report": "Draw a run: report.html.",
+    "report": "Write a run's curves and conversations to report.html.",
     "chat": "Talk to a model that calls your Python functions.",
 }
 OF_OPTIONS = ("train", "sft", "evaluate", "chat")  # which take every option; their help needs no jax

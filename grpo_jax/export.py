@@ -58,12 +58,24 @@ def _on_one_device(tree):
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m grpo_jax.export", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="step number, latest, or a step's folder")
-    parser.add_argument("--output_dir", help="the run's folder (not needed with a step's folder)")
-    parser.add_argument("--to", type=Path, help="folder to write; default RUN/export/step_N (_adapter)")
-    parser.add_argument("--max_shard_size", default="5GB", help="of one weight file (default 5GB)")
-    parser.add_argument("--adapter", action="store_true", help="write the LoRA adapters alone, for PEFT")
+    description = "Write a checkpoint as a Hugging Face folder."
+    parser = argparse.ArgumentParser(prog="python -m grpo_jax.export", description=description)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="STEP", help="Step number, latest, or a step's folder.")
+    add("--output_dir", metavar="RUN", help="The run's folder; not needed with a step's folder.")
+    add(
+        "--to",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder to write. [default: RUN/export/step_N, or step_N_adapter]",
+    )
+    add(
+        "--max_shard_size",
+        default="5GB",
+        metavar="SIZE",
+        help="Maximum size of one weight file. [default: 5GB]",
+    )
+    add("--adapter", action="store_true", help="Write the LoRA adapters alone, for PEFT.")
     args = parser.parse_args(argv)
     try:
         check_option("max_shard_size", args.max_shard_size)

@@ -10,8 +10,9 @@ from grpo_jax.run.report import write_report
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m grpo_jax.report", description="Draw a run: report.html.")
-    parser.add_argument("run", help="output_dir of a run")
+    description = "Write a run's curves and conversations to report.html."
+    parser = argparse.ArgumentParser(prog="python -m grpo_jax.report", description=description)
+    parser.add_argument("run", metavar="RUN", help="Folder of a run, its output_dir.")
     try:
         print(write_report(parser.parse_args(argv).run))
     except FileNotFoundError as error:

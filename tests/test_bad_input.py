@@ -142,7 +142,8 @@ def test_a_prompt_over_max_prompt_length_is_named_by_line(tmp_path):
     message = rejected(tmp_path, dataset_id_or_path=path, max_prompt_length=320)
     assert f"{path}:3: the prompt has" in message
     assert (
-        "max_prompt_length is 320; raise it, shorten the prompt, or set overlong_prompts to drop" in message
+        "more than max_prompt_length 320; raise that, shorten the prompt, or set overlong_prompts to drop"
+        in message
     )
 
 
@@ -154,7 +155,7 @@ def test_dropping_every_prompt_is_an_error(tmp_path):
 def test_fewer_rows_than_a_batch_has_prompts(tmp_path):
     path = file(tmp_path, ROW)
     message = rejected(tmp_path, dataset_id_or_path=path)
-    assert "one update needs 2 prompts (2 × 4 completions), the data has 1 rows" in message
+    assert "one update needs 2 prompts (2 × 4 completions), but the data has 1 rows" in message
 
 
 def test_a_cold_start_without_gold_calls_is_named_by_line(tmp_path):
@@ -175,7 +176,7 @@ def test_a_gold_conversation_over_the_budget_is_named_by_line(tmp_path, cold_sta
     twice = re.sub(r"\[(.*)\]", r"[\1, \1]", gold)
     path = file(tmp_path, gold * 20 + twice + gold * 2 + twice * 2 + gold * 8)
     message = rejected(tmp_path, dataset_id_or_path=path, **cold_start)
-    assert re.search(rf"{path}:21: the gold conversation has \d+ tokens .* is 79; raise it", message)
+    assert re.search(rf"{path}:21: the gold conversation has \d+ tokens .* max_grpo_completion_length 79; raise", message)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +378,7 @@ def test_the_base_of_an_adapter_folder_that_is_not_there_is_named(tmp_path):
         folder / "adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "some/base"}'
     )
     message = rejected(tmp_path, model_name_or_path=folder)
-    assert "model some/base is no local folder, is not in the hub cache" in message
+    assert "model some/base is not a local folder, is not in the hub cache" in message
 
 
 def test_a_weight_file_is_no_model_folder(tmp_path, model):
@@ -428,7 +429,9 @@ def test_a_hub_model_that_cannot_be_reached_names_the_alternatives(tmp_path, mod
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     message = rejected(tmp_path, model_name_or_path=name)
-    assert f"model {name} is no local folder, is not in the hub cache, and could not be downloaded" in message
+    assert (
+        f"model {name} is not a local folder, is not in the hub cache, and could not be downloaded" in message
+    )
     assert "Give the path of a local HF folder, or 'scratch'" in message
     assert message.endswith("folders here that hold a model: model\n")
 
@@ -441,14 +444,14 @@ def test_a_tokenizer_that_cannot_be_reached_is_said_at_once(tmp_path, monkeypatc
     began = time.perf_counter()
     message = rejected(tmp_path, tokenizer_name_or_path=name)
     assert time.perf_counter() - began < 20  # without a loaded machine: 1
-    assert f"tokenizer {name} is no local folder" in message or f"tokenizer folder {name}" in message
+    assert f"tokenizer {name} is not a local folder" in message or f"tokenizer folder {name}" in message
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, model):
     text = (model / "config.json").read_text()
     (model / "config.json").write_text(text.replace('"vocab_size": 512', '"vocab_size": 300'))
     message = rejected(tmp_path, model_name_or_path=model)
-    assert "the model only 300 rows; use the model's own tokenizer" in message
+    assert "but the model's embedding only 300 rows; use the model's own tokenizer" in message
 
 
 # A reward function that fails while training

@@ -129,6 +129,6 @@ def test_steps_follow_from_epochs_or_updates(options, batches, updates):
 
 def test_fewer_rows_than_a_batch_has_prompts_are_an_error():
     with pytest.raises(
-        ValueError, match=r"one update needs 4 prompts \(4 × 8 completions\), the data has 3 rows;"
+        ValueError, match=r"one update needs 4 prompts \(4 × 8 completions\), but the data has 3 rows;"
     ):
         count_steps(3, P=4, G=8, epochs=1)

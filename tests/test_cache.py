@@ -50,7 +50,10 @@ def test_a_folder_is_made_once_and_anew_when_its_source_changes(folder, tmp_path
 
 
 def test_a_template_file_that_is_not_there_is_named(folder):
-    with pytest.raises(ValueError, match=r"chat_template must be a text file or hermes: none\.jinja"):
+    with pytest.raises(
+        ValueError,
+        match=r"chat_template must be hermes or a text file, and none\.jinja cannot be read: No such",
+    ):
         templated(folder, "none.jinja")
 
 

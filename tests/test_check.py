@@ -406,7 +406,7 @@ def test_a_reward_that_changes_from_batch_to_batch_is_said(tmp_path):
 def test_rows_that_the_cold_start_refuses_are_met(tmp_path):
     ran = checked(tmp_path, ROWS, cold_start=True)
     assert ran.status == 2
-    assert "the cold start needs sft_validation_size + sft_batch_size rows, 4 + 8, got 3" in ran.err
+    assert "the cold start needs at least sft_validation_size 4 + sft_batch_size 8 rows, got 3" in ran.err
 
 
 def test_evaluation_rows_without_figures_are_a_hint(tmp_path):
@@ -448,7 +448,7 @@ def test_fewer_rows_than_a_batch_are_met_after_the_hints(tmp_path):
     ran = checked(tmp_path, ROWS[:1])
     assert ran.status == 2
     assert "Check passed" in ran.out
-    assert "one update needs 2 prompts (2 × 4 completions), the data has 1 rows" in ran.err
+    assert "one update needs 2 prompts (2 × 4 completions), but the data has 1 rows" in ran.err
 
 
 def test_a_reward_that_fails_stops_it_with_the_row(tmp_path):

@@ -220,7 +220,7 @@ def test_within_one_source_both_stay_and_the_file_wins_later(tmp_path):
         ("seed: 1\n\nsave_steps: often", "c.yaml:3: save_steps must be a number, got 'often'"),
         (
             "save_steps: 2.5",
-            "c.yaml:1: save_steps must be a whole number of updates, or below 1 a share of all updates, got 2.5",
+            "c.yaml:1: save_steps must be a whole number of updates, or a fraction of all updates between 0 and 1, got 2.5",
         ),
         ("eval_batch_size: true", "c.yaml:1: eval_batch_size must be a whole number, got True"),
         ("eval_batch_size: 2.5", "c.yaml:1: eval_batch_size must be a whole number, got 2.5"),
@@ -593,7 +593,9 @@ def test_steps_per_generation_may_be_the_accumulation_of_any_source(tmp_path):
 def test_generation_batch_size_must_be_the_completions_of_an_update():
     config = GRPOConfig(generation_batch_size=64, gradient_accumulation_steps=2)
     assert config.batch_size(devices=4) == 64
-    with pytest.raises(ValueError, match=r"must be that of an update, 16 = .* × 1 devices × .* 2, got 64"):
+    with pytest.raises(
+        ValueError, match=r"must equal the completions per update, 16 = .* × 1 device × .* 2, got 64"
+    ):
         config.batch_size(devices=1)
 
 

@@ -429,4 +429,4 @@ def test_bad_input_ends_both_before_anything_compiles(tmp_path):
     """Whichever meets it first says so; the other may be ended before it can."""
     runs = run_on_two(tmp_path / "run", mesh_data=1, mesh_tensor=2)
     assert all(ran.status != 0 and "Compiling" not in ran.out for ran in runs)
-    assert any("mesh_tensor must divide the 1 devices of a host, got 2" in ran.err for ran in runs)
+    assert any("mesh_tensor must divide the number of devices of a host, 1, got 2" in ran.err for ran in runs)

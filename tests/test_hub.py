@@ -51,7 +51,9 @@ def test_a_cached_model_is_used_in_the_asked_revision(cache, revision, offline, 
 @pytest.mark.parametrize(("name", "revision"), [(NAME, "v3"), ("Some/Other", "main")])
 def test_what_is_not_cached_is_named_with_the_mend(cache, name, revision, offline, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-    with pytest.raises(FileNotFoundError, match=f"model {name} is no local folder, is not in the hub cache"):
+    with pytest.raises(
+        FileNotFoundError, match=f"model {name} is not a local folder, is not in the hub cache"
+    ):
         fetch_model(name, revision)
 
 

@@ -82,7 +82,10 @@ def test_what_was_written_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora must be False, got True; merge it with peft first"),
+        (
+            {"use_dora": True},
+            "use_dora must be False, got True; merge the adapter into its model with PEFT first",
+        ),
         ({"r": 4}, "q_proj.lora_A.weight must have shape (4, 16), got (3, 16)"),
         ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight is unknown"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "o_proj.lora_A.weight is missing"),

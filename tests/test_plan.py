@@ -165,12 +165,12 @@ def test_nothing_shared_and_no_prompt_of_its_own_are_levels_without_tokens():
 
 
 def test_a_mesh_must_have_the_plans_devices():
-    with pytest.raises(ValueError, match="the plan's 8 devices, got 3 · 1 · 1"):
+    with pytest.raises(ValueError, match="the number of the plan's devices, 8, got 3 · 1 · 1"):
         plan_step(job_of("v5e-8", mesh_data=3))
 
 
 def test_a_mesh_that_divides_no_such_machine_names_what_to_lower():
-    with pytest.raises(ValueError, match=r"got 1 · 8 · 1; lower mesh_fsdp or mesh_tensor: .* must divide 4"):
+    with pytest.raises(ValueError, match=r"got 1 · 8 · 1; lower mesh_fsdp or mesh_tensor, .* must divide 4"):
         plan_step(job_of("v5e-4", mesh_fsdp=8))
 
 
@@ -283,7 +283,7 @@ def test_the_command_prints_an_estimate_for_a_machine_that_nothing_compiles_for(
     assert ran.returncode == 0, ran.stderr
     assert "Compiling" not in ran.stdout
     assert "Estimate: it fits" in ran.stdout
-    assert "hours for 1800 updates" in ran.stdout  # 1,200 rows / 2 prompts × 3 epochs
+    assert "minutes for 1800 updates" in ran.stdout  # 1,200 rows / 2 prompts × 3 epochs
 
 
 @pytest.mark.slow

@@ -301,7 +301,9 @@ def test_weights_moments_and_files_are_as_the_options_say(tmp_path, validations,
 def test_too_few_rows_for_training_and_validation_are_an_error(tmp_path):
     with (
         opened(tmp_path / "run", sft_validation_size=17) as (job, data),
-        pytest.raises(ValueError, match=r"sft_batch_size rows, 17 \+ 8, got 24; lower one of them"),
+        pytest.raises(
+            ValueError, match=r"sft_validation_size 17 \+ sft_batch_size 8 rows, got 24; lower one of them"
+        ),
     ):
         cold_start.fine_tune(job, data, tmp_path / "model")
 

@@ -189,7 +189,7 @@ def test_one_device_has_no_constraints():
 def test_a_mesh_that_does_not_fill_the_devices_is_an_error():
     n = jax.device_count()
     assert make_mesh().shape == {"data": n, "fsdp": 1, "tensor": 1}
-    message = rf"must equal the {n} devices present, got 3 · 1 · {n}; set mesh_data to -1 to fill up"
+    message = rf"must equal the number of devices, {n}, got 3 · 1 · {n}; set mesh_data to -1 to fill up"
     with pytest.raises(ValueError, match=message):
         make_mesh(3, 1, n)
     with pytest.raises(ValueError, match=f"got 1 · {2 * n} · 1"):

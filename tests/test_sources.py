@@ -196,12 +196,12 @@ def test_a_csv_cell_may_be_longer_than_pythons_limit(tmp_path):
         (
             "rows.jsonl",
             b"PAR1\0\0",
-            "is a binary file, or UTF-16, under a text file's name; supported are .jsonl",
+            "has the name of a text file, but its content is binary or UTF-16; supported are .jsonl",
         ),
         (
             "rows.jsonl",
             gzip.compress(lines(ROWS), mtime=0),
-            "is a binary file, or UTF-16, under a text file's name; supported are",
+            "has the name of a text file, but its content is binary or UTF-16; supported are",
         ),
         ("rows.csv", "prompt,answer\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
         ("rows.csv", b"prompt,answer\na,caf\xe9\n", ":2: not UTF-8: .*; save the file as UTF-8"),

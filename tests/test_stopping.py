@@ -109,11 +109,11 @@ def test_a_run_ends_when_it_gets_no_better_with_the_weights_of_its_best_evaluati
     [
         (
             {"early_stop_patience": 2},
-            "early_stop_patience compares evaluations during training; set eval_steps or",
+            "early_stop_patience needs evaluations during training; set eval_steps or",
         ),
         (
             {"load_best_model_at_end": True, "eval_strategy": "no"},
-            "load_best_model_at_end compares evaluations during",
+            "load_best_model_at_end needs evaluations during",
         ),
         ({"early_stop_patience": 2, "eval_steps": 1}, "compare evaluations; set eval_dataset_id_or_path"),
         ({"early_stop_metric": "exact_match"}, "nearest: exact_answer_match"),

@@ -135,7 +135,7 @@ def count_steps(
     """
     if rows < P:
         raise ValueError(
-            f"one update needs {P} prompts ({P} × {G} completions), the data has {rows} rows; "
+            f"one update needs {P} prompts ({P} × {G} completions), but the data has {rows} rows; "
             "lower per_device_train_batch_size or gradient_accumulation_steps, or add rows"
         )
     per_epoch = rows // P

@@ -121,7 +121,9 @@ def _text(path: str, compression: str | None) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{path} is UTF-16; save it as UTF-8")
     if b"\0" in data:
-        raise ValueError(f"{path} is a binary file, or UTF-16, under a text file's name; {SUPPORTED}")
+        raise ValueError(
+            f"{path} has the name of a text file, but its content is binary or UTF-16; {SUPPORTED}"
+        )
     try:
         return data.decode("utf-8-sig")  # Windows editors put a byte order mark before the first row
     except UnicodeDecodeError as error:

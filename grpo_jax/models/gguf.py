@@ -97,10 +97,12 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, InGguf]]:
     found = json.loads((folder / TENSORS).read_text())
     path = Path(found["file"])
     if not path.exists():
-        raise FileNotFoundError(f"the GGUF file {path} is gone, whose weights {folder} names; put it back")
+        raise FileNotFoundError(
+            f"the GGUF file {path}, which holds the weights of {folder}, is missing; put it back"
+        )
     if path.stat().st_size != found["size"]:
         raise ValueError(
-            f"the GGUF file {path} changed since {folder} was made; name it with --model_name_or_path"
+            f"the GGUF file {path} has changed since {folder} was made; name it with --model_name_or_path"
         )
     for name, fields in found["tensors"].items():
         yield name, InGguf(path, **fields | {"shape": tuple(fields["shape"])})

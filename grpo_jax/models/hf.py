@@ -195,7 +195,7 @@ def _fetch(kind: str, name: str, revision: str | None, wanted: list[str]) -> Pat
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise FileNotFoundError(
-            f"{kind} {name} is no local folder, is not in the hub cache, and could not be downloaded "
+            f"{kind} {name} is not a local folder, is not in the hub cache, and could not be downloaded "
             f"({type(error).__name__}). {_alternatives()}"
         ) from error
 

@@ -87,7 +87,7 @@ def _read_config(path: Path) -> LoraConfig:
     for key, plain in _PLAIN.items():
         if found.get(key, plain[0]) not in plain:
             raise ValueError(
-                f"{path}: {key} must be {plain[0]!r}, got {found[key]!r}; merge it with peft first"
+                f"{path}: {key} must be {plain[0]!r}, got {found[key]!r}; merge the adapter into its model with PEFT first"
             )
     modules = found.get("target_modules")
     if not isinstance(modules, list) or not modules or set(modules) - set(MODULES):

@@ -84,7 +84,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             devices of a host, or several hosts did not join.
     """
     n = jax.device_count()
-    sizes = mesh_sizes(data, fsdp, tensor, n, f"the {n} devices present")
+    sizes = mesh_sizes(data, fsdp, tensor, n, f"the number of devices, {n}")
     if hosts.alone():
         if jax.process_count() > 1:
             raise ValueError(
@@ -94,8 +94,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         return jax.make_mesh(sizes, AXES, axis_types=AUTO)
     if jax.local_device_count() % tensor:
         raise ValueError(
-            f"mesh_tensor must divide the {jax.local_device_count()} devices of a host, got {tensor}: every "
-            "layer waits for it, which is too slow between hosts; lower it and raise mesh_fsdp"
+            f"mesh_tensor must divide the number of devices of a host, {jax.local_device_count()}, got {tensor}: "
+            "its devices communicate in every layer, which is too slow between hosts; lower it and raise mesh_fsdp"
         )
     # in the order of the processes; jax.make_mesh may interleave them on a TPU's torus
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
@@ -122,7 +122,7 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, n: int, devices: str) -> tuple
     if data * fsdp * tensor != n:
         fix = "set mesh_data to -1 to fill up"
         if n % (fsdp * tensor):
-            fix = f"lower mesh_fsdp or mesh_tensor: their product must divide {n}"
+            fix = f"lower mesh_fsdp or mesh_tensor, whose product must divide {n}"
         raise ValueError(
             f"mesh_data · mesh_fsdp · mesh_tensor must equal {devices}, got {data} · {fsdp} · {tensor}; {fix}"
         )

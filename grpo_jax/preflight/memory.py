@@ -128,7 +128,7 @@ def plan_step(job: Job) -> Step:
     """
     config, data, machine = job.config, job.data, job.machine
     axes = config.mesh_data, config.mesh_fsdp, config.mesh_tensor
-    sizes = mesh_sizes(*axes, machine.count, f"the plan's {machine.count} devices")
+    sizes = mesh_sizes(*axes, machine.count, f"the number of the plan's devices, {machine.count}")
     row_devices = sizes[0] * sizes[1]
     P, G = config.batch_size(row_devices) // config.num_generations, config.num_generations
     T0, T1 = bucket(data.preamble, row_devices), bucket(data.rest, row_devices)

@@ -146,7 +146,7 @@ def show_plan(config: GRPOConfig, console: Console) -> int:
     x, sizes = step.lengths, step.sizes
     run = steps_of(config, job.data.rows, sizes[0] * sizes[1])
     console.line(
-        f"{config.model_name_or_path} ({model.L} layers, width {model.D}, {cost.weights(model) / GB:.3g} B weights) "
+        f"{config.model_name_or_path} ({model.L} layers, width {model.D}, {cost.weights(model):,} weights) "
         f"on {machine.name}: {machine.count} device{'s' * (machine.count > 1)} of "
         f"{machine.device.memory / GB:.4g} GB, mesh data {sizes[0]} · fsdp {sizes[1]} · tensor {sizes[2]}"
     )
@@ -188,11 +188,18 @@ def show_plan(config: GRPOConfig, console: Console) -> int:
         console.line("Hours: not estimated, the rates of such devices are not known; name a machine")
     else:
         console.line(
-            f"Estimate: {hours * run.batches:.3g} hours for {run.updates} updates, every completion as long as "
+            f"Estimate: {_duration(hours * run.batches)} for {run.updates} updates, every completion as long as "
             f"allowed, without tool calls, at an assumed {FLOP_SHARE:.0%} of {device.flops / 1e12:.4g} TFLOP/s and "
             f"{BYTES_SHARE:.0%} of {device.bytes / 1e9:.4g} GB/s a device"
         )
     return 0 if fits(size, machine) else 1
+
+
+def _duration(hours: float) -> str:
+    for amount, unit in ((hours, "hours"), (60 * hours, "minutes")):
+        if amount >= 1:
+            return f"{amount:.3g} {unit}"
+    return f"{3600 * hours:.3g} seconds"
 
 
 def _print_remedies(job: Job, console: Console, size: StepBytes, scale: Temporary) -> None:

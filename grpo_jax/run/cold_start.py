@@ -303,7 +303,7 @@ def _check_budget(gold: Sequence[Trajectory], budget: int) -> None:
         if (tokens := len(trajectory.completion_ids)) > budget:
             raise ValueError(
                 f"{trajectory.prompt.example.source}: the gold conversation has {tokens} tokens after the prompt, "
-                f"max_grpo_completion_length is {budget}; raise it"
+                f"more than max_grpo_completion_length {budget}; raise that"
             )
 
 
@@ -379,8 +379,8 @@ def cold_start_rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
     size = job.config.sft_validation_size
     if len(data.prompts) < size + job.config.sft_batch_size:
         raise ValueError(
-            f"the cold start needs sft_validation_size + sft_batch_size rows, "
-            f"{size} + {job.config.sft_batch_size}, got {len(data.prompts)}; lower one of them"
+            f"the cold start needs at least sft_validation_size {size} + sft_batch_size {job.config.sft_batch_size} rows, "
+            f"got {len(data.prompts)}; lower one of them, or add rows"
         )
 
     train, held_out = _part(job, data.prompts[:-size]), _part(job, data.prompts[-size:])

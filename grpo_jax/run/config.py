@@ -79,7 +79,10 @@ def read_yaml(path: str) -> list[tuple[str, Any, int]]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read config file {path} ({error}); give one with --config FILE") from None
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"cannot read the config file {path}: {why}; name another with --config FILE"
+        ) from None
     try:
         root = yaml.compose(text, yaml.SafeLoader)
         if root is None:

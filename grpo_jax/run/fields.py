@@ -52,7 +52,7 @@ def _interval(value: float) -> float:
     if 0 < value < 1:
         return value
     if value < 1 or value != int(value):
-        raise ValueError("a whole number of updates, or below 1 a share of all updates")
+        raise ValueError("a whole number of updates, or a fraction of all updates between 0 and 1")
     return int(value)
 
 
@@ -158,7 +158,9 @@ class Options:
         ge=1,
     )
     soft_overlong_penalty: float = _opt(
-        1.0, "Weight of that length penalty, which is logged as the reward soft_overlong.", gt=0
+        1.0,
+        "Weight of the penalty of soft_overlong_cache, which is logged as the reward soft_overlong.",
+        gt=0,
     )
 
     dataset_id_or_path: str | None = _opt(
@@ -286,10 +288,14 @@ class Options:
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = _opt(
         "none",
-        "Importance weight, trainer over sampler probability, truncated or masked at the bounds.",
+        "Weight by trainer over sampler probability, truncated at its bounds or masked outside them.",
     )
-    sampler_correction_min: float | None = _opt(None, "Lower bound of that weight; unset: none.", ge=0, le=1)
-    sampler_correction_max: float | None = _opt(3.0, "Upper bound of that weight; none: no bound.", ge=1)
+    sampler_correction_min: float | None = _opt(
+        None, "Lower bound of the weight of sampler_correction; unset: none.", ge=0, le=1
+    )
+    sampler_correction_max: float | None = _opt(
+        3.0, "Upper bound of the weight of sampler_correction; none: no bound.", ge=1
+    )
     scale_rewards: Literal["group", "batch", "none"] = _opt(
         "group",
         "Divide advantages by the standard deviation of the group, of the batch, or not at all.",
@@ -358,7 +364,7 @@ class Options:
     adam_beta2: float = _opt(
         0.999, "AdamW: decay rate of the second moment; Lion: of its only one.", ge=0, lt=1
     )
-    adam_epsilon: float = _opt(1e-8, "AdamW: epsilon.", gt=0)
+    adam_epsilon: float = _opt(1e-8, "AdamW: constant added to the denominator.", gt=0)
     max_grad_norm: float = _opt(1.0, "Clip the gradient to this norm; 0: no clipping.", ge=0)
     gradient_checkpointing: bool = _opt(True, "Recompute activations in the backward pass to save memory.")
     micro_batches: int = _opt(
@@ -417,7 +423,7 @@ class Options:
         False, "Resume even if data, tools, rewards, seed or batch size differ from the checkpoint's."
     )
     logging_steps: Interval = _opt(10, "Updates between printed lines; below 1: a fraction of all updates.")
-    log_completions: bool = _opt(False, "Print sample conversations with these lines.")
+    log_completions: bool = _opt(False, "Print sample conversations with the lines of logging_steps.")
     report_to: Literal["none", "tensorboard", "wandb", "mlflow"] = _opt(
         "none", "Experiment tracker to which the metrics are also sent."
     )
@@ -447,7 +453,7 @@ class Options:
     )
     seed: Seed = _opt(42, "Seed of all randomness.")
     shuffle_dataset: bool = _opt(
-        True, "Draw every epoch's order of the training rows; false: keep that of the data."
+        True, "Shuffle the training rows in every epoch; false: keep the order of the data."
     )
     log_level: Literal["debug", "info", "warning"] = _opt(
         "info",

@@ -29,7 +29,10 @@ def templated(folder: Path, chat_template: str | None) -> Path:
     try:
         return with_template(folder, Path(chat_template).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"chat_template must be a text file or {HERMES}: {chat_template}: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"chat_template must be {HERMES} or a text file, and {chat_template} cannot be read: {why}"
+        ) from None
 
 
 def check_context(prompts: Sequence[Prompt], budget: int, positions: int | None) -> None:

@@ -392,7 +392,7 @@ def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: In
     )
     if conversation.vocab_size > model.V:
         raise ValueError(
-            f"the tokenizer has {conversation.vocab_size} tokens, the model only {model.V} rows; "
+            f"the tokenizer has {conversation.vocab_size} tokens, but the model's embedding only {model.V} rows; "
             "use the model's own tokenizer"
         )
     dtype = compute_dtype(config.dtype, jax.default_backend() == "cpu")
@@ -544,8 +544,8 @@ def load_data(job: Job, examples: Sequence[Example]) -> DataSet:
         if len(kept) < len(prompts) and config.overlong_prompts == "error":
             first = next(p for p in prompts if len(p.ids) > limit)
             raise ValueError(
-                f"{first.example.source}: the prompt has {len(first.ids)} tokens, max_prompt_length is "
-                f"{limit}; raise it, shorten the prompt, or set overlong_prompts to drop"
+                f"{first.example.source}: the prompt has {len(first.ids)} tokens, more than max_prompt_length "
+                f"{limit}; raise that, shorten the prompt, or set overlong_prompts to drop"
             )
         if not kept:
             raise ValueError(f"{source}: every prompt is longer than max_prompt_length {limit}; raise it")

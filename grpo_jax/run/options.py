@@ -59,12 +59,12 @@ class GRPOConfig(Options):
         per_step, steps = self.per_device_train_batch_size * devices, self.gradient_accumulation_steps
         size, group = per_step * steps, self.num_generations
         product = (
-            f"{size} = per_device_train_batch_size {self.per_device_train_batch_size} × {devices} devices × "
-            f"gradient_accumulation_steps {steps}"
+            f"{size} = per_device_train_batch_size {self.per_device_train_batch_size} × "
+            f"{devices} device{'s' * (devices > 1)} × gradient_accumulation_steps {steps}"
         )
         if self.generation_batch_size not in (None, size):
             raise ValueError(
-                f"generation_batch_size must be that of an update, {product}, got "
+                f"generation_batch_size must equal the completions per update, {product}, got "
                 f"{self.generation_batch_size}; leave it out, or change one of these"
             )
         if size % group == 0:
@@ -344,9 +344,7 @@ def _contradictions(options: Options) -> list[tuple[str, str]]:
     )
     for name in ("early_stop_patience", "load_best_model_at_end"):
         if getattr(options, name) and not during:
-            found.append(
-                (name, f"{name} compares evaluations during training; set eval_steps or eval_strategy")
-            )
+            found.append((name, f"{name} needs evaluations during training; set eval_steps or eval_strategy"))
 
     # the conversation
     if options.stop_after_tools and options.sft_stop_grounded:

@@ -59,7 +59,7 @@ class Isolation:
         if why:
             raise ValueError(
                 f"tool_sandbox {self.sandbox} does not work here ({why}); install it and allow user namespaces, or choose "
-                f"another of {', '.join(SANDBOXES)}"
+                f"{' or '.join(name for name in SANDBOXES if name != self.sandbox)}"
             )
 
     @property
