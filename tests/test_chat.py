@@ -118,9 +118,13 @@ def test_text_comes_before_its_turn_ends_and_a_call_is_no_text():
     assert "".join(e.text for e in events[:at]).strip() == "Let me see."
     pieces = [e.text for e in events[at + 1 : -1]]
     assert "".join(pieces) == long and len(pieces) > 2
-    assert chat_module._settled("I say <tool") == "I say "
-    assert chat_module._settled("caf\ufffd") == "caf"
-    assert chat_module._settled("a < b") == "a < b"
+
+    def before(text):
+        return chat_module.before_marks(text, "<tool_call>", "END")
+
+    assert before("I say <tool") == "I say " == before("I say END or not")
+    assert before("caf\ufffd") == "caf" == before("cafEN")
+    assert before("a < b") == "a < b"
 
 
 def test_why_an_answer_ended_is_said():
@@ -146,6 +150,11 @@ def test_a_conversation_longer_than_the_models_positions_is_refused_and_stays():
     assert chat.messages == before
     chat.reset()
     assert chat.messages == []
+    with pytest.raises(ValueError, match="the conversation is full"):
+        said(chat, [{"role": "system", "content": "Be brief."}, *helpers.messages("long " * 60)])
+    script().load([text_ids("Hello.")])
+    said(chat, helpers.messages("Hi!"))
+    assert chat._start == T0  # the shared beginning is used again
 
 
 def test_messages_begin_a_new_conversation_whatever_their_system_message():

@@ -53,7 +53,7 @@ def package_commands():
     return [
         line
         for _, line in COMMANDS
-        if re.search(r"grpo_jax\.(train|sft|evaluate|chat) |^grpo-jax \w+ ", line)
+        if re.search(r"grpo_jax\.(train|sft|evaluate|chat|serve) |^grpo-jax \w+ ", line)
     ]
 
 

@@ -134,7 +134,7 @@ def row_tools(example: Example, names: Iterable[str], column: str = "tools") -> 
 # Messages
 
 
-def read_prompt(prompt: Any) -> list[Message]:
+def read_prompt(prompt: Any, name: str = "prompt") -> list[Message]:
     """A prompt as the chat messages that templates read.
 
     A tool call may be recorded with its arguments as JSON text; Qwen2.5's template would quote that
@@ -142,6 +142,7 @@ def read_prompt(prompt: Any) -> list[Message]:
 
     Args:
         prompt: text, which becomes one message of the user, or a list of messages.
+        name: what errors call it.
 
     Raises:
         ValueError: it is neither, a message or one of its tool calls is not usable, or no turn of the
@@ -150,17 +151,17 @@ def read_prompt(prompt: Any) -> list[Message]:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
-        raise ValueError(f"'prompt' must be text or a list of chat messages, got {show_json(prompt)}")
+        raise ValueError(f"{name!r} must be text or a list of chat messages, got {show_json(prompt)}")
     if not prompt:
-        raise ValueError("'prompt' is empty; it needs at least one message from the user")
-    messages = [_message(message, f"'prompt' message {i}") for i, message in enumerate(prompt, start=1)]
+        raise ValueError(f"{name!r} is empty; it needs at least one message from the user")
+    messages = [_message(message, f"{name!r} message {i}") for i, message in enumerate(prompt, start=1)]
     last = messages[-1]
     if last["role"] not in ("user", "tool"):
         raise ValueError(
-            f"the last message of 'prompt' must have the role user or tool, got {last['role']!r}"
+            f"the last message of {name!r} must have the role user or tool, got {last['role']!r}"
         )
     if last["role"] == "user" and not last["content"].strip():
-        raise ValueError("'prompt' is empty: the user's last message has no text")
+        raise ValueError(f"{name!r} is empty: the user's last message has no text")
     return messages
 
 

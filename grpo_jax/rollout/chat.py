@@ -15,7 +15,7 @@ import numpy as np
 
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.loop import ToolLoop, answered, make_policy
-from grpo_jax.rollout.sampler import Cache
+from grpo_jax.rollout.sampler import Cache, Sampler
 from grpo_jax.rollout.sampling import row_keys
 from grpo_jax.types import PARSER_NAME, Message, ParsedTurn, Schema, Status, ToolCall, ToolResult
 from grpo_jax.update.batch import response_bucket
@@ -23,6 +23,7 @@ from grpo_jax.update.batch import response_bucket
 PIECE = 8  # tokens that are decoded between two looks at the text
 FED_AT_ONCE = 512  # tokens; longer messages take several passes, so that few lengths compile
 INTERRUPTED = "interrupted"
+CALLING = "calling"
 _CALL = "<tool_call>"
 
 
@@ -54,7 +55,7 @@ class Reply:
 
     Args:
         messages: those that follow the user's: assistant turns and tool results.
-        status: a `Status`, or "interrupted".
+        status: a `Status`, "interrupted", or "calling" where whoever asked runs the last message's calls.
         tokens: number of sampled tokens.
     """
 
@@ -77,6 +78,24 @@ class Limits:
 
     answer: int
     positions: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is particular to one answer; None leaves it to the conversation.
+
+    Args:
+        sampler: of the same model and budget.
+        seed: the same messages get the same answer with it.
+        tokens: in place of `Limits.answer`.
+        schemas: of tools that whoever asks runs, so that their calls end the answer, in place of the conversation's
+            own tools; with chat messages only.
+    """
+
+    sampler: Sampler | None = None
+    seed: int | None = None
+    tokens: int | None = None
+    schemas: list[Schema] | None = None
 
 
 class Chat:
@@ -117,12 +136,23 @@ class Chat:
         self._cache: Cache | None = None
         self._started += 1
 
-    def say(self, prompt: str | list[Message], stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    @property
+    def tokens(self) -> int:
+        """Of the conversation, tools included."""
+        return self._start + len(self._ids)
+
+    def say(
+        self,
+        prompt: str | list[Message],
+        stop: Callable[[], bool] = lambda: False,
+        asked: Asked = Asked(),
+    ) -> Iterator[Event]:
         """Answer a message.
 
         Args:
             prompt: the user's text, which continues the conversation; or chat messages, which begin a new one.
             stop: asked after every few tokens; True ends the answer, and the conversation may continue.
+            asked: what is particular to this answer.
 
         Yields:
             What happens, in order; last a `Reply`.
@@ -132,8 +162,11 @@ class Chat:
         """
         if isinstance(prompt, list) or not self.messages:
             messages = prompt if isinstance(prompt, list) else [*self._opening, _user(prompt)]
-            ids = self._loop.conversation.prompt_ids(messages, self._schemas)
-            if self.messages:
+            schemas = self._schemas if asked.schemas is None else asked.schemas
+            ids = self._loop.conversation.prompt_ids(messages, schemas)
+            if (
+                self.messages or self._trunk is not self._policy.preamble
+            ):  # the latter after one that was too long
                 self.reset()
             if tuple(ids[: self._start]) == self._loop.tree.preamble:
                 ids = ids[self._start :]
@@ -143,39 +176,41 @@ class Chat:
             messages = [_user(prompt)]
             unclosed = [] if self._closed else [self._loop.conversation.stop_ids[0]]
             ids = unclosed + self._loop.conversation.following_ids(messages)
-        budget = self._room(len(ids))
+        budget = self._room(len(ids), asked.tokens or self._limits.answer)
         if not self.messages:
             self._loop.runner.start_step([{"prompt": messages, "answer": ""}])
         self.messages += messages
         self._feed(ids)
-        yield from self._answer(budget, stop)
+        yield from self._answer(budget, stop, asked)
 
-    def _room(self, new: int) -> int:
-        """Tokens that the answer to `new` tokens may have."""
+    def _room(self, new: int, wanted: int) -> int:
+        """Tokens that the answer to `new` tokens may have, at most those wanted."""
         used, positions = len(self._ids) + new, self._limits.positions
-        budget = min(self._limits.answer, self._loop.sampler.budget - used)
+        budget = min(wanted, self._loop.sampler.budget - used)
         if positions is not None:
             budget = min(budget, positions - self._start - used)
         if budget < 1:
             raise ValueError(
                 f"the conversation is full: with this message it has {self._start + used} tokens, the model was "
-                f"made for {positions or self._loop.sampler.budget}; begin a new one (/reset)"
+                f"made for {positions or self._loop.sampler.budget}; begin a new one (in chat with /reset)"
             )
         return budget
 
-    def _answer(self, budget: int, stop: Callable[[], bool]) -> Iterator[Event]:
+    def _answer(self, budget: int, stop: Callable[[], bool], asked: Asked) -> Iterator[Event]:
         """Turns and the results of their calls, until a turn has no call or something ends the answer."""
         loop, begin, left, tokens, tool_turns = self._loop, len(self.messages), budget, 0, 0
         calls: list[tuple[ToolCall, ToolResult]] = []
         status: str | None = None
         while status is None:
-            ids, turn = yield from self._turn(left, stop)
+            ids, turn = yield from self._turn(left, stop, asked)
             tokens, left = tokens + len(ids), left - len(ids)
             self.messages.append(loop.conversation.assistant_message(turn))
             spent = loop.max_iterations is not None and tool_turns >= loop.max_iterations
             results: list[tuple[str, str]] = []
-            if not self._closed:
-                status = INTERRUPTED if stop() else Status.OVERLONG
+            if stop():
+                status = INTERRUPTED
+            elif not self._closed:
+                status = Status.OVERLONG
             elif turn.error:
                 yield Malformed(turn.error)
                 if loop.malformed_feedback and not spent:
@@ -184,6 +219,8 @@ class Chat:
                     status = Status.MALFORMED_CALL
             elif not turn.calls:
                 status = answered(calls)
+            elif asked.schemas is not None:
+                status = CALLING
             elif spent:
                 status = Status.TOOL_LIMIT
             else:
@@ -205,11 +242,12 @@ class Chat:
         yield Reply(self.messages[begin:], str(status), tokens)
 
     def _turn(
-        self, left: int, stop: Callable[[], bool]
+        self, left: int, stop: Callable[[], bool], asked: Asked
     ) -> Generator[Event, None, tuple[list[int], ParsedTurn]]:
         """Sample to the end of a turn, yielding its text; returns its ids and what they say."""
-        sampler, conversation = self._loop.sampler, self._loop.conversation
-        keys = self._row(row_keys(self._seed, np.array([self._started]), np.array([0]))[0])
+        sampler, conversation = asked.sampler or self._loop.sampler, self._loop.conversation
+        seed, draw = (self._seed, self._started) if asked.seed is None else (asked.seed, 0)
+        keys = self._row(row_keys(seed, np.array([draw]), np.array([0]))[0])
         ids: list[int] = []
         text, shown, self._closed = "", 0, False
         while len(ids) < left and not self._closed and not stop():
@@ -223,13 +261,13 @@ class Chat:
             ids += turn.tokens[0, : turn.count[0]].tolist()
             self._closed = bool(turn.stopped[0])
             text = "<think>" * conversation.opens_thinking + conversation.decode(ids)
-            settled = _settled(text)
+            settled = before_marks(text, _CALL)
             if len(settled) > shown:
                 yield Piece(settled[shown:])
                 shown = len(settled)
         self._ids += ids
         if self._closed:
-            parsed = conversation.parse(ids, self._schemas)
+            parsed = conversation.parse(ids, self._schemas if asked.schemas is None else asked.schemas)
         else:
             parsed = ParsedTurn(conversation.decode(ids), None, (), None)
         if rest := (text.partition(_CALL)[0] if parsed.calls else text)[shown:]:
@@ -272,11 +310,10 @@ def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _settled(text: str) -> str:
-    """The beginning of a growing turn that is certainly text: no call, no half of a character."""
-    text = text.partition(_CALL)[0]
-    for n in range(len(_CALL) - 1, 0, -1):
-        if text.endswith(_CALL[:n]):
-            text = text[:-n]
-            break
+def before_marks(text: str, *marks: str) -> str:
+    """The beginning of a growing text before any of the marks, and before what may become one or a character."""
+    for mark in marks:
+        text = text.partition(mark)[0]
+        begun = (n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n]))
+        text = text[: len(text) - next(begun, 0)]
     return text.rstrip("\ufffd")
