@@ -176,7 +176,9 @@ def test_a_gold_conversation_over_the_budget_is_named_by_line(tmp_path, cold_sta
     twice = re.sub(r"\[(.*)\]", r"[\1, \1]", gold)
     path = file(tmp_path, gold * 20 + twice + gold * 2 + twice * 2 + gold * 8)
     message = rejected(tmp_path, dataset_id_or_path=path, **cold_start)
-    assert re.search(rf"{path}:21: the gold conversation has \d+ tokens .* max_grpo_completion_length 79; raise", message)
+    assert re.search(
+        rf"{path}:21: the gold conversation has \d+ tokens .* max_grpo_completion_length 79; raise", message
+    )
 
 
 @pytest.mark.parametrize(
