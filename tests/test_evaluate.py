@@ -234,7 +234,7 @@ def run_evaluate(model, out) -> launch.Ran:
 
 def samples(ran: launch.Ran) -> list[str]:
     """The sample conversations that a run printed; a random model writes others for other weights."""
-    return [line for line in ran.out.splitlines() if line.startswith("  completion:")]
+    return ran.out.split("Sample conversations\n")[1].split("\nEvaluation on")[0].split("  status ")[1:]
 
 
 def test_a_model_folder_and_its_checkpoint_have_the_same_figures(tmp_path):
