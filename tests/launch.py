@@ -89,6 +89,10 @@ class Ran:
         """The bytes of an HF folder's weights."""
         return (self.folder / folder / "model.safetensors").read_bytes()
 
+    def samples(self) -> list[str]:
+        """The sample conversations that `evaluate` printed; a random model writes others for other weights."""
+        return self.out.split("Sample conversations\n")[1].split("\nEvaluation on")[0].split("  status ")[1:]
+
 
 def rows(first: int, n: int) -> list[dict]:
     """Data set rows: sums, with their gold calls."""

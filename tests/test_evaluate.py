@@ -232,18 +232,13 @@ def run_evaluate(model, out) -> launch.Ran:
     return launch.call(evaluate.main, launch.options(out, **changes), out)
 
 
-def samples(ran: launch.Ran) -> list[str]:
-    """The sample conversations that a run printed; a random model writes others for other weights."""
-    return ran.out.split("Sample conversations\n")[1].split("\nEvaluation on")[0].split("  status ")[1:]
-
-
 def test_a_model_folder_and_its_checkpoint_have_the_same_figures(tmp_path):
     run = launch.whole().folder
     folder = run_evaluate(run / "model", tmp_path / "a")
     step = run_evaluate(run / "checkpoints" / "4", tmp_path / "b")
     assert folder.status == step.status == 0
-    assert len(samples(folder)) == 3
-    assert samples(folder) == samples(step)
+    assert len(folder.samples()) == 3
+    assert folder.samples() == step.samples()
     of_folder, of_step = (ran.json("evaluation.json") for ran in (folder, step))
     assert (of_folder["model"], of_step["model"]) == (str(run / "model"), str(run / "checkpoints/4"))
     for figures in (of_folder, of_step):
@@ -281,8 +276,8 @@ def test_another_step_is_another_model(tmp_path):
     exported = tmp_path / "step_1"
     launch.call(export.main, ["--checkpoint", 1, "--output_dir", run, "--to", exported], run)
     step = run_evaluate(run / "checkpoints" / "1", tmp_path / "a")
-    assert samples(step) == samples(run_evaluate(exported, tmp_path / "b"))
-    assert samples(step) != samples(run_evaluate(run / "model", tmp_path / "c"))
+    assert step.samples() == run_evaluate(exported, tmp_path / "b").samples()
+    assert step.samples() != run_evaluate(run / "model", tmp_path / "c").samples()
 
 
 def test_a_model_must_be_named(tmp_path):

@@ -149,7 +149,7 @@ def test_evaluating_a_checkpoint_is_evaluating_its_export(tmp_path):
         changes = {"model_name_or_path": model, "eval_dataset_id_or_path": launch.evaluation_rows()}
         ran = launch.call(evaluate.main, launch.options(out, **changes), out)
         assert ran.status == 0, ran.err
-        return [line for line in ran.out.splitlines() if line.startswith("  completion:")]
+        return ran.samples()
 
     of_step = samples(whole().folder / "checkpoints" / "4", tmp_path / "a")
     assert of_step == samples(whole().folder / "model", tmp_path / "b")
