@@ -197,10 +197,10 @@ def test_a_file_that_is_gone_or_another_one_is_named(tmp_path):
     write_gguf(path, config, parity.random_tensors(config))
     folder = gguf.gguf_folder(path)
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(ValueError, match=r"m\.gguf changed since"):
+    with pytest.raises(ValueError, match=r"m\.gguf has changed since"):
         parity.load(folder)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"m\.gguf is gone"):
+    with pytest.raises(FileNotFoundError, match=r"m\.gguf, which holds the weights of .* is missing"):
         parity.load(folder)
 
 
