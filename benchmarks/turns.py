@@ -21,8 +21,8 @@ from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import scripted
 from job import compute_dtype, narrow, random_weights
 
 from grpo_jax.models.scratch import Sizes, make_tiny_checkpoint
@@ -32,7 +32,7 @@ from grpo_jax.rollout.conversation import Conversation, load_conversation
 from grpo_jax.rollout.delays import ToolDelays
 from grpo_jax.rollout.loop import Policy, Rollout, ToolLoop, make_policy, roll_out
 from grpo_jax.rollout.sampler import make_sampler
-from grpo_jax.rollout.sampling import Sampling, row_keys
+from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.tools import Toolbox, ToolRunner, get_schema
 from grpo_jax.types import Example, Prompt, ToolCall
 from grpo_jax.update.batch import make_tree
@@ -86,7 +86,7 @@ def tiny_conversation() -> Conversation:
         return load_conversation(model)
 
 
-def scripted(conversation: Conversation, seed: int) -> list[list[int]]:
+def script_of(conversation: Conversation, seed: int) -> list[list[int]]:
     """What follows each prompt, responses included, as [P·G] lists of tokens."""
     rng = np.random.default_rng(seed)
     filler, rows = conversation.encode_plain("a")[0], []
@@ -110,7 +110,7 @@ class Workload:
 
     def __init__(self, layers: int, seed: int):
         self.conversation = tiny_conversation()
-        self.script = scripted(self.conversation, seed)
+        self.script = script_of(self.conversation, seed)
         questions = [f"What is the value of key {i}?" for i in range(P)]
         ids = [self.conversation.prompt_ids([{"role": "user", "content": q}], SCHEMAS) for q in questions]
         self.prompts = [Prompt(Example([], ""), one, SCHEMAS, draw) for draw, one in enumerate(ids)]
@@ -136,8 +136,8 @@ class Workload:
             return cache, turn
 
         counting = dataclasses.replace(self.sampler, decode=decode)
-        loop = ToolLoop(counting, self.conversation, runner, self.tree, delays=delays.steps)
-        with mock.patch.object(sampler_module, "sample", self._forced()):
+        loop = ToolLoop(counting, self.conversation, runner, self.tree, drafts=False, delays=delays.steps)
+        with mock.patch.object(sampler_module, "sample", scripted.forced(self.prompts, self.script)):
             policy: Policy = jax.block_until_ready(make_policy(loop, self.params))
             began = time.perf_counter()
             rollout = roll_out(loop, policy, self.prompts, generations=G)
@@ -145,24 +145,6 @@ class Workload:
         for trajectory, ids in zip(rollout.trajectories, self.script, strict=True):
             assert trajectory.completion_ids == ids, "a completion left its script"
         return seconds, rollout
-
-    def _forced(self) -> Callable[..., Any]:
-        """`sample`, whose token is that of the script at the row's position; a row is known by its key."""
-        keys = row_keys(0, np.repeat(np.arange(P), G), np.tile(np.arange(G), P))
-        table = np.zeros((P * G, max(map(len, self.script))), np.int32)
-        for row, ids in enumerate(self.script):
-            table[row, : len(ids)] = ids
-        starts = np.repeat([len(prompt.ids) for prompt in self.prompts], G)
-        sample = sampler_module.sample
-
-        def forced(logits: Any, of: Any, positions: Any, sampling: Sampling) -> Any:
-            token, logprob = sample(logits, of, positions, sampling)
-            row = (of[:, None] == jnp.asarray(keys)[None]).all(-1).argmax(1)
-            # `position` is that of the token to come
-            at = jnp.clip(positions - jnp.asarray(starts)[row], 0, table.shape[1] - 1)
-            return jnp.asarray(table)[row, at] + 0 * token, logprob
-
-        return forced
 
 
 def runner_of(seconds: float) -> ToolRunner:
@@ -202,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"{kind} tools: {steps[kind]} decode steps, {steps[kind] / max(sampled):.2f} times the longest's tokens; "
             f"{statistics.median(times[kind]):.2f} s ({min(times[kind]):.2f} to {max(times[kind]):.2f}); "
-            f"wasted_decode {rollout.wasted_decode:.2f}; delays {known}"
+            f"wasted_decode {rollout.work.wasted:.2f}; delays {known}"
         )
     print(f"slow over quick: {statistics.median(times['slow']) / statistics.median(times['quick']):.3f}")
 

@@ -455,7 +455,11 @@ class GRPOTrainer:
                     acts += groups_that_act(with_advantages(job, sampled.trajectories, outcomes[-1]), steps.G)
             if rates is not None:
                 rates = rates.after([i for i, _ in draws], list(map(is_exact, sampled.trajectories)))
-        metrics, chosen = {"rollout/wasted_decode": rollout.wasted_decode}, np.arange(steps.P)
+        work, chosen = rollout.work, np.arange(steps.P)
+        metrics = {
+            "rollout/wasted_decode": work.wasted,
+            "rollout/tokens_per_pass": work.tokens_per_pass or 0.0,
+        }
         if config.dynamic_sampling:
             chosen = choose_groups(np.array(acts), steps.P)
             if sum(acts) >= steps.P:

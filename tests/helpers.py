@@ -152,11 +152,11 @@ def new_sampler(dtype=FLOAT32, compact=False, **sampling) -> Sampler:
     )
 
 
-def tool_loop(sampler: Sampler, **settings) -> ToolLoop:
+def tool_loop(sampler: Sampler, drafts: bool = False, **settings) -> ToolLoop:
     """A tool loop with `TOOLS`, run in this process with 0.2 s for a call."""
     toolbox = Toolbox({f.__name__: f for f in TOOLS}, SCHEMAS, "tests/helpers.py")
     runner = ToolRunner(toolbox, "inline", Limits(seconds=0.2))
-    return ToolLoop(sampler, conversation(), runner, tree(), **settings)
+    return ToolLoop(sampler, conversation(), runner, tree(), drafts=drafts, **settings)
 
 
 def prompt(ids: Sequence[int], draw: int = 0, schemas: Sequence[Schema] = SCHEMAS) -> Prompt:

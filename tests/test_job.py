@@ -6,7 +6,7 @@ import io
 import launch
 import pytest
 
-from grpo_jax.rollout.loop import Rollout
+from grpo_jax.rollout.loop import Rollout, Work
 from grpo_jax.run import evaluation
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
@@ -71,7 +71,7 @@ def test_evaluation_rolls_out_every_prompt_and_fills_up_the_last_batch(mixed, mo
     def roll_out(loop, policy, prompts, *, generations, seed, **_):
         given.append([p and ([s["function"]["name"] for s in p.schemas], p.draw) for p in prompts])
         rows = [Trajectory(p, status=Status.OVERLONG) for p in prompts if p for _ in range(generations)]
-        return Rollout(rows, row_steps=0)
+        return Rollout(rows, Work())
 
     monkeypatch.setattr(evaluation, "roll_out", roll_out)
     monkeypatch.setattr(evaluation, "make_policy", lambda loop, params: None)

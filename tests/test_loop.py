@@ -323,8 +323,8 @@ def test_finished_rows_cost_little_and_change_nothing():
         roll_out_skewed(script)
     assert names == []
     whole = roll_out_skewed(helpers.Script())
-    assert compact.wasted_decode < 0.2
-    assert whole.wasted_decode > 0.6
+    assert compact.work.wasted < 0.2
+    assert whole.work.wasted > 0.6
     assert {len(t.calls) for t in compact.trajectories} == {1, 2}
     for a, b in zip(compact.trajectories, whole.trajectories, strict=True):
         assert (a.completion_ids, a.messages, a.status) == (b.completion_ids, b.messages, b.status)

@@ -14,10 +14,21 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.models.qwen import Params
+from grpo_jax.rollout.drafts import known_texts, pays
 from grpo_jax.rollout.loop import ToolLoop, answered, make_policy
 from grpo_jax.rollout.sampler import Cache, Sampler
 from grpo_jax.rollout.sampling import row_keys
-from grpo_jax.types import PARSER_NAME, Message, ParsedTurn, Schema, Status, ToolCall, ToolResult
+from grpo_jax.types import (
+    PARSER_NAME,
+    Example,
+    Message,
+    ParsedTurn,
+    Prompt,
+    Schema,
+    Status,
+    ToolCall,
+    ToolResult,
+)
 from grpo_jax.update.batch import response_bucket
 
 PIECE = 8  # tokens that are decoded between two looks at the text
@@ -123,6 +134,9 @@ class Chat:
         self._loop, self._schemas, self._limits, self._seed = loop, schemas, limits, seed
         self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._policy = make_policy(self._loop, params)
+        opening = Prompt(Example([], ""), list(loop.tree.preamble), schemas)
+        known = known_texts(loop.conversation, [opening], len(opening.ids))[0]
+        self._known = known if loop.drafts and pays(1, None) else known[:0]
         self._started = 0
         self.reset()
 
@@ -252,8 +266,10 @@ class Chat:
         text, shown, self._closed = "", 0, False
         while len(ids) < left and not self._closed and not stop():
             remaining = self._first(np.int32(min(PIECE, left - len(ids))))
-            needed = min(len(self._ids) + len(ids) + PIECE, sampler.budget)
-            self._cache = sampler.fit(self._cache, needed)
+            held = len(self._ids) + len(ids)
+            if not sampler.draftable(held + PIECE):
+                self._cache = self._cache._replace(known=self._cache.known[:, :0])
+            self._cache = sampler.fit(self._cache, min(held + PIECE + self._cache.drafted, sampler.budget))
             self._cache, turn = sampler.decode(
                 self._policy.params, self._trunk, self._cache, keys, remaining, np.int32(0)
             )
@@ -279,7 +295,7 @@ class Chat:
         self._ids += ids
         if self._cache is None:
             self._cache = self._loop.sampler.begin(
-                self._row(np.int32(ids[0])), self._row(np.int32(self._start))
+                self._row(np.int32(ids[0])), self._row(np.int32(self._start)), known=self._row(self._known)
             )
             pending, ids = ids[0], ids[1:]
         else:

@@ -25,6 +25,7 @@ import numpy as np
 from grpo_jax import hosts
 from grpo_jax.models.qwen import Level, Params
 from grpo_jax.rollout.conversation import Conversation
+from grpo_jax.rollout.drafts import known_texts, pays
 from grpo_jax.rollout.sampler import Sampler, Trunk
 from grpo_jax.rollout.sampling import row_keys
 from grpo_jax.tools import ToolRunner
@@ -51,6 +52,7 @@ class ToolLoop:
         final_tools: tools whose call ends a completion -> the parameter that is its answer.
         limit: tokens that a completion may have, where that is less than the sampler's budget.
         max_turn: tokens that one turn may have; None for no limit but the budget.
+        drafts: verify drafts where `drafts.pays`.
         delays: slow tools -> decode steps that others may take before its results are waited for; see `ToolDelays`.
     """
 
@@ -64,6 +66,7 @@ class ToolLoop:
     final_tools: Mapping[str, str] = dataclasses.field(default_factory=dict)
     limit: int | None = None
     max_turn: int | None = None
+    drafts: bool = True
     delays: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -97,33 +100,54 @@ def make_policy(loop: ToolLoop, params: Params) -> Policy:
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What decode passes did.
+
+    Args:
+        row_steps: passes times the rows that took part in each.
+        live_steps: those of rows whose turn had not ended.
+        sampled: tokens that they sampled.
+    """
+
+    row_steps: int = 0
+    live_steps: int = 0
+    sampled: int = 0
+
+    @property
+    def wasted(self) -> float:
+        """Share of the row-steps whose completion had ended its turn."""
+        return 1 - self.live_steps / self.row_steps if self.row_steps else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """Tokens that a pass adds to a completion, 1 without drafts; None before the first pass."""
+        return self.sampled / self.live_steps if self.live_steps else None
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
     """What `roll_out` sampled, and the work that took.
 
     Args:
         trajectories: of all hosts, a group's completions next to each other, without rewards.
-        row_steps: decode steps times the rows that took part in each.
+        work: of all decode passes.
         step_seconds: median time of a decode step on the slowest host.
         stop: a host was asked to stop before the last turn ended, and completions may be missing; the same on all
             of them.
     """
 
     trajectories: list[Trajectory]
-    row_steps: int
+    work: Work
     step_seconds: float = 0.0
     stop: bool = False
 
-    @property
-    def wasted_decode(self) -> float:
-        """Share of the row-steps that sampled nothing: their completion had ended its turn."""
-        sampled = sum(t.sampled_tokens for t in self.trajectories)
-        return 1 - sampled / self.row_steps if self.row_steps else 0.0
-
     def __add__(self, other: Rollout) -> Rollout:
         """This one and a later one of the same policy."""
-        trajectories = self.trajectories + other.trajectories
-        row_steps, stop = self.row_steps + other.row_steps, self.stop or other.stop
-        return Rollout(trajectories, row_steps, other.step_seconds, stop)
+        trajectories, stop = self.trajectories + other.trajectories, self.stop or other.stop
+        return Rollout(trajectories, self.work + other.work, other.step_seconds, stop)
 
 
 @dataclasses.dataclass
@@ -190,7 +214,7 @@ def roll_out(
     Raises:
         HostError: a tool worker of some host does not start; with one host its RuntimeError.
     """
-    P, G = len(prompts), generations
+    G = generations
     filled = [prompts[0] if prompt is None else prompt for prompt in prompts]
     own = list(zip(hosts.share(filled), hosts.share(prompts), strict=True))
     flights = [_Flight(Trajectory(prompt), given is not None) for prompt, given in own for _ in range(G)]
@@ -205,9 +229,10 @@ def roll_out(
         put(np.array([f.trajectory.prompt.ids[-1] for f in flights], np.int32)),
         put(np.array([len(f.trajectory.prompt.ids) - 1 for f in flights], np.int32)),
     )
+    known = put(_known(loop, [prompt for prompt, _ in own], G))
     loop.runner.start_step([f.trajectory.prompt.example.columns for f in flights])
-    row_steps, steps, turns, failure = 0, 0, 0, hosts.Failure()
-    sampled, began, step_seconds = 0, time.perf_counter(), list[float]()
+    work, drafted, steps, turns, failure = Work(), Work(), 0, 0, hosts.Failure()
+    began, step_seconds = time.perf_counter(), list[float]()
     now = _Agreed(speaking=sum(prompt is not None for prompt in prompts) * G)
 
     while now.running and not now.stopped:
@@ -215,7 +240,13 @@ def roll_out(
         if now.speaking:
             left = np.array([loop.left(f) for f in flights], np.int32)
             stop_at = now.speaking - max(1, now.speaking // RETURN_AT)
-            cache = loop.sampler.fit(cache, now.held + 1)
+            rows = loop.sampler.rows_for(now.speaking, cache, trunk)
+            drafting = (
+                loop.drafts and loop.sampler.draftable(now.held) and pays(rows, drafted.tokens_per_pass)
+            )
+            if drafting:
+                cache = cache._replace(known=known)
+            cache = loop.sampler.fit(cache, now.held + 1 + cache.drafted)
             rows = loop.sampler.rows_for(now.speaking, cache, trunk)
             decoding = time.perf_counter()
             cache, turn = loop.sampler.decode(
@@ -224,9 +255,12 @@ def roll_out(
             turn = loop.sampler.layout.get_rows(turn)
             taken = int(turn.row_steps) // rows
             step_seconds.append((time.perf_counter() - decoding) / taken)
-            row_steps, steps = row_steps + int(turn.row_steps), steps + taken
+            done = Work(int(turn.row_steps), int(turn.live_steps), int(turn.sampled))
+            if drafting:
+                drafted += done
+                known, cache = cache.known, cache._replace(known=cache.known[:, :0])
+            work, steps = work + done, steps + taken
             due = steps
-            sampled += int(turn.count.sum()) * P // len(own)  # all hosts have as many
             for i in np.flatnonzero(left).tolist():
                 n = turn.count[i]
                 flights[i].append(turn.tokens[i, :n].tolist(), turn.logprobs[i, :n].tolist())
@@ -242,7 +276,7 @@ def roll_out(
             fed = map(put, _pending_and_responses(flights, responses, now.longest))
             rows = loop.sampler.rows_fed(cache, trunk)
             cache = loop.sampler.append(policy.params, trunk, cache, *fed, rows=rows)
-        speed = sampled / (time.perf_counter() - began)
+        speed = work.sampled / (time.perf_counter() - began)
         on_progress(before - now.running, running=now.running, tokens_per_s=speed, tool_turns=turns)
 
     def found() -> tuple[list[Trajectory], float]:
@@ -251,7 +285,7 @@ def roll_out(
         return finished, statistics.median(step_seconds or [0.0])
 
     trajectories, seconds = zip(*hosts.gather(found), strict=True)
-    return Rollout([t for of_host in trajectories for t in of_host], row_steps, max(seconds), now.stopped)
+    return Rollout([t for of_host in trajectories for t in of_host], work, max(seconds), now.stopped)
 
 
 def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
@@ -260,6 +294,14 @@ def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
     if last is Outcome.TIMEOUT:
         return Status.TOOL_TIMEOUT
     return Status.ANSWERED if last is Outcome.OK else Status.TOOL_ERROR
+
+
+def _known(loop: ToolLoop, prompts: Sequence[Prompt], G: int) -> np.ndarray:
+    """What drafts of each completion may be copied from, [B, C]; C = 0 where drafts cannot pay."""
+    if not loop.drafts:
+        return np.zeros((len(prompts) * G, 0), np.int32)
+    tree = loop.tree
+    return np.repeat(known_texts(loop.conversation, prompts, tree.T0 + tree.T1 + 1), G, 0)
 
 
 def _prefill(sampler: Sampler, params: Params, above: Trunk, level: Level) -> Trunk:

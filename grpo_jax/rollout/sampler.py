@@ -2,7 +2,8 @@
 
 The trunk (preamble and prompts) is prefilled once; each row owns a cache that
 holds everything but one pending token. `decode` loops on the device: no Python
-per token, one host read per call. Every token reads all slots of the cache, so the cache starts
+per token, one host read per call. A pass feeds a row its pending token and, where texts to copy
+from are given, a draft of what follows (`drafts`). Every pass reads all slots of the cache, so the cache starts
 small and grows as its rows do (`Sampler.fit`), and once few rows are still running, decode may
 take those alone (`Sampler.rows_for`).
 """
@@ -24,6 +25,7 @@ from grpo_jax.models import target
 from grpo_jax.models.lora import merge_layer
 from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
 from grpo_jax.models.sharding import Layout
+from grpo_jax.rollout.drafts import COMPARED, COPIED, DRAFTED, NONE, propose
 from grpo_jax.rollout.sampling import Sampling, sample
 
 Trunk = tuple[tuple[KV, Bool[Array, "n S"]], ...]
@@ -51,12 +53,22 @@ class Cache(NamedTuple):
         length: [B] int32 slots in use; a slot is valid when it is below.
         pending: [B] int32 the token that is fed next.
         position: [B] int32 its logical position.
+        ids: [B, S] int32 the tokens of the slots, and the pending one after them.
+        known: [B, C] int32 what drafts may be copied from in addition to `ids`, `NONE` where there is no token;
+            C = 0 for no drafts.
     """
 
     kv: KV
     length: Int[Array, " B"]
     pending: Int[Array, " B"]
     position: Int[Array, " B"]
+    ids: Int[Array, "B S"]
+    known: Int[Array, "B C"]
+
+    @property
+    def drafted(self) -> int:
+        """Tokens of a draft."""
+        return DRAFTED if self.known.shape[1] else 0
 
     @property
     def room(self) -> int:
@@ -68,11 +80,13 @@ class Turn(NamedTuple):
     """What one decode produced.
 
     Args:
-        tokens: [B, n] int32 with n = `MAX_STEPS` or the cache's room, the first `count` of a row are real.
+        tokens: [B, n] int32, n at least `MAX_STEPS` or the cache's room; the first `count` of a row are real.
         logprobs: [B, n] float32 nats under the full distribution at the temperature.
         count: [B] int32 tokens sampled, the stop token included.
         stopped: [B] bool, the row ended with a stop token.
-        row_steps: int32 scalar, the work done: steps times rows that took part, finished ones too.
+        row_steps: int32 scalar, the work done: passes times rows that took part, finished ones too.
+        live_steps: int32 scalar, that of live rows only.
+        sampled: int32 scalar, tokens of all rows.
     """
 
     tokens: Int[Array, "B n"]
@@ -80,6 +94,8 @@ class Turn(NamedTuple):
     count: Int[Array, " B"]
     stopped: Bool[Array, " B"]
     row_steps: Int[Array, ""]
+    live_steps: Int[Array, ""]
+    sampled: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +106,10 @@ class Sampler:
         export: (stacked params) -> rollout params: the run's dtype, one dict per layer,
             adapters merged.
         prefill: (params, trunk so far, level) -> KV of the level.
-        begin: (pending [B], position [B], slots = those of the first size) -> an empty Cache.
+        begin: (pending [B], position [B], slots = those of the first size, known = none) -> an empty Cache.
         decode: (params, trunk, cache, keys [B, 2], remaining [B], stop_at = 0, rows = B) -> (cache, Turn).
             Rows with tokens remaining are live. Samples until at most `stop_at` rows are running, a row has no room left, or
-            `MAX_STEPS` tokens are sampled; computes `rows` rows, which must hold all that are live.
+            one has sampled `MAX_STEPS` tokens or a few more; computes `rows` rows, which must hold all that are live.
         append: (params, trunk, cache, tokens [B, T], count [B], pending [B], rows = B) -> cache, which must have the
             room. Computes `rows` rows at a time, until all that have a count are fed.
         pad: (keys or values of a layer, slots) -> the same with so many slots.
@@ -123,7 +139,12 @@ class Sampler:
             x.delete()  # layer by layer, so that old and new are never held together
             return new
 
-        return cache._replace(kv=KV(*(list(map(grown, layers)) for layers in cache.kv)))
+        ids = jnp.pad(cache.ids, ((0, 0), (0, slots - cache.ids.shape[1])), constant_values=NONE)
+        return cache._replace(kv=KV(*(list(map(grown, layers)) for layers in cache.kv)), ids=ids)
+
+    def draftable(self, tokens: int) -> bool:
+        """Whether rows of so many tokens have room for a draft, in the largest cache."""
+        return tokens + 1 + DRAFTED <= self.budget
 
     def rows_for(self, live: int, cache: Cache, trunk: Trunk) -> int:
         """The fewest rows that decode may take for `live` ones."""
@@ -168,45 +189,66 @@ def make_sampler(
     run, shared = _shared_functions(cfg, layout, jnp.dtype(dtype), budget)
     compact = compaction_pays(budget) if compact is None else compact
 
-    def decode_step(trunk: Trunk, rows: _Rows, state: _State) -> _State:
-        """Feed each row's pending token and sample the next; rows that have ended stay as they are."""
-        params, live, turn = rows.params, state.live, state.turn
-        hidden, cache = _feed_pending(run, params, trunk, state.cache, live)
-        logits = jnp.einsum("bd,vd->bv", hidden, head_weights(params), preferred_element_type=jnp.float32)
-        logits = layout.constrain(logits, "decode_logits")
-        token, logprob = sample(logits, rows.keys, cache.position, sampling)
-        stopped = live & (token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None]).any(1)
-        turn = Turn(
-            turn.tokens.at[:, state.t].set(jnp.where(live, token, 0)),
-            turn.logprobs.at[:, state.t].set(jnp.where(live, logprob, 0)),
-            turn.count + live,
-            turn.stopped | stopped,
-            turn.row_steps + live.shape[0],
+    def decode_pass(trunk: Trunk, rows: _Rows, state: _State) -> _State:
+        """Feed each row's pending token and its draft, sample what follows each of them, and keep what the draft
+        had right and one token more; rows that have ended stay as they are."""
+        params, cache, live, turn = rows.params, state.cache, state.live, state.turn
+        draft, copied = _draft(cache, rows.texts, state.copied)
+        fed = jnp.concatenate([cache.pending[:, None], jnp.maximum(draft, 0)], 1)
+        B, T = fed.shape
+        hidden, kv = _feed(run, params, trunk, cache, fed, live)
+        logits = jnp.einsum(
+            "bd,vd->bv", hidden.reshape(B * T, -1), head_weights(params), preferred_element_type=jnp.float32
         )
-        cache = cache._replace(pending=jnp.where(live, token, cache.pending))
-        return _State(cache, live & ~stopped & (turn.count < rows.remaining), turn, state.t + 1)
+        logits = layout.constrain(logits, "decode_logits")
+        positions = (cache.position[:, None] + 1 + jnp.arange(T)[None]).reshape(-1)
+        drawn = sample(logits, jnp.repeat(rows.keys, T, 0), positions, sampling)
+        token, logprob = (x.reshape(B, T) for x in drawn)
+        stops = (token[..., None] == jnp.asarray(stop_ids, jnp.int32)[None, None]).any(-1)
+        right = jnp.cumprod((token[:, :-1] == draft) & ~stops[:, :-1], 1)
+        kept = live[:, None] & jnp.pad(right, ((0, 0), (1, 0)), constant_values=1).astype(bool)
+        kept &= turn.count[:, None] + jnp.arange(T)[None] < rows.remaining[:, None]
+        n, stopped = kept.sum(1), (kept & stops).any(1)
+        cache = cache._replace(
+            kv=kv,
+            length=cache.length + n,
+            position=cache.position + n,
+            pending=jnp.where(live, _at(token, n - 1), cache.pending),
+            ids=_written(cache.ids, token, cache.length + 1, kept),
+        )
+        turn = Turn(
+            _written(turn.tokens, token, turn.count, kept),
+            _written(turn.logprobs, logprob, turn.count, kept),
+            turn.count + n,
+            turn.stopped | stopped,
+            turn.row_steps + B,
+            turn.live_steps + live.sum(),
+            turn.sampled + n.sum(),
+        )
+        copied = jnp.where(n > COPIED, copied + n, state.copied)
+        return _State(cache, live & ~stopped & (turn.count < rows.remaining), turn, copied)
 
     def decode(params, trunk, cache, keys, remaining, stop_at=0, rows=None):
-        B, live = len(remaining), remaining > 0
-        steps = jnp.minimum(MAX_STEPS, cache.room - _longest(live, cache))
-        zeros = jnp.zeros((B, min(MAX_STEPS, cache.room)), jnp.int32)
-        turn = Turn(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, jnp.int32(0))
-        state = _State(cache, live, turn, jnp.int32(0))
-        read = _Rows(params, keys, remaining)
+        B, live, zero = len(remaining), remaining > 0, jnp.int32(0)
+        zeros = jnp.zeros((B, min(MAX_STEPS, cache.room) + cache.drafted), jnp.int32)
+        turn = Turn(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, zero, zero, zero)
+        state = _State(cache, live, turn, zeros[:, 0])
+        read = _Rows(params, keys, remaining, _texts(cache, trunk))
         few = rows is not None and rows < B
         if few:
             chosen = jnp.argsort(~state.live, stable=True)[:rows]  # all that are live, and finished ones
             trunk = tuple(_take(s, chosen * s[1].shape[0] // B, layout) for s in trunk)
-            read, whole = _Rows(params, keys[chosen], remaining[chosen]), state
+            read, whole = _Rows(params, *_take(read[1:], chosen, layout)), state
             state = _take(state, chosen, layout)
-        step = decode_step
+        step = decode_pass
         if target.on_cpu() and target.device_count() == 1:
-            trunk, step = _turned_once(trunk), lambda trunk, *args: decode_step(_turned(trunk), *args)
-        state = jax.lax.while_loop(
-            lambda state: (state.live.sum() > stop_at) & (state.t < steps),
-            functools.partial(step, trunk, read),
-            state,
-        )
+            trunk, step = _turned_once(trunk), lambda trunk, *args: decode_pass(_turned(trunk), *args)
+
+        def goes_on(state):
+            room = _longest(state.live, state.cache) + cache.drafted < cache.room
+            return (state.live.sum() > stop_at) & (state.turn.count.max() < MAX_STEPS) & room
+
+        state = jax.lax.while_loop(goes_on, functools.partial(step, trunk, read), state)
         if few:
             state = _put(whole, chosen, state, layout)
         return state.cache, state.turn
@@ -253,10 +295,15 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
     def prefill(params, trunk, level):
         return run(params, (level,), trunk)[1][0]
 
-    def begin(pending, position, slots=None):
-        shape = (pending.shape[0], cfg.K, slots or cache_sizes(budget)[0], cfg.H)
+    def begin(pending, position, slots=None, known=None):
+        B, slots = len(pending), slots or cache_sizes(budget)[0]
+        shape = (B, cfg.K, slots, cfg.H)
         empty = [layout.constrain(jnp.zeros(shape, dtype), "rows_kv") for _ in range(2 * cfg.L)]
-        return Cache(KV(empty[: cfg.L], empty[cfg.L :]), jnp.zeros_like(pending), pending, position)
+        ids = jnp.full((B, slots), NONE).at[:, 0].set(pending)
+        known = jnp.zeros((B, 0), jnp.int32) if known is None else known
+        return Cache(
+            KV(empty[: cfg.L], empty[cfg.L :]), jnp.zeros_like(pending), pending, position, ids, known
+        )
 
     def pad(x, slots):
         return layout.constrain(jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0))), "rows_kv")
@@ -302,15 +349,16 @@ class _Rows(NamedTuple):
     params: Params
     keys: Any
     remaining: Int[Array, " B"]
+    texts: Int[Array, "B C"]
 
 
 class _State(NamedTuple):
-    """What decode changes: by row, except for scalars."""
+    """What decode changes: by row, except for scalars; `copied` is where in its texts a row copied last."""
 
     cache: Cache
     live: Bool[Array, " B"]
     turn: Turn
-    t: Int[Array, ""]
+    copied: Int[Array, " B"]
 
 
 def _turned(trunk: Trunk) -> Trunk:
@@ -350,20 +398,56 @@ def _placed(x, layout):
     return layout.constrain(x, "rows_kv") if x.ndim == 4 else x
 
 
-def _feed_pending(run, params, trunk, cache, live):
-    """Feed the pending tokens of live rows; afterwards `position` is that of the token to come."""
-    level = Level(cache.pending[:, None], cache.position[:, None], live[:, None])
+def _feed(run, params, trunk, cache, tokens, live):
+    """Feed live rows their next tokens [B, T]; returns the hidden states, and the cache's keys and values with theirs."""
+    B, T = tokens.shape
+    positions = cache.position[:, None] + jnp.arange(T)[None]
+    level = Level(tokens, positions, jnp.broadcast_to(live[:, None], (B, T)))
     (hidden,), (new,) = run(params, (level,), (*trunk, _own(cache)))
     # The slot is `length`. It waits for the last layer, because XLA copies a cache whole, twice a step, when it
     # cannot tell that the write comes after every read (a barrier is gone by the time it decides).
     slot = jnp.where(jnp.isfinite(hidden[:, 0, 0]), cache.length, 0)
 
-    def write(old, x):
-        return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice(o, n, (0, at, 0)))(old, x, slot)
+    def write(old, x, at, live):
+        if (
+            T > 1
+        ):  # a row that is not live may have no room for T; one token has a slot of its own, after the last
+            x = jnp.where(live, x, jax.lax.dynamic_slice_in_dim(old, at, T, 1))
+        return jax.lax.dynamic_update_slice(old, x, (0, at, 0))
 
-    kv = KV(*(list(map(write, old, x)) for old, x in zip(cache.kv, new, strict=True)))
-    advanced = Cache(kv, cache.length + live, cache.pending, cache.position + live)
-    return hidden[:, 0], advanced
+    def written(old, x):
+        return jax.vmap(write)(old, x, slot, live)
+
+    return hidden, KV(*(list(map(written, old, x)) for old, x in zip(cache.kv, new, strict=True)))
+
+
+def _texts(cache, trunk):
+    """What each row's draft may be copied from: what it knows, and what its group has written so far, [B, C]."""
+    if not cache.drafted:
+        return cache.known
+    B, S = cache.ids.shape
+    groups = trunk[-1][1].shape[0] if trunk else B
+    of_group = jnp.repeat(cache.ids.reshape(groups, B // groups * S), B // groups, 0)
+    return jnp.concatenate([cache.known, of_group], 1)
+
+
+def _draft(cache, texts, copied):
+    """Each row's draft [B, k], and where in its texts the row is."""
+    if not cache.drafted:
+        return jnp.zeros((len(copied), 0), jnp.int32), copied
+    places = cache.length[:, None] - jnp.arange(COMPARED)[None]
+    recent = jnp.take_along_axis(cache.ids, jnp.maximum(places, 0), 1)
+    return propose(jnp.where(places < 0, NONE, recent), jnp.concatenate([texts, cache.ids], 1), copied)
+
+
+def _at(x, index):
+    return jnp.take_along_axis(x, jnp.maximum(index, 0)[:, None], 1)[:, 0]
+
+
+def _written(old, new, start, kept):
+    """old [B, n] with the kept ones of new [B, T] from `start` [B] on."""
+    rows, places = jnp.arange(len(old))[:, None], start[:, None] + jnp.arange(new.shape[1])[None]
+    return old.at[rows, jnp.where(kept, places, old.shape[1])].set(new, mode="drop")
 
 
 def _append(run, params, trunk, cache, tokens, count, pending):
@@ -380,8 +464,15 @@ def _append(run, params, trunk, cache, tokens, count, pending):
         return old.at[jnp.arange(B)[:, None], :, slots].set(x.swapaxes(1, 2), mode="drop")
 
     kv = KV(*(list(map(write, old, x)) for old, x in zip(cache.kv, new, strict=True)))
-    pending = jnp.where(count > 0, pending, cache.pending)
-    return Cache(kv, cache.length + count, pending, cache.position + count)
+    length, fed = cache.length + count, count > 0
+    ids = _written(cache.ids, tokens, cache.length, valid)
+    return cache._replace(
+        kv=kv,
+        length=length,
+        position=cache.position + count,
+        pending=jnp.where(fed, pending, cache.pending),
+        ids=_written(ids, pending[:, None], length, fed[:, None]),
+    )
 
 
 def _own(cache: Cache):

@@ -50,6 +50,8 @@ METRICS = {
     "trainer, in nats.",
     "sampling/sampling_logp_difference/max": "Largest such difference.",
     "rollout/wasted_decode": "Share of decode work on rows whose turn had already ended.",
+    "rollout/tokens_per_pass": "Tokens that a decode pass adds to a completion whose turn has not ended: 1, or more with "
+    "drafts.",
     "rollout/rounds": "Rollouts for this batch (with `dynamic_sampling`).",
     "rollout/wasted_groups": "Share of sampled groups that contribute no gradient (with `dynamic_sampling`).",
     "step_time": "Seconds for rollout, rewards and update.",
