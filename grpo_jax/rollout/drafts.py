@@ -27,9 +27,9 @@ COMPARED = 4  # tokens at a row's end that are looked up
 NEAR = 16  # a match so few tokens after the place where a row copied last is taken before any other
 COPIED = 3  # right tokens of a draft that make its text the one where a row copied last
 NONE = -1  # in place of a token
-# A pass of so many tokens takes a CPU as long as a pass of one (docs/log.md, Drafts).
-FREE_TOKENS = 16
-EXPECTED = 2.5  # tokens that a pass keeps, before a rollout knows
+FIXED = 24  # tokens that a CPU could feed in the time that a pass takes whatever it feeds (docs/log.md, Drafts)
+EXPECTED = 3.0  # tokens that a pass adds to a row before a rollout knows better: a little less than in gold conversations
+
 
 
 def propose(
@@ -105,6 +105,6 @@ def pays(rows: int, tokens_per_pass: float | None) -> bool:
     Only for a CPU, whose cost of a pass is known; no accelerator has measured it. It follows from numbers that are the
     same on every machine, because how rows are fed decides the last bits of their log-probabilities.
     """
-    cost = max(rows * (1 + DRAFTED), FREE_TOKENS) / max(rows, FREE_TOKENS)
+    cost = (FIXED + rows * (1 + DRAFTED)) / (FIXED + rows)
     expected = EXPECTED if tokens_per_pass is None else tokens_per_pass
     return target.on_cpu() and target.device_count() == 1 and expected > cost

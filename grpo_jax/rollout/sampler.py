@@ -201,7 +201,7 @@ def make_sampler(
             "bd,vd->bv", hidden.reshape(B * T, -1), head_weights(params), preferred_element_type=jnp.float32
         )
         logits = layout.constrain(logits, "decode_logits")
-        positions = (cache.position[:, None] + 1 + jnp.arange(T)[None]).reshape(-1)
+        positions = ((cache.position + live)[:, None] + jnp.arange(T)[None]).reshape(-1)  # of the tokens to come
         drawn = sample(logits, jnp.repeat(rows.keys, T, 0), positions, sampling)
         token, logprob = (x.reshape(B, T) for x in drawn)
         stops = (token[..., None] == jnp.asarray(stop_ids, jnp.int32)[None, None]).any(-1)
