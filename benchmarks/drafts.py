@@ -17,23 +17,25 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
 import scripted
-from job import VOCABULARY, compute_dtype, narrow, random_weights
+from job import MODELS, VOCABULARY, compute_dtype, narrow, random_weights
 
 from grpo_jax.data.gold import run_gold_calls
 from grpo_jax.data.rows import load_examples
+from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.models.scratch import Sizes, make_tiny_checkpoint
 from grpo_jax.models.sharding import Layout, make_mesh
 from grpo_jax.rollout import loop as loop_module
 from grpo_jax.rollout import sampler as sampler_module
 from grpo_jax.rollout.conversation import Conversation, load_conversation
-from grpo_jax.rollout.loop import Rollout, ToolLoop, make_policy, roll_out
+from grpo_jax.rollout.loop import ToolLoop, make_policy, roll_out
 from grpo_jax.rollout.sampler import make_sampler
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.tools import ToolRunner, load_tools
+from grpo_jax.tools import Toolbox, ToolRunner, load_tools
 from grpo_jax.types import Prompt
 from grpo_jax.update.batch import make_tree
 
@@ -49,6 +51,7 @@ class Gold:
 
     prompts: list[Prompt]
     script: list[list[int]]
+    toolbox: Toolbox
 
 
 def gold(conversation: Conversation, name: str, rows: int, generations: int) -> Gold:
@@ -65,7 +68,7 @@ def gold(conversation: Conversation, name: str, rows: int, generations: int) -> 
         written += conversation.response_ids([(call.name, result.text) for call, result in pairs])
         written += conversation.assistant_ids(example.answer, [])
         script += [written] * generations
-    return Gold(prompts, script)
+    return Gold(prompts, script, toolbox)
 
 
 def tokenizer_of(folder: str | None, name: str) -> Conversation:
@@ -80,24 +83,11 @@ def tokenizer_of(folder: str | None, name: str) -> Conversation:
         return load_conversation(make_tiny_checkpoint(Path(made) / "model", texts, Sizes(vocab_size=4096)))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Roll the gold conversations out with drafts and without, in turn, and print passes and seconds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--job", choices=JOBS, default="financial", help="(default financial)")
-    parser.add_argument("--prompts", type=int, default=1, help="P (default 1)")
-    parser.add_argument("--generations", type=int, default=8, help="G (default 8)")
-    parser.add_argument("--layers", type=int, default=4, help="of width 128 (default 4)")
-    parser.add_argument("--tokenizer", help="folder of a published tokenizer, instead of a fresh one")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rollouts of each kind (default 3)")
-    args = parser.parse_args(argv)
-    conversation = tokenizer_of(args.tokenizer, args.job)
-    job = gold(conversation, args.job, args.prompts, args.generations)
-    budget = max(map(len, job.script)) + 16
+def measure(cfg: ModelConfig, conversation: Conversation, job: Gold, repeats: int) -> dict[str, Any]:
+    """Median seconds of a rollout and of a decode pass, and tokens that a pass adds to a row, with drafts and without."""
+    G, budget = len(job.script) // len(job.prompts), max(map(len, job.script)) + 16
     # one prompt alone would be all preamble
     tree = make_tree([*(prompt.ids for prompt in job.prompts), [*job.prompts[0].ids[:-40], 0]], budget)
-    cfg = narrow(VOCABULARY, args.layers)
     made = make_sampler(
         cfg,
         Layout(make_mesh(), rollout=True),
@@ -107,35 +97,56 @@ def main(argv: list[str] | None = None) -> None:
         budget=budget,
     )
     params = made.export(random_weights(cfg))
-    times: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    rollouts: dict[bool, Rollout] = {}
+    found: dict[str, list[tuple[float, ...]]] = {"with": [], "without": []}
     force = mock.patch.object(sampler_module, "sample", scripted.forced(job.prompts, job.script))
-    with force, ToolRunner(load_tools(module=JOBS[args.job][1])) as runner:
+    with force, ToolRunner(job.toolbox) as runner:
         loop = ToolLoop(made, conversation, runner, tree)
         policy = jax.block_until_ready(make_policy(loop, params))
-        for repeat in range(args.repeats + 1):
-            for drafts in times:
-                with mock.patch.object(loop_module, "pays", lambda rows, known, drafts=drafts: drafts):
+        for repeat in range(repeats + 1):
+            for kind, measured in found.items():
+                with mock.patch.object(loop_module, "pays", lambda rows, known, kind=kind: kind == "with"):
                     began = time.perf_counter()
-                    rollouts[drafts] = roll_out(loop, policy, job.prompts, generations=args.generations)
+                    rollout = roll_out(loop, policy, job.prompts, generations=G)
                     seconds = time.perf_counter() - began
-                got = [trajectory.completion_ids for trajectory in rollouts[drafts].trajectories]
+                got = [trajectory.completion_ids for trajectory in rollout.trajectories]
                 assert got == job.script, "a completion left its script"
                 if repeat:  # the first compiles
-                    times[drafts].append((seconds, rollouts[drafts].step_seconds))
-    sampled = sum(t.sampled_tokens for t in rollouts[True].trajectories)
+                    measured.append((seconds, rollout.step_seconds, rollout.work.tokens_per_pass or 0.0))
+    names = ("seconds", "pass_seconds", "tokens_per_pass")
+    return {
+        kind: dict(zip(names, map(statistics.median, zip(*measured, strict=True)), strict=True))
+        for kind, measured in found.items()
+    } | {"sampled": sum(trajectory.sampled_tokens for trajectory in rollout.trajectories)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Roll the gold conversations out with drafts and without, in turn, and print passes and seconds."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--job", choices=JOBS, default="financial", help="(default financial)")
+    parser.add_argument("--prompts", type=int, default=1, help="P (default 1)")
+    parser.add_argument("--generations", type=int, default=8, help="G (default 8)")
+    parser.add_argument("--model", choices=MODELS, help="a model of this published size instead")
+    parser.add_argument("--layers", type=int, default=4, help="of width 128 (default 4)")
+    parser.add_argument("--tokenizer", help="folder of a published tokenizer, instead of a fresh one")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rollouts of each kind (default 3)")
+    args = parser.parse_args(argv)
+    conversation = tokenizer_of(args.tokenizer, args.job)
+    job = gold(conversation, args.job, args.prompts, args.generations)
+    cfg = MODELS[args.model] if args.model else narrow(VOCABULARY, args.layers)
+    found = measure(cfg, conversation, job, args.repeats)
     print(
-        f"{args.job}: {args.prompts} × {args.generations} completions, {sampled} sampled tokens, prompts of "
+        f"{args.job}: {args.prompts} × {args.generations} completions, {found['sampled']} sampled tokens, prompts of "
         f"{max(len(prompt.ids) for prompt in job.prompts)} tokens"
     )
-    for drafts, measured in times.items():
-        seconds, step = (statistics.median(column) for column in zip(*measured, strict=True))
+    for kind in ("with", "without"):
+        of = found[kind]
         print(
-            f"{'with' if drafts else 'without'} drafts: {rollouts[drafts].work.tokens_per_pass:.2f} tokens a pass, "
-            f"{step * 1000:.2f} ms a pass, rollout {seconds:.2f} s"
+            f"{kind} drafts: {of['tokens_per_pass']:.2f} tokens a pass, {of['pass_seconds'] * 1000:.2f} ms a pass, "
+            f"rollout {of['seconds']:.2f} s"
         )
-    with_drafts, without = (statistics.median(s for s, _ in times[kind]) for kind in (True, False))
-    print(f"without over with: {without / with_drafts:.2f}")
+    print(f"without over with: {found['without']['seconds'] / found['with']['seconds']:.2f}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/gpu.py parity bfloat16                          # sampler against trainer
     python benchmarks/gpu.py step qwen3-1.7b --rows 256 --preamble 5800    # tokens/s, shares of the machine's limits
     python benchmarks/gpu.py profile qwen3-0.6b --rows 64 --preamble 5800  # the five longest kernels of decode and update
+    python benchmarks/gpu.py drafts qwen3-1.7b --rows 64   # decode with drafts and without, the default job's prompts
 
 Shares are of what this device reaches in a matrix product and in a copy. On a CPU the sizes are tiny.
 """
@@ -18,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import drafts
 import jax
 import jax.numpy as jnp
 from job import MODELS, Shape, compute_dtype, make_job, narrow
@@ -104,6 +106,14 @@ def profile(shape: Shape) -> dict[str, Any]:
     return found
 
 
+def with_drafts(shape: Shape) -> dict[str, Any]:
+    """Passes and seconds of the default job's gold conversations, with drafts and without."""
+    conversation, x = drafts.tokenizer_of(None, "financial"), shape.lengths
+    job = drafts.gold(conversation, "financial", x.P, x.G)
+    cfg = dataclasses.replace(shape.cfg, V=max(shape.cfg.V, conversation.vocab_size))
+    return drafts.measure(cfg, conversation, job, REPEATS)
+
+
 def longest(data: Any) -> list[tuple[str, float]]:
     """The kernels with the most time on the device; on a CPU the operations of XLA's threads."""
     busy: Counter = Counter()
@@ -121,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["parity", "step", "profile"])
+    parser.add_argument("part", choices=["parity", "step", "profile", "drafts"])
     parser.add_argument(
         "of", choices=["float32", "bfloat16", *MODELS], help="dtype of parity, else the model"
     )
@@ -130,11 +140,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="file to append to")
     args = parser.parse_args(argv)
     if (args.part == "parity") != (args.of not in MODELS):
-        parser.error(f"parity takes float32 or bfloat16, step and profile a model, got {args.part} {args.of}")
+        parser.error(f"parity takes float32 or bfloat16, the others a model, got {args.part} {args.of}")
     if args.part == "parity":
         found = parity(args.of)
     else:
-        found = {"step": step, "profile": profile}[args.part](shape_of(args.of, args.rows, args.preamble))
+        part = {"step": step, "profile": profile, "drafts": with_drafts}[args.part]
+        found = part(shape_of(args.of, args.rows, args.preamble))
     asked = {"part": args.part, "of": args.of, "attention": "xla", "dtype": compute_dtype().name}
     if args.part == "parity":
         asked["dtype"] = args.of

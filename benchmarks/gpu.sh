@@ -32,6 +32,7 @@ measure 120 step qwen3-1.7b --rows 64 --preamble 5800
 measure 120 step qwen3-1.7b --rows 256 --preamble 300
 measure 90 profile qwen3-0.6b --rows 64 --preamble 5800
 measure 120 step qwen2.5-0.5b --rows 64 --preamble 5800
+measure 120 drafts qwen3-1.7b --rows 64
 measure 120 step qwen3-0.6b --rows 64 --preamble 300
 measure 120 step qwen3-1.7b --rows 256 --preamble 5800
 measure 120 step qwen2.5-0.5b --rows 256 --preamble 300

@@ -199,14 +199,28 @@ def test_completions_that_do_not_wait_take_about_as_many_steps_as_the_longest():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("job", ["maths", "financial"])
+def test_gold_conversations_take_few_passes_with_drafts(job):
+    lines = "\n".join(command("drafts", "--job", job, "--layers", 1, "--generations", 2, "--repeats", 1))
+    tokens = dict(re.findall(r"(with|without) drafts: ([\d.]+) tokens a pass", lines))
+    assert float(tokens["with"]) >= 2.5 and float(tokens["without"]) == 1
+
+
+@pytest.mark.slow
 def test_a_measurement_for_gpus_runs_on_a_cpu_with_tiny_sizes(tmp_path):
     """Each kind once, as benchmarks/gpu.sh calls it: a line each, and shares that can be."""
     out = tmp_path / "gpu.jsonl"
-    for arguments in (("parity", "float32"), ("step", "qwen3-0.6b"), ("profile", "qwen3-0.6b")):
+    for arguments in (
+        ("parity", "float32"),
+        ("step", "qwen3-0.6b"),
+        ("profile", "qwen3-0.6b"),
+        ("drafts", "qwen3-1.7b", "--rows", 8),
+    ):
         command("gpu", *arguments, "--out", out)
-    parity, step, profile = map(json.loads, out.read_text().splitlines())
+    parity, step, profile, drafts = map(json.loads, out.read_text().splitlines())
     assert parity["passed"] and 0 < parity["difference"]["max"] <= 1e-4
     assert 0 < step["decode_share_of_limit"] < 1 and 0 < step["update_share_of_product"] < 1
+    assert drafts["with"]["tokens_per_pass"] > 2.5 > drafts["without"]["tokens_per_pass"] == 1
     for kernels in (profile["decode"], profile["update"]):
         assert len(kernels) == 5 and 0 < sum(share for _, share in kernels) <= 1
 

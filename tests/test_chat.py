@@ -86,7 +86,9 @@ def test_a_cache_that_grows_changes_no_token():
     def contents(slots):
         chat = new_chat(*turns, answer=90)
         begin = chat._loop.sampler.begin
-        sampler = helpers.dataclasses.replace(chat._loop.sampler, begin=lambda *args: begin(*args, slots))
+        sampler = helpers.dataclasses.replace(
+            chat._loop.sampler, begin=lambda *args, **known: begin(*args, slots, **known)
+        )
         chat._loop = helpers.dataclasses.replace(chat._loop, sampler=sampler)
         messages = [said(chat, text)[2].messages for text in ("Hi!", "Go on.")]
         return messages, chat._cache.room + 1

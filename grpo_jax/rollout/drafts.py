@@ -27,9 +27,10 @@ COMPARED = 4  # tokens at a row's end that are looked up
 NEAR = 16  # a match so few tokens after the place where a row copied last is taken before any other
 COPIED = 3  # right tokens of a draft that make its text the one where a row copied last
 NONE = -1  # in place of a token
-FIXED = 24  # tokens that a CPU could feed in the time that a pass takes whatever it feeds (docs/log.md, Drafts)
+FIXED = (
+    24  # tokens that a CPU could feed in the time that a pass takes whatever it feeds (docs/log.md, Drafts)
+)
 EXPECTED = 3.0  # tokens that a pass adds to a row before a rollout knows better: a little less than in gold conversations
-
 
 
 def propose(

@@ -201,7 +201,9 @@ def make_sampler(
             "bd,vd->bv", hidden.reshape(B * T, -1), head_weights(params), preferred_element_type=jnp.float32
         )
         logits = layout.constrain(logits, "decode_logits")
-        positions = ((cache.position + live)[:, None] + jnp.arange(T)[None]).reshape(-1)  # of the tokens to come
+        positions = ((cache.position + live)[:, None] + jnp.arange(T)[None]).reshape(
+            -1
+        )  # of the tokens to come
         drawn = sample(logits, jnp.repeat(rows.keys, T, 0), positions, sampling)
         token, logprob = (x.reshape(B, T) for x in drawn)
         stops = (token[..., None] == jnp.asarray(stop_ids, jnp.int32)[None, None]).any(-1)
@@ -244,11 +246,11 @@ def make_sampler(
         if target.on_cpu() and target.device_count() == 1:
             trunk, step = _turned_once(trunk), lambda trunk, *args: decode_pass(_turned(trunk), *args)
 
-        def goes_on(state):
+        def unfinished(state):
             room = _longest(state.live, state.cache) + cache.drafted < cache.room
             return (state.live.sum() > stop_at) & (state.turn.count.max() < MAX_STEPS) & room
 
-        state = jax.lax.while_loop(goes_on, functools.partial(step, trunk, read), state)
+        state = jax.lax.while_loop(unfinished, functools.partial(step, trunk, read), state)
         if few:
             state = _put(whole, chosen, state, layout)
         return state.cache, state.turn
