@@ -426,7 +426,7 @@ class GRPOTrainer:
         with timer("rollout"):
             policy = make_policy(loop, job.sampled.export(learner.params(state)))
         cursor, rates, delays = progress.cursor, progress.rates, progress.delays
-        drawn, rollout, outcomes, acts = [], Rollout([], 0), [], []
+        drawn, rollout, outcomes, acts = [], Rollout([]), [], []
         rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
         while len(outcomes) < rounds and sum(acts) < steps.P:
             draws, cursor = next_batch(

@@ -22,7 +22,7 @@ def rollout(step_seconds=0.01, **seconds):
     calls = [
         (ToolCall(name, {}), ToolResult("", Outcome.OK, each)) for name, of in seconds.items() for each in of
     ]
-    return Rollout([Trajectory(Prompt(Example([], ""), [0], []), calls=calls)], 0, step_seconds)
+    return Rollout([Trajectory(Prompt(Example([], ""), [0], []), calls=calls)], step_seconds=step_seconds)
 
 
 @pytest.mark.parametrize(

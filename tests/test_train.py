@@ -456,7 +456,8 @@ def test_mapped_columns_and_the_tools_of_a_row_reach_rollout_and_rewards(tmp_pat
 def test_rule_6_one_compile_per_shape():
     """Four updates compile the functions of the first; a second shape would be announced again."""
     out = launch.whole().out
-    assert out.count("Compiling update …") == out.count("Compiling decode …") == 1
+    assert out.count("Compiling update …") == 1
+    assert out.count("Compiling decode …") == 2  # with drafts, which random weights do not keep, and without
     assert out.count("Compiling prefill …") == 2  # the preamble and the prompts
 
 

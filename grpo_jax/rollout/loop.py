@@ -140,7 +140,7 @@ class Rollout:
     """
 
     trajectories: list[Trajectory]
-    work: Work
+    work: Work = Work()
     step_seconds: float = 0.0
     stop: bool = False
 
