@@ -241,7 +241,7 @@ def test_tensor_stays_inside_a_host():
         mock.patch.object(hosts, "alone", lambda: False),
         mock.patch.object(jax, "device_count", lambda: 8),
         mock.patch.object(jax, "local_device_count", lambda: 2),
-        pytest.raises(ValueError, match="mesh_tensor must divide the 2 devices of a host, got 4"),
+        pytest.raises(ValueError, match="mesh_tensor must divide the number of devices of a host, 2, got 4"),
     ):
         sharding.make_mesh(1, 2, 4)
 
