@@ -13,7 +13,7 @@ from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import ResolvedConfig, write_resolved
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import load_data, open_job, read_inputs
-from grpo_jax.run.lock import run_lock
+from grpo_jax.run.lock import run_lock, start_over
 from grpo_jax.run.log import PhaseTimer, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
 
@@ -26,9 +26,11 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
     """
     config, timer = resolved.config, PhaseTimer()
     out = Path(config.output_dir)
+    inputs = read_inputs(config, config.required("dataset_id_or_path"))  # before anything is removed
     with run_lock(out, "grpo_jax.sft"):
         with watch_compiles(console, timer):
-            inputs = read_inputs(config, config.required("dataset_id_or_path"))
+            if config.overwrite_output_dir:
+                hosts.of_first(lambda: start_over(out))
             job = open_job(config, console, timer, inputs)
             with job.runner:
                 data = load_data(job, inputs.train)

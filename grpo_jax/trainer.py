@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -54,7 +53,7 @@ from grpo_jax.run.job import (
     steps_of,
 )
 from grpo_jax.run.learner import Learner, make_learner
-from grpo_jax.run.lock import run_lock
+from grpo_jax.run.lock import run_lock, start_over
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
 from grpo_jax.run.options import GRPOConfig, compares_evaluations
@@ -71,26 +70,6 @@ from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.update import TrainState, place_batch, state_shardings
 
 note_dependencies()
-
-# What a run leaves in output_dir, and all that --overwrite_output_dir removes.
-LEAVINGS = (
-    "resolved_config.yaml",
-    "metrics.jsonl",
-    "rollouts",
-    "evaluation",
-    "checkpoints",
-    "model",
-    "adapter",
-    "summary.json",
-    "base_model",
-    "cold_start",
-    "cold_start_checkpoint",
-    "tensorboard",
-    "wandb",
-    "mlflow.db",
-    "tracker.json",
-    "report.html",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +147,7 @@ class GRPOTrainer:
             if self.remote is not None:
                 console.line(self.remote.fetch(empty=config.overwrite_output_dir))
             if config.overwrite_output_dir:
-                hosts.of_first(lambda: _start_over(self.output_dir))
+                hosts.of_first(lambda: start_over(self.output_dir))
             self.job = open_job(config, console, timer, inputs)  # writes a new model into base_model
             self.data = load_data(self.job, inputs.train)
             self.evaluation = inputs.evaluation and load_data(self.job, inputs.evaluation)
@@ -668,15 +647,6 @@ def _report_once(out: Path) -> None:
     late = not report.exists() or report.stat().st_mtime_ns < summary.stat().st_mtime_ns
     if late and (out / "metrics.jsonl").exists():
         write_report(out)
-
-
-def _start_over(out: Path) -> None:
-    for name in LEAVINGS:
-        path = out / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def print_steps(console: Console, steps: Steps, data: DataSet) -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from grpo_jax import sft
 from grpo_jax.run import cold_start
-from grpo_jax.run.checkpoint import Checkpoints
+from grpo_jax.run.checkpoint import Checkpoints, Stopped
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import Job, load_data, open_job, read_inputs
@@ -411,6 +411,24 @@ def test_an_error_that_is_the_answer_is_learned(tmp_path, validations, trained):
 
 
 # The command
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_stopped_cold_start_is_continued_or_removed_where_asked(tmp_path, monkeypatch, overwrite):
+    """The user's own file stays."""
+    folder = tmp_path / "run"
+    for name in ("model_checkpoint/4/state", "model/config.json", "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+
+    def stopped(*_):
+        raise Stopped("in the cold start")
+
+    monkeypatch.setattr(sft, "fine_tune", stopped)
+    ran = launch.call(sft.main, launch.options(folder, overwrite_output_dir=overwrite), folder)
+    assert ran.status == 130, ran.err
+    left = {"notes.txt", "resolved_config.yaml"} | (set() if overwrite else {"model", "model_checkpoint"})
+    assert {path.name for path in folder.iterdir()} == left
 
 
 def test_the_command_learns_the_calls_and_never_opens_the_test_file(tmp_path):

@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -21,6 +22,28 @@ _log = logging.getLogger(__name__)
 LOCK = ".run.lock"
 _HELD: set[Path] = set()  # in this process, which the system's lock does not keep from itself
 _BUSY = (errno.EACCES, errno.EAGAIN)
+
+# What a run leaves in output_dir, and all that --overwrite_output_dir removes.
+LEAVINGS = (
+    "resolved_config.yaml",
+    "metrics.jsonl",
+    "rollouts",
+    "evaluation",
+    "checkpoints",
+    "model",
+    "model_checkpoint",
+    "adapter",
+    "summary.json",
+    "sft.json",
+    "base_model",
+    "cold_start",
+    "cold_start_checkpoint",
+    "tensorboard",
+    "wandb",
+    "mlflow.db",
+    "tracker.json",
+    "report.html",
+)
 
 
 @contextlib.contextmanager
@@ -62,6 +85,16 @@ def run_lock(output_dir: str | os.PathLike, command: str) -> Iterator[None]:
                     path.unlink()
             held[0].close()
             _HELD.discard(path)
+
+
+def start_over(out: Path) -> None:
+    """Remove what a run left in its folder, and nothing else."""
+    for name in LEAVINGS:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
