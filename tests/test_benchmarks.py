@@ -199,11 +199,11 @@ def test_completions_that_do_not_wait_take_about_as_many_steps_as_the_longest():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["maths", "financial"])
-def test_gold_conversations_take_few_passes_with_drafts(job):
+@pytest.mark.parametrize(("job", "least"), [("maths", 2.2), ("financial", 2.5)])
+def test_gold_conversations_take_few_passes_with_drafts(job, least):
     lines = "\n".join(command("drafts", "--job", job, "--layers", 1, "--generations", 2, "--repeats", 1))
     tokens = dict(re.findall(r"(with|without) drafts: ([\d.]+) tokens a pass", lines))
-    assert float(tokens["with"]) >= 2.5 and float(tokens["without"]) == 1
+    assert float(tokens["with"]) >= least and float(tokens["without"]) == 1
 
 
 @pytest.mark.slow
