@@ -13,17 +13,18 @@ from grpo_jax.rollout.sampling import Sampling, row_keys
 from grpo_jax.types import Prompt
 
 
-def forced(prompts: Sequence[Prompt], script: Sequence[Sequence[int]]) -> Callable[..., Any]:
-    """`sample`, to be put in its place while decode is traced, of a rollout with seed 0.
+def forced(prompts: Sequence[Prompt], script: Sequence[Sequence[int]], seed: int = 0) -> Callable[..., Any]:
+    """`sample`, to be put in its place while decode is traced.
 
     A row is known by its key, and the token by its position.
 
     Args:
         prompts: P of them, with draws 0 … P - 1.
         script: what follows each prompt, responses included, for each of its completions: P·G lists of tokens.
+        seed: of the rollout.
     """
     P, G = len(prompts), len(script) // len(prompts)
-    keys = jnp.asarray(row_keys(0, np.repeat(np.arange(P), G), np.tile(np.arange(G), P)))
+    keys = jnp.asarray(row_keys(seed, np.repeat(np.arange(P), G), np.tile(np.arange(G), P)))
     table = np.zeros((P * G, max(map(len, script))), np.int32)
     for row, ids in enumerate(script):
         table[row, : len(ids)] = ids

@@ -1,6 +1,8 @@
 """Drafts: what is proposed, and that they change no token."""
 
 import dataclasses
+import sys
+from pathlib import Path
 from unittest import mock
 
 import helpers
@@ -12,8 +14,11 @@ from hypothesis import strategies as st
 
 from grpo_jax.rollout import drafts, loop, sampler
 from grpo_jax.rollout.drafts import COMPARED, DRAFTED, NEAR, NONE, known_texts, propose
-from grpo_jax.rollout.sampling import row_keys
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import scripted
+
+SEED = 5
 TOKENS = st.lists(st.integers(-1, 3), min_size=2, max_size=40)
 
 
@@ -85,7 +90,7 @@ def rolled_out(drafting, sampling, script=None, **more):
         of = helpers.tool_loop(made, drafts=True, **more)
         policy = loop.make_policy(of, made.export(helpers.weights()))
         prompts = [helpers.prompt(ids, draw) for draw, ids in enumerate(helpers.prompts()[:2])]
-        rollout = loop.roll_out(of, policy, prompts, generations=3, seed=5)
+        rollout = loop.roll_out(of, policy, prompts, generations=3, seed=SEED)
     return rollout.trajectories, rollout.work
 
 
@@ -121,24 +126,6 @@ def test_drafts_change_no_token(sampling):
         assert work.tokens_per_pass > 1.5
 
 
-def scripted(turns):
-    """`sample`, whose tokens are those of a script: for each of six completions one list, by position."""
-    keys = row_keys(5, np.repeat(np.arange(2), 3), np.tile(np.arange(3), 2))
-    starts = np.repeat([len(ids) for ids in helpers.prompts()[:2]], 3)
-    table = np.full((6, max(map(len, turns))), helpers.conversation().stop_ids[0])
-    for row, ids in zip(table, turns, strict=True):
-        row[: len(ids)] = ids
-    sample = sampler.sample
-
-    def forced(logits, of, positions, sampling):
-        _, logprob = sample(logits, of, positions, sampling)
-        row = (of[:, None] == jnp.asarray(keys)[None]).all(-1).argmax(1)
-        at = jnp.clip(positions - jnp.asarray(starts)[row], 0, table.shape[1] - 1)
-        return jnp.asarray(table, jnp.int32)[row, at], logprob
-
-    return forced
-
-
 def test_calls_and_answers_take_few_passes():
     """Two tool turns, one of them longer for some completions, and an answer that repeats the result."""
     answered, talk = helpers.conversation(), helpers.text_ids
@@ -149,7 +136,10 @@ def test_calls_and_answers_take_few_passes():
         ids += helpers.call_ids("multiply", a=12, b=30 + row)
         ids += answered.response_ids([("multiply", f"Product: {12 * (30 + row)}")])
         turns.append(ids + talk(f"Product: {12 * (30 + row)}"))
-    (drafted, work), (plain, _) = (rolled_out(on, {}, scripted(turns)) for on in (True, False))
+    prompts = [helpers.prompt(ids) for ids in helpers.prompts()[:2]]
+    (drafted, work), (plain, _) = (
+        rolled_out(on, {}, scripted.forced(prompts, turns, seed=SEED)) for on in (True, False)
+    )
     assert [t.completion_ids for t in plain] == turns
     assert_same(drafted, plain)
     assert work.tokens_per_pass > 2

@@ -134,9 +134,10 @@ class Chat:
         self._loop, self._schemas, self._limits, self._seed = loop, schemas, limits, seed
         self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._policy = make_policy(self._loop, params)
-        opening = Prompt(Example([], ""), list(loop.tree.preamble), schemas)
-        known = known_texts(loop.conversation, [opening], len(opening.ids))[0]
-        self._known = known if loop.drafts and pays(1, None) else known[:0]
+        self._known = np.zeros(0, np.int32)  # what drafts may be copied from
+        if loop.drafts and pays(1, None):
+            opening = Prompt(Example([], ""), list(loop.tree.preamble), schemas)
+            self._known = known_texts(loop.conversation, [opening], len(opening.ids))[0]
         self._started = 0
         self.reset()
 
@@ -178,9 +179,8 @@ class Chat:
             messages = prompt if isinstance(prompt, list) else [*self._opening, _user(prompt)]
             schemas = self._schemas if asked.schemas is None else asked.schemas
             ids = self._loop.conversation.prompt_ids(messages, schemas)
-            if (
-                self.messages or self._trunk is not self._policy.preamble
-            ):  # the latter after one that was too long
+            # the second after a conversation with another beginning that was too long
+            if self.messages or self._trunk is not self._policy.preamble:
                 self.reset()
             if tuple(ids[: self._start]) == self._loop.tree.preamble:
                 ids = ids[self._start :]

@@ -72,24 +72,24 @@ def known_texts(conversation: Conversation, prompts: Sequence[Prompt], width: in
     Args:
         width: tokens of the longest prompt.
     """
-    calls = {id(prompt.schemas): _calls(conversation, prompt.schemas) for prompt in prompts}
-    room = response_bucket(max(map(len, calls.values())))
+    schemas = {id(schema): schema for prompt in prompts for schema in prompt.schemas}  # rows share them
+    calls = {key: _call(conversation, schema) for key, schema in schemas.items()}
+    written = [[token for schema in prompt.schemas for token in calls[id(schema)]] for prompt in prompts]
+    room = response_bucket(max(map(len, written)))
     known = np.full((len(prompts), room + width), NONE, np.int32)
-    for row, prompt in zip(known, prompts, strict=True):
-        ids = calls[id(prompt.schemas)]
+    for row, ids, prompt in zip(known, written, prompts, strict=True):
         row[: len(ids)] = ids
         row[room : room + len(prompt.ids)] = prompt.ids
     return known
 
 
-def _calls(conversation: Conversation, schemas: Sequence[Schema]) -> list[int]:
-    """A call of each tool with all its parameters, in order, as the template writes it."""
-    ids: list[int] = []
-    for function in (schema["function"] for schema in schemas):
-        arguments = {name: _value(of) for name, of in function["parameters"].get("properties", {}).items()}
-        with contextlib.suppress(ValueError):  # a template that opens with thinking writes no such turn
-            ids += [*conversation.assistant_ids("", [ToolCall(function["name"], arguments)]), NONE]
-    return ids
+def _call(conversation: Conversation, schema: Schema) -> list[int]:
+    """A call of the tool with all its parameters, in order, as the template writes it; [] where it writes no such turn."""
+    function = schema["function"]
+    arguments = {name: _value(of) for name, of in function["parameters"].get("properties", {}).items()}
+    with contextlib.suppress(ValueError):  # a template that opens with thinking
+        return [*conversation.assistant_ids("", [ToolCall(function["name"], arguments)]), NONE]
+    return []
 
 
 def _value(schema: Schema) -> object:

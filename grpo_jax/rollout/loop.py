@@ -229,10 +229,10 @@ def roll_out(
         put(np.array([f.trajectory.prompt.ids[-1] for f in flights], np.int32)),
         put(np.array([len(f.trajectory.prompt.ids) - 1 for f in flights], np.int32)),
     )
-    known = put(_known(loop, [prompt for prompt, _ in own], G))
     loop.runner.start_step([f.trajectory.prompt.example.columns for f in flights])
     work, drafted, steps, turns, failure = Work(), Work(), 0, 0, hosts.Failure()
     began, step_seconds = time.perf_counter(), list[float]()
+    known = None  # what drafts may be copied from, of all rows; made where drafts pay
     now = _Agreed(speaking=sum(prompt is not None for prompt in prompts) * G)
 
     while now.running and not now.stopped:
@@ -245,6 +245,10 @@ def roll_out(
                 loop.drafts and loop.sampler.draftable(now.held) and pays(rows, drafted.tokens_per_pass)
             )
             if drafting:
+                if known is None:
+                    width = loop.tree.T0 + loop.tree.T1 + 1
+                    texts = known_texts(loop.conversation, [prompt for prompt, _ in own], width)
+                    known = put(np.repeat(texts, G, 0))
                 cache = cache._replace(known=known)
             cache = loop.sampler.fit(cache, now.held + 1 + cache.drafted)
             rows = loop.sampler.rows_for(now.speaking, cache, trunk)
@@ -294,14 +298,6 @@ def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
     if last is Outcome.TIMEOUT:
         return Status.TOOL_TIMEOUT
     return Status.ANSWERED if last is Outcome.OK else Status.TOOL_ERROR
-
-
-def _known(loop: ToolLoop, prompts: Sequence[Prompt], G: int) -> np.ndarray:
-    """What drafts of each completion may be copied from, [B, C]; C = 0 where drafts cannot pay."""
-    if not loop.drafts:
-        return np.zeros((len(prompts) * G, 0), np.int32)
-    tree = loop.tree
-    return np.repeat(known_texts(loop.conversation, prompts, tree.T0 + tree.T1 + 1), G, 0)
 
 
 def _prefill(sampler: Sampler, params: Params, above: Trunk, level: Level) -> Trunk:

@@ -48,6 +48,8 @@ class Function(BaseModel):
 
 
 class Tool(BaseModel):
+    """A function that the client runs."""
+
     type: Literal["function"]
     function: Function
 
