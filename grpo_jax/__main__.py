@@ -28,6 +28,7 @@ grpo-jax COMMAND --help lists the options of a command."""
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
+    from_shell = argv is None
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -47,7 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     # A console script, unlike python -m, does not look for modules (tool_functions_module) in the folder it runs in.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    return importlib.import_module(f"grpo_jax.{name}").main(rest)
+    command = importlib.import_module(f"grpo_jax.{name}").main
+    if not from_shell:
+        return command(rest)
+    sys.argv[1:] = rest  # as python -m gives them: the command then knows that no user code has run before it
+    return command()
 
 
 if __name__ == "__main__":

@@ -231,11 +231,11 @@ class GRPOTrainer:
         job, config, out, line = self.job, self.job.config, self.output_dir, self.job.console.line
         if config.cold_start:
             job = self.job = self._cold_started(summary, stop)
-        learner, state = make_learner(job, self.data.tree, self.steps.P, self.steps.updates)
-        shapes, shardings = jax.eval_shape(lambda: state), state_shardings(learner.step.layout, state)
+        learner = make_learner(job, self.data.tree, self.steps.P, self.steps.updates)
+        shardings = state_shardings(learner.step.layout, learner.shapes)
         while start.checkpoint is not None:
             try:
-                state = start.restore(checkpoints, shapes, shardings)
+                state = start.restore(checkpoints, learner.shapes, shardings)
             except DamagedCheckpoint as error:
                 line(checkpoints.set_aside(error))
                 start = self._found_start(checkpoints, summary)
@@ -243,6 +243,8 @@ class GRPOTrainer:
             job.timer.restore(start.meta.get("timings", {}))
             line(f"Continuing from the checkpoint of update {start.checkpoint[1]} in {start.checkpoint[0]}")
             break
+        else:
+            state = learner.fresh()
         self._learned = learner, state
         if "before" not in summary and self.evaluation is not None:
             summary["before"] = self._evaluated("Evaluation before", "before", stop)

@@ -62,6 +62,15 @@ def test_a_command_finds_modules_of_the_folder_it_runs_in(tmp_path, monkeypatch)
     assert sys.path[0] == str(tmp_path)
 
 
+def test_a_command_of_the_shell_starts_as_with_python_m(monkeypatch):
+    """It is given no words, from which it knows that the root logger's handlers are not the user's."""
+    seen = []
+    monkeypatch.setattr("grpo_jax.export.main", lambda *given: seen.append((given, sys.argv[1:])) or 0)
+    monkeypatch.setattr(sys, "argv", ["grpo-jax", "export", "--output_dir", "x"])
+    assert commands.main() == 0
+    assert seen == [((), ["--output_dir", "x"])]
+
+
 def test_wrong_options_are_reported_before_jax_is_imported():
     code = (
         "import sys; from grpo_jax.run.command import run_command\n"

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.models.scratch import make_tiny_checkpoint
+from grpo_jax.rollout import conversation as conversations
 from grpo_jax.rollout.conversation import _strings_of_json, load_conversation
 from grpo_jax.rollout.parsing import call_message
 from grpo_jax.types import ToolCall
@@ -113,6 +114,22 @@ def test_any_text_is_encoded_as_the_template_does(load, name, contents):
         for role, content in zip(("system", "user", "tool"), contents, strict=True)
     ]
     assert conversation.prompt_ids(messages, SCHEMAS) == _template_ids(conversation, messages, SCHEMAS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_many_prompts_are_encoded_as_each_alone(load, name, monkeypatch):
+    """Also where some hide control strings, or the schemas do, and in several calls of the template."""
+    monkeypatch.setattr(conversations, "_RENDERED", 3)
+    conversation, schemas = load(name), copy.deepcopy(SCHEMAS)
+    prompts = [
+        [{"role": "user", "content": text}] for text in (*CONTENTS[:3], CONTROL, *CONTENTS[3:], "<think>")
+    ]
+    prompts[1].insert(0, {"role": "system", "content": CONTROL})
+    for _ in range(2):
+        assert conversation.prompts_ids(prompts, schemas) == [
+            conversation.prompt_ids(messages, schemas) for messages in prompts
+        ]
+        schemas[0]["function"]["description"] += CONTROL
 
 
 def _control_tokens(conversation, ids):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -246,7 +247,7 @@ def test_tensor_stays_inside_a_host():
         sharding.make_mesh(1, 2, 4)
 
 
-# Runs in two processes
+# Runs in several processes
 
 UPDATES = 4
 # Every turn that ends is read as a call, whose arguments depend on its tokens.
@@ -264,15 +265,15 @@ Conversation.parse = parse
 """
 
 
-def options(folder, **changes):
-    """Four updates of four prompts × two generations on two devices, tool calls and evaluations included."""
+def options(folder, devices, **changes):
+    """Four updates of four prompts × two generations, tool calls and evaluations included."""
     settings = {
         "model_name_or_path": launch.smoke().folder / "cold_start",
         "dataset_id_or_path": launch.train_rows(),
         "eval_dataset_id_or_path": launch.evaluation_rows(),
         "tools_script": launch.write(launch.FOLDER / "calling.py", TOOLS),
         "tool_functions_module": None,
-        "per_device_train_batch_size": 4,
+        "per_device_train_batch_size": 8 // devices,
         "num_generations": 2,
         "max_steps": UPDATES,
         "max_grpo_completion_length": 127,
@@ -288,22 +289,24 @@ def environment(devices):
     return os.environ | {"XLA_FLAGS": flags, "NPROC": "32"}
 
 
-def run_on_one(folder, **changes):
-    """One process with two devices."""
-    return launch.finish(launch.start("train", options(folder, **changes), environment(2)), folder)
+def run_on_one(devices, folder, **changes):
+    """One process with several devices."""
+    argv = options(folder, devices, **changes)
+    return launch.finish(launch.start("train", argv, environment(devices)), folder)
 
 
-def run_on_two(folder, **changes):
-    """Two processes with one device each; they end by themselves, or the test fails.
+def run_on(count, folder, **changes):
+    """Several processes with one device each; they end by themselves, or the test fails.
 
-    Not two each, which now and then hang in gloo's collectives (docs/log.md).
+    Not with two each, which now and then hang in gloo's collectives (docs/log.md).
     """
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
-    own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    argv = options(folder, **changes)
+    own = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+    argv = options(folder, count, **changes)
     processes = [
-        launch.start("train", argv, environment(1) | own | {"JAX_PROCESS_ID": str(index)}) for index in (0, 1)
+        launch.start("train", argv, environment(1) | own | {"JAX_PROCESS_ID": str(index)})
+        for index in range(count)
     ]
     try:
         return [launch.finish(process, folder) for process in processes]
@@ -314,7 +317,7 @@ def run_on_two(folder, **changes):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    ran = run_on_one(tmp_path_factory.mktemp("one") / "run")
+    ran = run_on_one(2, tmp_path_factory.mktemp("one") / "run")
     assert ran.status == 0, ran.err
     assert sum(line["tools/call_frequency"] for line in ran.jsonl("metrics.jsonl")) > 1
     return ran
@@ -322,14 +325,14 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    ran, other = run_on_two(tmp_path_factory.mktemp("two") / "run")
+    ran, other = run_on(2, tmp_path_factory.mktemp("two") / "run")
     assert (ran.status, other.status) == (0, 0), ran.err + other.err
     return ran
 
 
 def assert_same_run(ran, one):
     """The same tokens (the reward is a sum of them), tool calls and figures; weights up to rounding."""
-    for step in range(1, UPDATES + 1):
+    for step in range(1, len(one.jsonl("metrics.jsonl")) + 1):
         rows, want = (r.jsonl(f"rollouts/step_{step:06d}.jsonl") for r in (ran, one))
         for name in ("prompt", "messages", "rewards", "status"):
             assert [row[name] for row in rows] == [row[name] for row in want]
@@ -339,13 +342,26 @@ def assert_same_run(ran, one):
         assert got.keys() == want.keys()
         for name in got.keys() - clock:
             np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=1e-5, err_msg=name)
+        assert abs(got["loss"] - want["loss"]) < 1e-4
     for part in ("before", "after"):
-        assert ran.json("summary.json")[part] == one.json("summary.json")[part]
+        assert ran.json("summary.json").get(part) == one.json("summary.json").get(part)
     weights, before = load_file(one.folder / "model/model.safetensors"), launch.smoke().folder / "cold_start"
     start = load_file(before / "model.safetensors")
     assert max(np.abs(weights[name] - start[name]).max() for name in weights) > 1e-3
     for name, x in load_file(ran.folder / "model/model.safetensors").items():
         np.testing.assert_allclose(x, weights[name], atol=2e-5, err_msg=name)
+
+
+def assert_equal_run(ran, whole):
+    """The same bits, but for the clock."""
+    got, want = (
+        [{k: v for k, v in line.items() if k != "step_time"} for line in r.jsonl("metrics.jsonl")]
+        for r in (ran, whole)
+    )
+    assert got == want
+    for step in range(1, UPDATES + 1):
+        assert ran.jsonl(f"rollouts/step_{step:06d}.jsonl") == whole.jsonl(f"rollouts/step_{step:06d}.jsonl")
+    assert ran.weights() == whole.weights()
 
 
 @pytest.mark.slow
@@ -357,9 +373,18 @@ def test_two_processes_sample_and_learn_as_one(one, two):
 @pytest.mark.slow
 def test_with_weights_sharded_over_both_processes_they_learn_as_one(tmp_path, one):
     """Each then holds all rows of the rollout on its device, but speaks for its own alone."""
-    ran, other = run_on_two(tmp_path / "run", mesh_data=1, mesh_fsdp=2)
+    ran, other = run_on(2, tmp_path / "run", mesh_data=1, mesh_fsdp=2)
     assert (ran.status, other.status) == (0, 0), ran.err + other.err
     assert_same_run(ran, one)
+
+
+@pytest.mark.slow
+def test_four_processes_sample_and_learn_as_one(tmp_path):
+    changes = {"max_steps": 2, "eval_dataset_id_or_path": None}
+    one = run_on_one(4, tmp_path / "one", **changes)
+    first, *others = run_on(4, tmp_path / "four", **changes)
+    assert [ran.status for ran in (one, first, *others)] == [0] * 5, one.err + first.err
+    assert_same_run(first, one)
 
 
 @pytest.mark.slow
@@ -369,8 +394,8 @@ def test_two_processes_replace_the_same_groups_as_one(tmp_path):
     reward = launch.write(tmp_path / "odd.py", launch.SPREAD.format(value=value))
     changes = {"dynamic_sampling": True, "difficulty_sampling": True, "reward_fn": reward, "max_steps": 2}
     changes |= {"eval_dataset_id_or_path": None}
-    one = run_on_one(tmp_path / "one", **changes)
-    two, other = run_on_two(tmp_path / "two", **changes)
+    one = run_on_one(2, tmp_path / "one", **changes)
+    two, other = run_on(2, tmp_path / "two", **changes)
     assert (one.status, two.status, other.status) == (0, 0, 0), one.err + two.err + other.err
     rounds = [[line["rollout/rounds"] for line in ran.jsonl("metrics.jsonl")] for ran in (one, two)]
     assert rounds[0] == rounds[1] and max(rounds[0]) > 1
@@ -381,30 +406,29 @@ def test_two_processes_replace_the_same_groups_as_one(tmp_path):
         np.testing.assert_allclose([r["advantage"] for r in rows], [r["advantage"] for r in want], rtol=1e-6)
 
 
-def reward_in_process_one(folder, body):
-    """The small run's reward, which in process 1 does something after update 1, once."""
-    return launch.reward_that(folder, "os.environ['JAX_PROCESS_ID'] == '1' and step == 1", body)
+def reward_in_process_one(folder, body, after=1):
+    """The small run's reward, which in process 1 does something after an update, once."""
+    return launch.reward_that(folder, f"os.environ['JAX_PROCESS_ID'] == '1' and step == {after}", body)
 
 
 @pytest.mark.slow
 def test_sigterm_in_one_process_saves_in_both_and_the_resume_is_exact(tmp_path, two):
     """It comes after the rollout of update 2, so that all stop in that of update 3."""
     reward = reward_in_process_one(tmp_path / "rewards", "os.kill(os.getpid(), signal.SIGTERM)")
-    stopped = run_on_two(tmp_path / "run", reward_fn=reward)
+    stopped = run_on(2, tmp_path / "run", reward_fn=reward)
     assert [ran.status for ran in stopped] == [130, 130], stopped[1].err
     assert "Stopped after update 2, which is saved." in stopped[0].out
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
-    ran, other = run_on_two(tmp_path / "run", reward_fn=reward)
+    ran, other = run_on(2, tmp_path / "run", reward_fn=reward)
     assert (ran.status, other.status) == (0, 0), ran.err + other.err
     assert "Continuing from the checkpoint of update 2" in ran.out
-    assert ran.weights() == two.weights()
-    assert_same_run(ran, two)
+    assert_equal_run(ran, two)
 
 
 @pytest.mark.slow
 def test_an_error_in_one_processs_reward_ends_both_with_its_message(tmp_path):
     reward = reward_in_process_one(tmp_path / "rewards", "raise ZeroDivisionError('no such row')")
-    first, second = run_on_two(tmp_path / "run", reward_fn=reward)
+    first, second = run_on(2, tmp_path / "run", reward_fn=reward)
     assert (first.status, second.status) == (1, 1)
     for ran in (first, second):
         assert "Error: process 1 failed: RewardError: reward function 'spread'" in ran.err
@@ -413,20 +437,24 @@ def test_an_error_in_one_processs_reward_ends_both_with_its_message(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_other_within_a_minute_and_with_a_message(tmp_path):
+def test_a_process_that_dies_ends_the_other_within_a_minute_and_the_restart_of_both_is_exact(tmp_path, two):
     body = (
         "Path(__file__).with_name('died').write_text(str(time.time())); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    reward = reward_in_process_one(tmp_path / "rewards", f"import time; {body}")
-    first, second = run_on_two(tmp_path / "run", reward_fn=reward)
+    reward = reward_in_process_one(tmp_path / "rewards", f"import time; {body}", after=2)
+    first, second = run_on(2, tmp_path / "run", reward_fn=reward, save_steps=1)
     assert time.time() - float((tmp_path / "rewards/died").read_text()) < 60
     assert first.status != 0 and second.status == -9
     assert "continues from the newest checkpoint" in first.err or "distributed" in first.err
+    ran, other = run_on(2, tmp_path / "run", reward_fn=reward, save_steps=1)
+    assert (ran.status, other.status) == (0, 0), ran.err + other.err
+    assert re.search("Continuing from the checkpoint of update [12]", ran.out)
+    assert_equal_run(ran, two)
 
 
 @pytest.mark.slow
 def test_bad_input_ends_both_before_anything_compiles(tmp_path):
     """Whichever meets it first says so; the other may be ended before it can."""
-    runs = run_on_two(tmp_path / "run", mesh_data=1, mesh_tensor=2)
+    runs = run_on(2, tmp_path / "run", mesh_data=1, mesh_tensor=2)
     assert all(ran.status != 0 and "Compiling" not in ran.out for ran in runs)
     assert any("mesh_tensor must divide the number of devices of a host, 1, got 2" in ran.err for ran in runs)

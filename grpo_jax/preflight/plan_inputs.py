@@ -19,7 +19,7 @@ from grpo_jax.models import hf
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.rollout.conversation import load_conversation
 from grpo_jax.run.inputs import templated
-from grpo_jax.run.job import read_examples, schemas_of
+from grpo_jax.run.job import encoded, read_examples, schemas_of
 from grpo_jax.run.options import GRPOConfig
 from grpo_jax.tools import load_tools
 from grpo_jax.update.batch import common_prefix
@@ -186,7 +186,7 @@ def data_lengths(config: GRPOConfig, folder: Path | None) -> DataLengths:
     if folder is not None and (folder / "tokenizer.json").exists():
         folder = templated(folder, config.chat_template)
         conversation = load_conversation(folder, chat_template_kwargs=config.chat_template_kwargs)
-        prompts = [conversation.prompt_ids(e.messages, schemas_of(e, toolbox)) for e in examples]
+        prompts = [prompt.ids for prompt in encoded(examples, toolbox, conversation)]
     else:  # about what a template renders: system message, schemas, the other messages
         prompts, per_token = [], CHARACTERS_PER_TOKEN
         for example in examples:

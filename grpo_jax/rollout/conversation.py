@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from grpo_jax.text import replace_lone_surrogates
 from grpo_jax.types import Message, ParsedTurn, Schema, ToolCall
 
 _SENTINEL = "SENTINEL"  # stands for the text of an assistant turn
+_RENDERED = 256  # conversations whose texts are held at once: with 8 tools each is 25 kB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +74,16 @@ class Conversation:
         Raises:
             ValueError: a message's content is not text (templates render that as nothing).
         """
-        for message in messages:
+        return self.prompts_ids([messages], schemas)[0]
+
+    def prompts_ids(self, prompts: Sequence[list[Message]], schemas: list[Schema]) -> list[list[int]]:
+        """`prompt_ids` of each of many prompts that show the same tools, in a fraction of the time."""
+        for message in itertools.chain.from_iterable(prompts):
             if not isinstance(message.get("content") or "", str):
                 kind = type(message["content"]).__name__
                 raise ValueError(f"content of a {message.get('role')} message must be text, got {kind}")
-        return self._encode(*self._render(messages, schemas))
+        parts = (prompts[at : at + _RENDERED] for at in range(0, len(prompts), _RENDERED))
+        return [self._encode(*one) for part in parts for one in self._render_all(part, schemas)]
 
     def response_ids(self, results: list[tuple[str, str]]) -> list[int]:
         """What the template puts between a sampled end-of-turn token and the next sampled token.
@@ -131,30 +138,50 @@ class Conversation:
 
     assistant_message = staticmethod(assistant_message)
 
-    def _render(
+    def _render(self, messages: list[Message], **options: Any) -> tuple[str, dict[str, str]]:
+        """`_render_all` of one conversation without tools."""
+        return self._render_all([messages], [], **options)[0]
+
+    def _render_all(
         self,
-        messages: list[Message],
-        schemas: list[Schema] | None = None,
+        conversations: Sequence[list[Message]],
+        schemas: list[Schema],
         *,
         add_generation_prompt: bool = True,
-    ) -> tuple[str, dict[str, str]]:
-        """The template's text with the contents' control strings hidden, and what each placeholder hides."""
-        data = [_data_of(message) for message in messages]
-        placeholders = self._placeholders(data, schemas)
-        if placeholders:
-            data, schemas = _map_strings([data, schemas], lambda text: _replace(text, placeholders))
-        text = self.tokenizer.apply_chat_template(
-            [{**message, **part} for message, part in zip(messages, data, strict=True)],
-            tools=schemas or None,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **self.template_kwargs,
-        )
-        return text, {placeholder: token for token, placeholder in placeholders.items()}
+    ) -> list[tuple[str, dict[str, str]]]:
+        """The template's texts with the contents' control strings hidden, and what each placeholder hides.
 
-    def _placeholders(self, data: list[Message], schemas: list[Schema] | None) -> dict[str, str]:
-        """For each control token in the strings of both, a private-use character that is not there."""
-        texts = "\0".join([*_strings(data), _strings_of_json(json.dumps(schemas))])
+        Those in which the same is hidden are rendered by one call, which takes the schemas in once.
+        """
+        data = [[_data_of(message) for message in messages] for messages in conversations]
+        known = _strings_of_json(json.dumps(schemas))
+        alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        for i, parts in enumerate(data):
+            alike.setdefault(tuple(self._placeholders(parts, known).items()), []).append(i)
+        rendered: list[tuple[str, dict[str, str]]] = [("", {})] * len(data)
+        for pairs, members in alike.items():
+            placeholders, shown, tools = dict(pairs), [data[i] for i in members], schemas
+            if placeholders:
+                hide = functools.partial(_replace, new=placeholders)
+                shown, tools = _map_strings([shown, tools], hide)
+            texts = self.tokenizer.apply_chat_template(
+                [
+                    [{**message, **part} for message, part in zip(conversations[i], parts, strict=True)]
+                    for i, parts in zip(members, shown, strict=True)
+                ],
+                tools=tools or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.template_kwargs,
+            )
+            hidden = {placeholder: token for token, placeholder in pairs}
+            for i, text in zip(members, texts, strict=True):
+                rendered[i] = text, hidden
+        return rendered
+
+    def _placeholders(self, data: list[Message], known: str) -> dict[str, str]:
+        """For each control token in the strings of a conversation and in `known`, a private-use character not there."""
+        texts = "\0".join([*_strings(data), known])
         unused = (char for char in map(chr, range(0xF0000, 0x10FFFE)) if char not in texts)
         return {token: next(unused) for token in sorted(set(self.control.findall(texts)))}
 

@@ -77,7 +77,9 @@ def run_identity(
             "number": len(rows),
             "order": _digest("".join(rows)),
             "content": _digest("".join(sorted(rows))),
-            "tokens": _digest(json.dumps([list(map(int, p.ids)) for p in prompts])),
+            "tokens": _digest(
+                repr([p.ids for p in prompts])
+            ),  # JSON too, and millions of ids in half the time
         },
         "tools": source_digests(_tools_file(toolbox), toolbox.functions.values()),
         "rewards": {reward.name: _reward_digests(reward) for reward in rewards},

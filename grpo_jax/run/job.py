@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import glob
+import itertools
 import json
 import logging
 import math
+import operator
 import os
 import time
 from collections.abc import Sequence
@@ -187,8 +189,7 @@ class Job:
 
     def prompt(self, example: Example) -> Prompt:
         """An example with its token ids and the schemas of the tools that it shows."""
-        schemas = schemas_of(example, self.toolbox)
-        return Prompt(example, self.conversation.prompt_ids(example.messages, schemas), schemas)
+        return encoded([example], self.toolbox, self.conversation)[0]
 
     @property
     def reward_names(self) -> list[str]:
@@ -264,14 +265,32 @@ class Job:
         return params
 
     def load_trained(self) -> tuple[Params, Frozen | None]:
-        """What updates change and what they only read: all weights and None, or fresh adapters and their base.
+        """What updates change and what they only read: all weights and None, or fresh adapters and their base."""
+        frozen = self.load_frozen()
+        return self.first_weights(frozen), frozen
+
+    def first_weights(self, frozen: Frozen | None) -> Params:
+        """What updates change, as it is before the first."""
+        if frozen is None:
+            return self.load_params()
+        return init_adapters(frozen.base["layers"], frozen.config, self.config.seed)
+
+    def trained_shapes(self, frozen: Frozen | None) -> Params:
+        """The shapes of `first_weights`."""
+        if frozen is not None:
+            return jax.eval_shape(lambda: self.first_weights(frozen))
+        dtype = jnp.dtype(self.config.param_dtype)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(self.model))
+
+    def load_frozen(self) -> Frozen | None:
+        """The base under trained adapters; None when all weights are trained.
 
         Raises:
             ValueError: adapters on a checkpoint, which nothing but this program could name as their base.
         """
         config = self.config
         if not config.use_peft:
-            return self.load_params(), None
+            return None
         if self.checkpoint is not None:
             raise ValueError(
                 f"use_peft starts from a model folder or hub id, got the checkpoint {self.checkpoint}; make it "
@@ -283,14 +302,14 @@ class Job:
                 "model, which a run leaves in model/, next to adapter/"
             )
         lora = lora_config(config)
-        base = self.load_params(dtype=self.dtype)
-        adapters = init_adapters(base["layers"], lora, config.seed)
-        trained, rest = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (adapters, base))
+        frozen = Frozen(self.load_params(dtype=self.dtype), jnp.uint32(config.seed), lora)
+        trees = self.trained_shapes(frozen), frozen.base
+        trained, rest = (sum(x.size for x in jax.tree.leaves(tree)) for tree in trees)
         self.console.line(
             f"LoRA of rank {lora.rank} on {', '.join(lora.modules)}: {trained:,} weights are trained, "
             f"{rest:,} are frozen"
         )
-        return adapters, Frozen(base, jnp.uint32(config.seed), lora)
+        return frozen
 
     def save_model(
         self, trained: Params, frozen: Frozen | None, folder: Path, adapter: Path | None = None
@@ -469,6 +488,17 @@ def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
     return [schema for schema in toolbox.schemas if schema["function"]["name"] in names]
 
 
+def encoded(examples: Sequence[Example], toolbox: Toolbox, conversation: Conversation) -> list[Prompt]:
+    """Examples with their token ids and the schemas of the tools that they show."""
+    prompts = []
+    shown = ((example, schemas_of(example, toolbox)) for example in examples)
+    for schemas, group in itertools.groupby(shown, operator.itemgetter(1)):
+        rows = [example for example, _ in group]
+        ids = conversation.prompts_ids([row.messages for row in rows], schemas)
+        prompts += [Prompt(*one, schemas) for one in zip(rows, ids, strict=True)]
+    return prompts
+
+
 def lora_config(config: GRPOConfig) -> LoraConfig:
     """The adapters that the options describe."""
     # rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / √r: another alpha
@@ -535,7 +565,7 @@ def load_data(job: Job, examples: Sequence[Example]) -> DataSet:
             completion longer than the model's context; a gold call is not usable.
     """
     config, source = job.config, examples[0].source
-    prompts = [job.prompt(example) for example in examples]
+    prompts = encoded(examples, job.toolbox, job.conversation)
     for prompt in prompts:
         if prompt.example.extra.get("tools") is not None:  # a gold call outside of them could never be made
             gold_calls(prompt.example, job.toolbox.functions)

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import jax
+
 from grpo_jax import hosts
 from grpo_jax.models.lora import Frozen, join
 from grpo_jax.models.qwen import Params
@@ -38,6 +40,8 @@ class Learner:
         reference: parameters of the frozen reference; None when beta is 0.
         frozen: the base under trained adapters; None when all weights are trained.
         sizes: numbers of prompts that an update may shrink to.
+        shapes: of the state.
+        fresh: makes the state before the first update, which a run that continues does not need.
     """
 
     step: ModelStep
@@ -47,14 +51,16 @@ class Learner:
     reference: Params | None
     frozen: Frozen | None
     sizes: tuple[int, ...]
+    shapes: TrainState
+    fresh: Callable[[], TrainState]
 
     def params(self, state: TrainState) -> Params:
         """The whole model's parameters."""
         return join(state.params, self.frozen)
 
 
-def make_learner(job: Job, tree: Tree, P: int, updates: int) -> tuple[Learner, TrainState]:
-    """The learner of a job and the state before its first update.
+def make_learner(job: Job, tree: Tree, P: int, updates: int) -> Learner:
+    """The learner of a job.
 
     Args:
         job: the parts.
@@ -67,8 +73,9 @@ def make_learner(job: Job, tree: Tree, P: int, updates: int) -> tuple[Learner, T
     settings = (config.lr_scheduler_type, config.learning_rate, warmup, updates, config.lr_scheduler_kwargs)
     schedule = make_schedule(*settings)
     optimizer = optimizer_of(config, schedule)
-    trained, frozen = job.load_trained()
-    state = init_state(trained, optimizer, job.training)
+    frozen = job.load_frozen()
+    state_of = lambda weights: init_state(weights, optimizer, job.training)  # noqa: E731
+    shapes = jax.eval_shape(state_of, job.trained_shapes(frozen))
     step = ModelStep(job.model, job.training, job.dtype, config.gradient_checkpointing, config.temperature)
     fits = lambda: micro_batches_for(step, tree, P, G)  # noqa: E731
     parts = config.micro_batches or hosts.of_first(fits)  # hosts may differ in memory
@@ -79,7 +86,10 @@ def make_learner(job: Job, tree: Tree, P: int, updates: int) -> tuple[Learner, T
     reference = None
     if config.beta:
         reference = frozen.base if frozen else job.load_params(dtype=job.dtype)
-    update = make_update(step, optimizer, objective, state, frozen)
+    update = make_update(step, optimizer, objective, shapes, frozen)
     sizes = () if objective.needs_all_rows else update_sizes(step, P, G)
     log.debug("Updates of %s prompts", " or ".join(map(str, (P, *sizes))))
-    return Learner(step, schedule, update, make_score(step), reference, frozen, sizes), state
+    return Learner(
+        *(step, schedule, update, make_score(step), reference, frozen, sizes, shapes),
+        fresh=lambda: state_of(job.first_weights(frozen)),
+    )
