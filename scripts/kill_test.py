@@ -22,6 +22,7 @@ import json
 import os
 import random
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -106,8 +107,17 @@ def whole_run(flags: list[str], folder: Path) -> dict[str, list[float]]:
     return took
 
 
-def killed_run(flags: list[str], folder: Path, kill: Kill, seconds: float) -> tuple[int | None, float]:
-    """Start and kill; the exit status (None where the run ended before) and the seconds that the end took."""
+def processor_seconds(pid: int) -> float:
+    """Of a process, without its children."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def killed_run(flags: list[str], folder: Path, kill: Kill, seconds: float) -> tuple[int | None, float, float]:
+    """Start and kill; the exit status (None where the run ended before), and the end's seconds and processor seconds.
+
+    The latter say what the end would take on a machine that does nothing else.
+    """
     process, pipe = start(flags, folder)
     seen = 1 if kill.phase == "start" else 0
     if not seen:
@@ -121,14 +131,18 @@ def killed_run(flags: list[str], folder: Path, kill: Kill, seconds: float) -> tu
     if process.poll() is not None or not seen:
         process.wait()
         os.close(pipe)
-        return None, 0.0
-    began = time.monotonic()
+        return None, 0.0, 0.0
+    began, used = time.monotonic(), processor_seconds(process.pid)
+    others = resource.getrusage(resource.RUSAGE_CHILDREN)
     to = os.killpg if kill.signal == signal.SIGKILL else os.kill
     to(process.pid, kill.signal)
     for _ in phases(pipe, began + 600):
         pass  # a full pipe would hold it up
     os.close(pipe)
-    return process.wait(), time.monotonic() - began
+    status, took = process.wait(), time.monotonic() - began
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = ended.ru_utime + ended.ru_stime - others.ru_utime - others.ru_stime - used
+    return status, took, used
 
 
 def left_over(folder: Path) -> list[str]:
@@ -210,7 +224,7 @@ def main() -> int:
             seconds = (
                 max(took.get(phase, [0.1])) if phase in ONCE else sorted(took[phase])[len(took[phase]) // 2]
             )
-            status, after = killed_run(flags, folder, kill, seconds)
+            status, after, used = killed_run(flags, folder, kill, seconds)
             if status is None:
                 break
             kills += 1
@@ -219,11 +233,14 @@ def main() -> int:
             steps = [int(p.name) for p in folder.glob("checkpoints/*") if p.name.isdigit()]
             print(
                 f"kill {kills} of {options.kills}: {how.name} in {phase} {nth} at {kill.fraction * seconds:.2f} s: "
-                f"status {status}, {after:.1f} s, checkpoints {sorted(steps)}",
+                f"status {status}, {after:.1f} s ({used:.1f} s of a processor), checkpoints {sorted(steps)}",
                 flush=True,
             )
             if how == signal.SIGTERM and (after > GRACE or status != 130) and phase != "start":
-                problems.append(f"kill {kills}: SIGTERM took {after:.1f} s and ended with {status}, not 130")
+                problems.append(
+                    f"kill {kills}: SIGTERM took {after:.1f} s ({used:.1f} s of a processor), status {status}; asked: "
+                    f"{GRACE:.0f} s, 130"
+                )
             if saved and max(map(int, saved)) > max(steps, default=0):
                 problems.append(
                     f"kill {kills}: update {max(map(int, saved))} was saved, now there is {steps}"

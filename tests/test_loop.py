@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
 
-from grpo_jax.rollout.loop import make_policy, roll_out
+from grpo_jax.rollout.loop import Rollout, make_policy, roll_out
 from grpo_jax.rollout.sampler import FIRST_SLOTS, MAX_STEPS
 from grpo_jax.scoring.grounding import trajectory_grounded
 from grpo_jax.tools import Limits, Toolbox, ToolRunner
@@ -602,6 +602,12 @@ def test_progress_is_reported_at_every_return_of_decode(script):
     answered = [fields["tool_turns"] for fields in shown]
     assert answered == sorted(answered) and set(answered) == {0, 1, 2, 3}
     assert all(fields["tokens_per_s"] > 0 for fields in shown)
+
+
+def test_a_run_that_is_to_stop_begins_no_rollout(script):
+    assert roll_out(helpers.tool_loop(script.sampler), None, [None], stop=lambda: True) == Rollout(
+        [], stop=True
+    )
 
 
 def test_without_a_shared_preamble_the_rollout_is_the_same(script):

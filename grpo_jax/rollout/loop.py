@@ -209,11 +209,13 @@ def roll_out(
         seed: of the run.
         on_progress: called at every return of decode with the number of completions that were finished since, and
             as keywords with what to show: completions still running, tokens a second, tool turns so far.
-        stop: whether this host was asked to stop; asked at every return, and ends the rollout early.
+        stop: whether this host was asked to stop; asked first and at every return, and ends the rollout early.
 
     Raises:
         HostError: a tool worker of some host does not start; with one host its RuntimeError.
     """
+    if hosts.agree([stop()]).any():  # before it compiles anything
+        return Rollout([], stop=True)
     G = generations
     filled = [prompts[0] if prompt is None else prompt for prompt in prompts]
     own = list(zip(hosts.share(filled), hosts.share(prompts), strict=True))
