@@ -19,7 +19,7 @@ from grpo_jax.preflight.plan_inputs import DataLengths, read_machine
 from grpo_jax.run.options import GRPOConfig
 
 
-def job_of(mesh, model, lengths, remat, parts) -> memory.Job:
+def step_of(mesh, model, lengths, remat, parts) -> memory.Step:
     (data, fsdp, tensor), (P, G, T0, T1, budget) = mesh, lengths
     kind, *numbers = model.split()
     config = GRPOConfig(
@@ -33,19 +33,20 @@ def job_of(mesh, model, lengths, remat, parts) -> memory.Job:
         mesh_tensor=tensor,
     )
     sizes = ModelConfig(kind, *map(int, numbers), rope_theta=1e4, norm_eps=1e-6, tied=True)
-    return memory.Job(config, sizes, DataLengths(100, T0, T1, True), read_machine(f"cpu-{math.prod(mesh)}"))
+    machine = read_machine(f"cpu-{math.prod(mesh)}")
+    return memory.plan_step(config, sizes, DataLengths(100, T0, T1, True), machine)
 
 
 def main(cases: list[str]) -> None:
     """Compile each case's two programs; nothing runs."""
     for case in cases:
-        job = job_of(*json.loads(case))
-        step, devices = memory.plan_step(job), memory.devices_of(job.machine)
+        step = step_of(*json.loads(case))
+        devices = memory.devices_of(step.machine)
         accelerators = [types.SimpleNamespace(platform="gpu")] * len(devices)
         with mock.patch.object(memory, "compiling_for", lambda _, named=accelerators: compiling_for(named)):
-            compiled = memory.compile_step(job, step, devices)
-        estimate = memory.estimate(job, step)
-        held = memory.step_bytes(job, step, memory.Temporary(0, 0))
+            compiled = memory.compile_step(step, devices)
+        estimate = memory.estimate(step)
+        held = memory.step_bytes(step, memory.Temporary(0, 0))
         before = held.weights + held.moments, held.rollout - held.weights - held.moments
         print(
             json.dumps([[b + x for b, x in zip(before, y, strict=True)] for y in (estimate, compiled)]),

@@ -48,18 +48,57 @@ from grpo_jax.update.update import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What is planned: the options, the model's sizes, the data's lengths and the machine."""
+class Step:
+    """One step of a job, of the sizes that a run on the machine would choose; from `plan_step`.
+
+    Args:
+        config: the options.
+        model: its sizes.
+        data: its lengths.
+        machine: what it is planned for.
+        lengths: padded.
+        sizes: devices along data, fsdp and tensor.
+        micro_batches: of the update.
+    """
 
     config: GRPOConfig
     model: ModelConfig
     data: DataLengths
     machine: Machine
+    lengths: cost.Lengths
+    sizes: tuple[int, int, int]
+    micro_batches: int
 
     @property
     def dtype(self) -> jnp.dtype:
         """Of the computation."""
-        return jnp.dtype(compute_dtype(self.config.dtype, self.machine.is_cpu))
+        return jnp.dtype(compute_dtype(self.config.dtype, self.machine.kind == "cpu"))
+
+    @property
+    def abstract_mesh(self) -> AbstractMesh:
+        """The mesh without its devices."""
+        return AbstractMesh(self.sizes, AXES)
+
+
+def plan_step(config: GRPOConfig, model: ModelConfig, data: DataLengths, machine: Machine) -> Step:
+    """Lengths, mesh and micro-batches as a run would choose them.
+
+    Raises:
+        ValueError: the mesh does not have the machine's devices, or the batch does not split into groups or
+            micro-batches.
+    """
+    axes = config.mesh_data, config.mesh_fsdp, config.mesh_tensor
+    sizes = mesh_sizes(*axes, machine.count, f"the number of the plan's devices, {machine.count}")
+    row_devices = sizes[0] * sizes[1]
+    P, G = config.batch_size(row_devices) // config.num_generations, config.num_generations
+    T0, T1 = bucket(data.preamble, row_devices), bucket(data.rest, row_devices)
+    T2 = completion_bucket(config.max_grpo_completion_length, config.max_grpo_completion_length)
+    step = Step(config, model, data, machine, cost.Lengths(P, G, T0, T1, T2), sizes, config.micro_batches)
+    if not config.micro_batches:
+        settings = (T2 / row_devices, step.dtype.itemsize, config.gradient_checkpointing, machine.taken)
+        step = dataclasses.replace(step, micro_batches=cost.micro_batches(model, P, G, *settings))
+    Split.of(P, G, step.micro_batches)  # raises where they do not split
+    return step
 
 
 class Temporary(NamedTuple):
@@ -67,9 +106,6 @@ class Temporary(NamedTuple):
 
     update: float
     decode: float
-
-
-AS_ESTIMATED = Temporary(1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,35 +146,32 @@ class StepBytes:
         return max(self.update, self.rollout)
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One step of a job: padded lengths, devices along data, fsdp and tensor, and micro-batches."""
-
-    lengths: cost.Lengths
-    sizes: tuple[int, int, int]
-    micro_batches: int
-
-
-def plan_step(job: Job) -> Step:
-    """Lengths, mesh and micro-batches as a run would choose them.
-
-    Raises:
-        ValueError: the mesh does not have the machine's devices, or the batch does not split into groups or
-            micro-batches.
-    """
-    config, data, machine = job.config, job.data, job.machine
-    axes = config.mesh_data, config.mesh_fsdp, config.mesh_tensor
-    sizes = mesh_sizes(*axes, machine.count, f"the number of the plan's devices, {machine.count}")
-    row_devices = sizes[0] * sizes[1]
-    P, G = config.batch_size(row_devices) // config.num_generations, config.num_generations
-    T0, T1 = bucket(data.preamble, row_devices), bucket(data.rest, row_devices)
-    T2 = completion_bucket(config.max_grpo_completion_length, config.max_grpo_completion_length)
-    remat, item = config.gradient_checkpointing, job.dtype.itemsize
-    parts = config.micro_batches or cost.micro_batches(
-        job.model, P, G, T2 / row_devices, item, remat, machine.memory
+def step_bytes(step: Step, temporary: Temporary) -> StepBytes:
+    """Bytes of one step on one device, given what its two programs need while they run."""
+    config, reference, evaluation = step.config, 0, 0.0
+    state, frozen = _state(step, Layout(step.abstract_mesh))
+    if config.beta and frozen is None:
+        shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, step.dtype), state.params)
+        reference = _held(placed(shapes, Layout(step.abstract_mesh).params(shapes)))
+    if config.eval_dataset_id_or_path is not None:  # a prompt a row, taken to be as long as training's
+        rows = dataclasses.replace(step.lengths, P=config.eval_batch_size, G=1)
+        evaluated = dataclasses.replace(step, lengths=rows)
+        evaluation = sum(_rollout_bytes(evaluated)[2:]) + estimate(evaluated).decode
+    rollout_copy, preamble, prompts, own = _rollout_bytes(step)
+    gradients = _held(state.params)
+    return StepBytes(
+        weights=_held(state.params) + _held(frozen),
+        reference=reference,
+        moments=_held(state.opt_state),
+        gradients=gradients,
+        activations=max(temporary.update - gradients, 0),
+        rollout_copy=rollout_copy,
+        preamble_cache=preamble,
+        prompts_cache=prompts,
+        own_cache=own,
+        decode=temporary.decode,
+        evaluation=evaluation,
     )
-    Split.of(P, G, parts)  # raises where they do not split
-    return Step(cost.Lengths(P, G, T0, T1, T2), sizes, parts)
 
 
 # ---- what lies on a device: the shapes and shardings of the real functions -----------------------------
@@ -150,91 +183,60 @@ def _held(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def _state(job: Job, layout: Layout) -> tuple[TrainState, Frozen | None]:
+def _state(step: Step, layout: Layout) -> tuple[TrainState, Frozen | None]:
     """What updates change, and what they only read."""
 
     def cast(dtype):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params)
 
-    config, params = job.config, abstract_params(job.model)
+    config, params = step.config, abstract_params(step.model)
     trained, frozen = cast(config.param_dtype), None
     if config.use_peft:
         lora = lora_config(config)
         trained = jax.eval_shape(lambda: init_adapters(params["layers"], lora, 0))
-        frozen = Frozen(cast(job.dtype), jax.ShapeDtypeStruct((), jnp.uint32), lora)
+        frozen = Frozen(cast(step.dtype), jax.ShapeDtypeStruct((), jnp.uint32), lora)
     moments = jax.eval_shape(optimizer_of(config, optax.constant_schedule(0.0)).init, trained)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, moments)
     return placed(state, state_shardings(layout, state)), placed(frozen, layout.params(frozen))
 
 
-def _sampler(model: ModelConfig, dtype: jnp.dtype, budget: int, mesh: Mesh | AbstractMesh) -> Sampler:
-    layout = Layout(mesh, rollout=True)
-    return make_sampler(model, layout, dtype=dtype, sampling=Sampling(), stop_ids=(0,), budget=budget)
+@functools.cache
+def _rollout(
+    model: ModelConfig, dtype: jnp.dtype, budget: int, x: cost.Lengths, mesh: Mesh | AbstractMesh
+) -> tuple[Sampler, Any, list[tuple], Cache]:
+    """The sampler and what its decode is given: weights, (keys and values, valid) of preamble and prompts, the cache.
 
-
-def _rollout(sampler: Sampler, model: ModelConfig, x: cost.Lengths) -> tuple[Any, tuple, Cache]:
-    """What decode is given: weights, the trunk's (keys and values, valid) of levels with tokens, the rows' own cache.
-
-    The functions are traced without their jits, which name compiler options and may not stand within another.
+    A level without tokens is (). The functions are traced without their jits, which name compiler options and may
+    not stand within another.
     """
 
     def kv(tree, kind):
-        return placed(tree, jax.tree.map(lambda a: sampler.layout.activation(a.shape, kind), tree))
+        return placed(tree, jax.tree.map(lambda a: layout.activation(a.shape, kind), tree))
 
     def prefill(params, trunk, ids, valid):
         return sampler.prefill.__wrapped__(params, trunk, Level(ids, ids, valid, shared=True))
 
+    layout, levels = Layout(mesh, rollout=True), []
+    sampler = make_sampler(model, layout, dtype=dtype, sampling=Sampling(), stop_ids=(0,), budget=budget)
     params = jax.eval_shape(sampler.export.__wrapped__, abstract_params(model))
-    params, trunk = placed(params, sampler.layout.params(params)), ()
-    for n, T in ((n, T) for n, T in ((1, x.T0), (x.P, x.T1)) if T):
+    params = placed(params, layout.params(params))
+    for n, T in ((1, x.T0), (x.P, x.T1)):
         ids, valid = (jax.ShapeDtypeStruct((n, T), kind) for kind in (jnp.int32, bool))
-        trunk = (*trunk, (kv(jax.eval_shape(prefill, params, trunk, ids, valid), "shared_kv"), valid))
+        made = jax.eval_shape(prefill, params, tuple(filter(None, levels)), ids, valid) if T else ()
+        levels.append((kv(made, "shared_kv"), valid) if T else ())
     rows = jax.ShapeDtypeStruct((x.B,), jnp.int32)
     full = functools.partial(sampler.begin.__wrapped__, slots=sampler.budget + 1)
     cache = jax.eval_shape(full, rows, rows)
-    return params, trunk, cache._replace(kv=kv(cache.kv, "rows_kv"))
+    return sampler, params, levels, cache._replace(kv=kv(cache.kv, "rows_kv"))
 
 
-@functools.cache
-def _rollout_bytes(
-    model: ModelConfig, dtype: jnp.dtype, budget: int, x: cost.Lengths, sizes: tuple[int, int, int]
-) -> tuple[int, ...]:
+def _rollout_bytes(step: Step) -> tuple[int, ...]:
     """Weights, then keys and values of the preamble, the prompts and the rows: one layer's, times the layers."""
-    one = dataclasses.replace(model, L=1)
-    sampler = _sampler(one, dtype, budget, AbstractMesh(sizes, AXES))
-    params, trunk, cache = _rollout(sampler, one, x)
-    weights, levels = _held(params) + (model.L - 1) * _held(params["layers"]), iter(trunk)
-    preamble, prompts = (next(levels)[0] if T else () for T in (x.T0, x.T1))
-    return weights, *(model.L * _held(kv) for kv in (preamble, prompts, cache.kv))
-
-
-def step_bytes(job: Job, step: Step, temporary: Temporary) -> StepBytes:
-    """Bytes of one step on one device, given what its two programs need while they run."""
-    mesh, config, reference, evaluation = AbstractMesh(step.sizes, AXES), job.config, 0, 0
-    rollout = job.model, job.dtype, config.max_grpo_completion_length
-    state, frozen = _state(job, Layout(mesh))
-    if config.beta and frozen is None:
-        shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, job.dtype), state.params)
-        reference = _held(placed(shapes, Layout(mesh).params(shapes)))
-    if config.eval_dataset_id_or_path is not None:  # a prompt a row, taken to be as long as training's
-        rows = dataclasses.replace(step.lengths, P=config.eval_batch_size, G=1)
-        evaluation = sum(_rollout_bytes(*rollout, rows, step.sizes)[2:])
-        evaluation += estimate(job, dataclasses.replace(step, lengths=rows)).decode
-    copy, preamble, prompts, own = _rollout_bytes(*rollout, step.lengths, step.sizes)
-    gradients = _held(state.params)
-    return StepBytes(
-        weights=_held(state.params) + _held(frozen),
-        reference=reference,
-        moments=_held(state.opt_state),
-        gradients=gradients,
-        activations=max(temporary.update - gradients, 0),
-        rollout_copy=copy,
-        preamble_cache=preamble,
-        prompts_cache=prompts,
-        own_cache=own,
-        decode=temporary.decode,
-        evaluation=evaluation,
-    )
+    L, budget = step.model.L, step.config.max_grpo_completion_length
+    one = dataclasses.replace(step.model, L=1)
+    _, params, levels, cache = _rollout(one, step.dtype, budget, step.lengths, step.abstract_mesh)
+    weights = _held(params) + (L - 1) * _held(params["layers"])
+    return weights, *(L * _held(kv) for kv in (*(level[:1] for level in levels), cache.kv))
 
 
 # ---- what the programs need while they run: compiled, or estimated -------------------------------------
@@ -253,22 +255,17 @@ def devices_of(machine: Machine) -> Sequence[jax.Device]:
     return ()
 
 
-def compile_step(job: Job, step: Step, devices: Sequence[jax.Device]) -> Temporary:
+def compile_step(step: Step, devices: Sequence[jax.Device]) -> Temporary:
     """What the update and decode need according to XLA, compiled for the devices; nothing runs.
 
     Decode's layers are unrolled: of a deep model those of two and four layers are compiled, the rest is linear.
     """
-    mesh = mesh_of(devices, step.sizes)
-
-    def decode(L: int) -> float:
-        few = dataclasses.replace(job, model=dataclasses.replace(job.model, L=L))
-        return temporary_bytes(lower_decode(few, step, mesh))
-
+    mesh, L = mesh_of(devices, step.sizes), step.model.L
     with compiling_for(devices):
-        update, L = temporary_bytes(lower_update(job, step, mesh)), job.model.L
+        update = temporary_bytes(lower_update(step, mesh))
         if L <= 4:
-            return Temporary(update, decode(L))
-        two, four = decode(2), decode(4)
+            return Temporary(update, temporary_bytes(lower_decode(step, mesh, L)))
+        two, four = (temporary_bytes(lower_decode(step, mesh, few)) for few in (2, 4))
         return Temporary(update, four + (four - two) / 2 * (L - 4))
 
 
@@ -283,18 +280,18 @@ def temporary_bytes(lowered: jax.stages.Lowered) -> float:
         return float(needed[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[needed[2]]
 
 
-def lower_decode(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
-    """A decode to the end of a turn, for shapes."""
-    sampler = _sampler(job.model, job.dtype, job.config.max_grpo_completion_length, mesh)
-    params, trunk, cache = _rollout(sampler, job.model, step.lengths)
+def lower_decode(step: Step, mesh: Mesh, L: int) -> jax.stages.Lowered:
+    """A decode to the end of a turn with so many layers, for shapes."""
+    model, budget = dataclasses.replace(step.model, L=L), step.config.max_grpo_completion_length
+    sampler, params, levels, cache = _rollout(model, step.dtype, budget, step.lengths, mesh)
     rows = jax.ShapeDtypeStruct((step.lengths.B,), jnp.int32)
     keys = jax.ShapeDtypeStruct((*rows.shape, 2), jnp.uint32)
-    return sampler.decode.lower(params, trunk, cache, keys, rows)
+    return sampler.decode.lower(params, tuple(filter(None, levels)), cache, keys, rows)
 
 
-def lower_update(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
+def lower_update(step: Step, mesh: Mesh) -> jax.stages.Lowered:
     """An update of rows that use their whole budget, for shapes."""
-    config, x, layout = job.config, step.lengths, Layout(mesh)
+    config, x, layout = step.config, step.lengths, Layout(mesh)
     tree = Tree((0,) * x.T0, x.T0, x.T1, config.max_grpo_completion_length)
     n, prompt = tree.budget, Prompt(Example([], ""), [0] * (x.T0 + x.T1 + 1), [])
     row = Trajectory(prompt, [0] * n, [True] * n, [0.0] * n, status=Status.ANSWERED, advantage=1.0)
@@ -302,16 +299,16 @@ def lower_update(job: Job, step: Step, mesh: Mesh) -> jax.stages.Lowered:
     more = {"ref_logprobs": config.beta > 0, "old_logprobs": config.num_iterations > 1}
     logprobs = batch.completions.sampler_logprobs
     batch = batch.with_logprobs(**{name: logprobs for name, has in more.items() if has})
-    objective = grpo_objective(config)
-    state, frozen = _state(job, layout)
+    state, frozen = _state(step, layout)
     run = ModelStep(
-        job.model, layout, job.dtype, config.gradient_checkpointing, config.temperature, step.micro_batches
+        step.model, layout, step.dtype, config.gradient_checkpointing, config.temperature, step.micro_batches
     )
-    update = make_update(run, optimizer_of(config, optax.constant_schedule(0.0)), objective, state, frozen)
+    optimizer = optimizer_of(config, optax.constant_schedule(0.0))
+    update = make_update(run, optimizer, grpo_objective(config), state, frozen)
     return update.lower(state, placed(batch, batch_shardings(layout, batch)))
 
 
-def estimate(job: Job, step: Step) -> Temporary:
+def estimate(step: Step) -> Temporary:
     """About what XLA takes on an accelerator: tests/test_plan.py compares with its buffers, within 15 %.
 
     Update: gradients, of micro-batches also their sum; activations as `cost` has them, with three arrays of scores
@@ -320,9 +317,15 @@ def estimate(job: Job, step: Step) -> Temporary:
     cotangents, on several devices what each needs whole. Decode: three arrays of logits; on several devices the
     caches of a layer are laid out anew.
     """
-    model, x, parts, item = job.model, step.lengths, step.micro_batches, job.dtype.itemsize
-    (data, fsdp, tensor), remat = step.sizes, job.config.gradient_checkpointing
-    row_devices, training = data * fsdp, Layout(AbstractMesh(step.sizes, AXES))
+    config, model, x, parts, item = (
+        step.config,
+        step.model,
+        step.lengths,
+        step.micro_batches,
+        step.dtype.itemsize,
+    )
+    (data, fsdp, tensor), remat = step.sizes, config.gradient_checkpointing
+    row_devices, training = data * fsdp, Layout(step.abstract_mesh)
     alone = row_devices * tensor == 1
     shared, rows = (x.T0 + x.P * x.T1) / row_devices, x.B * x.T2 / row_devices / parts
 
@@ -344,12 +347,12 @@ def estimate(job: Job, step: Step) -> Temporary:
             (shards, width, positions)
         )
     )
-    cast = not job.config.use_peft and job.dtype != jnp.dtype(job.config.param_dtype)
+    cast = not config.use_peft and step.dtype != jnp.dtype(config.param_dtype)
     head = (2 if shards * width == model.V else 3) * logits + (
         1 + cast + padded
     ) * item * model.V * model.D / shards
 
-    gradients = _held(_state(job, training)[0].params) * (1 if parts == 1 else 2)
+    gradients = _held(_state(step, training)[0].params) * (1 if parts == 1 else 2)
     kept = cost.kept_bytes(model, item, remat, tensor) * (shared + rows)
     kept += 2 * 2 * model.L * keys if parts > 1 else 0
     decode = 3 * 4 * x.B * model.V / data / (fsdp * tensor if model.V % (fsdp * tensor) == 0 else 1)

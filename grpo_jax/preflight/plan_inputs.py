@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,65 +27,56 @@ CHARACTERS_PER_TOKEN = 3.5  # of English and JSON under Qwen's tokenizer, about
 CPU_CORE_FLOPS, CPU_BYTES = 32e9, 20e9  # float32 with AVX2, one socket's memory
 
 
-class Device(NamedTuple):
-    """Published figures of one device: memory in bytes, bfloat16 matmul FLOP/s, bytes/s."""
-
-    memory: float
-    flops: float
-    bytes: float
-
-
+# published figures of one device: bytes of memory, bfloat16 matmul FLOP/s, bytes/s
 DEVICES = {
-    "v4": Device(32 * 2**30, 275e12, 1228e9),
-    "v5e": Device(16 * 2**30, 197e12, 819e9),
-    "v5p": Device(95 * 2**30, 459e12, 2765e9),
-    "v6e": Device(32 * 2**30, 918e12, 1640e9),
-    "h100": Device(80e9, 989e12, 3350e9),
-    "h200": Device(141e9, 989e12, 4800e9),
+    "v4": (32 * 2**30, 275e12, 1228e9),
+    "v5e": (16 * 2**30, 197e12, 819e9),
+    "v5p": (95 * 2**30, 459e12, 2765e9),
+    "v6e": (32 * 2**30, 918e12, 1640e9),
+    "h100": (80e9, 989e12, 3350e9),
+    "h200": (141e9, 989e12, 4800e9),
 }
+GPUS = ("h100", "h200")
 CORES_A_DEVICE = {"v4": 2, "v5p": 2}  # these names count cores, of which jax sees two as one device
 GPU_SHARE = "XLA_CLIENT_MEM_FRACTION"  # jax reads it, and an older name of it
-_UNITS = {"": 1, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {"": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 class Machine(NamedTuple):
-    """The devices of a plan: the name asked for, figures of a device, and how many there are, as jax sees them.
+    """The devices of a plan, as jax sees them.
 
-    FLOP/s and bytes/s are None where only the memory was given.
+    Args:
+        name: as asked for.
+        count: of devices.
+        memory: bytes of one.
+        flops: that one does a second, None where only the memory was given.
+        bytes: that one moves a second, None likewise.
     """
 
     name: str
-    device: Device
     count: int
+    memory: float
+    flops: float | None = None
+    bytes: float | None = None
 
     @property
     def kind(self) -> str:
-        """A name in `DEVICES`, "cpu" for this computer's own processor, or none of these."""
+        """A name in `DEVICES`, "cpu" for this computer's own processor, or neither."""
         return self.name.split("-")[0]
 
     @property
-    def is_cpu(self) -> bool:
-        """Whether programs are made for a CPU."""
-        return self.kind == "cpu"
-
-    @property
-    def is_gpu(self) -> bool:
-        """Whether it is an NVIDIA card."""
-        return self.kind in ("h100", "h200")
-
-    @property
-    def memory(self) -> float:
+    def taken(self) -> float:
         """Bytes of a device that jax takes: of a GPU the share that the environment asks for, or 75 %."""
-        return self.device.memory * (gpu_share() if self.is_gpu else 1)
+        return self.memory * (gpu_share() if self.kind in GPUS else 1)
 
 
-def gpu_share(environ: Mapping[str, str] = os.environ) -> float:
+def gpu_share() -> float:
     """What jax takes of a GPU's memory at its start, as a share of it.
 
     Raises:
         ValueError: the variable is no share.
     """
-    text = environ.get(GPU_SHARE) or environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
+    text = os.environ.get(GPU_SHARE) or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or "0.75"
     if not re.fullmatch(r"0?\.\d+|1(\.0*)?", text):
         raise ValueError(f"{GPU_SHARE} must be a share of the memory in (0, 1], got {text!r}")
     return float(text)
@@ -98,20 +88,18 @@ def read_machine(text: str) -> Machine:
     Raises:
         ValueError: it is none of these; lists the known machines.
     """
-    plain = text.strip()
-    if match := re.fullmatch(r"([\d.]+(?:e\d+)?)\s*([KMGT]?i?B)?\s*[x×*]\s*(\d+)", plain, re.IGNORECASE):
-        number, unit, count = match[1], (match[2] or "").upper(), int(match[3])
-        if unit in _UNITS and count and re.fullmatch(r"\d+(\.\d+)?(e\d+)?", number.lower()):
-            return Machine(text, Device(float(number) * _UNITS[unit], None, None), count)
-    if match := re.fullmatch(r"([a-z]\w*?)(?:-(\d+))?", plain.lower()):
-        kind, count = match[1], int(match[2] or CORES_A_DEVICE.get(match[1], 1))
-        cores = CORES_A_DEVICE.get(kind, 1)
-        if kind == "cpu" and count:
+    plain = text.strip().lower()
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([mgt]i?b|)\s*[x×*]\s*([1-9]\d*)", plain):
+        return Machine(text, int(match[3]), float(match[1]) * _UNITS[match[2]])
+    if match := re.fullmatch(r"([a-z]\w*)(?:-([1-9]\d*))?", plain):
+        cores = CORES_A_DEVICE.get(match[1], 1)
+        count = int(match[2] or cores)
+        if match[1] == "cpu":
             memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            shares = memory, CPU_CORE_FLOPS * (os.cpu_count() or 1), CPU_BYTES
-            return Machine(plain.lower(), Device(*(share / count for share in shares)), count)
-        if kind in DEVICES and count and count % cores == 0:
-            return Machine(plain.lower(), DEVICES[kind], count // cores)
+            whole = (memory, CPU_CORE_FLOPS * (os.cpu_count() or 1), CPU_BYTES)
+            return Machine(plain, count, *(figure / count for figure in whole))
+        if match[1] in DEVICES and count % cores == 0:
+            return Machine(plain, count // cores, *DEVICES[match[1]])
     raise ValueError(
         f"plan must be one of {', '.join(DEVICES)} or cpu, with -N for more (v5e-8; v4 and v5p count two cores a "
         f"device, v5p-64 is 32 devices), or BYTES x DEVICES as '80GB x 8', got {text!r}"
