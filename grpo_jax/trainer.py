@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from grpo_jax import hosts
-from grpo_jax.data.batches import Cursor, Steps, choose_groups, cursor_after, next_batch
+from grpo_jax.data.batches import Steps, choose_groups, cursor_after, next_batch
 from grpo_jax.data.rows import read_prompt
 from grpo_jax.files import plain
 from grpo_jax.models.qwen import Params
@@ -32,7 +32,6 @@ from grpo_jax.run.checkpoint import (
     Stopped,
     StopSignal,
     find_start,
-    machine_meta,
 )
 from grpo_jax.run.cold_start import cold_start_rows, fine_tune
 from grpo_jax.run.compiling import watch_compiles
@@ -40,14 +39,11 @@ from grpo_jax.run.config import write_resolved
 from grpo_jax.run.console import Console, note_dependencies, setup_logging
 from grpo_jax.run.evaluation import compare, evaluate
 from grpo_jax.run.fields import DEFAULT_TOOLS
-from grpo_jax.run.identity import adapters_meta, run_identity
 from grpo_jax.run.inputs import check_compared_figure, check_gold_calls
 from grpo_jax.run.job import (
-    DataSet,
     Job,
     credit_of,
     load_data,
-    lora_config,
     open_job,
     read_inputs,
     steps_of,
@@ -57,9 +53,9 @@ from grpo_jax.run.lock import run_lock, start_over
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
 from grpo_jax.run.options import GRPOConfig, compares_evaluations
-from grpo_jax.run.progress import Progress, Saver
+from grpo_jax.run.progress import EVENTS, Due, Progress, Saver, fresh_meta, print_steps, print_update
 from grpo_jax.run.remote import open_remote
-from grpo_jax.run.report import write_report
+from grpo_jax.run.report import write_missing_report, write_report
 from grpo_jax.run.stopping import Best
 from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
 from grpo_jax.scoring.evaluation import is_exact
@@ -192,7 +188,7 @@ class GRPOTrainer:
                 f"{'--early_stop_patience' if 'stopped_early' in summary else '--max_steps or --num_train_epochs'} "
                 "continues it, --overwrite_output_dir starts over, another --output_dir keeps both."
             )
-            hosts.of_first(lambda: _report_once(out))
+            hosts.of_first(lambda: write_missing_report(out))
             self.job = dataclasses.replace(job, folder=out / "model", checkpoint=None, adapter=None)
             return TrainResult(start.finished, True, summary)
         for name in ("after", "stopped_early"):
@@ -214,9 +210,13 @@ class GRPOTrainer:
         """See `find_start`; a damaged newest checkpoint is set aside."""
         config, line = self.job.config, self.job.console.line
         wanted, allowed = config.resume_from_checkpoint, config.allow_config_change
+        source, name = self._shown(self.job.folder.absolute()), self.job.model_name
+        if config.cold_start:
+            source = name = self._shown((self.output_dir / "cold_start").absolute())
+        fresh = fresh_meta(self.job, self.data.prompts, self.steps, source, name)
         while True:
             try:
-                start = find_start(checkpoints, wanted, summary, self._fresh_meta(), allowed)
+                start = find_start(checkpoints, wanted, summary, fresh, allowed)
             except DamagedCheckpoint as error:
                 line(checkpoints.set_aside(error))
                 continue
@@ -285,14 +285,9 @@ class GRPOTrainer:
         progress = Progress.from_meta(meta, config.early_stop_metric, checkpoints.steps(), rated)
         checkpoints.keep_best(progress.best.step)
         first_calls = FirstCalls(batches=min(3, steps.batches))
-        per_epoch = steps.batches_per_epoch * per_batch
-        every = {of: config.interval(of, steps.updates, per_epoch) for of in ("eval", "save", "logging")}
-
-        def due(event: str) -> bool:
-            """Whether this batch reached a multiple of the interval; several updates per batch may step over it."""
-            n = every[event]
-            return n is not None and step // n > (step - per_batch) // n
-
+        due = Due(
+            {of: config.interval(of, steps.updates, steps.updates_per_epoch) for of in EVENTS}, per_batch
+        )
         with records, job.console.progress("GRPO", steps.batches) as bar:
             bar.advance(first // per_batch)
             if unevaluated is not None:
@@ -356,7 +351,9 @@ class GRPOTrainer:
                 record["step_time"] = time.perf_counter() - began
                 records.write_rollouts(step, trajectories, names, groups.outcome.extras)
                 last = step >= steps.updates  # evaluated here only where it is compared with earlier ones
-                if self.evaluation is not None and (compares_evaluations(config) if last else due("eval")):
+                if self.evaluation is not None and (
+                    compares_evaluations(config) if last else due("eval", step)
+                ):
                     record, progress = self._evaluated_record(record, progress, saver, stop)
                 done = last or progress.best.ends(config.early_stop_patience)
                 records.write_metrics(step, record)
@@ -365,15 +362,15 @@ class GRPOTrainer:
                     line(hint)
                 if record["skipped"]:
                     line(f"Warning: update {step} was skipped: its loss or gradient is not finite")
-                if due("logging") or step == per_batch or done:
-                    _print_update(job, steps, step, record, trajectories)
+                if due("logging", step) or step == per_batch or done:
+                    print_update(job, steps, step, record, trajectories)
 
                 # Save and stop when due. Several hosts stop in the same rollout.
                 saver.tried(checkpoints.check)
                 checkpoints.keep_best(progress.best.step)
                 if done and config.save_strategy != "no":
                     saver.save(state, progress)
-                elif due("save") or step == progress.best.step:
+                elif due("save", step) or step == progress.best.step:
                     saver.tried(saver.save, state, progress)
                 if stop.requested and hosts.alone() and not done:
                     raise saver.stopped(state, progress)
@@ -560,26 +557,6 @@ class GRPOTrainer:
         name = self._shown(folder.absolute())
         return dataclasses.replace(job, folder=folder, checkpoint=None, adapter=None, model_name=name)
 
-    def _fresh_meta(self) -> dict[str, Any]:
-        """What a checkpoint of a run that starts from its model says; see `find_start`."""
-        job, config, steps = self.job, self.job.config, self.steps
-        source, name = self._shown(job.folder.absolute()), job.model_name
-        if config.cold_start:
-            source = name = self._shown((self.output_dir / "cold_start").absolute())
-        numbers = {"seed": config.seed, "prompts": steps.P, "num_generations": steps.G}
-        numbers |= {"num_iterations": steps.updates_per_batch, "updates": steps.updates}
-        meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": str(source)} | machine_meta()
-        # adapters are float32 always
-        meta["param_dtype"] = "float32" if config.use_peft else config.param_dtype
-        if config.use_peft:
-            meta |= adapters_meta(lora_config(config), name, job.dtype)
-        options = dataclasses.asdict(config)
-        prompts, toolbox = self.data.prompts, job.toolbox
-        meta["run"] = run_identity(
-            prompts, toolbox, job.rewards, numbers, str(job.adapter or source), options
-        )
-        return meta
-
     def _publish(self) -> None:
         """Bring an output_dir that is a URL up to date; before anything is called saved."""
         if self.remote is not None:
@@ -641,44 +618,3 @@ def with_advantages(job: Job, trajectories: Sequence[Trajectory], outcome: Rewar
 def groups_that_act(trajectories: Sequence[Trajectory], G: int) -> list[bool]:
     """For each group of G whether some completion of it has an advantage."""
     return [any(t.acts for t in trajectories[i : i + G]) for i in range(0, len(trajectories), G)]
-
-
-def _report_once(out: Path) -> None:
-    """Write the report of a finished run that was killed before it did."""
-    report, summary = out / "report.html", out / "summary.json"
-    late = not report.exists() or report.stat().st_mtime_ns < summary.stat().st_mtime_ns
-    if late and (out / "metrics.jsonl").exists():
-        write_report(out)
-
-
-def print_steps(console: Console, steps: Steps, data: DataSet) -> None:
-    """The shapes of a batch and how many there are."""
-    tree = data.tree
-    rest = max(len(tree.rest(p.ids)) for p in data.prompts) + 1
-    console.line(
-        f"Prefix tree: preamble {len(tree.preamble)} tokens once, {steps.P} prompts of up to {rest} tokens, "
-        f"{steps.P} × {steps.G} completions of up to {tree.budget} tokens"
-    )
-    dropped = len(data.prompts) - steps.P * steps.batches_per_epoch
-    console.line(
-        f"{len(data.prompts)} rows, {steps.batches_per_epoch} batches an epoch"
-        + (f" ({dropped} rows of each epoch's end are left out)" if dropped else "")
-        + f", {steps.updates} updates in all"
-    )
-
-
-def _print_update(
-    job: Job, steps: Steps, step: int, record: dict[str, Any], trajectories: Sequence[Trajectory]
-) -> None:
-    sampled = ""
-    if job.config.dynamic_sampling:
-        sampled = (
-            f", {record['rollout/rounds']} rollouts, {record['rollout/wasted_groups']:.0%} of groups wasted"
-        )
-    job.console.line(
-        f"update {step}/{steps.updates}: reward {record['reward']:.3f} ± {record['reward_std']:.3f}, "
-        f"length {record['completions/mean_length']:.1f}, loss {record['loss']:+.4f}, "
-        f"entropy {record['entropy']:.3f}, {record['step_time']:.2f} s{sampled}"
-    )
-    if job.config.log_completions:
-        job.console.samples(trajectories, [t.prompt.example.answer for t in trajectories])

@@ -116,6 +116,11 @@ class Steps:
         """Optimizer steps of the whole run."""
         return self.batches * self.updates_per_batch
 
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps of a pass over the data."""
+        return self.batches_per_epoch * self.updates_per_batch
+
 
 def count_steps(
     rows: int, *, P: int, G: int, epochs: float, max_updates: int = -1, updates_per_batch: int = 1

@@ -20,13 +20,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from grpo_jax import hosts
 from grpo_jax.models.qwen import Level, Params
 from grpo_jax.rollout.conversation import Conversation
 from grpo_jax.rollout.drafts import known_texts, pays
-from grpo_jax.rollout.sampler import Sampler, Trunk
+from grpo_jax.rollout.sampler import Cache, Sampler, Trunk, Turn
 from grpo_jax.rollout.sampling import row_keys
 from grpo_jax.tools import ToolRunner
 from grpo_jax.types import PARSER_NAME, Outcome, Prompt, Status, ToolCall, ToolResult, Trajectory
@@ -220,78 +221,134 @@ def roll_out(
     filled = [prompts[0] if prompt is None else prompt for prompt in prompts]
     own = list(zip(hosts.share(filled), hosts.share(prompts), strict=True))
     flights = [_Flight(Trajectory(prompt), given is not None) for prompt, given in own for _ in range(G)]
-    put = loop.sampler.layout.put_rows
-    of_prompts = _prefill(
-        loop.sampler, policy.params, policy.preamble, prompts_level(loop.tree, [p.ids for p in filled])
-    )
-    trunk = policy.preamble + of_prompts
     draws = np.repeat([-1 if given is None else prompt.draw for prompt, given in own], G)
-    keys = put(row_keys(seed, draws, np.tile(np.arange(G), len(own))))
-    cache = loop.sampler.begin(
-        put(np.array([f.trajectory.prompt.ids[-1] for f in flights], np.int32)),
-        put(np.array([len(f.trajectory.prompt.ids) - 1 for f in flights], np.int32)),
-    )
+    keys = row_keys(seed, draws, np.tile(np.arange(G), len(own)))
+    level = prompts_level(loop.tree, [prompt.ids for prompt in filled])
+    decoder = _begin(loop, policy, level, [prompt for prompt, _ in own], keys)
     loop.runner.start_step([f.trajectory.prompt.example.columns for f in flights])
-    work, drafted, steps, turns, failure = Work(), Work(), 0, 0, hosts.Failure()
-    began, step_seconds = time.perf_counter(), list[float]()
-    known = None  # what drafts may be copied from, of all rows; made where drafts pay
+    began, turns, failure = time.perf_counter(), 0, hosts.Failure()
     now = _Agreed(speaking=sum(prompt is not None for prompt in prompts) * G)
 
     while now.running and not now.stopped:
         before, due = now.running, math.inf  # where nobody speaks, all results are waited for
         if now.speaking:
             left = np.array([loop.left(f) for f in flights], np.int32)
-            stop_at = now.speaking - max(1, now.speaking // RETURN_AT)
-            rows = loop.sampler.rows_for(now.speaking, cache, trunk)
-            drafting = (
-                loop.drafts and loop.sampler.draftable(now.held) and pays(rows, drafted.tokens_per_pass)
-            )
-            if drafting:
-                if known is None:
-                    width = loop.tree.T0 + loop.tree.T1 + 1
-                    texts = known_texts(loop.conversation, [prompt for prompt, _ in own], width)
-                    known = put(np.repeat(texts, G, 0))
-                cache = cache._replace(known=known)
-            cache = loop.sampler.fit(cache, now.held + 1 + cache.drafted)
-            rows = loop.sampler.rows_for(now.speaking, cache, trunk)
-            decoding = time.perf_counter()
-            cache, turn = loop.sampler.decode(
-                policy.params, trunk, cache, keys, put(left), np.int32(stop_at), rows=rows
-            )
-            turn = loop.sampler.layout.get_rows(turn)
-            taken = int(turn.row_steps) // rows
-            step_seconds.append((time.perf_counter() - decoding) / taken)
-            done = Work(int(turn.row_steps), int(turn.live_steps), int(turn.sampled))
-            if drafting:
-                drafted += done
-                known, cache = cache.known, cache._replace(known=cache.known[:, :0])
-            work, steps = work + done, steps + taken
-            due = steps
+            turn = decoder.decode(left, now)
+            due = decoder.steps
             for i in np.flatnonzero(left).tolist():
                 n = turn.count[i]
                 flights[i].append(turn.tokens[i, :n].tolist(), turn.logprobs[i, :n].tolist())
                 if turn.stopped[i] or n == left[i]:
                     with failure:
-                        _end_turn(loop, flights[i], i, turn.stopped[i], steps)
+                        _end_turn(loop, flights[i], i, turn.stopped[i], due)
         responses: list[list[int]] = [[] for _ in flights]
         with failure:
             responses = [_respond(loop, f) if f.waiting and f.due <= due else [] for f in flights]
         now, turns = _agree(flights, responses, failure, stop()), turns + now.fed
         if now.fed and not now.stopped:
-            cache = loop.sampler.fit(cache, now.held + 1)
-            fed = map(put, _pending_and_responses(flights, responses, now.longest))
-            rows = loop.sampler.rows_fed(cache, trunk)
-            cache = loop.sampler.append(policy.params, trunk, cache, *fed, rows=rows)
-        speed = work.sampled / (time.perf_counter() - began)
+            decoder.feed(_pending_and_responses(flights, responses, now.longest), now)
+        speed = decoder.work.sampled / (time.perf_counter() - began)
         on_progress(before - now.running, running=now.running, tokens_per_s=speed, tool_turns=turns)
 
     def found() -> tuple[list[Trajectory], float]:
         """What this host sampled, without what fills up, and its time of a step."""
         finished = [f.trajectory for f in flights if f.trajectory.status is not None]
-        return finished, statistics.median(step_seconds or [0.0])
+        return finished, statistics.median(decoder.step_seconds or [0.0])
 
     trajectories, seconds = zip(*hosts.gather(found), strict=True)
-    return Rollout([t for of_host in trajectories for t in of_host], work, max(seconds), now.stopped)
+    return Rollout([t for of_host in trajectories for t in of_host], decoder.work, max(seconds), now.stopped)
+
+
+@dataclasses.dataclass
+class _Decoder:
+    """The part of a rollout that runs on the devices, and what was measured of it.
+
+    Args:
+        loop: its sampler.
+        params: rollout weights.
+        trunk: keys and values of preamble and prompts.
+        cache: those of the rows.
+        keys: of the rows' randomness.
+        prompts: of this host's groups.
+        known: what drafts may be copied from, of all rows; made where drafts pay.
+        work: of all passes.
+        drafted: of those with drafts.
+        steps: passes so far.
+        step_seconds: of a pass, one at each return.
+    """
+
+    loop: ToolLoop
+    params: Params
+    trunk: Trunk
+    cache: Cache
+    keys: jax.Array
+    prompts: Sequence[Prompt]
+    known: jax.Array | None = None
+    work: Work = Work()
+    drafted: Work = Work()
+    steps: int = 0
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def decode(self, left: np.ndarray, now: _Agreed) -> Turn:
+        """Decode until enough of the completions that speak have ended their turn; this host's rows of it.
+
+        Args:
+            left: [b] tokens that each row may still sample.
+        """
+        sampler, trunk = self.loop.sampler, self.trunk
+        put = sampler.layout.put_rows
+        stop_at = now.speaking - max(1, now.speaking // RETURN_AT)
+        rows = sampler.rows_for(now.speaking, self.cache, trunk)
+        drafting = (
+            self.loop.drafts and sampler.draftable(now.held) and pays(rows, self.drafted.tokens_per_pass)
+        )
+        if drafting:
+            if self.known is None:
+                width = self.loop.tree.T0 + self.loop.tree.T1 + 1
+                texts = known_texts(self.loop.conversation, self.prompts, width)
+                self.known = put(np.repeat(texts, len(left) // len(self.prompts), 0))
+            self.cache = self.cache._replace(known=self.known)
+        self.cache = sampler.fit(self.cache, now.held + 1 + self.cache.drafted)
+        rows = sampler.rows_for(now.speaking, self.cache, trunk)
+        began = time.perf_counter()
+        self.cache, turn = sampler.decode(
+            self.params, trunk, self.cache, self.keys, put(left), np.int32(stop_at), rows=rows
+        )
+        turn = sampler.layout.get_rows(turn)
+        done = Work(int(turn.row_steps), int(turn.live_steps), int(turn.sampled))
+        steps = done.row_steps // rows
+        self.step_seconds.append((time.perf_counter() - began) / steps)
+        self.work, self.steps = self.work + done, self.steps + steps
+        if drafting:
+            self.drafted += done
+            self.known, self.cache = self.cache.known, self.cache._replace(known=self.cache.known[:, :0])
+        return turn
+
+    def feed(self, fed: tuple[np.ndarray, ...], now: _Agreed) -> None:
+        """Feed what `_pending_and_responses` returned."""
+        sampler = self.loop.sampler
+        self.cache = sampler.fit(self.cache, now.held + 1)
+        fed = tuple(map(sampler.layout.put_rows, fed))
+        rows = sampler.rows_fed(self.cache, self.trunk)
+        self.cache = sampler.append(self.params, self.trunk, self.cache, *fed, rows=rows)
+
+
+def _begin(
+    loop: ToolLoop, policy: Policy, level: Level, prompts: Sequence[Prompt], keys: np.ndarray
+) -> _Decoder:
+    """Prefill the prompts and begin the rows.
+
+    Args:
+        level: the prompts of all hosts.
+        prompts: of this host's groups.
+        keys: of the randomness of its rows.
+    """
+    sampler, put = loop.sampler, loop.sampler.layout.put_rows
+    trunk = policy.preamble + _prefill(sampler, policy.params, policy.preamble, level)
+    pending = np.array([[prompt.ids[-1], len(prompt.ids) - 1] for prompt in prompts], np.int32)
+    token, position = np.repeat(pending, len(keys) // len(prompts), 0).T
+    put_keys, cache = put(keys), sampler.begin(put(token), put(position))
+    return _Decoder(loop, policy.params, trunk, cache, put_keys, prompts)
 
 
 def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:

@@ -1,19 +1,25 @@
-"""How far a run is, and saving it."""
+"""How far a run is: what checkpoints save of it, what is due, and what is printed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from grpo_jax.data.batches import Cursor
+from grpo_jax.data.batches import Cursor, Steps
 from grpo_jax.data.difficulty import SolveRates
 from grpo_jax.files import OutputError
 from grpo_jax.rollout.delays import ToolDelays
-from grpo_jax.run.checkpoint import Checkpoints, Stopped
+from grpo_jax.run.checkpoint import Checkpoints, Stopped, machine_meta
+from grpo_jax.run.console import Console
+from grpo_jax.run.identity import adapters_meta, run_identity
+from grpo_jax.run.job import DataSet, Job, lora_config
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.stopping import Best
+from grpo_jax.types import Prompt, Trajectory
 from grpo_jax.update.update import TrainState
+
+EVENTS = ("eval", "save", "logging")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,3 +101,78 @@ class Saver:
             self.save(state, progress, **found)
         self.checkpoints.wait()
         return Stopped(f"after update {step}, which is saved" if step else "before the first update")
+
+
+def fresh_meta(job: Job, prompts: Sequence[Prompt], steps: Steps, source: str, name: str) -> dict[str, Any]:
+    """What the first checkpoint of a run that starts from its model would say before any update; see `find_start`.
+
+    Args:
+        prompts: of the training data.
+        steps: of the run.
+        source: folder of the model that the run starts from.
+        name: what others call that model: its hub id, or its folder.
+    """
+    config = job.config
+    numbers = {"seed": config.seed, "prompts": steps.P, "num_generations": steps.G}
+    numbers |= {"num_iterations": steps.updates_per_batch, "updates": steps.updates}
+    meta = {"cursor": Cursor().to_json(), "num_tokens": 0, "source": source} | machine_meta()
+    # adapters are float32 always
+    meta["param_dtype"] = "float32" if config.use_peft else config.param_dtype
+    if config.use_peft:
+        meta |= adapters_meta(lora_config(config), name, job.dtype)
+    options = dataclasses.asdict(config)
+    model = str(job.adapter or source)
+    meta["run"] = run_identity(prompts, job.toolbox, job.rewards, numbers, model, options)
+    return meta
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """When what happens every few updates is due.
+
+    Args:
+        every: event -> updates between two; None for never.
+        per_batch: updates on a batch, which may step over a multiple.
+    """
+
+    every: Mapping[str, int | None]
+    per_batch: int
+
+    def __call__(self, event: str, step: int) -> bool:
+        """Whether the batch that ended with this update reached a multiple of the interval."""
+        n = self.every[event]
+        return n is not None and step // n > (step - self.per_batch) // n
+
+
+def print_steps(console: Console, steps: Steps, data: DataSet) -> None:
+    """The shapes of a batch and how many there are."""
+    tree = data.tree
+    rest = max(len(tree.rest(p.ids)) for p in data.prompts) + 1
+    console.line(
+        f"Prefix tree: preamble {len(tree.preamble)} tokens once, {steps.P} prompts of up to {rest} tokens, "
+        f"{steps.P} × {steps.G} completions of up to {tree.budget} tokens"
+    )
+    dropped = len(data.prompts) - steps.P * steps.batches_per_epoch
+    console.line(
+        f"{len(data.prompts)} rows, {steps.batches_per_epoch} batches an epoch"
+        + (f" ({dropped} rows of each epoch's end are left out)" if dropped else "")
+        + f", {steps.updates} updates in all"
+    )
+
+
+def print_update(
+    job: Job, steps: Steps, step: int, record: Mapping[str, Any], trajectories: Sequence[Trajectory]
+) -> None:
+    """The line of an update, and sample conversations where log_completions asks for them."""
+    sampled = ""
+    if job.config.dynamic_sampling:
+        sampled = (
+            f", {record['rollout/rounds']} rollouts, {record['rollout/wasted_groups']:.0%} of groups wasted"
+        )
+    job.console.line(
+        f"update {step}/{steps.updates}: reward {record['reward']:.3f} ± {record['reward_std']:.3f}, "
+        f"length {record['completions/mean_length']:.1f}, loss {record['loss']:+.4f}, "
+        f"entropy {record['entropy']:.3f}, {record['step_time']:.2f} s{sampled}"
+    )
+    if job.config.log_completions:
+        job.console.samples(trajectories, [t.prompt.example.answer for t in trajectories])

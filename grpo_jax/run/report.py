@@ -78,6 +78,14 @@ def write_report(output_dir: str | Path) -> Path:
     return path
 
 
+def write_missing_report(out: Path) -> None:
+    """Write the report of a finished run that was killed before it did."""
+    report, summary = out / "report.html", out / "summary.json"
+    late = not report.exists() or report.stat().st_mtime_ns < summary.stat().st_mtime_ns
+    if late and (out / "metrics.jsonl").exists():
+        write_report(out)
+
+
 def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(metrics.jsonl's lines, summary.json) of a run; the summary is empty before the first evaluation."""
     metrics = folder / "metrics.jsonl"
