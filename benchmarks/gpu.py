@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from job import MODELS, Shape, compute_dtype, make_job, narrow
 from step import RunningStep, probes, timed
 
-from grpo_jax.models.cost import Lengths, Machine, decode_step, least_decode, update_flop
+from grpo_jax.models.cost import Lengths, Rates, decode_step, least_decode, update_flop
 
 REPEATS = 3  # timed runs after the first
 KERNELS = 5  # that a profile names
@@ -70,7 +70,7 @@ def step(shape: Shape) -> dict[str, Any]:
             seconds.setdefault(name, []).append(timed(getattr(running, name))[0])
     median = {name: statistics.median(times) for name, times in seconds.items()}
     product, copy = probes()
-    machine = Machine(max(product() for _ in range(REPEATS)), max(copy() for _ in range(REPEATS)))
+    machine = Rates(max(product() for _ in range(REPEATS)), max(copy() for _ in range(REPEATS)))
     cfg, x = shape.cfg, shape.lengths
     itemsize = compute_dtype().itemsize
     read = sum(decode_step(cfg, x, t, itemsize)[1] for t in range(x.T2))

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from grpo_jax.models.cost import Lengths
 from grpo_jax.models.qwen import ModelConfig, Params, init_params
 from grpo_jax.models.sharding import Layout, make_mesh
+from grpo_jax.preflight.plan_inputs import PUBLISHED
 from grpo_jax.rollout.sampler import Sampler, make_sampler
 from grpo_jax.rollout.sampling import Sampling, row_keys
 from grpo_jax.run import options
@@ -44,11 +45,7 @@ def narrow(V: int, L: int = 4) -> ModelConfig:
     return ModelConfig("qwen3", V, 128, 384, L, 4, 2, 32, 1e4, 1e-6, True)
 
 
-MODELS = {  # the published sizes
-    "qwen2.5-0.5b": ModelConfig("qwen2", VOCABULARY, 896, 4864, 24, 14, 2, 64, 1e6, 1e-6, True),
-    "qwen3-0.6b": ModelConfig("qwen3", VOCABULARY, 1024, 3072, 28, 16, 8, 128, 1e6, 1e-6, True),
-    "qwen3-1.7b": ModelConfig("qwen3", VOCABULARY, 2048, 6144, 28, 16, 8, 128, 1e6, 1e-6, True),
-}
+MODELS = {name.lower(): PUBLISHED[name] for name in ("Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen3-1.7B")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import dataclasses
 from typing import NamedTuple
 
 from grpo_jax.models import cost
-from grpo_jax.models.cost import Lengths, Machine
+from grpo_jax.models.cost import Lengths, Rates
 from grpo_jax.preflight.plan import BYTES_SHARE, FLOP_SHARE
 from grpo_jax.preflight.plan_inputs import DEVICES, PUBLISHED
 
@@ -51,10 +51,10 @@ GROUPS = {
 
 def seconds(group: Group, h: int) -> tuple[float, float, float, float]:
     """Rollout, update, and network inside and between h groups, for the whole batch."""
-    cfg, device = PUBLISHED["Qwen3-8B"], DEVICES[group.kind]
+    cfg, (_, peak) = PUBLISHED["Qwen3-8B"], DEVICES[group.kind]
     n, M = group.devices, cost.weights(cfg)
     own = dataclasses.replace(LENGTHS, P=LENGTHS.P // h)
-    rates = Machine(n * FLOP_SHARE * device.flops, n * BYTES_SHARE * device.bytes)
+    rates = Rates(n * FLOP_SHARE * peak.flops, n * BYTES_SHARE * peak.bytes)
     rollout = cost.least_prefill(cfg, LENGTHS, rates) / h + cost.least_decode(cfg, own, rates, 2)[0]
     rollout += LENGTHS.T2 * 2 * cfg.L * LATENCY
     update = cost.least_update(cfg, LENGTHS, True, rates) / h

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from job import Job, Shape, add_shape_options, compute_dtype, decode, make_batch, make_job, prefill, shape_of
 
-from grpo_jax.models.cost import Machine, least_decode, least_prefill, least_update, prefill_flop, update_flop
+from grpo_jax.models.cost import Rates, least_decode, least_prefill, least_update, prefill_flop, update_flop
 from grpo_jax.scoring.rewards import call_rewards, load_rewards
 from grpo_jax.tools import ToolRunner, load_tools
 from grpo_jax.types import ToolCall
@@ -55,7 +55,7 @@ class Timings:
 
     first: dict[str, float]
     seconds: dict[str, float]
-    machine: Machine
+    machine: Rates
     peak: int
     temporary: int
     metrics: dict[str, float]
@@ -135,15 +135,15 @@ def measure(job: Job, repeats: int) -> Timings:
         peak = peak_memory()
         product, copy = probes()
         seconds: dict[str, list[float]] = {name: [] for name in parts}
-        reached: list[Machine] = []
+        reached: list[Rates] = []
         for _ in range(repeats):
             for name, part in parts.items():
                 seconds[name].append(timed(part)[0])
-            reached += [Machine(product(), copy()) for _ in range(PROBE_RUNS)]
+            reached += [Rates(product(), copy()) for _ in range(PROBE_RUNS)]
     return Timings(
         first,
         {name: statistics.median(times) for name, times in seconds.items()},
-        Machine(*map(max, zip(*reached, strict=True))),
+        Rates(*map(max, zip(*reached, strict=True))),
         peak,
         running.compiled.memory_analysis().temp_size_in_bytes,
         {name: float(value) for name, value in running.update().items()},

@@ -39,7 +39,7 @@ class Lengths:
         return self.P * self.G
 
 
-class Machine(NamedTuple):
+class Rates(NamedTuple):
     """What a machine reaches: FLOP/s of a matrix product, bytes/s of a copy."""
 
     flops: float
@@ -107,23 +107,23 @@ def update_flop(cfg: ModelConfig, x: Lengths, remat: bool) -> dict[str, float]:
     return flop | {"completions": rows * body, "head": rows * 8 * cfg.D * cfg.V}
 
 
-def least_prefill(cfg: ModelConfig, x: Lengths, machine: Machine) -> float:
+def least_prefill(cfg: ModelConfig, x: Lengths, rates: Rates) -> float:
     """Seconds: FLOP alone."""
-    return sum(prefill_flop(cfg, x).values()) / machine.flops
+    return sum(prefill_flop(cfg, x).values()) / rates.flops
 
 
-def least_decode(cfg: ModelConfig, x: Lengths, machine: Machine, itemsize: int) -> tuple[float, str]:
+def least_decode(cfg: ModelConfig, x: Lengths, rates: Rates, itemsize: int) -> tuple[float, str]:
     """(seconds, what binds): per step the longer of its FLOP and its bytes."""
     steps = [decode_step(cfg, x, t, itemsize) for t in range(x.T2)]
-    flop = sum(f for f, _ in steps) / machine.flops
-    read = sum(b for _, b in steps) / machine.bytes
-    least = sum(max(f / machine.flops, b / machine.bytes) for f, b in steps)
+    flop = sum(f for f, _ in steps) / rates.flops
+    read = sum(b for _, b in steps) / rates.bytes
+    least = sum(max(f / rates.flops, b / rates.bytes) for f, b in steps)
     return least, "bytes" if read > flop else "FLOP"
 
 
-def least_update(cfg: ModelConfig, x: Lengths, remat: bool, machine: Machine) -> float:
+def least_update(cfg: ModelConfig, x: Lengths, remat: bool, rates: Rates) -> float:
     """Seconds: FLOP alone."""
-    return sum(update_flop(cfg, x, remat).values()) / machine.flops
+    return sum(update_flop(cfg, x, remat).values()) / rates.flops
 
 
 def kept_bytes(cfg: ModelConfig, itemsize: int, remat: bool = True, tensor: int = 1) -> float:
@@ -143,32 +143,23 @@ def kept_bytes(cfg: ModelConfig, itemsize: int, remat: bool = True, tensor: int 
 
 
 def layer_bytes(
-    cfg: ModelConfig,
-    tokens: float,
-    waiting: float = 0,
-    tensor: int = 1,
-    score_bytes: float = 0,
-    mlp_tokens: float = math.inf,
+    cfg: ModelConfig, tokens: float, tensor: int = 1, score_bytes: float = 0, whole_mlp: bool = True
 ) -> float:
     """About the bytes of one layer's working set in the backward pass; fp32, read off XLA's buffers on a CPU.
 
-    Tokens go first through the MLP (6D + 6NH + 8KH + 7F a token; in blocks 14D + 6NH + 8KH, 7F for a block, and
-    twice its weights' gradients), then through attention (6D + 12NH + 12KH, and blocks of scores).
+    Tokens go first through the MLP (6D + 6NH + 8KH + 7F a token), then through attention (6D + 12NH + 12KH, and its
+    scores).
 
     Args:
-        tokens: of the larger part, shared levels or completions, which take turns.
-        waiting: tokens of the other part, recomputed under remat: 2D + 2NH + 4KH, and 2F if not in blocks.
+        tokens: that pass through it at a time.
         tensor: devices that share heads and width.
         score_bytes: of attention scores at a time.
-        mlp_tokens: of a block of the MLP.
+        whole_mlp: all tokens pass through the MLP at once, and not block by block, which takes less than attention.
     """
     queries, keys, mlp = (size / tensor for size in (cfg.N * cfg.H, cfg.K * cfg.H, cfg.F))
-    through_mlp = (6 * cfg.D + 6 * queries + 8 * keys) * tokens + 7 * mlp * min(tokens, mlp_tokens)
-    if tokens > mlp_tokens:
-        through_mlp += 8 * cfg.D * tokens + 6 * cfg.D * mlp
-    through_attention = (6 * cfg.D + 12 * queries + 12 * keys) * tokens + score_bytes / 4
-    other = (2 * cfg.D + 2 * queries + 4 * keys + 2 * mlp * (waiting <= mlp_tokens)) * waiting
-    return 4 * (other + max(through_mlp, through_attention))
+    through_mlp = (6 * cfg.D + 6 * queries + 8 * keys + 7 * mlp) * whole_mlp
+    through_attention = 6 * cfg.D + 12 * queries + 12 * keys
+    return max(4 * through_mlp * tokens, 4 * through_attention * tokens + score_bytes)
 
 
 def micro_batches(

@@ -71,12 +71,6 @@ def logits_block_bytes(on_cpu: bool) -> int:
     return (16 if on_cpu else 256) << 20
 
 
-def head_blocks(V: int, shards: int, positions: int, on_cpu: bool) -> tuple[int, bool]:
-    """Rows of a shard in one block of `token_logprobs`, and whether the head is padded to whole blocks."""
-    plan = _Blocks.of(V, shards, max(1, logits_block_bytes(on_cpu) // (4 * positions)), None)
-    return plan.width, plan.shards * plan.count * plan.width != V
-
-
 class _Blocks(NamedTuple):
     """How the vocabulary is cut: `count` blocks of `shards` × `width` rows of the head."""
 

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from grpo_jax.models import cost
 from grpo_jax.models.attention import score_block_bytes
-from grpo_jax.models.logprobs import head_blocks
+from grpo_jax.models.logprobs import logits_block_bytes
 from grpo_jax.models.lora import Frozen, init_adapters
 from grpo_jax.models.qwen import MLP_TOKENS, Level, ModelConfig, abstract_params
 from grpo_jax.models.sharding import AXES, Layout, mesh_of, mesh_sizes, placed
@@ -311,54 +311,41 @@ def lower_update(step: Step, mesh: Mesh) -> jax.stages.Lowered:
 def estimate(step: Step) -> Temporary:
     """About what XLA takes on an accelerator: tests/test_plan.py compares with its buffers, within 15 %.
 
-    Update: gradients, of micro-batches also their sum; activations as `cost` has them, with three arrays of scores
-    (four on several devices, two of a block once they are cut); or where it is more, three arrays of a block of logits (two where there is
-    one block) and copies of the head. With micro-batches also the trunk's fp32 keys and values and their
-    cotangents, on several devices what each needs whole. Decode: three arrays of logits; on several devices the
-    caches of a layer are laid out anew.
+    Update: gradients, of micro-batches also their sum; what all layers keep of every token; and the larger of one
+    layer's working set, with blocks of attention scores, and two blocks of logits with two copies of the head. Decode:
+    three arrays of logits, and on several devices the caches of a layer in another layout.
     """
-    config, model, x, parts, item = (
-        step.config,
-        step.model,
-        step.lengths,
-        step.micro_batches,
-        step.dtype.itemsize,
-    )
-    (data, fsdp, tensor), remat = step.sizes, config.gradient_checkpointing
-    row_devices, training = data * fsdp, Layout(step.abstract_mesh)
-    alone = row_devices * tensor == 1
-    shared, rows = (x.T0 + x.P * x.T1) / row_devices, x.B * x.T2 / row_devices / parts
+    config, model, x, item = step.config, step.model, step.lengths, step.dtype.itemsize
+    (data, fsdp, tensor), remat, parts = step.sizes, config.gradient_checkpointing, step.micro_batches
+    layout, row_devices, alone = Layout(step.abstract_mesh), data * fsdp, step.machine.count == 1
+    gradients = _held(_state(step, layout)[0].params) * (1 if parts == 1 else 2)
 
-    scores = 4 * model.N / tensor * max(shared, rows) * max(x.T0, x.T1, x.T2)
-    scores = min((3 if alone else 4) * scores, 2 * score_block_bytes(on_cpu=False))
-    blocks = MLP_TOKENS if alone and remat else math.inf
-    waiting = min(shared, rows) if remat else 0
-    layer = cost.layer_bytes(model, max(shared, rows), waiting, tensor, scores, blocks)
+    shared, rows = (x.T0 + x.P * x.T1) / row_devices, x.B * x.T2 / row_devices / parts
+    # the trunk's keys in one layer, in fp32; there are as many values
     keys = 4 * model.K * model.H * (x.T0 + x.P * x.T1)
-    if row_devices > 1:  # every device's rows see all shared keys and values: two copies, with cotangents
+    kept = cost.kept_bytes(model, item, remat, tensor) * (shared + rows)
+    kept += 2 * 2 * model.L * keys if parts > 1 else 0  # micro-batches add to the trunk's cotangents
+
+    # shared levels and completions take turns
+    turn = max(shared, rows)
+    scores = 3 * 4 * model.N / tensor * turn * max(x.T0, x.T1, x.T2)
+    scores = min(scores, 2 * score_block_bytes(on_cpu=False))
+    whole_mlp = not (alone and remat and turn > MLP_TOKENS)
+    layer = cost.layer_bytes(model, turn, tensor, scores, whole_mlp)
+    if remat:  # what was recomputed of the other waits
+        width = 2 * model.D + (2 * (model.N + 2 * model.K) * model.H + 2 * model.F * whole_mlp) / tensor
+        layer += 4 * width * min(shared, rows)
+    if not alone:  # every device needs shared keys and values whole, with their cotangents
         layer += 2 * 2 * 2 * keys / tensor
     if fsdp > 1:  # a layer gathered, and its gradient before it is scattered
         layer += (item + 4) * cost.layer_weights(model) / tensor
 
-    shards, positions = training.head_shards(model.V), x.B * x.T2 // parts
-    width, padded = head_blocks(model.V, shards, positions, on_cpu=False)
-    logits = 4 * math.prod(
-        training.activation((shards, width, positions), "logits_block").shard_shape(
-            (shards, width, positions)
-        )
-    )
-    cast = not config.use_peft and step.dtype != jnp.dtype(config.param_dtype)
-    head = (2 if shards * width == model.V else 3) * logits + (
-        1 + cast + padded
-    ) * item * model.V * model.D / shards
+    shards = layout.head_shards(model.V)
+    logits = min(4 * x.B * x.T2 / parts / data * model.V / shards, logits_block_bytes(on_cpu=False))
+    head = 2 * logits + 2 * item * model.V * model.D / shards
 
-    gradients = _held(_state(step, training)[0].params) * (1 if parts == 1 else 2)
-    kept = cost.kept_bytes(model, item, remat, tensor) * (shared + rows)
-    kept += 2 * 2 * model.L * keys if parts > 1 else 0
-    decode = 3 * 4 * x.B * model.V / data / (fsdp * tensor if model.V % (fsdp * tensor) == 0 else 1)
+    decode = 3 * 4 * x.B * model.V / data / shards
     if not alone:
-        slots = x.T0 + x.P * x.T1 + x.B * (x.T2 + 1) / data
-        decode += (
-            2 * item * model.K * model.H * slots / (fsdp * tensor if model.K % (fsdp * tensor) == 0 else 1)
-        )
+        cache = 2 * item * model.K * model.H * (x.T0 + x.P * x.T1 + x.B * (x.T2 + 1) / data)
+        decode += cache / (fsdp * tensor if model.K % (fsdp * tensor) == 0 else 1)
     return Temporary(gradients + kept + max(layer, head), decode)

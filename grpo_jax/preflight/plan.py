@@ -175,17 +175,17 @@ def _print_remedies(step: Step, size: StepBytes, scale: tuple[float, float], con
 # How long it would take
 
 
-def step_hours(step: Step, rates: tuple[float, float]) -> float:
+def step_hours(step: Step, peak: cost.Rates) -> float:
     """Hours of one batch at the assumed shares of the peak rates; every completion uses its whole budget.
 
     Tool calls, rewards and the network between devices take no time here.
 
     Args:
-        rates: FLOP/s and bytes/s of a device at its peak.
+        peak: of a device.
     """
     config, x, (data, fsdp, tensor) = step.config, step.lengths, step.sizes
-    flops, moved = FLOP_SHARE * rates[0], BYTES_SHARE * rates[1]
-    whole, replica = (cost.Machine(n * flops, n * moved) for n in (data * fsdp * tensor, fsdp * tensor))
+    flops, moved = FLOP_SHARE * peak.flops, BYTES_SHARE * peak.bytes
+    whole, replica = (cost.Rates(n * flops, n * moved) for n in (data * fsdp * tensor, fsdp * tensor))
     rows = dataclasses.replace(x, P=x.P / data)  # each replica reads all weights
     scores = (config.beta > 0) + (config.num_iterations > 1)  # a forward pass each, a third of an update
     update = cost.least_update(step.model, x, config.gradient_checkpointing, whole)
@@ -195,16 +195,16 @@ def step_hours(step: Step, rates: tuple[float, float]) -> float:
 
 
 def _print_time(step: Step, console: Console) -> None:
-    rates = step.machine.rates
-    if rates is None:
+    peak = step.machine.rates
+    if peak is None:
         console.line("Hours: not estimated, the rates of such devices are not known; name a machine")
         return
     run = steps_of(step.config, step.data.rows, step.sizes[0] * step.sizes[1])
-    hours = step_hours(step, rates) * run.batches
+    hours = step_hours(step, peak) * run.batches
     units = ((hours, "hours"), (60 * hours, "minutes"), (3600 * hours, "seconds"))
     amount, unit = next((one for one in units if one[0] >= 1), units[-1])
     console.line(
         f"Estimate: {amount:.3g} {unit} for {run.updates} updates, every completion as long as "
-        f"allowed, without tool calls, at an assumed {FLOP_SHARE:.0%} of {rates[0] / 1e12:.4g} TFLOP/s and "
-        f"{BYTES_SHARE:.0%} of {rates[1] / 1e9:.4g} GB/s a device"
+        f"allowed, without tool calls, at an assumed {FLOP_SHARE:.0%} of {peak.flops / 1e12:.4g} TFLOP/s and "
+        f"{BYTES_SHARE:.0%} of {peak.bytes / 1e9:.4g} GB/s a device"
     )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from huggingface_hub import try_to_load_from_cache
 
 from grpo_jax.models import hf
+from grpo_jax.models.cost import Rates
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.rollout.conversation import load_conversation
 from grpo_jax.run.inputs import templated
@@ -27,14 +28,14 @@ CHARACTERS_PER_TOKEN = 3.5  # of English and JSON under Qwen's tokenizer, about
 CPU_CORE_FLOPS, CPU_BYTES = 32e9, 20e9  # float32 with AVX2, one socket's memory
 
 
-# published figures of one device: bytes of memory, then bfloat16 matmul FLOP/s and bytes/s
+# published figures of one device: bytes of memory; FLOP/s of bfloat16 products, bytes/s
 DEVICES = {
-    "v4": (32 * 2**30, (275e12, 1228e9)),
-    "v5e": (16 * 2**30, (197e12, 819e9)),
-    "v5p": (95 * 2**30, (459e12, 2765e9)),
-    "v6e": (32 * 2**30, (918e12, 1640e9)),
-    "h100": (80e9, (989e12, 3350e9)),
-    "h200": (141e9, (989e12, 4800e9)),
+    "v4": (32 * 2**30, Rates(275e12, 1228e9)),
+    "v5e": (16 * 2**30, Rates(197e12, 819e9)),
+    "v5p": (95 * 2**30, Rates(459e12, 2765e9)),
+    "v6e": (32 * 2**30, Rates(918e12, 1640e9)),
+    "h100": (80e9, Rates(989e12, 3350e9)),
+    "h200": (141e9, Rates(989e12, 4800e9)),
 }
 GPUS = ("h100", "h200")
 CORES_A_DEVICE = {"v4": 2, "v5p": 2}  # these names count cores, of which jax sees two as one device
@@ -49,13 +50,13 @@ class Machine(NamedTuple):
         name: as asked for.
         count: of devices.
         memory: bytes of one.
-        rates: FLOP/s and bytes/s of one; None where only the memory was given.
+        rates: of one at its peak; None where only the memory was given.
     """
 
     name: str
     count: int
     memory: float
-    rates: tuple[float, float] | None = None
+    rates: Rates | None = None
 
     @property
     def kind(self) -> str:
@@ -94,7 +95,7 @@ def read_machine(text: str) -> Machine:
         count = int(match[2] or cores)
         if match[1] == "cpu":
             memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            rates = CPU_CORE_FLOPS * (os.cpu_count() or 1) / count, CPU_BYTES / count
+            rates = Rates(CPU_CORE_FLOPS * (os.cpu_count() or 1) / count, CPU_BYTES / count)
             return Machine(plain, count, memory / count, rates)
         if match[1] in DEVICES and count % cores == 0:
             return Machine(plain, count // cores, *DEVICES[match[1]])
