@@ -328,9 +328,9 @@ class _Decoder:
         """Feed what `_pending_and_responses` returned."""
         sampler = self.loop.sampler
         self.cache = sampler.fit(self.cache, now.held + 1)
-        fed = tuple(map(sampler.layout.put_rows, fed))
+        arrays = map(sampler.layout.put_rows, fed)
         rows = sampler.rows_fed(self.cache, self.trunk)
-        self.cache = sampler.append(self.params, self.trunk, self.cache, *fed, rows=rows)
+        self.cache = sampler.append(self.params, self.trunk, self.cache, *arrays, rows=rows)
 
 
 def _begin(
