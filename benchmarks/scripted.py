@@ -31,8 +31,8 @@ def forced(prompts: Sequence[Prompt], script: Sequence[Sequence[int]], seed: int
     starts = jnp.asarray(np.repeat([len(prompt.ids) for prompt in prompts], G))
     sample = sampler_module.sample
 
-    def draw(logits: Any, of: Any, positions: Any, sampling: Sampling) -> Any:
-        token, logprob = sample(logits, of, positions, sampling)
+    def draw(logits: Any, of: Any, positions: Any, sampling: Sampling, constrain: Any) -> Any:
+        token, logprob = sample(logits, of, positions, sampling, constrain)
         row = (of[:, None] == keys[None]).all(-1).argmax(1)
         at = jnp.clip(positions - starts[row], 0, table.shape[1] - 1)
         return jnp.asarray(table)[row, at] + 0 * token, logprob

@@ -228,8 +228,8 @@ class Script:
 
         return call
 
-    def _sample(self, logits, keys, positions, sampling, sample=sampler_module.sample):
-        token, logprob = sample(logits, keys, positions, sampling)
+    def _sample(self, logits, keys, positions, sampling, constrain, sample=sampler_module.sample):
+        token, logprob = sample(logits, keys, positions, sampling, constrain)
         shape = jax.ShapeDtypeStruct(positions.shape, jnp.int32)
         forced = jax.pure_callback(self._next, shape, keys, positions)
         table = jax.nn.log_softmax(logits / sampling.temperature)

@@ -17,6 +17,7 @@ from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.models.qwen import Level, abstract_params, extend, head_weights
 from grpo_jax.models.sharding import Layout, make_mesh
 from grpo_jax.models.target import compiling_for
+from grpo_jax.rollout.sampler import _scattered
 from grpo_jax.update.optimizer import make_optimizer, scale_by_adam
 from grpo_jax.update.update import init_state, state_shardings
 
@@ -132,6 +133,23 @@ def test_queries_that_devices_share_are_attended_by_each_for_its_part(blocks):
         )  # 4 NH for a query and a key, also for those that are masked
         assert compiled.cost_analysis()["flops"] < 1.5 * whole / 8
     assert not re.search(r"f32\[[^]]*256[^]]*\][^=]*all-gather\(", compiled.as_text())
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_every_device_writes_its_own_part_of_a_cache(sizes):
+    """Rows and heads are divided where the mesh does so; slot 16 is out of range. Nothing is gathered."""
+    rng, layout = np.random.default_rng(0), Layout(make_mesh(*sizes), rollout=True)
+    old, x = (rng.normal(size=size).astype(np.float32) for size in ((8, 8, 16, 4), (8, 8, 2, 4)))
+    slots = rng.permuted(np.tile(np.arange(17), (8, 1)), axis=1)[:, :2]
+    want = old.copy()
+    for b, t in np.ndindex(slots.shape):
+        if slots[b, t] < 16:
+            want[b, :, slots[b, t]] = x[b, :, t]
+    write = jax.jit(functools.partial(_scattered, layout=layout))
+    placed = [jax.device_put(a, layout.activation(a.shape, "rows_kv")) for a in (old, x)]
+    compiled = write.lower(*placed, jnp.asarray(slots)).compile()
+    np.testing.assert_array_equal(compiled(*placed, jnp.asarray(slots)), want)
+    assert "all-" not in compiled.as_text()
 
 
 @pytest.mark.parametrize(("fsdp", "checkpoint"), [(2, "qwen3"), (8, "qwen2")], indirect=["checkpoint"])

@@ -191,12 +191,26 @@ def test_the_head_is_not_copied():
 
 
 @pytest.mark.parametrize(
-    ("V", "limit", "count", "width"),
-    [(24, 5, 6, 4), (151936, 817, 128, 1187), (26, 5, 6, 5)],
-    ids=["smaller ones divide", "larger ones by less than half do", "none near does: 4 rows of padding"],
+    ("V", "limit", "on_cpu", "count", "width"),
+    [
+        (24, 5, True, 6, 4),
+        (151936, 817, True, 128, 1187),
+        (26, 5, True, 6, 5),
+        (151936, 6553, True, 32, 4748),
+        (151936, 6553, False, 16, 9496),
+        (1002, 30, False, 32, 32),
+    ],
+    ids=[
+        "smaller ones divide",
+        "larger ones by less than half do",
+        "none near does: 4 rows of padding",
+        "any width on a CPU",
+        "elsewhere whole tiles of 8 rows",
+        "of padding too",
+    ],
 )
-def test_blocks_divide_the_vocabulary_where_they_can(V, limit, count, width):
-    plan = _Blocks.of(V, 1, limit, None)
+def test_blocks_divide_the_vocabulary_where_they_can(V, limit, on_cpu, count, width):
+    plan = _Blocks.of(V, 1, limit, None, on_cpu)
     assert (plan.count, plan.width) == (count, width)
 
 

@@ -1,6 +1,7 @@
 """What a token is drawn from, how a decode ends, and what it leaves in the cache."""
 
 import functools
+from types import SimpleNamespace
 
 import helpers
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import AbstractMesh
 
 from grpo_jax.models.qwen import Level, extend, head_weights
 from grpo_jax.models.sharding import Layout
+from grpo_jax.models.target import compiling_for
 from grpo_jax.rollout.loop import make_policy
 from grpo_jax.rollout.sampler import cache_sizes, compaction_pays, make_sampler, part_sizes
 from grpo_jax.rollout.sampling import Sampling, _inverse_cdf, _kept, row_keys, sample
@@ -273,6 +275,31 @@ def test_decode_comes_back_once_few_rows_go_on(script):
 )
 def test_a_cache_doubles_up_to_its_budget(budget, sizes):
     assert cache_sizes(budget) == sizes
+
+
+def test_an_accelerator_fills_the_same_cache():
+    """Its own way of writing, traced for one and run here: two decodes, of all rows and of two, and a response."""
+
+    def filled(budget, devices):
+        layout = helpers.layouts()[1]
+        sampler = make_sampler(
+            helpers.config(), layout, dtype=helpers.FLOAT32, sampling=Sampling(), stop_ids=(), budget=budget
+        )
+        with compiling_for(devices):
+            cache, first = decode(sampler, fresh_cache(sampler), [True] * 4, [4, 2, 3, 1])
+            count, pending = jnp.asarray([3, 0, 2, 0], jnp.int32), jnp.full(4, 9, jnp.int32)
+            tokens = jnp.tile(jnp.arange(16, dtype=jnp.int32), (4, 1))
+            cache = sampler.append(*start(sampler), cache, tokens, count, pending)
+            cache, second = decode(sampler, cache, [True, False, True, False], [5] * 4)
+        valid = jnp.arange(30)[None] < cache.length[:, None]
+        kv = [jnp.where(valid[:, None, :, None], x[:, :, :30], 0) for x in jax.tree.leaves(cache.kv)]
+        return cache, kv, (first.tokens, second.tokens), (first.logprobs, second.logprobs)
+
+    # budgets differ, since what is traced for one kind of device would serve the other too
+    (cache, *want), (other, *got) = filled(40, jax.devices()), filled(41, [SimpleNamespace(platform="gpu")])
+    assert cache.room + 1 == 41 and other.room + 1 == 48  # whole tiles
+    assert cache.length.tolist() == other.length.tolist() == [12, 2, 10, 1]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), want, got)
 
 
 def decoded_whole(sampler, cache) -> tuple[list[np.ndarray], list[int]]:

@@ -19,6 +19,7 @@ from grpo_jax.models.logprobs import token_logprobs
 from grpo_jax.models.lora import LoraConfig, init_adapters
 from grpo_jax.models.qwen import Level, ModelConfig, abstract_params, extend, head_weights
 from grpo_jax.models.sharding import ACTIVATIONS, WEIGHTS, Layout, make_mesh
+from grpo_jax.rollout.sampling import Sampling, sample
 
 ROOT = Path(__file__).parent.parent
 AXES = "data", "fsdp", "tensor"
@@ -84,6 +85,7 @@ def constrained():
             return Level(ids, ids, ids == 0, shared=shared)
 
         hidden, _ = extend(params, (level(1, True), level(4, False)), cfg=cfg, constrain=note)
+        sample(jnp.zeros((4, cfg.V)), jnp.zeros((4, 2), jnp.uint32), jnp.arange(4), Sampling(), note)
         return token_logprobs(hidden[1], head_weights(params), jnp.zeros((4, 8), jnp.int32), constrain=note)
 
     cfg = ModelConfig.from_hf(QWEN3)

@@ -59,7 +59,7 @@ def token_logprobs(
     B, J, D = hidden.shape
     if logits_bytes is None:
         logits_bytes = logits_block_bytes(on_cpu())
-    plan = _Blocks.of(head.shape[0], shards, max(1, logits_bytes // (4 * B * J)), constrain)
+    plan = _Blocks.of(head.shape[0], shards, max(1, logits_bytes // (4 * B * J)), constrain, on_cpu())
     head = constrain(head.astype(hidden.dtype), "head")
     hidden_RD = constrain(hidden, "head_hidden").reshape(B * J, D)
     out = _logprobs(hidden_RD, head, targets.reshape(B * J), temperature, plan)
@@ -81,17 +81,23 @@ class _Blocks(NamedTuple):
     constrain: object
 
     @classmethod
-    def of(cls, V: int, shards: int, limit: int, constrain):
+    def of(cls, V: int, shards: int, limit: int, constrain, on_cpu: bool):
         """The fewest even blocks of at most `limit` rows, or of half as many more; else the last is padded.
 
-        Padding costs a copy of the head and a pass more over every block.
+        Padding costs a copy of the head and a pass more over every block. On a TPU a block that ends within a tile of 8
+        rows costs a copy too: of 151,936 rows 16 blocks of 9,496 are parts of the head, 32 of 4,748 are not.
         """
-        local = V // shards
+        local, tile = V // shards, 1 if on_cpu else 8
         limit = max(1, min(local, limit // shards))
         fewest = -(-local // limit)
-        counts = (*range(fewest, 2 * fewest), *range(fewest - 1, 2 * fewest // 3, -1))
-        even = next((n for n in counts if local % n == 0), fewest)
-        return cls(V, shards, even, -(-local // even), constrain)
+        counts = (*range(fewest, 2 * fewest), *range(fewest - 1, max(2 * fewest // 3 - (tile > 1), 0), -1))
+        even = [n for n in counts if local % n == 0]
+        count = next((n for n in even if local // n % tile == 0), (*even, fewest)[0])
+        width = -(-local // count)
+        if not (on_cpu or even):
+            width += -width % tile
+            count = -(-local // width)
+        return cls(V, shards, count, width, constrain)
 
     def cut(self, head_VD):
         """[V, D] -> [count, shards · width, D]; a shard's rows stay on their device.

@@ -65,6 +65,7 @@ ACTIVATIONS = {
     "head_blocks": ((None, STAY, None), (None, STAY, None)),  # [blocks, V/…, D], a part of every shard
     "logits_block": ((STAY, None, "data"), (STAY, None, "data")),  # [shards, V/…, B·J]
     "decode_logits": (("data", STAY), ("data", STAY)),  # [B, V]
+    "decode_blocks": (("data", None), ("data", None)),  # [B, blocks], [B, tokens of a block]
 }
 
 

@@ -54,5 +54,6 @@ def tpu_devices(kind: str, count: int) -> Sequence[jax.Device]:
         axis = axes[doubled % len(axes)]
         shape = tuple(size * 2 if i == axis else size for i, size in enumerate(shape))
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not look for a TPU in this machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # to compile takes no TPU that others could want
     name = f"{kind}:{'x'.join(map(str, shape))}"
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[:count]

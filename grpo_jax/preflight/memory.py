@@ -31,7 +31,7 @@ from grpo_jax.preflight.plan_inputs import (
     DataLengths,
     Machine,
 )
-from grpo_jax.rollout.sampler import Cache, Sampler, make_sampler
+from grpo_jax.rollout.sampler import Cache, Sampler, cache_sizes, make_sampler
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.job import grpo_objective, lora_config, optimizer_of
 from grpo_jax.run.options import GRPOConfig, compute_dtype
@@ -225,7 +225,7 @@ def _rollout(
         made = jax.eval_shape(prefill, params, tuple(filter(None, levels)), ids, valid) if T else ()
         levels.append((kv(made, "shared_kv"), valid) if T else ())
     rows = jax.ShapeDtypeStruct((x.B,), jnp.int32)
-    full = functools.partial(sampler.begin.__wrapped__, slots=sampler.budget + 1)
+    full = functools.partial(sampler.begin.__wrapped__, slots=cache_sizes(sampler.budget)[-1])
     cache = jax.eval_shape(full, rows, rows)
     return sampler, params, levels, cache._replace(kv=kv(cache.kv, "rows_kv"))
 
@@ -273,11 +273,17 @@ def temporary_bytes(lowered: jax.stages.Lowered) -> float:
     """What a program needs in addition to its arguments on one device, according to XLA."""
     try:
         return lowered.compile().memory_analysis().temp_size_in_bytes
-    except jax.errors.JaxRuntimeError as error:  # XLA refuses what a TPU cannot hold, and says what it takes
-        needed = re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", str(error))
+    except jax.errors.JaxRuntimeError as error:
+        needed = refused_bytes(error)
         if needed is None:
             raise
-        return float(needed[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[needed[2]]
+        return needed
+
+
+def refused_bytes(error: jax.errors.JaxRuntimeError) -> float | None:
+    """The temporary bytes of a program that XLA refuses since a TPU cannot hold them; None for other errors."""
+    needed = re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", str(error))
+    return needed and float(needed[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[needed[2]]
 
 
 def lower_decode(step: Step, mesh: Mesh, L: int) -> jax.stages.Lowered:

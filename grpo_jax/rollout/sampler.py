@@ -40,6 +40,7 @@ COMPACT_FROM = 128
 # A cache starts with so many slots and doubles; a smaller first size would save little next to the weights
 # and cost one more program.
 FIRST_SLOTS = 128
+TILE = 16  # slots that a TPU keeps together in bfloat16
 # Decode returns after so many tokens, so that a rollout can report and results of tools be fed: the same number on
 # every host. At 17 ms a token a return takes 0.5 % of the time (docs/log.md).
 MAX_STEPS = 32
@@ -158,11 +159,15 @@ class Sampler:
 
 
 def cache_sizes(budget: int) -> tuple[int, ...]:
-    """Slots that a cache may have, rising: doubled while that saves a third of the last, which holds the budget."""
+    """Slots that a cache may have, rising: doubled while that saves a third of the last, which holds the budget.
+
+    Except on a CPU the last fills whole tiles: `_scattered` would have to copy others.
+    """
+    last = budget + 1 if target.on_cpu() else -(-(budget + 1) // TILE) * TILE
     sizes = [FIRST_SLOTS]
-    while sizes[-1] * 3 <= 2 * (budget + 1):
+    while sizes[-1] * 3 <= 2 * last:
         sizes.append(sizes[-1] * 2)
-    return (*sizes[:-1], budget + 1)
+    return (*sizes[:-1], last)
 
 
 def make_sampler(
@@ -196,7 +201,7 @@ def make_sampler(
         draft, copied = _draft(cache, rows.texts, state.copied)
         fed = jnp.concatenate([cache.pending[:, None], jnp.maximum(draft, 0)], 1)
         B, T = fed.shape
-        hidden, kv = _feed(run, params, trunk, cache, fed, live)
+        hidden, kv = _feed(run, params, trunk, cache, fed, live, layout)
         logits = jnp.einsum(
             "bd,vd->bv", hidden.reshape(B * T, -1), head_weights(params), preferred_element_type=jnp.float32
         )
@@ -204,7 +209,7 @@ def make_sampler(
         positions = ((cache.position + live)[:, None] + jnp.arange(T)[None]).reshape(
             -1
         )  # of the tokens to come
-        drawn = sample(logits, jnp.repeat(rows.keys, T, 0), positions, sampling)
+        drawn = sample(logits, jnp.repeat(rows.keys, T, 0), positions, sampling, layout.constrain)
         token, logprob = (x.reshape(B, T) for x in drawn)
         stops = (token[..., None] == jnp.asarray(stop_ids, jnp.int32)[None, None]).any(-1)
         right = jnp.cumprod((token[:, :-1] == draft) & ~stops[:, :-1], 1)
@@ -313,7 +318,7 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
     def append(params, trunk, cache, tokens, count, pending, rows=None):
         B = len(count)
         if rows is None or rows == B:
-            return _append(run, params, trunk, cache, tokens, count, pending)
+            return _append(run, params, trunk, cache, (tokens, count, pending), layout)
         order = jnp.argsort(count == 0, stable=True)
 
         def feed(state):
@@ -322,7 +327,7 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
             chosen, now = order[at], at >= first  # those before are fed already
             of_rows = tuple(_take(s, chosen * s[1].shape[0] // B, layout) for s in trunk)
             given = tokens[chosen], jnp.where(now, count[chosen], 0), pending[chosen]
-            part = _append(run, params, of_rows, _take(cache, chosen, layout), *given)
+            part = _append(run, params, of_rows, _take(cache, chosen, layout), given, layout)
             return first + rows, _put(cache, chosen, part, layout)
 
         return jax.lax.while_loop(lambda state: state[0] < (count > 0).sum(), feed, (0, cache))[1]
@@ -400,7 +405,7 @@ def _placed(x, layout):
     return layout.constrain(x, "rows_kv") if x.ndim == 4 else x
 
 
-def _feed(run, params, trunk, cache, tokens, live):
+def _feed(run, params, trunk, cache, tokens, live, layout):
     """Feed live rows their next tokens [B, T]; returns the hidden states, and the cache's keys and values with theirs."""
     B, T = tokens.shape
     positions = cache.position[:, None] + jnp.arange(T)[None]
@@ -418,9 +423,34 @@ def _feed(run, params, trunk, cache, tokens, live):
         return jax.lax.dynamic_update_slice(old, x, (0, at, 0))
 
     def written(old, x):
-        return jax.vmap(write)(old, x, slot, live)
+        if target.on_cpu():
+            return jax.vmap(write)(old, x, slot, live)
+        slots = slot[:, None] + jnp.arange(T)[None]
+        return _scattered(old, x, slots if T == 1 else jnp.where(live[:, None], slots, old.shape[2]), layout)
 
     return hidden, KV(*(list(map(written, old, x)) for old, x in zip(cache.kv, new, strict=True)))
+
+
+def _scattered(old, x, slots, layout):
+    """old [B, K, S, H] with x [B, K, T, H] in each row's slots [B, T]; S, out of range, is dropped.
+
+    As a scatter of rows of one matrix, which a TPU does in place. Compiled for one, the form of a CPU becomes a loop
+    over the rows of every layer's keys and values, and one with rows, heads and slots as dimensions changes the
+    layout that attention reads (docs/log.md). Every device writes its own heads: no matrix of all is sharded.
+    """
+
+    def write(old, x, slots):
+        (B, K, S, H), T = old.shape, x.shape[2]
+        first = S * jnp.arange(B * K).reshape(B, K, 1)
+        at = jnp.where(slots[:, None] < S, first + slots[:, None], B * K * S)
+        matrix = old.reshape(-1, H).at[at.reshape(-1)].set(x.reshape(B * K * T, H), mode="drop")
+        return matrix.reshape(old.shape)
+
+    if layout.mesh.size == 1:
+        return write(old, x, slots)
+    of_old, of_x = (layout.activation(a.shape, "rows_kv").spec for a in (old, x))
+    specs = (of_old, of_x, layout.rows(slots).spec)
+    return jax.shard_map(write, mesh=layout.mesh, in_specs=specs, out_specs=of_old)(old, x, slots)
 
 
 def _texts(cache, trunk):
@@ -452,8 +482,9 @@ def _written(old, new, start, kept):
     return old.at[rows, jnp.where(kept, places, old.shape[1])].set(new, mode="drop")
 
 
-def _append(run, params, trunk, cache, tokens, count, pending):
-    """Feed `count` known tokens per row (the pending one and a response except for its last)."""
+def _append(run, params, trunk, cache, fed, layout):
+    """Feed (tokens, count, new pending token) of each row: the pending one and a response except for its last."""
+    tokens, count, pending = fed
     B, T = tokens.shape
     t = jnp.arange(T)[None]
     valid = t < count[:, None]
@@ -463,17 +494,19 @@ def _append(run, params, trunk, cache, tokens, count, pending):
     slots = jnp.where(valid, cache.length[:, None] + t, S)  # out of range is dropped
 
     def write(old, x):
+        if not target.on_cpu():
+            return _scattered(old, x, slots, layout)
         return old.at[jnp.arange(B)[:, None], :, slots].set(x.swapaxes(1, 2), mode="drop")
 
     kv = KV(*(list(map(write, old, x)) for old, x in zip(cache.kv, new, strict=True)))
-    length, fed = cache.length + count, count > 0
+    length, grown = cache.length + count, count > 0
     ids = _written(cache.ids, tokens, cache.length, valid)
     return cache._replace(
         kv=kv,
         length=length,
         position=cache.position + count,
-        pending=jnp.where(fed, pending, cache.pending),
-        ids=_written(ids, pending[:, None], length, fed[:, None]),
+        pending=jnp.where(grown, pending, cache.pending),
+        ids=_written(ids, pending[:, None], length, grown[:, None]),
     )
 
 
