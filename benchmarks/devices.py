@@ -67,8 +67,8 @@ def compile_gradient(cfg: ModelConfig, mesh: Mesh) -> Any:
 
 def compile_rollout(cfg: ModelConfig, mesh: Mesh) -> tuple[Any, Any, Any]:
     """Prefill of the preamble, of the prompts, and decode."""
-    sampler = memory._sampler(cfg, jnp.dtype("float32"), X.T2, mesh)
-    params, trunk, cache = memory._rollout(sampler, cfg, X)
+    sampler, params, levels, cache = memory._rollout(cfg, jnp.dtype("float32"), X.T2, X, mesh)
+    trunk = tuple(levels)
 
     def prefill(params, trunk, shape):
         ids = jnp.zeros(shape, jnp.int32)
