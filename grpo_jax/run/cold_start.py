@@ -5,7 +5,8 @@ gold row is a trajectory whose turns were written instead of sampled. It ends by
 a rule: a validation slice at the end of the training rows is evaluated greedily
 every few updates until its exact_answer_match reaches `sft_stop_match` and its answer_grounded
 `sft_stop_grounded`, four times as often once half of that is reached: a small model learns the second
-half in a few updates. With `sft_stop_reward` the slice is sampled, as GRPO will, until its mean reward reaches that.
+half in a few updates. Then the learning rate falls to 0 over `sft_decay_steps` more updates, which settles what a
+constant rate keeps moving. With `sft_stop_reward` the slice is sampled, as GRPO will, until its mean reward reaches that.
 A completion of the slice may be twice as long as the longest gold conversation,
 so that a model that does not end its turns yet does not hold training up.
 """
@@ -103,7 +104,8 @@ def fine_tune(
     if config.sft_weights == "turns":
         gold = list(map(turns_weighted, gold))
     update, state, frozen = _learner(job)
-    at, of, saved = _At(config.sft_eval_steps), _made_of(job, gold), folder.with_name(folder.name + SAVED)
+    at = _At(config.sft_eval_steps, config.sft_max_steps - config.sft_decay_steps)
+    of, saved = _made_of(job, gold), folder.with_name(folder.name + SAVED)
     if (last := _stopped_at(saved, of)) is None:
         hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
     rule = _stop_rule(job)
@@ -126,7 +128,11 @@ def fine_tune(
                     report = _validation(job, params, held_out, limit, stop)
                     clock.append(time.perf_counter())
                     _say(job, at, {name: report[name] for name in rule}, clock[-3:])
-                    if _reached(rule, report) or at.done == config.sft_max_steps:
+                    if at.left is None and (_reached(rule, report) or at.done == at.latest):
+                        at = dataclasses.replace(at, left=config.sft_decay_steps)
+                        if at.left:
+                            job.console.line(f"The learning rate falls to 0 over the next {at.left} updates")
+                    if at.left == 0:
                         break
                     if _reached(rule, report, 0.5):
                         at = dataclasses.replace(at, every=max(1, config.sft_eval_steps // 4))
@@ -138,8 +144,9 @@ def fine_tune(
                 raise Stopped(f"in the cold start, {where}") from None
             draws, cursor = next_batch(len(gold), config.sft_batch_size, at.cursor, config.seed)
             batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
-            state, metrics = update(state, place_batch(job.training, batch))
-            at = at.after(cursor, metrics["loss"], config.sft_max_steps)
+            share = 1.0 if at.left is None else at.left / config.sft_decay_steps
+            state, metrics = update(state, place_batch(job.training, batch), share)
+            at = at.after(cursor, metrics["loss"])
             bar.advance(1)
     found = {"steps": at.done, "validation": report}
     before_saving(found)
@@ -154,14 +161,18 @@ class _At:
 
     Args:
         every: updates between validations.
+        latest: updates after which the learning rate falls, whether or not the rule holds.
         done: updates.
+        left: updates until the end; None before the rate falls.
         cursor: place in the data of the next batch.
         validate: a validation is due.
         loss: of the last update where a validation is due, else 0.
     """
 
     every: int
+    latest: int
     done: int = 0
+    left: int | None = None
     cursor: Cursor = dataclasses.field(default_factory=Cursor)
     validate: bool = False
     loss: float = 0.0
@@ -171,11 +182,11 @@ class _At:
         """The inverse of `dataclasses.asdict`."""
         return cls(**values | {"cursor": Cursor.from_json(values["cursor"])})
 
-    def after(self, cursor: Cursor, loss: Any, last: int) -> _At:
+    def after(self, cursor: Cursor, loss: Any) -> _At:
         """After one more update; the loss is read from the device only where it is shown."""
-        done = self.done + 1
-        validate = done % self.every == 0 or done == last
-        return _At(self.every, done, cursor, validate, float(loss) if validate else 0.0)
+        done, left = self.done + 1, None if self.left is None else self.left - 1
+        validate = left == 0 or (left is None and (done % self.every == 0 or done == self.latest))
+        return _At(self.every, self.latest, done, left, cursor, validate, float(loss) if validate else 0.0)
 
 
 def _learner(job: Job) -> tuple[Callable, TrainState, Frozen | None]:

@@ -258,8 +258,10 @@ def make_update(
     objective: Objective,
     state: TrainState,
     frozen: Frozen | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The jitted, sharded update: (state, batch) -> (state, metrics). The state is donated.
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """The jitted, sharded update: (state, batch, share=1.0) -> (state, metrics). The state is donated.
+
+    `share` is what the update takes of the schedule's learning rate.
 
     An update whose loss or gradient is not finite changes nothing but the step count and
     reports `skipped` = 1.
@@ -289,10 +291,10 @@ def make_update(
         out_shardings=(shardings, step.layout.replicated), donate_argnums=0, compiler_options=ALL_ROUNDINGS
     )
     jitted = jax.jit(update, in_shardings=(shardings, None, None, None), **options)
-    rate = jax.jit(lambda step: jnp.asarray(optimizer.schedule(step), jnp.float32))
+    rate = jax.jit(lambda step, share: jnp.asarray(optimizer.schedule(step) * share, jnp.float32))
     # The frozen weights are an argument, since a constant would be copied, and the rate is one, so that another
     # rate or schedule is the same program.
-    run = lambda state, batch: jitted(state, batch, frozen, rate(state.step))  # noqa: E731
+    run = lambda state, batch, share=1.0: jitted(state, batch, frozen, rate(state.step, share))  # noqa: E731
     run.lower = lambda state, batch: jitted.lower(state, batch, frozen, jax.ShapeDtypeStruct((), jnp.float32))
     return run
 
