@@ -464,7 +464,7 @@ def test_rule_6_one_compile_per_shape():
 def test_rule_6_twenty_updates_compile_in_the_first(tmp_path, caplog):
     """One shape, as in the quickstart; debug level lists it."""
     compiled = []
-    with mock.patch.object(trainer, "_print_update", lambda *_: compiled.append(launch.compiles())):
+    with mock.patch.object(trainer, "print_update", lambda *_: compiled.append(launch.compiles())):
         ran = launch.small_run(tmp_path / "run", "--log_level", "debug", max_steps=20, save_steps=20)
     assert ran.status == 0, ran.err
     assert compiled == [compiled[0]] * 20
@@ -512,7 +512,7 @@ def dynamic_run(folder: Path, **changes) -> launch.Ran:
 
 def test_groups_of_equal_rewards_are_replaced_by_the_next_and_a_resume_draws_the_same(tmp_path):
     compiled = []
-    with mock.patch.object(trainer, "_print_update", lambda *_: compiled.append(launch.compiles())):
+    with mock.patch.object(trainer, "print_update", lambda *_: compiled.append(launch.compiles())):
         ran = dynamic_run(tmp_path / "whole")
     assert compiled == [compiled[0]] * launch.UPDATES  # further rounds run the programs of the first
     order = [10 + int(i) for i in epoch_order(42, 0, 24)]

@@ -398,7 +398,7 @@ class Options:
 
     sft_decay_steps: int = _opt(
         0,
-        "Updates over which the cold start's learning rate falls to 0, once it may stop or sft_max_steps is so near.",
+        "Updates over which the cold start's learning rate falls to 0 before it ends; 0: it does not fall.",
         ge=0,
     )
 
