@@ -12,10 +12,13 @@ import sys
 import types
 from unittest import mock
 
+import jax
+
 from grpo_jax.models.qwen import ModelConfig
 from grpo_jax.models.target import compiling_for
 from grpo_jax.preflight import memory
 from grpo_jax.preflight.plan_inputs import DataLengths, read_machine
+from grpo_jax.rollout import sampler
 from grpo_jax.run.options import GRPOConfig
 
 
@@ -37,13 +40,19 @@ def step_of(mesh, model, lengths, remat, parts) -> memory.Step:
     return memory.plan_step(config, sizes, DataLengths(100, T0, T1, True), machine)
 
 
+def _scattered(old, x, slots, layout):
+    """As a CPU writes: XLA for a CPU copies the caches of an accelerator's way, which XLA for a TPU does not."""
+    return jax.vmap(lambda old, x, at: jax.lax.dynamic_update_slice(old, x, (0, at, 0)))(old, x, slots[:, 0])
+
+
 def main(cases: list[str]) -> None:
     """Compile each case's two programs; nothing runs."""
     for case in cases:
         step = step_of(*json.loads(case))
         devices = memory.devices_of(step.machine)
         accelerators = [types.SimpleNamespace(platform="gpu")] * len(devices)
-        with mock.patch.object(memory, "compiling_for", lambda _, named=accelerators: compiling_for(named)):
+        named = mock.patch.object(memory, "compiling_for", lambda _, named=accelerators: compiling_for(named))
+        with named, mock.patch.object(sampler, "_scattered", _scattered):
             compiled = memory.compile_step(step, devices)
         estimate = memory.estimate(step)
         held = memory.step_bytes(step, memory.Temporary(0, 0))
