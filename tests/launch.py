@@ -12,7 +12,6 @@ import functools
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -245,8 +244,6 @@ def start(command: str, argv: list[Any], environment: dict[str, str] | None = No
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # a shell that starts the tests in the background has them ignore Ctrl-C, and their children with them
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
