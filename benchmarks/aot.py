@@ -48,6 +48,7 @@ from grpo_jax.models.target import compiling_for, tpu_devices
 from grpo_jax.preflight import memory
 from grpo_jax.preflight.memory import Step, plan_step
 from grpo_jax.preflight.plan_inputs import data_lengths, model_sizes, read_machine
+from grpo_jax.rollout.sampler import cache_sizes
 from grpo_jax.run.config import parse_config
 
 JOBS = {"v5e-1": "configs/default.yaml", "v5e-8": "configs/qwen3_1.7b.yaml", "v6e-8": "configs/qwen3_4b.yaml"}
@@ -93,7 +94,7 @@ def lower(name: str, step: Step, mesh: Mesh) -> jax.stages.Lowered:
     if name == "decode":
         return memory.lower_decode(step, mesh, step.model.L)
     x, budget = step.lengths, step.config.max_grpo_completion_length
-    sampler, params, levels, cache = memory._rollout(step.model, step.dtype, budget, x, mesh)
+    sampler, params, levels, cache = memory.rollout_shapes(step.model, step.dtype, budget, x, mesh)
     trunk = tuple(filter(None, levels))
 
     def ids(*shape: int) -> jax.ShapeDtypeStruct:
@@ -157,7 +158,7 @@ def compile_program(name: str, step: Step, mesh: Mesh) -> Compiled:
     if name == "decode":
         problems += program.inner_loops()
         n, model, x = math.prod(step.sizes), step.model, step.lengths
-        cache = x.B * model.K * memory.cache_sizes(step.config.max_grpo_completion_length)[-1] * model.H // n
+        cache = x.B * model.K * cache_sizes(step.config.max_grpo_completion_length)[-1] * model.H // n
         problems += program.copies(min(cache, model.V * model.D // n))
     return Compiled(
         compiled.memory_analysis().temp_size_in_bytes,

@@ -67,7 +67,7 @@ def compile_gradient(cfg: ModelConfig, mesh: Mesh) -> Any:
 
 def compile_rollout(cfg: ModelConfig, mesh: Mesh) -> tuple[Any, Any, Any]:
     """Prefill of the preamble, of the prompts, and decode."""
-    sampler, params, levels, cache = memory._rollout(cfg, jnp.dtype("float32"), X.T2, X, mesh)
+    sampler, params, levels, cache = memory.rollout_shapes(cfg, jnp.dtype("float32"), X.T2, X, mesh)
     trunk = tuple(levels)
 
     def prefill(params, trunk, shape):

@@ -330,9 +330,9 @@ def two(tmp_path_factory):
     return ran
 
 
-def assert_same_run(ran, one):
+def assert_same_run(ran, one, updates=UPDATES, evaluations=("before", "after")):
     """The same tokens (the reward is a sum of them), tool calls and figures; weights up to rounding."""
-    for step in range(1, len(one.jsonl("metrics.jsonl")) + 1):
+    for step in range(1, updates + 1):
         rows, want = (r.jsonl(f"rollouts/step_{step:06d}.jsonl") for r in (ran, one))
         for name in ("prompt", "messages", "rewards", "status"):
             assert [row[name] for row in rows] == [row[name] for row in want]
@@ -343,8 +343,8 @@ def assert_same_run(ran, one):
         for name in got.keys() - clock:
             np.testing.assert_allclose(got[name], want[name], rtol=1e-3, atol=1e-5, err_msg=name)
         assert abs(got["loss"] - want["loss"]) < 1e-4
-    for part in ("before", "after"):
-        assert ran.json("summary.json").get(part) == one.json("summary.json").get(part)
+    for part in evaluations:
+        assert ran.json("summary.json")[part] == one.json("summary.json")[part]
     weights, before = load_file(one.folder / "model/model.safetensors"), launch.smoke().folder / "cold_start"
     start = load_file(before / "model.safetensors")
     assert max(np.abs(weights[name] - start[name]).max() for name in weights) > 1e-3
@@ -384,7 +384,7 @@ def test_four_processes_sample_and_learn_as_one(tmp_path):
     one = run_on_one(4, tmp_path / "one", **changes)
     first, *others = run_on(4, tmp_path / "four", **changes)
     assert [ran.status for ran in (one, first, *others)] == [0] * 5, one.err + first.err
-    assert_same_run(first, one)
+    assert_same_run(first, one, updates=2, evaluations=())
 
 
 @pytest.mark.slow

@@ -262,7 +262,7 @@ def test_a_checkpoint_of_an_earlier_version_is_one_line_that_says_what_to_do(tmp
     monkeypatch.setattr(cold_start, "_made_of", lambda *_: "the same")
     with opened(tmp_path / "run", max_grpo_completion_length=120) as (job, data):
         _, state, _ = cold_start._learner(job)
-        meta = {"at": dataclasses.asdict(cold_start._At(2, 300, done=3)), "of": "the same"}
+        meta = {"at": dataclasses.asdict(cold_start._At(2, done=3)), "of": "the same"}
         if differs == "optimizer":
             state = dataclasses.replace(state, opt_state={"count": jnp.int32(3)})
         else:

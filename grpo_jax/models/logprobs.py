@@ -90,7 +90,9 @@ class _Blocks(NamedTuple):
         local, tile = V // shards, 1 if on_cpu else 8
         limit = max(1, min(local, limit // shards))
         fewest = -(-local // limit)
-        counts = (*range(fewest, 2 * fewest), *range(fewest - 1, max(2 * fewest // 3 - (tile > 1), 0), -1))
+        # on a CPU not half as many more itself, which would sum in another order than before
+        least = max(2 * fewest // 3 + on_cpu, 1)
+        counts = (*range(fewest, 2 * fewest), *range(fewest - 1, least - 1, -1))
         even = [n for n in counts if local % n == 0]
         count = next((n for n in even if local // n % tile == 0), (*even, fewest)[0])
         width = -(-local // count)

@@ -201,7 +201,7 @@ def _state(step: Step, layout: Layout) -> tuple[TrainState, Frozen | None]:
 
 
 @functools.cache
-def _rollout(
+def rollout_shapes(
     model: ModelConfig, dtype: jnp.dtype, budget: int, x: cost.Lengths, mesh: Mesh | AbstractMesh
 ) -> tuple[Sampler, Any, list[tuple], Cache]:
     """The sampler and what its decode is given: weights, (keys and values, valid) of preamble and prompts, the cache.
@@ -234,7 +234,7 @@ def _rollout_bytes(step: Step) -> tuple[int, ...]:
     """Weights, then keys and values of the preamble, the prompts and the rows: one layer's, times the layers."""
     L, budget = step.model.L, step.config.max_grpo_completion_length
     one = dataclasses.replace(step.model, L=1)
-    _, params, levels, cache = _rollout(one, step.dtype, budget, step.lengths, step.abstract_mesh)
+    _, params, levels, cache = rollout_shapes(one, step.dtype, budget, step.lengths, step.abstract_mesh)
     weights = _held(params) + (L - 1) * _held(params["layers"])
     return weights, *(L * _held(kv) for kv in (*(level[:1] for level in levels), cache.kv))
 
@@ -289,7 +289,7 @@ def refused_bytes(error: jax.errors.JaxRuntimeError) -> float | None:
 def lower_decode(step: Step, mesh: Mesh, L: int) -> jax.stages.Lowered:
     """A decode to the end of a turn with so many layers, for shapes."""
     model, budget = dataclasses.replace(step.model, L=L), step.config.max_grpo_completion_length
-    sampler, params, levels, cache = _rollout(model, step.dtype, budget, step.lengths, mesh)
+    sampler, params, levels, cache = rollout_shapes(model, step.dtype, budget, step.lengths, mesh)
     rows = jax.ShapeDtypeStruct((step.lengths.B,), jnp.int32)
     keys = jax.ShapeDtypeStruct((*rows.shape, 2), jnp.uint32)
     return sampler.decode.lower(params, tuple(filter(None, levels)), cache, keys, rows)

@@ -206,10 +206,9 @@ def make_sampler(
             "bd,vd->bv", hidden.reshape(B * T, -1), head_weights(params), preferred_element_type=jnp.float32
         )
         logits = layout.constrain(logits, "decode_logits")
-        positions = ((cache.position + live)[:, None] + jnp.arange(T)[None]).reshape(
-            -1
-        )  # of the tokens to come
-        drawn = sample(logits, jnp.repeat(rows.keys, T, 0), positions, sampling, layout.constrain)
+        to_come = (cache.position + live)[:, None] + jnp.arange(T)[None]
+        keys = jnp.repeat(rows.keys, T, 0)
+        drawn = sample(logits, keys, to_come.reshape(-1), sampling, layout.constrain)
         token, logprob = (x.reshape(B, T) for x in drawn)
         stops = (token[..., None] == jnp.asarray(stop_ids, jnp.int32)[None, None]).any(-1)
         right = jnp.cumprod((token[:, :-1] == draft) & ~stops[:, :-1], 1)
@@ -416,9 +415,8 @@ def _feed(run, params, trunk, cache, tokens, live, layout):
     slot = jnp.where(jnp.isfinite(hidden[:, 0, 0]), cache.length, 0)
 
     def write(old, x, at, live):
-        if (
-            T > 1
-        ):  # a row that is not live may have no room for T; one token has a slot of its own, after the last
+        # a row that is not live may have no room for T; one token has a slot of its own, after the last
+        if T > 1:
             x = jnp.where(live, x, jax.lax.dynamic_slice_in_dim(old, at, T, 1))
         return jax.lax.dynamic_update_slice(old, x, (0, at, 0))
 

@@ -104,8 +104,8 @@ def fine_tune(
     if config.sft_weights == "turns":
         gold = list(map(turns_weighted, gold))
     update, state, frozen = _learner(job)
-    at = _At(config.sft_eval_steps, config.sft_max_steps - config.sft_decay_steps)
-    of, saved = _made_of(job, gold), folder.with_name(folder.name + SAVED)
+    at, of, saved = _At(config.sft_eval_steps), _made_of(job, gold), folder.with_name(folder.name + SAVED)
+    latest = config.sft_max_steps - config.sft_decay_steps  # the learning rate falls then, rule or no rule
     if (last := _stopped_at(saved, of)) is None:
         hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
     rule = _stop_rule(job)
@@ -128,7 +128,7 @@ def fine_tune(
                     report = _validation(job, params, held_out, limit, stop)
                     clock.append(time.perf_counter())
                     _say(job, at, {name: report[name] for name in rule}, clock[-3:])
-                    if at.left is None and (_reached(rule, report) or at.done == at.latest):
+                    if at.left is None and (_reached(rule, report) or at.done == latest):
                         at = dataclasses.replace(at, left=config.sft_decay_steps)
                         if at.left:
                             job.console.line(f"The learning rate falls to 0 over the next {at.left} updates")
@@ -146,7 +146,7 @@ def fine_tune(
             batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
             share = 1.0 if at.left is None else at.left / config.sft_decay_steps
             state, metrics = update(state, place_batch(job.training, batch), share)
-            at = at.after(cursor, metrics["loss"])
+            at = at.after(cursor, metrics["loss"], latest)
             bar.advance(1)
     found = {"steps": at.done, "validation": report}
     before_saving(found)
@@ -161,16 +161,14 @@ class _At:
 
     Args:
         every: updates between validations.
-        latest: updates after which the learning rate falls, whether or not the rule holds.
         done: updates.
-        left: updates until the end; None before the rate falls.
+        left: updates until the end; None before the learning rate falls.
         cursor: place in the data of the next batch.
         validate: a validation is due.
         loss: of the last update where a validation is due, else 0.
     """
 
     every: int
-    latest: int
     done: int = 0
     left: int | None = None
     cursor: Cursor = dataclasses.field(default_factory=Cursor)
@@ -182,11 +180,15 @@ class _At:
         """The inverse of `dataclasses.asdict`."""
         return cls(**values | {"cursor": Cursor.from_json(values["cursor"])})
 
-    def after(self, cursor: Cursor, loss: Any) -> _At:
-        """After one more update; the loss is read from the device only where it is shown."""
+    def after(self, cursor: Cursor, loss: Any, latest: int) -> _At:
+        """After one more update; the loss is read from the device only where it is shown.
+
+        Args:
+            latest: updates after which the learning rate falls at the latest.
+        """
         done, left = self.done + 1, None if self.left is None else self.left - 1
-        validate = left == 0 or (left is None and (done % self.every == 0 or done == self.latest))
-        return _At(self.every, self.latest, done, left, cursor, validate, float(loss) if validate else 0.0)
+        validate = left == 0 or (left is None and (done % self.every == 0 or done == latest))
+        return _At(self.every, done, left, cursor, validate, float(loss) if validate else 0.0)
 
 
 def _learner(job: Job) -> tuple[Callable, TrainState, Frozen | None]:

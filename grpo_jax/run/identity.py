@@ -77,9 +77,8 @@ def run_identity(
             "number": len(rows),
             "order": _digest("".join(rows)),
             "content": _digest("".join(sorted(rows))),
-            "tokens": _digest(
-                repr([p.ids for p in prompts])
-            ),  # JSON too, and millions of ids in half the time
+            # the text that JSON has for them, of millions of ids in half the time
+            "tokens": _digest(repr([p.ids for p in prompts])),
         },
         "tools": source_digests(_tools_file(toolbox), toolbox.functions.values()),
         "rewards": {reward.name: _reward_digests(reward) for reward in rewards},

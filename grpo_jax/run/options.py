@@ -346,10 +346,12 @@ def _contradictions(options: Options) -> list[tuple[str, str]]:
         if getattr(options, name) and not during:
             found.append((name, f"{name} needs evaluations during training; set eval_steps or eval_strategy"))
 
-    # the conversation
+    # the cold start
     if options.sft_decay_steps >= options.sft_max_steps:
         text = f"sft_decay_steps {options.sft_decay_steps} must be below sft_max_steps {options.sft_max_steps}, which counts"
         found.append(("sft_decay_steps", f"{text} the decay; lower it or raise sft_max_steps"))
+
+    # the conversation
     if options.stop_after_tools and options.sft_stop_grounded:
         text = f"sft_stop_grounded {options.sft_stop_grounded} can never be reached with stop_after_tools, which asks for"
         found.append(("sft_stop_grounded", f"{text} no final text; leave one of them out"))
