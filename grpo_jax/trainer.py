@@ -309,47 +309,17 @@ class GRPOTrainer:
                     raise saver.stopped(state, progress)
 
                 # Compare each completion with its group.
-                rows = groups.batch_rows(steps.G)
-                compared = with_advantages(
-                    job, [groups.trajectories[i] for i in rows], groups.outcome.of_rows(rows)
-                )
-                trajectories = list(groups.trajectories)
-                for i, trajectory in zip(rows, compared, strict=True):
-                    trajectories[i] = trajectory
+                groups = groups.compared(job)
                 if job.purity is not None:  # while what follows runs, which needs no tools
-                    job.purity.start(call for t in hosts.share(trajectories) for call in t.calls)
+                    job.purity.start(call for t in hosts.share(groups.trajectories) for call in t.calls)
 
                 # Update the policy on the batch.
-                with timer("update"):
-                    masked = config.mask_truncated_completions
-                    batch = make_batch(
-                        data.tree, compared, steps.G, mask_truncated=masked, sizes=learner.sizes
-                    )
-                    batch = place_batch(learner.step.layout, batch)
-                    if learner.reference is not None:
-                        batch = batch.with_logprobs(ref_logprobs=learner.score(learner.reference, batch))
-                    if per_batch > 1:
-                        batch = batch.with_logprobs(old_logprobs=learner.score(learner.params(state), batch))
-                    for _ in range(per_batch):
-                        state, metrics = learner.update(state, batch)
-                    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                state, metrics = self._update(groups.batch(steps.G))
                 self._learned, step, progress = (learner, state), int(state.step), groups.progress
 
                 # Record; evaluate when due.
-                rewards = combine_rewards(groups.outcome.means, job.reward_weights)
-                record = {
-                    **trajectory_metrics(trajectories, rewards, group_std(rewards, steps.G), names),
-                    **groups.outcome.metrics,
-                    **metrics,
-                    "learning_rate": float(learner.schedule(step - 1)),
-                    "epoch": self._epoch(progress),
-                    "num_tokens": progress.num_tokens,
-                    **groups.metrics,
-                }
-                if job.purity is not None:
-                    record["tools/impure"] = sum(hosts.gather(job.purity.finish))
-                record["step_time"] = time.perf_counter() - began
-                records.write_rollouts(step, trajectories, names, groups.outcome.extras)
+                record = self._record(groups, metrics) | {"step_time": time.perf_counter() - began}
+                records.write_rollouts(step, groups.trajectories, names, groups.outcome.extras)
                 last = step >= steps.updates  # evaluated here only where it is compared with earlier ones
                 if self.evaluation is not None and (
                     compares_evaluations(config) if last else due("eval", step)
@@ -358,12 +328,12 @@ class GRPOTrainer:
                 done = last or progress.best.ends(config.early_stop_patience)
                 records.write_metrics(step, record)
                 bar.advance(1, reward=record["reward"], spread=record["reward_std"])
-                if hint := first_calls.hint(trajectories):
+                if hint := first_calls.hint(groups.trajectories):
                     line(hint)
                 if record["skipped"]:
                     line(f"Warning: update {step} was skipped: its loss or gradient is not finite")
                 if due("logging", step) or step == per_batch or done:
-                    print_update(job, steps, step, record, trajectories)
+                    print_update(job, steps, step, record, groups.trajectories)
 
                 # Save and stop when due. Several hosts stop in the same rollout.
                 saver.tried(checkpoints.check)
@@ -381,6 +351,42 @@ class GRPOTrainer:
             params = checkpoints.restore_params(best.step, params)
             self._learned = learner, dataclasses.replace(state, params=params)
             line(f"The model is that of update {best.step}: {best.figure} {best.value:.3f} is the best")
+
+    def _update(self, trajectories: list[Trajectory]) -> tuple[TrainState, dict[str, float]]:
+        """The state after the updates on one batch, and their metrics."""
+        config, steps, (learner, state) = self.job.config, self.steps, self._learned
+        with self.job.timer("update"):
+            masked = config.mask_truncated_completions
+            batch = make_batch(
+                self.data.tree, trajectories, steps.G, mask_truncated=masked, sizes=learner.sizes
+            )
+            batch = place_batch(learner.step.layout, batch)
+            if learner.reference is not None:
+                batch = batch.with_logprobs(ref_logprobs=learner.score(learner.reference, batch))
+            if steps.updates_per_batch > 1:  # else the policy that is differentiated is the one that sampled
+                batch = batch.with_logprobs(old_logprobs=learner.score(learner.params(state), batch))
+            for _ in range(steps.updates_per_batch):
+                state, metrics = learner.update(state, batch)
+            return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+    def _record(self, groups: Groups, metrics: dict[str, float]) -> dict[str, Any]:
+        """The line of an update in metrics.jsonl, of all completions that were rolled out for it."""
+        job, (learner, state) = self.job, self._learned
+        rewards = combine_rewards(groups.outcome.means, job.reward_weights)
+        record = {
+            **trajectory_metrics(
+                groups.trajectories, rewards, group_std(rewards, self.steps.G), job.reward_names
+            ),
+            **groups.outcome.metrics,
+            **metrics,
+            "learning_rate": float(learner.schedule(int(state.step) - 1)),
+            "epoch": self._epoch(groups.progress),
+            "num_tokens": groups.progress.num_tokens,
+            **groups.metrics,
+        }
+        if job.purity is not None:
+            record["tools/impure"] = sum(hosts.gather(job.purity.finish))
+        return record
 
     def _epoch(self, progress: Progress) -> float:
         """Passes over the data done."""
@@ -590,9 +596,21 @@ class Groups:
     progress: Progress
     metrics: dict[str, float]
 
-    def batch_rows(self, G: int) -> np.ndarray:
+    def _rows(self, G: int) -> np.ndarray:
         """[P·G] numbers of the completions in the batch."""
         return (self.chosen[:, None] * G + np.arange(G)).reshape(-1)
+
+    def batch(self, G: int) -> list[Trajectory]:
+        """The P·G completions in the batch."""
+        return [self.trajectories[i] for i in self._rows(G)]
+
+    def compared(self, job: Job) -> Groups:
+        """With the advantages of the completions in the batch."""
+        G, trajectories = job.config.num_generations, list(self.trajectories)
+        rows = self._rows(G)
+        for i, t in zip(rows, with_advantages(job, self.batch(G), self.outcome.of_rows(rows)), strict=True):
+            trajectories[i] = t
+        return dataclasses.replace(self, trajectories=trajectories)
 
 
 def with_advantages(job: Job, trajectories: Sequence[Trajectory], outcome: RewardOutcome) -> list[Trajectory]:

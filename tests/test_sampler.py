@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
-from grpo_jax.models.qwen import Level, extend, head_weights
+from grpo_jax.models.qwen import Level, ModelConfig, extend, head_weights
 from grpo_jax.models.sharding import Layout
 from grpo_jax.models.target import compiling_for
 from grpo_jax.rollout.loop import make_policy
@@ -355,10 +355,13 @@ def test_decode_shrinks_to_half_and_an_eighth(B, data, trunk, sizes):
     assert part_sizes(B, 513, trunk_of(*trunk), layout_of(data)) == sizes
 
 
-def test_compaction_pays_on_a_cpu_with_a_long_budget(monkeypatch):
-    assert compaction_pays(512) and not compaction_pays(63)
+def test_compaction_pays_on_a_cpu_where_a_row_costs_more_than_compiling(monkeypatch):
+    quickstart = ModelConfig("qwen3", 700, 128, 384, 4, 4, 2, 32, 1e4, 1e-6, True)
+    smollm2 = ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, 1e5, 1e-5, True)
+    assert compaction_pays(quickstart, 191) and not compaction_pays(quickstart, 63)
+    assert compaction_pays(smollm2, 63)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert not compaction_pays(512)
+    assert not compaction_pays(smollm2, 512)
 
 
 def test_decode_holds_the_cache_once():

@@ -22,6 +22,7 @@ from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models import target
+from grpo_jax.models.cost import weights
 from grpo_jax.models.lora import merge_layer
 from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
 from grpo_jax.models.sharding import Layout
@@ -34,9 +35,10 @@ Trunk = tuple[tuple[KV, Bool[Array, "n S"]], ...]
 # With one row in eight eight times as long, and lengths spread by 20 %, finished rows are then 12 % of the work
 # on 128 rows and not 80 % (simulated); a quarter between the two saves no point more, a sixteenth after them three.
 PARTS = (1, 2, 8)
-# tokens of budget: two more programs take 7 s of CPU time to compile for the quickstart's model, and as much again
-# for the greedy sampler; the whole rollouts of its 110 steps, half as long, take 45 s
-COMPACT_FROM = 128
+# Weights times tokens of budget, the cost of decoding a row. Two more programs take 7 s of CPU time to compile for the
+# quickstart's model (0.9 M weights, 63 tokens), and as much again for the greedy sampler, which is what they would save
+# in its 110 updates; for 135 M weights and 79 tokens they take 26 s and save 8 of 20 s an update (docs/log.md).
+COMPACT_FROM = 10**8
 # A cache starts with so many slots and doubles; a smaller first size would save little next to the weights
 # and cost one more program.
 FIRST_SLOTS = 128
@@ -192,7 +194,7 @@ def make_sampler(
         compact: leave finished rows out of decode; None: where `compaction_pays`.
     """
     run, shared = _shared_functions(cfg, layout, jnp.dtype(dtype), budget)
-    compact = compaction_pays(budget) if compact is None else compact
+    compact = compaction_pays(cfg, budget) if compact is None else compact
 
     def decode_pass(trunk: Trunk, rows: _Rows, state: _State) -> _State:
         """Feed each row's pending token and its draft, sample what follows each of them, and keep what the draft
@@ -263,7 +265,7 @@ def make_sampler(
     return Sampler(**shared, decode=decode, budget=budget, layout=layout, compact=compact)
 
 
-def compaction_pays(budget: int) -> bool:
+def compaction_pays(cfg: ModelConfig, budget: int) -> bool:
     """Whether decode should leave finished rows out: on a CPU, where its cost follows the rows.
 
     An accelerator's decode follows the bytes read. For Qwen3-1.7B in bf16 (3.44 GB of weights and
@@ -275,7 +277,7 @@ def compaction_pays(budget: int) -> bool:
     Args:
         budget: tokens after the prompt that a row may reach.
     """
-    return target.on_cpu() and budget >= COMPACT_FROM
+    return target.on_cpu() and weights(cfg) * budget >= COMPACT_FROM
 
 
 def part_sizes(B: int, slots: int, trunk: Trunk, layout: Layout) -> tuple[int, ...]:
