@@ -17,11 +17,11 @@ from typing import Any
 from grpo_jax.data.rows import read_prompt
 from grpo_jax.rollout.chat import Called, Chat, Malformed, Piece, Reply
 from grpo_jax.run.chat import open_chat
-from grpo_jax.run.checkpoint import StopSignal
 from grpo_jax.run.command import run_command
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import Job
+from grpo_jax.run.stopping import StopSignal
 from grpo_jax.text import nearest, shorten
 from grpo_jax.tools import signature_line
 from grpo_jax.types import Message, Status

@@ -29,8 +29,6 @@ from grpo_jax.run.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
     Start,
-    Stopped,
-    StopSignal,
     find_start,
 )
 from grpo_jax.run.cold_start import cold_start_rows, fine_tune
@@ -56,7 +54,7 @@ from grpo_jax.run.options import GRPOConfig, compares_evaluations
 from grpo_jax.run.progress import EVENTS, Due, Progress, Saver, fresh_meta, print_steps, print_update
 from grpo_jax.run.remote import open_remote
 from grpo_jax.run.report import write_missing_report, write_report
-from grpo_jax.run.stopping import Best
+from grpo_jax.run.stopping import Best, Stopped, StopSignal
 from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
 from grpo_jax.scoring.evaluation import is_exact
 from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics

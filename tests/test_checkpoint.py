@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.run.checkpoint import Checkpoints, Start, StopSignal, find_start
+from grpo_jax.run.checkpoint import Checkpoints, Start, find_start
+from grpo_jax.run.stopping import StopSignal
 from grpo_jax.update.update import TrainState
 
 META = {"cursor": {"epoch": 1, "next_index": 40}, "threads": 2, "timings": {"rollout": 1.5}}
@@ -421,7 +422,8 @@ def test_sigterm_lets_the_step_end_and_the_state_be_saved(tmp_path):
         """
         import sys, time
         import jax.numpy as jnp
-        from grpo_jax.run.checkpoint import Checkpoints, StopSignal
+        from grpo_jax.run.checkpoint import Checkpoints
+        from grpo_jax.run.stopping import StopSignal
         from grpo_jax.update.update import TrainState
         step = 0
         with Checkpoints(sys.argv[1]) as checkpoints, StopSignal() as stop:

@@ -16,11 +16,12 @@ from safetensors.numpy import load_file
 
 from grpo_jax import sft
 from grpo_jax.run import cold_start
-from grpo_jax.run.checkpoint import Checkpoints, Stopped
+from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import Job, load_data, open_job, read_inputs
 from grpo_jax.run.log import PhaseTimer
+from grpo_jax.run.stopping import Stopped
 from grpo_jax.scoring.rewards import RewardOutcome
 from grpo_jax.tools import tools_of
 from grpo_jax.types import Example

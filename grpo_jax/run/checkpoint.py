@@ -15,13 +15,11 @@ import logging
 import os
 import re
 import shutil
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -469,45 +467,6 @@ def _opened(directory: Path, own: Checkpoints) -> Iterator[Checkpoints]:
     """The checkpoints of a folder; the run's own stay open."""
     with contextlib.nullcontext(own) if directory == own.directory else Checkpoints(directory) as source:
         yield source
-
-
-# Stopping
-
-
-class Stopped(Exception):
-    """A run was asked to stop, and has; the message says where, as "after update 3, which is saved"."""
-
-
-class StopSignal:
-    """A context in which Ctrl-C and SIGTERM only set `requested`, so that a step can end.
-
-    SIGTERM also sets `hurry`: a machine that is taken away gives seconds. A second Ctrl-C raises KeyboardInterrupt at once. Enter it from the main thread,
-    the only one that Python lets handle signals.
-
-    Example:
-        with StopSignal() as stop:
-            while not stop.requested:
-                ...
-    """
-
-    def __init__(self) -> None:
-        self.requested = self.hurry = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            # None is a handler that was not installed from Python and cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-        self.hurry = self.hurry or number == signal.SIGTERM
 
 
 def _reason(error: BaseException) -> str:

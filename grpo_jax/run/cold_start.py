@@ -36,10 +36,11 @@ from grpo_jax.models.sharding import placed
 from grpo_jax.rollout.conversation import Conversation
 from grpo_jax.rollout.loop import answered, make_policy
 from grpo_jax.rollout.parsing import assistant_message
-from grpo_jax.run.checkpoint import Checkpoints, Stopped
+from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.evaluation import completions, evaluate
 from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import DataSet, Job, optimizer_of
+from grpo_jax.run.stopping import Stopped
 from grpo_jax.scoring.advantages import combine_rewards
 from grpo_jax.scoring.evaluation import summarize
 from grpo_jax.scoring.rewards import TrainerState, same_answer

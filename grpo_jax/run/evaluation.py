@@ -13,10 +13,10 @@ from grpo_jax.data.gold import gold_calls
 from grpo_jax.files import plain, write_text_atomic
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.loop import Policy, ToolLoop, make_policy, roll_out
-from grpo_jax.run.checkpoint import Stopped
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import DataSet, Job
 from grpo_jax.run.log import interval_text, last_user_message
+from grpo_jax.run.stopping import Stopped
 from grpo_jax.scoring.evaluation import row_figures, summarize, summarize_samples
 from grpo_jax.types import ToolCall, Trajectory
 

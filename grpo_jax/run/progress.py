@@ -10,12 +10,12 @@ from grpo_jax.data.batches import Cursor, Steps
 from grpo_jax.data.difficulty import SolveRates
 from grpo_jax.files import OutputError
 from grpo_jax.rollout.delays import ToolDelays
-from grpo_jax.run.checkpoint import Checkpoints, Stopped, machine_meta
+from grpo_jax.run.checkpoint import Checkpoints, machine_meta
 from grpo_jax.run.console import Console
 from grpo_jax.run.identity import adapters_meta, run_identity
 from grpo_jax.run.job import DataSet, Job, lora_config
 from grpo_jax.run.log import PhaseTimer
-from grpo_jax.run.stopping import Best
+from grpo_jax.run.stopping import Best, Stopped
 from grpo_jax.types import Prompt, Trajectory
 from grpo_jax.update.update import TrainState
 

@@ -1,9 +1,11 @@
-"""The best evaluation of a run so far, and whether the run has stopped getting better."""
+"""How a run ends before its last update: it is asked to stop, or its evaluations no longer get better."""
 
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 
@@ -38,3 +40,39 @@ class Best:
     def ends(self, patience: int | None) -> bool:
         """Whether a run ends that waits for so many evaluations without a better one; None: it never does."""
         return patience is not None and self.waited >= patience
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and has; the message says where, as "after update 3, which is saved"."""
+
+
+class StopSignal:
+    """A context in which Ctrl-C and SIGTERM only set `requested`, so that a step can end.
+
+    SIGTERM also sets `hurry`: a machine that is taken away gives seconds. A second Ctrl-C raises KeyboardInterrupt at
+    once. Enter it from the main thread, the only one that Python lets handle signals.
+
+    Example:
+        with StopSignal() as stop:
+            while not stop.requested:
+                ...
+    """
+
+    def __init__(self) -> None:
+        self.requested = self.hurry = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            # None is a handler that was not installed from Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.hurry = self.hurry or number == signal.SIGTERM

@@ -11,14 +11,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grpo_jax.text import nearest, replace_lone_surrogates, shorten
 from grpo_jax.tools.arguments import check_arguments, show
+from grpo_jax.tools.load import Toolbox
 from grpo_jax.tools.user_code import error_text, message_of, users_code
-
-if TYPE_CHECKING:
-    from grpo_jax.tools.load import Toolbox
 
 _MESSAGE_LIMIT = 1000  # characters of an exception's message that a model gets to see
 _NAMES_LISTED = 20
@@ -48,15 +46,10 @@ def run_tool(
             return f"Error: the call is not JSON: {shorten(message_of(error), _MESSAGE_LIMIT)}"
     if not isinstance(call, Mapping) or "name" not in call:
         return 'Error: a call is an object {"name": …, "arguments": {…}}'
-    functions, name = function_table(tools), call["name"]
+    tools, name = tools.functions if isinstance(tools, Toolbox) else tools, call["name"]
+    functions = dict(tools) if isinstance(tools, Mapping) else {f.__name__: f for f in tools}
     with users_code(functions.get(name) if isinstance(name, str) else None):
         return execute(functions, name, call.get("arguments", {}), lax)[0]
-
-
-def function_table(tools: Toolbox | Mapping[str, Callable] | Iterable[Callable]) -> dict[str, Callable]:
-    """Name → function of a toolbox, a mapping or some functions."""
-    tools = getattr(tools, "functions", tools)
-    return dict(tools) if isinstance(tools, Mapping) else {f.__name__: f for f in tools}
 
 
 def execute(
