@@ -99,8 +99,8 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return float(value) if math.isfinite(value) else None
     if isinstance(value, int) and value.bit_length() < 1000:  # json refuses those of over 4300 digits
         return int(value)
-    if hasattr(value, "tolist"):  # arrays and their scalars
-        listed = value.tolist()
+    if (tolist := getattr(value, "tolist", None)) is not None:  # arrays and their scalars
+        listed = tolist()
         if listed is None or isinstance(listed, list | str | float | int):
             return _plain(listed, depth + 1)
     return _text(value)

@@ -150,7 +150,8 @@ def gather(make: Callable[[], T]) -> list[T]:
 
 def of_first(make: Callable[[], T]) -> T:
     """What `make` returns in the first process, the only one that calls it; errors as in `gather`."""
-    return gather(lambda: make() if is_first() else None)[0]
+    values: list[Any] = gather(lambda: make() if is_first() else None)
+    return values[0]
 
 
 def agree(figures: Sequence[int]) -> np.ndarray:

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from grpo_jax import hosts
-from grpo_jax.run.checkpoint import Stopped, StopSignal
 from grpo_jax.run.cold_start import fine_tune
 from grpo_jax.run.command import INTERRUPTED, run_command
 from grpo_jax.run.compiling import watch_compiles
@@ -16,6 +15,7 @@ from grpo_jax.run.job import load_data, open_job, read_inputs
 from grpo_jax.run.lock import run_lock, start_over
 from grpo_jax.run.log import PhaseTimer, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
+from grpo_jax.run.stopping import Stopped, StopSignal
 
 
 def run(resolved: ResolvedConfig, console: Console) -> int:

@@ -144,7 +144,8 @@ class GRPOTrainer:
                 hosts.of_first(lambda: start_over(self.output_dir))
             self.job = open_job(config, console, timer, inputs)  # writes a new model into base_model
             self.data = load_data(self.job, inputs.train)
-            self.evaluation = inputs.evaluation and load_data(self.job, inputs.evaluation)
+            asked = inputs.evaluation
+            self.evaluation = None if asked is None else load_data(self.job, asked)
         weakref.finalize(self, self.job.runner.close)
         if self.evaluation is not None:
             check_gold_calls(self.evaluation.prompts, self.job.toolbox.functions)
@@ -153,6 +154,12 @@ class GRPOTrainer:
                 check_compared_figure(self.evaluation.prompts, functions, config.early_stop_metric)
         if not config.check:  # a check gives its hints first
             hosts.share(range(self.steps.P))  # raises where the prompts do not divide by the hosts
+
+    @property
+    def _learning(self) -> tuple[Learner, TrainState]:
+        """What updates the policy, and the state so far; made by `_run`."""
+        assert self._learned is not None
+        return self._learned
 
     @functools.cached_property
     def steps(self) -> Steps:
@@ -248,7 +255,7 @@ class GRPOTrainer:
             summary["before"] = self._evaluated("Evaluation before", "before", stop)
             self._write_summary(summary)
         self._learn(start.meta, checkpoints, stop)
-        step = int(self._learned[1].step)
+        step = int(self._learning[1].step)
         self.save_model(out / "model", out / "adapter")
         found: dict[str, Any] = {"after": None, "updates": step}
         if step < self.steps.updates:
@@ -272,7 +279,7 @@ class GRPOTrainer:
     def _learn(self, meta: dict[str, Any], checkpoints: Checkpoints, stop: StopSignal) -> None:
         """The loop of GRPO, from the state in `_learned`; raises Stopped once what it learned is saved."""
         job, data, steps, config, timer = self.job, self.data, self.steps, self.job.config, self.job.timer
-        learner, state = self._learned
+        learner, state = self._learning
         loop, names, line = job.tool_loop(job.sampled, data.tree), job.reward_names, job.console.line
         first, per_batch = int(state.step), steps.updates_per_batch
         # the line of a step that is still to be evaluated is written again
@@ -352,7 +359,7 @@ class GRPOTrainer:
 
     def _update(self, trajectories: list[Trajectory]) -> tuple[TrainState, dict[str, float]]:
         """The state after the updates on one batch, and their metrics."""
-        config, steps, (learner, state) = self.job.config, self.steps, self._learned
+        config, steps, (learner, state) = self.job.config, self.steps, self._learning
         with self.job.timer("update"):
             masked = config.mask_truncated_completions
             batch = make_batch(
@@ -369,7 +376,7 @@ class GRPOTrainer:
 
     def _record(self, groups: Groups, metrics: dict[str, float]) -> dict[str, Any]:
         """The line of an update in metrics.jsonl, of all completions that were rolled out for it."""
-        job, (learner, state) = self.job, self._learned
+        job, (learner, state) = self.job, self._learning
         rewards = combine_rewards(groups.outcome.means, job.reward_weights)
         record = {
             **trajectory_metrics(
@@ -398,7 +405,7 @@ class GRPOTrainer:
         that the batch needs are drawn again.
         """
         job, data, steps, config, timer = self.job, self.data, self.steps, self.job.config, self.job.timer
-        learner, state = self._learned
+        learner, state = self._learning
         now = TrainerState(
             global_step=int(state.step),
             max_steps=steps.updates,
@@ -461,7 +468,7 @@ class GRPOTrainer:
         self, record: dict[str, Any], progress: Progress, saver: Saver, stop: StopSignal
     ) -> tuple[dict[str, Any], Progress]:
         """A step's record with the figures of an evaluation, and the best so far; one that is stopped is made later."""
-        _, state = self._learned
+        _, state = self._learning
         step, best = int(state.step), progress.best
         try:
             figures = self._evaluated(f"Evaluation at {step}", f"step_{step:06d}", stop)

@@ -182,7 +182,7 @@ class Trajectory:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     messages: list[Message] = dataclasses.field(default_factory=list)
     calls: list[tuple[ToolCall, ToolResult]] = dataclasses.field(default_factory=list)
-    status: Status | None = None
+    status: Status = None  # pyright: ignore[reportAssignmentType]  # read where the completion is finished
     rewards: tuple[float, ...] = ()
     advantage: float = 0.0
     token_advantages: list[float] | None = None

@@ -161,9 +161,13 @@ def test_fewer_rows_than_a_batch_has_prompts(tmp_path):
 def test_a_cold_start_without_gold_calls_is_named_by_line(tmp_path):
     """Wherever the row is: not in the middle of the cold start."""
     gold = ROW.replace("}", ', "tool_call": {"name": "add", "arguments": {"a": 15, "b": 27}}}')
-    path = file(tmp_path, gold * 30 + ROW + gold * 4)
-    message = rejected(tmp_path, dataset_id_or_path=path, cold_start=True)
-    assert f"{path}:31: fine-tuning needs a gold call in column tool_call or ground_truth" in message
+    path = file(tmp_path, gold * 6 + ROW * 25 + gold * 4)
+    message = rejected(tmp_path, dataset_id_or_path=path, cold_start=True, sft_batch_size=8)
+    assert (
+        f"{path}:7: fine-tuning needs a gold call in column tool_call or ground_truth, got none; 6 of "
+        in message
+    )
+    assert "rows have one, fewer than sft_batch_size, 8" in message
     path = file(tmp_path, gold * 30 + gold.replace('"add"', '"sum"') + gold * 4)
     message = rejected(tmp_path, dataset_id_or_path=path, cold_start=True)
     assert f"{path}:31: column 'tool_call': unknown tool 'sum'; the tools are add, multiply" in message

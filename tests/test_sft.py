@@ -400,6 +400,24 @@ def test_rows_whose_gold_call_does_not_run_are_left_out_with_a_warning(
     assert sorted(trained) == sorted(answers[:3] + answers[7:])  # 2 batches of 8: each of them once
 
 
+def test_rows_without_a_gold_call_are_left_out_and_counted(tmp_path, validations, trained, monkeypatch):
+    """GRPO learns them by their rewards. The validation asks them too."""
+    validations[1].append(1.0)
+    rows = launch.rows(10, 24)
+    for i in (*range(3, 7), 21):
+        del rows[i]["tool_call"]
+    path = str(launch.write_rows(tmp_path / "rows.jsonl", rows))
+    with opened(tmp_path / "run", dataset_id_or_path=path, sft_max_steps=2, sft_eval_steps=2) as (
+        job,
+        data,
+    ):
+        lines = record_lines(job, monkeypatch)
+        cold_start.fine_tune(job, data, tmp_path / "model")
+    assert "Fine-tuning leaves out 4 of 24 rows, which have no gold call" in lines
+    answers = [row["answer"] for row in launch.rows(10, 20)]
+    assert sorted(trained) == sorted(answers[:3] + answers[7:])  # 2 batches of 8: each of them once
+
+
 def test_nulls_of_other_tools_are_no_reason_to_leave_a_row_out(tmp_path, validations, trained, monkeypatch):
     validations[1].append(1.0)
     path = with_bad_calls(tmp_path, range(24), {"city": None})

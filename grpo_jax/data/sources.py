@@ -109,7 +109,7 @@ def _file_of_folder(folder: Path) -> str:
 
 def _text(path: str, compression: str | None) -> str:
     """The whole text of a file, without a byte order mark."""
-    opened = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(compression, open)
+    opened: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(compression or "", open)
     if compression == ".zst":
         pyarrow = _library("pyarrow", f"{path}: .zst")
         opened = lambda file, _: pyarrow.input_stream(str(file), compression="zstd")  # noqa: E731
@@ -252,8 +252,9 @@ def _given_rows(source: Any) -> Iterator[Row]:
             f"a data set must be a path, a hub id, a list of dicts or a datasets.Dataset, got {kind}"
             + ("; put the row in a list" if isinstance(source, Mapping) else "")
         )
-    if callable(getattr(source, "to_dict", None)) and hasattr(source, "iterrows"):  # pandas
-        source = source.to_dict("records")
+    to_dict = getattr(source, "to_dict", None)
+    if callable(to_dict) and hasattr(source, "iterrows"):  # pandas
+        source = to_dict("records")
     for i, row in enumerate(source, start=1):
         yield f"row {i} of the given {kind}", _plain(row)
 

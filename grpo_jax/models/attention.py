@@ -7,7 +7,7 @@ one matrix product. Scores exist only block by block.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def attend(
         score_bytes = score_block_bytes(on_cpu())
     q_BKRTH = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     blocks = _Blocks(score_bytes, cut_queries=not (tokens_sharded and device_count() > 1))
-    o_BKRTH = _attend(q_BKRTH, (*segments, own), blocks)
+    o_BKRTH: Any = _attend(q_BKRTH, (*segments, own), blocks)
     return o_BKRTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def token_logprobs(
     plan = _Blocks.of(head.shape[0], shards, max(1, logits_bytes // (4 * B * J)), constrain, on_cpu())
     head = constrain(head.astype(hidden.dtype), "head")
     hidden_RD = constrain(hidden, "head_hidden").reshape(B * J, D)
-    out = _logprobs(hidden_RD, head, targets.reshape(B * J), temperature, plan)
+    out: Any = _logprobs(hidden_RD, head, targets.reshape(B * J), temperature, plan)
     return tuple(x.reshape(B, J) for x in out)
 
 
@@ -78,7 +79,7 @@ class _Blocks(NamedTuple):
     shards: int
     count: int
     width: int
-    constrain: object
+    constrain: Callable[[Any, str], Any]
 
     @classmethod
     def of(cls, V: int, shards: int, limit: int, constrain, on_cpu: bool):
@@ -154,9 +155,9 @@ def _logprobs(hidden_RD, head_VD, targets_R, temperature, plan):
 
 
 def _forward(hidden_RD, head_VD, targets_R, temperature, plan):
-    inputs = [x.value for x in (hidden_RD, head_VD, targets_R)]
-    out, log_z = _sums(*inputs, temperature, plan)
-    return out, (*inputs, log_z, out[1])
+    hidden_RD, head_VD, targets_R = (x.value for x in (hidden_RD, head_VD, targets_R))
+    out, log_z = _sums(hidden_RD, head_VD, targets_R, temperature, plan)
+    return out, (hidden_RD, head_VD, targets_R, log_z, out[1])
 
 
 def _sums(hidden_RD, head_VD, targets_R, temperature, plan):

@@ -396,7 +396,7 @@ def extend(
         weights = constrain(jax.tree.map(lambda w: w.astype(dtype), weights), "layer_weights")
         adapters = weights.pop("lora", None)
         layer = _bind_layer(cfg, weights)
-        above = tuple(Segment(*kv, valid) for kv, valid in zip(kvs, valids, strict=True))
+        above = tuple(Segment(kv.k, kv.v, valid) for kv, valid in zip(kvs, valids, strict=True))
         out = []
         for x, level, table, name, key in zip(xs, levels, tables, names, keys, strict=True):
             adapt = functools.partial(lora.adapt, adapters, key)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import hosts
+from grpo_jax.models.target import Devices
 
 AXES = ("data", "fsdp", "tensor")
 AUTO = (AxisType.Auto,) * 3
@@ -103,7 +103,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return mesh_of(devices, sizes)
 
 
-def mesh_of(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> Mesh:
+def mesh_of(devices: Devices, sizes: tuple[int, int, int]) -> Mesh:
     """A mesh of these devices, in their order."""
     return Mesh(np.reshape(devices, sizes), AXES, axis_types=AUTO)
 

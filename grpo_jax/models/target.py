@@ -7,11 +7,13 @@ import contextvars
 import math
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
-_named: contextvars.ContextVar[Sequence[jax.Device] | None] = contextvars.ContextVar("devices", default=None)
+Devices = Sequence[Any]  # of jax.Device, which jax declares as a variable and not as a type
+_named: contextvars.ContextVar[Devices | None] = contextvars.ContextVar("devices", default=None)
 # the smallest slice, and the axes of it that are doubled in turn; v4 is left out, whose devices libtpu counts by core
 SLICES = {"v5e": ((2, 2), (1, 0)), "v6e": ((2, 2), (1, 0)), "v5p": ((2, 2, 1), (2, 1, 0))}
 
@@ -28,7 +30,7 @@ def device_count() -> int:
 
 
 @contextlib.contextmanager
-def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
+def compiling_for(devices: Devices) -> Iterator[None]:
     """Trace for these devices, which need not be present: `tpu_devices` describes a TPU's."""
     token = _named.set(devices)
     try:
@@ -37,7 +39,7 @@ def compiling_for(devices: Sequence[jax.Device]) -> Iterator[None]:
         _named.reset(token)
 
 
-def tpu_devices(kind: str, count: int) -> Sequence[jax.Device]:
+def tpu_devices(kind: str, count: int) -> Devices:
     """Devices of a TPU slice to compile for; the slice need not exist.
 
     Args:

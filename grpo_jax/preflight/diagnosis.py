@@ -113,7 +113,7 @@ def normalised(text: str) -> str:
 
 
 def _failed_hint(failed: Sequence[Gold], rows: int, *, none_runs: bool) -> Hint:
-    call, result = failed[0].failed
+    call, result = next(pair for row in failed if (pair := row.failed))
     return Hint(
         f"{failed[0].example.source}: "
         + ("no gold call runs" if none_runs else f"the gold calls of {len(failed)} of {rows} rows do not run")
@@ -346,7 +346,8 @@ def _around_difference(a: str, b: str) -> tuple[str, str]:
     """Both texts, quoted from a little before they differ."""
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     start = max(0, same - 20)
-    return tuple("… " * (start > 0) + quoted(text[start : same + 40]) for text in (a, b))
+    a, b = ("… " * (start > 0) + quoted(text[start : same + 40]) for text in (a, b))
+    return a, b
 
 
 def limit_hints(gold: Sequence[Gold], budget: int, max_turns: int | None) -> list[Hint]:

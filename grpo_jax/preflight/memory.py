@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from grpo_jax.models.logprobs import logits_block_bytes
 from grpo_jax.models.lora import Frozen, init_adapters
 from grpo_jax.models.qwen import MLP_TOKENS, Level, ModelConfig, abstract_params
 from grpo_jax.models.sharding import AXES, Layout, mesh_of, mesh_sizes, placed
-from grpo_jax.models.target import SLICES, compiling_for, tpu_devices
+from grpo_jax.models.target import SLICES, Devices, compiling_for, tpu_devices
 from grpo_jax.preflight.plan_inputs import (
     DataLengths,
     Machine,
@@ -242,7 +241,7 @@ def _rollout_bytes(step: Step) -> tuple[int, ...]:
 # ---- what the programs need while they run: compiled, or estimated -------------------------------------
 
 
-def devices_of(machine: Machine) -> Sequence[jax.Device]:
+def devices_of(machine: Machine) -> Devices:
     """The machine's devices to compile for; empty where they cannot be compiled for here."""
     if machine.kind == "cpu":
         with contextlib.suppress(RuntimeError):  # a backend has started, and its devices are fixed
@@ -255,7 +254,7 @@ def devices_of(machine: Machine) -> Sequence[jax.Device]:
     return ()
 
 
-def compile_step(step: Step, devices: Sequence[jax.Device]) -> Temporary:
+def compile_step(step: Step, devices: Devices) -> Temporary:
     """What the update and decode need according to XLA, compiled for the devices; nothing runs.
 
     Decode's layers are unrolled: of a deep model those of two and four layers are compiled, the rest is linear.
@@ -272,7 +271,8 @@ def compile_step(step: Step, devices: Sequence[jax.Device]) -> Temporary:
 def temporary_bytes(lowered: jax.stages.Lowered) -> float:
     """What a program needs in addition to its arguments on one device, according to XLA."""
     try:
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        analysis: Any = lowered.compile().memory_analysis()
+        return analysis.temp_size_in_bytes
     except jax.errors.JaxRuntimeError as error:
         needed = refused_bytes(error)
         if needed is None:
@@ -280,7 +280,7 @@ def temporary_bytes(lowered: jax.stages.Lowered) -> float:
         return needed
 
 
-def refused_bytes(error: jax.errors.JaxRuntimeError) -> float | None:
+def refused_bytes(error: Exception) -> float | None:
     """The temporary bytes of a program that XLA refuses since a TPU cannot hold them; None for other errors."""
     needed = re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", str(error))
     return needed and float(needed[1]) * 2.0 ** {"K": 10, "M": 20, "G": 30}[needed[2]]

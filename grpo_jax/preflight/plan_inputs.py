@@ -105,17 +105,16 @@ def read_machine(text: str) -> Machine:
     )
 
 
-_QWEN = {  # kind, V, D, F, L, N, K, H, tied
-    "Qwen2.5-0.5B": ("qwen2", 151936, 896, 4864, 24, 14, 2, 64, True),
-    "Qwen2.5-1.5B": ("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, True),
-    "Qwen2.5-3B": ("qwen2", 151936, 2048, 11008, 36, 16, 2, 128, True),
-    "Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
-    "Qwen3-0.6B": ("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, True),
-    "Qwen3-1.7B": ("qwen3", 151936, 2048, 6144, 28, 16, 8, 128, True),
-    "Qwen3-4B": ("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, True),
-    "Qwen3-8B": ("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
+PUBLISHED = {  # model_type, V, D, F, L, N, K, H, rope_theta, norm_eps, tied
+    "Qwen2.5-0.5B": ModelConfig("qwen2", 151936, 896, 4864, 24, 14, 2, 64, 1e6, 1e-6, True),
+    "Qwen2.5-1.5B": ModelConfig("qwen2", 151936, 1536, 8960, 28, 12, 2, 128, 1e6, 1e-6, True),
+    "Qwen2.5-3B": ModelConfig("qwen2", 151936, 2048, 11008, 36, 16, 2, 128, 1e6, 1e-6, True),
+    "Qwen2.5-7B": ModelConfig("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, 1e6, 1e-6, False),
+    "Qwen3-0.6B": ModelConfig("qwen3", 151936, 1024, 3072, 28, 16, 8, 128, 1e6, 1e-6, True),
+    "Qwen3-1.7B": ModelConfig("qwen3", 151936, 2048, 6144, 28, 16, 8, 128, 1e6, 1e-6, True),
+    "Qwen3-4B": ModelConfig("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, 1e6, 1e-6, True),
+    "Qwen3-8B": ModelConfig("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, 1e6, 1e-6, False),
 }
-PUBLISHED = {name: ModelConfig(*sizes, 1e6, 1e-6, tied) for name, (*sizes, tied) in _QWEN.items()}
 SCRATCH_SIZES = ModelConfig("qwen3", 700, 128, 384, 4, 4, 2, 32, 1e3, 1e-6, True)  # make_tiny_checkpoint's
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.drafts import known_texts, pays
 from grpo_jax.rollout.loop import ToolLoop, answered, make_policy
-from grpo_jax.rollout.sampler import Cache, Sampler
+from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.sampling import row_keys
 from grpo_jax.types import (
     PARSER_NAME,
@@ -148,7 +148,7 @@ class Chat:
         self._trunk = self._policy.preamble
         self._start = len(self._loop.tree.preamble)  # position of the first of `_ids`
         self._closed = True  # the last turn ended with a token that ends turns
-        self._cache: Cache | None = None
+        self._cache: Any = None  # a Cache once something was fed
         self._started += 1
 
     @property

@@ -204,8 +204,7 @@ def roll_out(
     Args:
         loop: sampler, tools and settings.
         policy: the weights.
-        prompts: P of them, the first of which is a prompt; None fills up a batch of one shape and gives no
-            trajectory.
+        prompts: P of them, at least one a prompt; None fills up a batch of one shape and gives no trajectory.
         generations: G.
         seed: of the run.
         on_progress: called at every return of decode with the number of completions that were finished since, and
@@ -218,7 +217,8 @@ def roll_out(
     if hosts.agree([stop()]).any():  # before it compiles anything
         return Rollout([], stop=True)
     G = generations
-    filled = [prompts[0] if prompt is None else prompt for prompt in prompts]
+    filler = next(prompt for prompt in prompts if prompt is not None)
+    filled = [filler if prompt is None else prompt for prompt in prompts]
     own = list(zip(hosts.share(filled), hosts.share(prompts), strict=True))
     flights = [_Flight(Trajectory(prompt), given is not None) for prompt, given in own for _ in range(G)]
     draws = np.repeat([-1 if given is None else prompt.draw for prompt, given in own], G)

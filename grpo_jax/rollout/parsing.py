@@ -106,7 +106,8 @@ def call_message(call: ToolCall) -> Message:
 
 
 def _skip_blanks(text: str, at: int) -> int:
-    return _BLANKS.match(text, at).end()
+    blanks = _BLANKS.match(text, at)
+    return blanks.end() if blanks else at
 
 
 def _expect_close(text: str, at: int, what: str) -> int:

@@ -23,13 +23,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models import target
 from grpo_jax.models.cost import weights
+from grpo_jax.models.level import AnyArray
 from grpo_jax.models.lora import merge_layer
 from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
 from grpo_jax.models.sharding import Layout
 from grpo_jax.rollout.drafts import COMPARED, COPIED, DRAFTED, NONE, propose
 from grpo_jax.rollout.sampling import Sampling, sample
 
-Trunk = tuple[tuple[KV, Bool[Array, "n S"]], ...]
+Trunk = tuple[tuple[KV, Bool[AnyArray, "n S"]], ...]
 
 # Decode takes half of its rows, then an eighth, once no more of them are running: one more program each.
 # With one row in eight eight times as long, and lengths spread by 20 %, finished rows are then 12 % of the work

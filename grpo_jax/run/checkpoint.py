@@ -184,7 +184,8 @@ class Checkpoints:
         """
         self._check_held(step)
         with self._damage_explained(step):
-            return self._manager.restore(step, args=Composite(meta=JsonRestore())).meta
+            restored: Any = self._manager.restore(step, args=Composite(meta=JsonRestore()))
+            return restored.meta
 
     def set_aside(self, damaged: DamagedCheckpoint) -> str:
         """Rename a damaged newest step, so that the one before is the newest; returns a line that says so.
@@ -262,7 +263,7 @@ class Checkpoints:
         if step not in self.steps():
             raise ValueError(f"no checkpoint of step {step} in {self.directory}, which holds {self.steps()}")
 
-    def _restore(self, step: int, params: Any, **others: CheckpointArgs) -> Composite:
+    def _restore(self, step: int, params: Any, **others: CheckpointArgs) -> Any:
         self.wait()
         self._check_held(step)
         with self._damage_explained(step):
@@ -303,7 +304,7 @@ class _NewestAndBest(PreservationPolicy):
     """What Orbax keeps: the newest n checkpoints, all where n is None, and one more."""
 
     def __init__(self, n: int | None):
-        self._newest, self.best = LatestN(n), None
+        self._newest, self.best = LatestN(n), 0  # no step
 
     def should_preserve(self, checkpoints, *, context):
         newest = self._newest.should_preserve(checkpoints, context=context)

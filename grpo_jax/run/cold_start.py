@@ -100,6 +100,10 @@ def fine_tune(
     config = dataclasses.replace(job.config, eval_samples=None)  # the rule looks at greedy completions
     job = dataclasses.replace(job, config=config)
     train, held_out = cold_start_rows(job, data)
+    if missing := len(data.prompts) - len(train.prompts) - len(held_out.prompts):
+        job.console.line(
+            f"Fine-tuning leaves out {missing} of {len(data.prompts)} rows, which have no gold call"
+        )
     train, gold = _with_gold(job, train)
     _check_budget(gold, config.max_grpo_completion_length)
     if config.sft_weights == "turns":
@@ -275,13 +279,20 @@ def _can_be_read(saved: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_gold_calls(job: Job, prompts: Sequence[Prompt]) -> None:
-    for prompt in prompts:
-        if not gold_calls(prompt.example, job.toolbox.functions):
-            raise ValueError(
-                f"{prompt.example.source}: fine-tuning needs a gold call in column tool_call or ground_truth, "
-                "got none"
-            )
+def _with_calls(job: Job, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The rows that have a gold call.
+
+    Raises:
+        ValueError: they are fewer than a batch.
+    """
+    found = [bool(gold_calls(p.example, job.toolbox.functions)) for p in prompts]
+    if sum(found) < (size := job.config.sft_batch_size):
+        first = prompts[found.index(False)].example.source
+        raise ValueError(
+            f"{first}: fine-tuning needs a gold call in column tool_call or ground_truth, got none; {sum(found)} of "
+            f"{len(prompts)} rows have one, fewer than sft_batch_size, {size}"
+        )
+    return list(itertools.compress(prompts, found))
 
 
 def _with_gold(job: Job, train: DataSet) -> tuple[DataSet, list[Trajectory]]:
@@ -384,11 +395,10 @@ def turns_weighted(trajectory: Trajectory) -> Trajectory:
 
 
 def cold_start_rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
-    """Training rows, and the validation rows at the end of the file.
+    """Training rows that have a gold call, and the validation rows at the end of the file.
 
     Raises:
-        ValueError: too few rows, a training row without a gold call, or validation rows whose answers
-            are all errors.
+        ValueError: too few rows, too few of them with a gold call, or validation rows whose answers are all errors.
     """
     size = job.config.sft_validation_size
     if len(data.prompts) < size + job.config.sft_batch_size:
@@ -397,8 +407,7 @@ def cold_start_rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
             f"got {len(data.prompts)}; lower one of them, or add rows"
         )
 
-    train, held_out = _part(job, data.prompts[:-size]), _part(job, data.prompts[-size:])
-    _check_gold_calls(job, train.prompts)
+    train, held_out = _part(job, _with_calls(job, data.prompts[:-size])), _part(job, data.prompts[-size:])
     check_gold_calls(held_out.prompts, job.toolbox.functions)
     if job.config.sft_stop_reward is None:
         check_stop_rule(held_out.prompts, job.config.sft_stop_match)

@@ -133,17 +133,17 @@ class Console:
             yield lines
             lines.finish()
             return
-        outermost = self._bars is None
+        outermost, bars = self._bars is None, self._bars or _new_bars(self._rich)
         if outermost:
-            self._bars = _new_bars(self._rich)
-            self._bars.start()
-        bar = _Bar(self._bars, self._bars.add_task(printable(description), total=total, fields=""))
+            self._bars = bars
+            bars.start()
+        bar = _Bar(bars, bars.add_task(printable(description), total=total, fields=""))
         try:
             yield bar
         finally:
-            self._bars.remove_task(bar.task)
+            bars.remove_task(bar.task)
             if outermost:
-                self._bars.stop()
+                bars.stop()
                 self._bars = None
 
 

@@ -106,7 +106,7 @@ def is_exact(trajectory: Trajectory) -> bool:
     )
 
 
-def row_figures(trajectory: Trajectory, gold: Sequence[ToolCall]) -> dict[str, bool | float | None]:
+def row_figures(trajectory: Trajectory, gold: Sequence[ToolCall]) -> dict[str, Any]:
     """What one example adds to each figure; None where it has none."""
     calls = trajectory.calls
     asked = trajectory.status is not Status.TOOLS_DONE  # for a final text

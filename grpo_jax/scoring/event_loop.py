@@ -27,7 +27,7 @@ class EventLoop:
     """
 
     def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: Any = None  # an asyncio.AbstractEventLoop once a coroutine has run
         self._thread: threading.Thread | None = None
         self._lock = threading.RLock()
         self._has_run = False
@@ -98,7 +98,7 @@ class EventLoop:
             self._loop.close()
 
 
-class _Policy(asyncio.AbstractEventLoopPolicy):
+class _Policy(asyncio.AbstractEventLoopPolicy):  # pyright: ignore[reportGeneralTypeIssues]
     """The caller's policy, except for what this thread finds as its current loop.
 
     That is the given one unless code sets another, and again when it has none: `asyncio.run` leaves none.

@@ -169,7 +169,8 @@ def _to_record(value: dict, record: type, where: str, lax: bool, problems: list[
         if not hints.is_model(record) or not hasattr(error, "errors"):
             problems.append(f"{_at(where)} is refused: {error}")
             return value
-        for one in error.errors():
+        refused: Any = error
+        for one in refused.errors():
             place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"])
             problems.append(f"{_at(where + place)} is refused: {one['msg']}")
         return value

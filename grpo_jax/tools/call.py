@@ -198,7 +198,7 @@ def thread_loops() -> _Loops:
 @contextlib.contextmanager
 def no_running_loop() -> Iterator[None]:
     """Set the loop that this thread runs aside, so that another may run."""
-    asyncio = sys.modules.get("asyncio")
+    asyncio: Any = sys.modules.get("asyncio")
     running = asyncio._get_running_loop() if hasattr(asyncio, "_get_running_loop") else None
     if running is None:
         yield

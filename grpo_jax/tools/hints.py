@@ -271,7 +271,7 @@ def is_record(hint: Any) -> bool:
 
 def is_model(hint: Any) -> bool:
     """A pydantic model; pydantic itself is imported by the user's file, if at all."""
-    pydantic = sys.modules.get("pydantic")
+    pydantic: Any = sys.modules.get("pydantic")
     if not isinstance(hint, type) or not hasattr(pydantic, "BaseModel"):
         return False
     return issubclass(hint, pydantic.BaseModel) and not issubclass(hint, pydantic.RootModel)

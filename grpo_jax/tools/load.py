@@ -193,7 +193,7 @@ def _without_bound(partial: functools.partial) -> Callable:
     signature = hints.signature(partial)  # where a hint is wrong the schema will say so
     free = [p for name, p in signature.parameters.items() if name not in partial.keywords]
     kept = {p.name for p in free} | {"return"}
-    tool.__signature__ = signature.replace(parameters=free)
+    vars(tool)["__signature__"] = signature.replace(parameters=free)
     tool.__annotations__ = {
         k: v for k, v in getattr(partial.func, "__annotations__", {}).items() if k in kept
     }

@@ -317,7 +317,7 @@ class _ProcessLane:
         self._setup = json.dumps(setup)
         self._timeout = timeout
         self._isolation = isolation
-        self._process: subprocess.Popen | None = None
+        self._process: Any = None  # a subprocess.Popen once it is started
 
     def call(self, name: str, line: str, row: Hashable) -> tuple[str, str, float]:
         """Run one call, given as a JSON line; returns the text for the model, the outcome and the tool's seconds.
@@ -478,7 +478,9 @@ class _InlineLane:
             (line, row), began = request, time.perf_counter()
             try:
                 # Read again from text, so that a tool which changes its arguments does not change the call.
-                text, outcome = execute(self._functions_of(row), *json.loads(line), *self._options)
+                name, arguments = json.loads(line)
+                lax, limit = self._options
+                text, outcome = execute(self._functions_of(row), name, arguments, lax, limit)
             except BaseException as error:  # make_tools() failed, or the tool raised KeyboardInterrupt
                 text, outcome = f"Error: {error_text(error)}", "crash"
             outbox.put((text, outcome, time.perf_counter() - began))

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from importlib.machinery import FrozenImporter, ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 __path__: list[str] = []  # makes this module the parent of the user's modules
 
@@ -106,7 +107,7 @@ class _Home:
         self._usual_path = list(sys.path)
         self._known: dict[str, bool] = {}
         self.builtins = vars(builtins) | {"__import__": self._import}
-        self._importlib = ModuleType("importlib", importlib.__doc__)
+        self._importlib: Any = ModuleType("importlib", importlib.__doc__)
         self._importlib.__getattr__ = lambda name: getattr(importlib, name)
         self._importlib.import_module = self._import_module
 
@@ -196,7 +197,7 @@ class _Loader(SourceFileLoader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.state = _state(self.path)
-        module.__builtins__ = self.home.builtins
+        vars(module)["__builtins__"] = self.home.builtins
         super().exec_module(module)
 
 
@@ -337,7 +338,7 @@ def _set_variables(variables: dict[str, str]) -> None:
 
 
 def _mains_footing() -> tuple:
-    numpy = sys.modules.get("numpy")
+    numpy: Any = sys.modules.get("numpy")
     return (
         (sys.stdout, sys.stderr),
         {number: signal.getsignal(number) for number in _SIGNALS},
@@ -357,7 +358,7 @@ def _restore_main(footing: tuple) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
     if warnings.filters != filters:
         warnings.filters[:] = filters  # pyright: ignore[reportIndexIssue]
-        warnings._filters_mutated()
+        warnings._filters_mutated()  # pyright: ignore[reportAttributeAccessIssue]
     if floats is not None and sys.modules["numpy"].geterr() != floats:
         sys.modules["numpy"].seterr(**floats)
     if _loop_policy() is not policy:
@@ -366,7 +367,7 @@ def _restore_main(footing: tuple) -> None:
 
 def _loop_policy() -> object | None:
     """The event loop policy that was set; None for the default."""
-    asyncio = sys.modules.get("asyncio")
+    asyncio: Any = sys.modules.get("asyncio")
     if not hasattr(asyncio, "events") or not hasattr(asyncio, "DefaultEventLoopPolicy"):
         return None
     policy = asyncio.events._event_loop_policy  # the public getter makes one, or warns

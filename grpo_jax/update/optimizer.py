@@ -187,7 +187,8 @@ def _kept_in(dtype, inner: optax.GradientTransformation) -> optax.GradientTransf
     def update(gradients, state, params=None):
         kept = {name: getattr(state, name) for name in ("mu", "nu") if name in state._fields}
         wide = state._replace(**{name: in_float32(moment) for name, moment in kept.items()})
-        updates, new = inner.update(gradients, wide, params)
+        updated: tuple[Any, Any] = inner.update(gradients, wide, params)
+        updates, new = updated
         rounded = {
             name: round_like(getattr(new, name), moment, new.count, draw)
             for draw, (name, moment) in enumerate(kept.items(), start=1)

@@ -175,7 +175,7 @@ def make_schedule(
                 f"than the run's {total_steps} updates; lower one of them"
             )
 
-    def schedule(count: jax.Array) -> jax.Array:
+    def schedule(count: Any) -> Any:
         after = jnp.clip(count - warmup_steps, 0, decay_steps)
         decay = DECAYS[name](Time(after, decay_steps, warmup_steps, learning_rate), **arguments)
         warmup = jnp.minimum(1.0, count / warmup_steps) if warmup_steps else 1.0
