@@ -332,9 +332,8 @@ class Job:
             hosts.of_first(lambda: save_adapter(adapter, adapters, frozen.config, self.model_name))
 
 
-@functools.lru_cache(
-    64
-)  # its jitted functions hold what they compiled, and a server's clients name temperatures
+# a limit, since its jitted functions hold what they compiled, and a server's clients name temperatures
+@functools.lru_cache(64)
 def _sampler(model, mesh, dtype, sampling, stop_ids, budget) -> Sampler:
     layout = Layout(mesh, rollout=True)
     return make_sampler(model, layout, dtype=dtype, sampling=sampling, stop_ids=stop_ids, budget=budget)
