@@ -342,16 +342,17 @@ def trunk_of(*shapes):
 @pytest.mark.parametrize(
     ("B", "data", "trunk", "sizes"),
     [
-        (32, 1, [(1, 5888), (4, 128)], (32, 16, 4)),
-        (32, 8, [(1, 5888), (4, 128)], (32, 16, 8)),
+        (32, 1, [(1, 5888), (4, 128)], (32, 4)),
+        (32, 8, [(1, 5888), (4, 128)], (32, 8)),
         (8, 8, [(1, 5888), (1, 128)], (8,)),
-        (4, 1, [], (4, 2, 1)),
+        (4, 1, [], (4, 1)),
         (1, 1, [], (1,)),
-        # 16 rows would hold 16 · (5888 + 513) slots, all 32 hold 4 · 5888 + 32 · 513
+        # 4 rows would hold 4 · (5888 + 513) slots, all 32 hold 4 · 5888 + 32 · 513; 16 of 128 16 · (5888 + 513)
         (32, 1, [(4, 5888)], (32, 4)),
+        (128, 1, [(4, 5888)], (128,)),
     ],
 )
-def test_decode_shrinks_to_half_and_an_eighth(B, data, trunk, sizes):
+def test_decode_shrinks_to_an_eighth(B, data, trunk, sizes):
     assert part_sizes(B, 513, trunk_of(*trunk), layout_of(data)) == sizes
 
 

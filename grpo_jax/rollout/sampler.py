@@ -32,13 +32,13 @@ from grpo_jax.rollout.sampling import Sampling, sample
 
 Trunk = tuple[tuple[KV, Bool[AnyArray, "n S"]], ...]
 
-# Decode takes half of its rows, then an eighth, once no more of them are running: one more program each.
-# With one row in eight eight times as long, and lengths spread by 20 %, finished rows are then 12 % of the work
-# on 128 rows and not 80 % (simulated); a quarter between the two saves no point more, a sixteenth after them three.
-PARTS = (1, 2, 8)
-# Weights times tokens of budget, the cost of decoding a row. Two more programs take 7 s of CPU time to compile for the
+# Decode takes an eighth of its rows once no more of them are running: one more program. Simulated with what a pass of
+# so many rows costs (docs/log.md), that takes 0.65 to 0.74 of the time where lengths differ little and 0.30 to 0.44
+# where one row in eight is eight times as long; half of the rows in addition saves 2 to 7 % more, a quarter 1 % more.
+PART = 8
+# Weights times tokens of budget, the cost of decoding a row. One more program takes 3.5 s of CPU time to compile for the
 # quickstart's model (0.9 M weights, 63 tokens), and as much again for the greedy sampler, which is what they would save
-# in its 110 updates; for 135 M weights and 79 tokens they take 26 s and save 8 of 20 s an update (docs/log.md).
+# in its 110 updates; for 135 M weights and 79 tokens it takes 13 s and saves 8 of 20 s an update (docs/log.md).
 COMPACT_FROM = 10**8
 # A cache starts with so many slots and doubles; a smaller first size would save little next to the weights
 # and cost one more program.
@@ -273,7 +273,7 @@ def compaction_pays(cfg: ModelConfig, budget: int) -> bool:
     115 kB a token; a preamble of 5,888 tokens, prompts of 128 in groups of 8, 513 slots a row, of
     which all are read) weights are 43 % of a step's 8.0 GB at 64 rows and 18 % of 19.6 GB at 256.
     By these bytes it would pay at 256 rows. It is off there all the same: no accelerator has
-    measured it, and it holds up to half of the rows' slots and prompts a second time.
+    measured it, and it holds an eighth of the rows' slots and prompts a second time.
 
     Args:
         budget: tokens after the prompt that a row may reach.
@@ -282,16 +282,16 @@ def compaction_pays(cfg: ModelConfig, budget: int) -> bool:
 
 
 def part_sizes(B: int, slots: int, trunk: Trunk, layout: Layout) -> tuple[int, ...]:
-    """Row counts that decode may shrink to, falling from B; each fills the devices along data.
+    """Row counts that decode may take: B, and a part of it that fills the devices along data.
 
-    Rows taken out have their prompt's keys and values copied next to their own; a size whose
-    copies would outgrow what the B rows hold (long prompts, nothing shared) is left out.
+    Rows taken out have their prompt's keys and values copied next to their own; without the part where
+    these copies would outgrow what the B rows hold (long prompts, nothing shared).
     """
     data = layout.mesh.shape["data"]
-    sizes = {-(-B // (part * data)) * data for part in PARTS}
+    few = -(-B // (PART * data)) * data
     own = [valid.shape for _, valid in trunk if valid.shape[0] > 1] + [(B, slots)]
     held, copied = sum(n * S for n, S in own), sum(S for _, S in own)
-    return (B, *sorted((n for n in sizes if n < B and n * copied <= held), reverse=True))
+    return (B, few) if few < B and few * copied <= held else (B,)
 
 
 @functools.cache
