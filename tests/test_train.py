@@ -283,8 +283,10 @@ def test_an_output_dir_that_vanishes_ends_the_run_in_one_line(tmp_path):
 def test_a_full_disk_ends_the_run_in_one_line_and_the_same_command_continues(tmp_path):
     """A limit on the size of files, set by the reward after update 2, stands for the disk."""
     folder = tmp_path / "run"
+    saved = folder / "checkpoints" / "2"  # in the background
+    wait = f"while not Path({str(saved)!r}).exists(): os.sched_yield()"
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
-    reward = launch.reward_that(tmp_path, "step == 2", limit)
+    reward = launch.reward_that(tmp_path, "step == 2", f"{wait}\n        {limit}")
     argv = launch.options(folder, reward_fn=reward, save_total_limit=1)
     full = launch.finish(launch.start("train", argv), folder)
     assert full.status == 1, full.err
