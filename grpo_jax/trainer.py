@@ -25,12 +25,7 @@ from grpo_jax.models.sharding import placed
 from grpo_jax.preflight.check import check_job
 from grpo_jax.rollout.faults import faults
 from grpo_jax.rollout.loop import Rollout, ToolLoop, make_policy, roll_out
-from grpo_jax.run.checkpoint import (
-    Checkpoints,
-    DamagedCheckpoint,
-    Start,
-    find_start,
-)
+from grpo_jax.run.checkpoint import Checkpoints, DamagedCheckpoint, Start, find_start
 from grpo_jax.run.cold_start import cold_start_rows, fine_tune
 from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import write_resolved

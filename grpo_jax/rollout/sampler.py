@@ -36,9 +36,9 @@ Trunk = tuple[tuple[KV, Bool[AnyArray, "n S"]], ...]
 # so many rows costs (docs/log.md), that takes 0.65 to 0.74 of the time where lengths differ little and 0.30 to 0.44
 # where one row in eight is eight times as long; half of the rows in addition saves 2 to 7 % more, a quarter 1 % more.
 PART = 8
-# Weights times tokens of budget, the cost of decoding a row. One more program takes 3.5 s of CPU time to compile for the
-# quickstart's model (0.9 M weights, 63 tokens), and as much again for the greedy sampler, about what it would save in its
-# 110 updates. For 135 M weights it takes 13 s; with it, and 79 instead of 95 tokens, a rollout took 12 instead of 20 s.
+# Weights times tokens of budget, the cost of decoding a row: above the quickstart's model (0.9 M weights, 63 tokens), whose
+# rollouts took 45 s in all and one more program 3.5 s for each way of sampling, and below one of 135 M weights, where that
+# takes 13 s and a pass of 4 of 32 rows 58 instead of 150 ms (docs/log.md).
 COMPACT_FROM = 10**8
 # A cache starts with so many slots and doubles; a smaller first size would save little next to the weights
 # and cost one more program.
