@@ -142,6 +142,11 @@ UNWRITTEN = OutputError("cannot write checkpoints/2: unknown")
         (UNWRITTEN, OSError("No space left on device"), None),
         (ValueError("seed must be >= 0, got -1"), None, None),
         (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), None, None),
+        (
+            JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 8 bytes."),
+            None,
+            None,
+        ),
     ],
     ids=str,
 )

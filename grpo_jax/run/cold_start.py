@@ -40,6 +40,7 @@ from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.evaluation import completions, evaluate
 from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import DataSet, Job, optimizer_of
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.run.stopping import Stopped
 from grpo_jax.scoring.advantages import combine_rewards
 from grpo_jax.scoring.evaluation import summarize
@@ -99,22 +100,12 @@ def fine_tune(
     """
     config = dataclasses.replace(job.config, eval_samples=None)  # the rule looks at greedy completions
     job = dataclasses.replace(job, config=config)
-    train, held_out = cold_start_rows(job, data)
-    if missing := len(data.prompts) - len(train.prompts) - len(held_out.prompts):
-        job.console.line(
-            f"Fine-tuning leaves out {missing} of {len(data.prompts)} rows, which have no gold call"
-        )
-    train, gold = _with_gold(job, train)
-    _check_budget(gold, config.max_grpo_completion_length)
-    if config.sft_weights == "turns":
-        gold = list(map(turns_weighted, gold))
+    train, held_out, gold = _rows(job, data)
+    limit = LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
     update, state, frozen = _learner(job)
     at, of, saved = _At(config.sft_eval_steps), _made_of(job, gold), folder.with_name(folder.name + SAVED)
-    latest = config.sft_max_steps - config.sft_decay_steps  # the learning rate falls then, rule or no rule
     if (last := _stopped_at(saved, of)) is None:
         hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
-    rule = _stop_rule(job)
-    limit = LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
     clock = [time.perf_counter()]  # when updates and validations began, in turn
     with Checkpoints(saved) as checkpoints, job.console.progress("Cold start", config.sft_max_steps) as bar:
         if last is not None:
@@ -132,15 +123,9 @@ def fine_tune(
                     params = job.greedy.export(join(state.params, frozen))
                     report = _validation(job, params, held_out, limit, stop)
                     clock.append(time.perf_counter())
-                    _say(job, at, {name: report[name] for name in rule}, clock[-3:])
-                    if at.left is None and (_reached(rule, report) or at.done == latest):
-                        at = dataclasses.replace(at, left=config.sft_decay_steps)
-                        if at.left:
-                            job.console.line(f"The learning rate falls to 0 over the next {at.left} updates")
+                    at = _judged(job, at, report, clock[-3:])
                     if at.left == 0:
                         break
-                    if _reached(rule, report, 0.5):
-                        at = dataclasses.replace(at, every=max(1, config.sft_eval_steps // 4))
             except Stopped:
                 if at.done > (last or 0):
                     checkpoints.save(at.done, state, {"at": dataclasses.asdict(at), "of": of})
@@ -151,13 +136,30 @@ def fine_tune(
             batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
             share = 1.0 if at.left is None else at.left / config.sft_decay_steps
             state, metrics = update(state, place_batch(job.training, batch), share)
-            at = at.after(cursor, metrics["loss"], latest)
-            bar.advance(1)
+            at = at.after(cursor, float(metrics["loss"]), _latest(config))
+            bar.advance(1, loss=at.loss)
     found = {"steps": at.done, "validation": report}
     before_saving(found)
     job.save_model(state.params, frozen, folder, adapter)
     hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
     return found
+
+
+def _rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet, list[Trajectory]]:
+    """The rows to train on, those held out, and the gold conversations of the first; the errors of `fine_tune`."""
+    train, held_out = cold_start_rows(job, data)
+    if missing := len(data.prompts) - len(train.prompts) - len(held_out.prompts):
+        job.console.line(
+            f"Fine-tuning leaves out {missing} of {len(data.prompts)} rows, which have no gold call"
+        )
+    train, gold = _with_gold(job, train)
+    _check_budget(gold, job.config.max_grpo_completion_length)
+    return train, held_out, list(map(turns_weighted, gold)) if job.config.sft_weights == "turns" else gold
+
+
+def _latest(config: GRPOConfig) -> int:
+    """Updates after which the learning rate falls, whether or not the rule holds."""
+    return config.sft_max_steps - config.sft_decay_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +172,7 @@ class _At:
         left: updates until the end; None before the learning rate falls.
         cursor: place in the data of the next batch.
         validate: a validation is due.
-        loss: of the last update where a validation is due, else 0.
+        loss: of the last update.
     """
 
     every: int
@@ -185,15 +187,15 @@ class _At:
         """The inverse of `dataclasses.asdict`."""
         return cls(**values | {"cursor": Cursor.from_json(values["cursor"])})
 
-    def after(self, cursor: Cursor, loss: Any, latest: int) -> _At:
-        """After one more update; the loss is read from the device only where it is shown.
+    def after(self, cursor: Cursor, loss: float, latest: int) -> _At:
+        """After one more update.
 
         Args:
             latest: updates after which the learning rate falls at the latest.
         """
         done, left = self.done + 1, None if self.left is None else self.left - 1
         validate = left == 0 or (left is None and (done % self.every == 0 or done == latest))
-        return _At(self.every, done, left, cursor, validate, float(loss) if validate else 0.0)
+        return _At(self.every, done, left, cursor, validate, loss)
 
 
 def _learner(job: Job) -> tuple[Callable, TrainState, Frozen | None]:
@@ -208,26 +210,36 @@ def _learner(job: Job) -> tuple[Callable, TrainState, Frozen | None]:
     return make_update(step, optimizer, objective, state, frozen), state, frozen
 
 
+def _judged(job: Job, at: _At, report: dict[str, Any], clock: Sequence[float]) -> _At:
+    """What follows from a validation, which is printed: the end of it all, of the learning rate, or a next one sooner.
+
+    Args:
+        clock: when the updates before it began, when it began and when it ended, in seconds.
+    """
+    config, rule = job.config, _stop_rule(job.config)
+    shown = ", ".join(f"{name} {report[name] or 0.0:.3f}" for name in rule)
+    job.console.line(f"cold start {at.done}: loss {at.loss:.3f}, validation {shown}")
+    trained, validated = clock[1] - clock[0], clock[2] - clock[1]
+    if at.done > config.sft_eval_steps and validated > trained:  # the first compiles
+        job.console.line(
+            f"Validation took {validated:.0f} s, the updates before it {trained:.0f} s; a larger "
+            "sft_eval_steps or a smaller sft_validation_size makes that less"
+        )
+    if at.left is None and (_reached(rule, report) or at.done == _latest(config)):
+        at = dataclasses.replace(at, left=config.sft_decay_steps)
+        if at.left:
+            job.console.line(f"The learning rate falls to 0 over the next {at.left} updates")
+    sooner = max(1, config.sft_eval_steps // 4) if _reached(rule, report, 0.5) else at.every
+    return dataclasses.replace(at, every=sooner)
+
+
 def _reached(rule: dict[str, float], report: dict[str, Any], share: float = 1.0) -> bool:
     """Whether each figure of the rule is at least this share of what it asks for; one that is None counts as 0."""
     return all((report[name] or 0.0) >= least * share for name, least in rule.items())
 
 
-def _say(job: Job, at: _At, figures: dict[str, float | None], clock: Sequence[float]) -> None:
-    """Print a validation; `clock`: when the updates before it began, when it began and when it ended."""
-    shown = ", ".join(f"{name} {value or 0.0:.3f}" for name, value in figures.items())
-    job.console.line(f"cold start {at.done}: loss {at.loss:.3f}, validation {shown}")
-    trained, validated = clock[1] - clock[0], clock[2] - clock[1]
-    if at.done > job.config.sft_eval_steps and validated > trained:  # the first compiles
-        job.console.line(
-            f"Validation took {validated:.0f} s, the updates before it {trained:.0f} s; a larger "
-            "sft_eval_steps or a smaller sft_validation_size makes that less"
-        )
-
-
-def _stop_rule(job: Job) -> dict[str, float]:
+def _stop_rule(config: GRPOConfig) -> dict[str, float]:
     """The figures of a validation at which the cold start stops, once each is at least so high."""
-    config = job.config
     if config.sft_stop_reward is None:
         rule = {"exact_answer_match": config.sft_stop_match}
     else:

@@ -104,11 +104,11 @@ def run_command(
         print(f"Error: {error}", file=sys.stderr)
         return end_all(1, error)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        from grpo_jax.run.memory import explain, is_out_of_memory
+
+        if not is_out_of_memory(error):
             traceback.print_exc()
             return end_all(1, error)
-        from grpo_jax.run.memory import explain
-
         print(f"Error: {explain(error)}", file=sys.stderr)
         return end_all(1)
     except KeyboardInterrupt:
@@ -132,8 +132,10 @@ def _of_lost_process(error: BaseException | None) -> bool:
     """
     import jax
 
+    from grpo_jax.run.memory import is_out_of_memory
+
     while error is not None:
-        runtime = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+        runtime = isinstance(error, jax.errors.JaxRuntimeError) and not is_out_of_memory(error)
         if runtime or any(words in str(error) for words in OF_LOST):
             return True
         error = error.__cause__ or error.__context__

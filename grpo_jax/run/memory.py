@@ -23,8 +23,17 @@ ADVICE = {
 }
 
 
+# A program that was dispatched before its inputs were there says INTERNAL on a CPU, not RESOURCE_EXHAUSTED.
+_WANTED = re.compile("(?:RESOURCE_EXHAUSTED: |(?=Out of memory))(.*)")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of XLA is of a device without memory left."""
+    return _WANTED.search(str(error)) is not None
+
+
 def explain(error: Exception) -> str:
-    """The sentence for an error of XLA that says RESOURCE_EXHAUSTED.
+    """The sentence for an error that `is_out_of_memory`.
 
     Args:
         error: with the note that `PhaseTimer` leaves on it.
@@ -33,7 +42,7 @@ def explain(error: Exception) -> str:
         note.removeprefix("phase: ") for note in getattr(error, "__notes__", ()) if note.startswith("phase: ")
     ]
     phase = next((name for name in notes if name in ADVICE), "")
-    wanted = re.search(r"RESOURCE_EXHAUSTED: (.*)", str(error))
+    wanted = _WANTED.search(str(error))
     held: Counter[str] = Counter()
     for x in jax.live_arrays():
         held[f"{x.dtype}{list(x.shape)}"] += x.addressable_shards[0].data.nbytes
