@@ -46,7 +46,7 @@ from grpo_jax.run.lock import run_lock, start_over
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
 from grpo_jax.run.options import GRPOConfig, compares_evaluations
-from grpo_jax.run.progress import EVENTS, Due, Progress, Saver, fresh_meta, print_steps, print_update
+from grpo_jax.run.progress import EVENTS, Due, Progress, Saver, fresh_meta, print_steps, print_update, tried
 from grpo_jax.run.remote import open_remote
 from grpo_jax.run.report import write_missing_report, write_report
 from grpo_jax.run.stopping import Best, Stopped, StopSignal
@@ -336,12 +336,12 @@ class GRPOTrainer:
                     print_update(job, steps, step, record, groups.trajectories)
 
                 # Save and stop when due. Several hosts stop in the same rollout.
-                saver.tried(checkpoints.check)
+                tried(line, checkpoints.check)
                 checkpoints.keep_best(progress.best.step)
                 if done and config.save_strategy != "no":
                     saver.save(state, progress)
                 elif due("save", step) or step == progress.best.step:
-                    saver.tried(saver.save, state, progress)
+                    tried(line, saver.save, state, progress)
                 if stop.requested and hosts.alone() and not done:
                     raise saver.stopped(state, progress)
 

@@ -45,6 +45,15 @@ def test_without_a_terminal_a_long_phase_prints_a_line_every_few_seconds():
     ]
 
 
+def test_the_first_units_of_a_phase_which_compile_or_were_done_before_do_not_enter_what_is_left():
+    clock, file = Clock(), io.StringIO()
+    with Console(file, clock=clock).progress("updates", 10) as bar:
+        for seconds, n in ((60, 1), (10, 1), (10, 8)):
+            clock.now += seconds
+            bar.advance(n)
+    assert printed(file) == ["updates 1/10", "updates 2/10, 80 s left", "updates 10/10, done in 80 s"]
+
+
 def test_without_a_terminal_a_short_phase_prints_nothing():
     file = io.StringIO()
     with Console(file, clock=Clock()).progress("save", 1) as bar:

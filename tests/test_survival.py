@@ -1,5 +1,6 @@
 """What a run does when something around it fails: damaged checkpoints, full disks, a full device, SIGTERM at bad moments."""
 
+import itertools
 import re
 import shutil
 import signal
@@ -112,6 +113,22 @@ def signalled(function, nth):
     return call
 
 
+class Lost(BaseException):
+    """The process ends here."""
+
+
+def failing(function, nth):
+    """The function, which at its n-th call ends the process instead."""
+    calls = itertools.count(1)
+
+    def call(*args, **kwargs):
+        if next(calls) == nth:
+            raise Lost
+        return function(*args, **kwargs)
+
+    return call
+
+
 def test_sigterm_in_a_rollout_saves_the_update_before_at_once(tmp_path):
     with mock.patch.object(trainer, "roll_out", signalled(trainer.roll_out, 3)):
         stopped = launch.small_run(tmp_path / "run", save_steps=100)
@@ -167,11 +184,19 @@ def test_sigterm_in_a_cold_start_saves_it_and_the_same_command_ends_it_bit_for_b
     )
     assert not (folder / "model").exists()
     other = shutil.copytree(folder, tmp_path / "other")
-    again = launch.call(sft.main, argv, folder)
-    assert (again.status, "Continuing the cold start after its update 3" in again.out) == (0, True), again.err
-    assert again.weights() == whole.weights()
-    assert again.json("sft.json")["validation"] == whole.json("sft.json")["validation"]
-    assert not (folder / "model_checkpoint").exists()
+    lost, of_lost = (
+        tmp_path / "lost",
+        {"save_steps": 2} | options,
+    )  # without a signal only what was saved before is left
+    with mock.patch.object(cold_start, "make_batch", failing(cold_start.make_batch, 4)), pytest.raises(Lost):
+        launch.call(sft.main, launch.options(lost, **of_lost), lost)
+    for run, given, done in ((folder, options, 3), (lost, of_lost, 2)):
+        again = launch.call(sft.main, launch.options(run, **given), run)
+        assert again.status == 0, again.err
+        assert f"Continuing the cold start after its update {done}" in again.out
+        assert again.weights() == whole.weights()
+        assert again.json("sft.json")["validation"] == whole.json("sft.json")["validation"]
+        assert not (run / "model_checkpoint").exists()
     changed = launch.call(sft.main, launch.options(other, **options, sft_learning_rate=1e-4), other)
     assert changed.status == 0, changed.err
     assert "Continuing" not in changed.out

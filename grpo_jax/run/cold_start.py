@@ -41,6 +41,7 @@ from grpo_jax.run.evaluation import completions, evaluate
 from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import DataSet, Job, optimizer_of
 from grpo_jax.run.options import GRPOConfig
+from grpo_jax.run.progress import tried
 from grpo_jax.run.stopping import Stopped
 from grpo_jax.scoring.advantages import combine_rewards
 from grpo_jax.scoring.evaluation import summarize
@@ -61,7 +62,7 @@ from grpo_jax.update.update import (
 
 LENGTHS = 2  # of the longest gold conversation that a completion may have in the validation
 WARMUP = 10  # updates; AdamW's second moment is not reliable before
-SAVED = "_checkpoint"  # after the folder's name: what a cold start that was asked to stop leaves
+SAVED = "_checkpoint"  # after the folder's name: what a cold start that has not ended leaves
 # What the result depends on, in addition to the gold conversations and the model.
 OPTIONS = (
     "sft_", "adam_", "weight_decay", "max_grad_norm", "seed", "dtype", "param_dtype", "optim", "use_peft", "lora_",
@@ -79,8 +80,9 @@ def fine_tune(
     """Fine-tune on gold calls until the validation rule holds, and write an HF folder.
 
     With `use_peft` adapters are trained here too, and merged into the folder that is written:
-    a run that starts from it, such as GRPO, has new adapters. One that is asked to stop leaves a checkpoint next
-    to the folder, from which the next call with the same options and data continues bit for bit.
+    a run that starts from it, such as GRPO, has new adapters. Until it is done there is a checkpoint next to the
+    folder, of the moment at which it was asked to stop or of every `save_steps` updates, from which the next call
+    with the same options and data continues bit for bit.
 
     Args:
         data: the training rows; the last `sft_validation_size` of them are held out.
@@ -102,17 +104,26 @@ def fine_tune(
     job = dataclasses.replace(job, config=config)
     train, held_out, gold = _rows(job, data)
     limit = LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
-    update, state, frozen = _learner(job)
+    (update, state, frozen), line = _learner(job), job.console.line
     at, of, saved = _At(config.sft_eval_steps), _made_of(job, gold), folder.with_name(folder.name + SAVED)
-    if (last := _stopped_at(saved, of)) is None:
+    if (last := _last_saved(saved, of)) is None:
         hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
+    save_steps = config.interval("save", config.sft_max_steps, len(gold) // config.sft_batch_size)
     clock = [time.perf_counter()]  # when updates and validations began, in turn
-    with Checkpoints(saved) as checkpoints, job.console.progress("Cold start", config.sft_max_steps) as bar:
+    with (
+        Checkpoints(saved, keep=1) as checkpoints,
+        job.console.progress("Cold start", config.sft_max_steps) as bar,
+    ):
+
+        def save() -> None:
+            if at.done > (checkpoints.latest() or 0):
+                checkpoints.save(at.done, state, {"at": dataclasses.asdict(at), "of": of})
+
         if last is not None:
             with _can_be_read(saved):
                 state, meta = checkpoints.restore(last, placed(state, state_shardings(job.training, state)))
                 at = _At.from_json(meta["at"])
-            job.console.line(f"Continuing the cold start after its update {at.done}")
+            line(f"Continuing the cold start after its update {at.done}")
             bar.advance(at.done)
         while True:
             try:
@@ -127,9 +138,9 @@ def fine_tune(
                     if at.left == 0:
                         break
             except Stopped:
-                if at.done > (last or 0):
-                    checkpoints.save(at.done, state, {"at": dataclasses.asdict(at), "of": of})
-                    checkpoints.wait()
+                tried(line, checkpoints.wait)
+                save()
+                checkpoints.wait()
                 where = f"after its update {at.done}, which is saved" if at.done else "before it began"
                 raise Stopped(f"in the cold start, {where}") from None
             draws, cursor = next_batch(len(gold), config.sft_batch_size, at.cursor, config.seed)
@@ -138,6 +149,8 @@ def fine_tune(
             state, metrics = update(state, place_batch(job.training, batch), share)
             at = at.after(cursor, float(metrics["loss"]), _latest(config))
             bar.advance(1, loss=at.loss)
+            if save_steps and at.done % save_steps == 0:
+                tried(line, save)
     found = {"steps": at.done, "validation": report}
     before_saving(found)
     job.save_model(state.params, frozen, folder, adapter)
@@ -270,8 +283,8 @@ def _made_of(job: Job, gold: Sequence[Trajectory]) -> str:
     return hashlib.sha256(json.dumps(made_of, default=int).encode()).hexdigest()[:16]
 
 
-def _stopped_at(saved: Path, of: str) -> int | None:
-    """The update after which the same cold start was asked to stop; None where there is no such."""
+def _last_saved(saved: Path, of: str) -> int | None:
+    """The last saved update of the same cold start; None where there is no such."""
     if not saved.exists():
         return None
     with Checkpoints(saved) as checkpoints, _can_be_read(saved):

@@ -177,13 +177,21 @@ class _Lines:
         self._console, self._description, self._total = console, description, total
         self._done, self._fields = 0, ""
         self._start = self._printed = console._clock()
+        self._timed: tuple[float, int] | None = None  # from when and how many on: the first units compile
 
     def advance(self, n: int = 1, **fields: Any) -> None:
         self._done += n
         self._fields = _fields(fields) if fields else self._fields
         now = self._console._clock()
+        if self._timed is None and n:
+            self._timed = now, self._done
         if now - self._printed >= SECONDS_BETWEEN_LINES and self._done < self._total:
-            left = (now - self._start) / self._done * (self._total - self._done) if self._done else None
+            since, first = self._timed or (now, self._done)
+            left = (
+                (now - since) / (self._done - first) * (self._total - self._done)
+                if self._done > first
+                else None
+            )
             self._print("" if left is None else f"{left:.0f} s left")
             self._printed = now
 

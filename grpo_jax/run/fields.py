@@ -415,7 +415,9 @@ class Options:
         "When to save checkpoints during training.",
         spellings={"false": "no"},  # YAML reads a bare no as false
     )
-    save_steps: Interval = _opt(500, "Updates between checkpoints; below 1: a fraction of all updates.")
+    save_steps: Interval = _opt(
+        500, "Updates between checkpoints, of a cold start too; below 1: a fraction of all updates."
+    )
     save_total_limit: int | None = _opt(
         None, "Number of newest checkpoints to keep, in addition to the best one; unset: all.", ge=1
     )

@@ -82,25 +82,26 @@ class Saver:
     def save(self, state: TrainState, progress: Progress, **found: Any) -> None:
         """A checkpoint; raises OutputError where it cannot be written. That the last could not is a warning."""
         meta = self.meta | progress.to_meta() | found | {"timings": self.timer.seconds}
-        self.tried(self.checkpoints.wait)
+        tried(self.line, self.checkpoints.wait)
         with self.timer("save"):
             self.checkpoints.save(int(state.step), state, meta)
-
-    def tried(self, write: Callable[..., None], *arguments: Any) -> None:
-        """A write to the checkpoints, whose failure is no reason to throw away what is being learned."""
-        try:
-            write(*arguments)
-        except OutputError as error:
-            self.line(f"Warning: {error}. Training continues, and the next save tries again")
 
     def stopped(self, state: TrainState, progress: Progress, **found: Any) -> Stopped:
         """Saves what was learned since the last checkpoint; what to raise."""
         step = int(state.step)
-        self.tried(self.checkpoints.wait)  # or the newest is one that could not be written
+        tried(self.line, self.checkpoints.wait)  # or the newest is one that could not be written
         if step > (self.checkpoints.latest() or 0):
             self.save(state, progress, **found)
         self.checkpoints.wait()
         return Stopped(f"after update {step}, which is saved" if step else "before the first update")
+
+
+def tried(line: Callable[[str], None], write: Callable[..., None], *arguments: Any) -> None:
+    """A write to the checkpoints, whose failure is printed: it is no reason to throw away what is being learned."""
+    try:
+        write(*arguments)
+    except OutputError as error:
+        line(f"Warning: {error}. Training continues, and the next save tries again")
 
 
 def fresh_meta(job: Job, prompts: Sequence[Prompt], steps: Steps, source: str, name: str) -> dict[str, Any]:
