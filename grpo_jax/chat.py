@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ COMMANDS = {
     "/quit": "quit, like Ctrl-D; Ctrl-C stops an answer",
 }
 RESULT_CHARACTERS = 2000  # of a tool's result, on the terminal
-WHY = {
+WHY: dict[str, str] = {
     Status.OVERLONG: "the answer reached max_grpo_completion_length",
     Status.OVERLONG_TOOL_RESPONSE: "the tool's result did not fit max_grpo_completion_length",
     Status.TOOL_LIMIT: "max_tool_calling_iterations was reached",
@@ -77,20 +78,10 @@ def talk(job: Job, chat: Chat) -> None:
 
 def _show(console: Console, chat: Chat, text: str, stop: Callable[[], bool]) -> None:
     """Print an answer as it comes."""
-    at_start = True  # of a line
-
-    def write(text: str, style: str = "") -> None:
-        nonlocal at_start
-        if text:
-            console.write(text, style)
-            at_start = text.endswith("\n")
-
-    def line(text: str, style: str) -> None:
-        write(("" if at_start else "\n") + text + "\n", style)
-
+    line = console.line
     for event in chat.say(text, stop):
         if isinstance(event, Piece):
-            write(event.text.lstrip("\n") if at_start else event.text)
+            console.write(event.text.lstrip("\n") if console.at_start else event.text)
         elif isinstance(event, Called):
             call, result = event.call, event.result
             arguments = ", ".join(f"{name}={value!r}" for name, value in call.arguments.items())
@@ -154,7 +145,7 @@ def answer_lines(chat: Chat) -> int:
     which begins a new one; other columns are left alone. The answer: {"messages", "status", "tokens"}, or {"error"}.
     """
     failed = False
-    for line in sys.stdin:
+    for line in sys.stdin.buffer:
         if not line.strip():
             continue
         try:
@@ -163,13 +154,18 @@ def answer_lines(chat: Chat) -> int:
             said: dict[str, Any] = dataclasses.asdict(reply)
         except ValueError as error:
             said, failed = {"error": str(error)}, True
-        print(json.dumps(said, ensure_ascii=False), flush=True)
+        try:
+            print(json.dumps(said, ensure_ascii=False), flush=True)
+        except BrokenPipeError:  # nobody reads on, as with `head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+            break
     return int(failed)
 
 
-def _question(line: str, chat: Chat) -> str | list[Message]:
+def _question(given: bytes, chat: Chat) -> str | list[Message]:
+    line = given.decode("utf-8-sig", "replace")
     try:
-        asked = json.loads(line)
+        asked = json.loads(given.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"a line must be JSON ({error}): {shorten(line.strip(), 80)}") from None
     if not isinstance(asked, dict) or "prompt" not in asked:

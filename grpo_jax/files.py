@@ -11,6 +11,8 @@ from typing import Any
 
 from grpo_jax.text import replace_lone_surrogates
 
+os.umask(_UMASK := os.umask(0o022))  # there is no other way to read it
+
 MAX_DEPTH = 100  # of a structure that is written as JSON; a deeper one probably holds itself
 
 
@@ -111,3 +113,11 @@ def _text(value: Any) -> str:
         return replace_lone_surrogates(str(value))
     except Exception:  # its own __str__ fails
         return f"<{type(value).__name__}>"
+
+
+def save_tensors(tensors: dict[str, Any], path: Path) -> None:
+    """Write numpy arrays by name as a safetensors file, which others may read as far as the umask lets them."""
+    from safetensors.numpy import save_file  # not where only types and data are imported
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~_UMASK)  # safetensors writes one that only its owner may read

@@ -62,7 +62,9 @@ def join_processes(environ: Mapping[str, str] = os.environ) -> None:
 
     # jax's own handler of SIGTERM would swallow a signal that comes before training begins; ours stops all hosts
     jax.config.update("jax_enable_preemption_service", False)
-    explicit = {"coordinator_address": address} | {name: int(text) for name, text in given.items()}
+    explicit: dict[str, Any] = {"coordinator_address": address} | {
+        name: int(text) for name, text in given.items()
+    }
     try:
         jax.distributed.initialize(**(explicit if address else {}), heartbeat_timeout_seconds=HEARTBEAT)
     except ValueError as error:  # jax's message names its own argument

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from grpo_jax.files import OutputError
 from grpo_jax.run.report import write_report
 
 
@@ -18,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     except FileNotFoundError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
+    except OutputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

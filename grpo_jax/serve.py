@@ -12,6 +12,7 @@ from grpo_jax.run.command import run_command
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console, note_dependencies
 
+GRACE = 10  # seconds that a running answer, which stops at its next few tokens, has to end
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -31,12 +32,14 @@ def run(resolved: ResolvedConfig, console: Console, host: str, port: int) -> Non
             raise ValueError(f"--host {host} --port {port} cannot be used ({error}); give others") from None
         with open_chat("serve", resolved, console) as (job, chat, sampling):
             name = resolved.config.as_given()["model_name_or_path"]
-            app = make_app(job, chat, sampling, name, [*LOCAL] if host in LOCAL else ["*"])
-            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+            named = [*LOCAL] if host in LOCAL else ["*"]
+            app = make_app(job, chat, sampling, name, named, stopping=lambda: server.should_exit)
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
+            server = uvicorn.Server(config)
             logging.getLogger("uvicorn.access").setLevel(logging.INFO)
             url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
             console.line(f"Serving {url} without authentication; Ctrl-C ends it")
-            uvicorn.Server(config).run([listener])
+            server.run([listener])
 
 
 def main(argv: list[str] | None = None) -> int:

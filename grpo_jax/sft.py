@@ -31,6 +31,12 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
         with watch_compiles(console, timer):
             if config.overwrite_output_dir:
                 hosts.of_first(lambda: start_over(out))
+            elif hosts.of_first(lambda: (out / "sft.json").exists() and (out / "model").exists()):
+                console.line(
+                    f"The fine-tuning in {out} is finished (sft.json, model/). --overwrite_output_dir starts over, "
+                    "another --output_dir keeps both."
+                )
+                return 0
             job = open_job(config, console, timer, inputs)
             with job.runner:
                 data = load_data(job, inputs.train)

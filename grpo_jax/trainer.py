@@ -32,7 +32,7 @@ from grpo_jax.run.config import write_resolved
 from grpo_jax.run.console import Console, note_dependencies, setup_logging
 from grpo_jax.run.evaluation import compare, evaluate
 from grpo_jax.run.fields import DEFAULT_TOOLS
-from grpo_jax.run.inputs import check_compared_figure, check_gold_calls
+from grpo_jax.run.inputs import check_compared_figure, check_context, check_gold_calls
 from grpo_jax.run.job import (
     Job,
     credit_of,
@@ -50,6 +50,7 @@ from grpo_jax.run.progress import EVENTS, Due, Progress, Saver, fresh_meta, prin
 from grpo_jax.run.remote import open_remote
 from grpo_jax.run.report import write_missing_report, write_report
 from grpo_jax.run.stopping import Best, Stopped, StopSignal
+from grpo_jax.run.trl_options import trainer_options
 from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
 from grpo_jax.scoring.evaluation import is_exact
 from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
@@ -87,6 +88,8 @@ class GRPOTrainer:
         eval_dataset: the same, for the evaluations.
         tools: the functions that the model may call.
         console: where it prints.
+        **trl: other keywords of TRL's trainer: `peft_config` and `processing_class` set their options, and
+            the rest is refused or has no effect.
 
     What is left out is taken from the options in `args`. Everything is loaded and checked here, before
     anything compiles.
@@ -109,8 +112,13 @@ class GRPOTrainer:
         eval_dataset: Any = None,
         tools: Sequence[Callable] | None = None,
         console: Console | None = None,
+        **trl: Any,
     ):
         config = GRPOConfig() if args is None else args
+        if not isinstance(config, GRPOConfig):
+            raise TypeError(f"args must be a GRPOConfig of grpo_jax, got {type(args).__name__}")
+        if trl:
+            config = dataclasses.replace(config, **trainer_options(trl))
         if model is not None:
             config = dataclasses.replace(config, model_name_or_path=str(model))
         config = config.with_absolute_paths()  # code of the user may change the working directory
@@ -486,8 +494,6 @@ class GRPOTrainer:
         Raises:
             ValueError: there is no evaluation data set.
         """
-        if self.evaluation is None:
-            raise ValueError("evaluate needs eval_dataset, got none; give it to GRPOTrainer")
         with watch_compiles(self.job.console, self.job.timer):
             return self._evaluated("Evaluation", "evaluate")
 
@@ -499,9 +505,13 @@ class GRPOTrainer:
 
         Returns:
             The prompt's messages and those that follow: assistant turns, tool calls and their results.
+
+        Raises:
+            ValueError: it is no prompt, or with its completion longer than the model's positions.
         """
         messages = read_prompt(prompt)
-        asked = self.job.prompt(Example(messages, ""))
+        asked = self.job.prompt(Example(messages, "", source="prompt"))
+        check_context([asked], self.data.tree.budget, self.job.model.positions)
         shared = self.data.tree.preamble
         tree = make_tree([asked.ids, [*shared, *asked.ids[-1:]]], self.data.tree.budget, self.job.row_devices)
         loop = self.job.tool_loop(self.job.greedy, tree)
@@ -536,6 +546,8 @@ class GRPOTrainer:
         return self.job.greedy.export(learner.params(state))
 
     def _evaluated(self, title: str, name: str, stop: StopSignal | None = None) -> dict[str, Any]:
+        if self.evaluation is None:
+            raise ValueError("evaluate needs eval_dataset, got none; give it to GRPOTrainer")
         asked = (lambda: False) if stop is None else (lambda: stop.requested)
         with self.job.timer("evaluate"):
             made = evaluate(self.job, self._weights(), self.evaluation, title, stop=asked, name=name)

@@ -190,24 +190,41 @@ TOOLS = ("--tools_script", str(launch.ROOT / "tools_funcs" / "math_tools.py"))
 
 @pytest.mark.slow
 def test_from_a_pipe_each_line_is_answered_by_a_line(tmp_path):
+    twice = [{"role": role, "content": "x"} for role in ("user", "system", "user")]
+    deep = functools.reduce(lambda inner, _: [inner], range(600), 1)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": deep}}}
+    nested = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        twice[0],
+    ]
     asked = [{"prompt": "What is 1 plus 2?", "answer": "Sum: 3"}, {"prompt": "Hi", "reset": True}, {"ask": 1}]
-    flags = ["--model_name_or_path", model(tmp_path / "model"), *TOOLS, "--max_completion_length", 12]
+    asked += [{"prompt": twice}, {"prompt": nested}]
+    folder = model(tmp_path / "model")
+    settings = folder / "tokenizer_config.json"
+    strict = "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('No.') }}{% endif %}{% endfor %}"
+    told = json.loads(settings.read_text())
+    settings.write_text(json.dumps(told | {"chat_template": strict + told["chat_template"]}))
+    flags = ["--model_name_or_path", folder, *TOOLS, "--max_completion_length", 12]
     done = subprocess.run(
         [sys.executable, "-m", "grpo_jax.chat", *map(str, flags)],
-        input="".join(json.dumps(one) + "\n" for one in asked) + "no JSON\n",
-        env={**launch.os.environ, **launch.ENVIRONMENT},
+        input="".join(json.dumps(one) + "\n" for one in asked).encode()
+        + b'no JSON\n{"prompt":"\xff"}\n{"prompt":"Hi"}\n',
+        env={**launch.os.environ, **launch.ENVIRONMENT, "PYTHONIOENCODING": "utf-8:strict"},
         cwd=tmp_path,
         capture_output=True,
-        text=True,
     )
-    first, second, third, fourth = map(json.loads, done.stdout.splitlines())
-    assert done.returncode == 1, done.stderr
-    for reply in (first, second):
+    first, second, third, refused, too_deep, fourth, no_text, last = map(json.loads, done.stdout.splitlines())
+    assert done.returncode == 1, done.stderr.decode()
+    assert refused == {"error": "the model's chat template does not take this conversation: No."}
+    assert "recursion" in too_deep["error"]
+    assert "'utf-8' codec can't decode byte 0xff" in no_text["error"]
+    for reply in (first, second, last):
         assert reply.keys() == {"messages", "status", "tokens"}
         assert reply["messages"][0]["role"] == "assistant" and reply["tokens"] <= 12
     assert third == {"error": 'a line must be an object like {"prompt": "…"}, got {"ask": 1}'}
     assert fourth["error"].startswith("a line must be JSON")
-    assert "Loaded 2 tool functions" in done.stderr
+    assert b"Loaded 2 tool functions" in done.stderr
 
 
 TALK = """

@@ -263,3 +263,13 @@ def test_a_second_run_in_one_process_is_set_up_like_the_first():
 def test_the_real_imports_lose_no_line():
     """Orbax logs through absl while it is imported."""
     assert start(library="import grpo_jax.run.job")[0] == OURS
+
+
+def test_a_line_does_not_continue_what_was_written():
+    file = io.StringIO()
+    console = Console(file)
+    console.write("an ans")
+    console.line("Compiling decode …")
+    console.write("wer\n")
+    console.line("Done")
+    assert printed(file) == ["an ans", "Compiling decode …", "wer", "Done"]

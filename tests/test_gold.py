@@ -5,6 +5,7 @@ import json
 from typing import Any, NotRequired, TypedDict
 
 import pytest
+from pydantic import BaseModel
 
 from grpo_jax.data.gold import failed_call, gold_calls, gold_texts, run_gold_calls, show_call
 from grpo_jax.types import Example, Outcome, ToolCall, ToolResult
@@ -93,6 +94,37 @@ def test_what_a_tool_call_writes_stays():
 def test_nulls_that_only_fill_up_are_dropped_from_both_columns(column, name, padded, expected):
     call = {"name": name, "arguments": padded}
     assert gold_calls(with_columns(**{column: call}), TOOLS) == [ToolCall(name, expected)]
+
+
+class Wide(BaseModel):
+    """A pydantic model's field that may be null and must be given."""
+
+    x: int | None
+
+
+def records(
+    union: Offer | Fees | str, pair: tuple[int, Fees], many: tuple[Fees, ...], wide: Wide | None
+) -> str:
+    """Records as members of others."""
+    return ""
+
+
+TOOLS |= {"records": records}
+
+
+@pytest.mark.parametrize(
+    ("padded", "expected"),
+    [
+        ({"union": {"cap": None, "rate": None}}, {"union": {"cap": None}}),
+        ({"union": {"fees": {"cap": None}, "day": None}}, {"union": {"fees": {"cap": None}}}),
+        ({"pair": [1, {"cap": None, "x": None}]}, {"pair": [1, {"cap": None}]}),
+        ({"many": [{"cap": None}, {"cap": 2.5, "rate": None}]}, {"many": [{"cap": None}, {"cap": 2.5}]}),
+        ({"wide": {"x": None, "y": None}}, {"wide": {"x": None}}),
+    ],
+)
+def test_nulls_that_a_record_requires_are_kept_wherever_it_stands(padded, expected):
+    call = {"name": "records", "arguments": padded}
+    assert gold_calls(with_columns(tool_call=call), TOOLS) == [ToolCall("records", expected)]
 
 
 CALL = {"name": "anything", "arguments": {"a": "b"}}

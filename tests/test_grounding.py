@@ -1,6 +1,8 @@
 """What states a tool result: the examples of docs/evaluation.md, several results, the reward and its files."""
 
+import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -119,7 +121,11 @@ def close(answer: dict[str, int]) -> str:
     \"\"\"Close.\"\"\"
     return "done"
 
-TOOL_FUNCTIONS = [say, add, close]
+def end(answer: str = "I do not know") -> str:
+    \"\"\"End.\"\"\"
+    return answer
+
+TOOL_FUNCTIONS = [say, add, close, end]
 """
     (tmp_path / "t.py").write_text(tools)
     toolbox = load_tools(tmp_path / "t.py")
@@ -127,6 +133,10 @@ TOOL_FUNCTIONS = [say, add, close]
     assert final_tools(toolbox, "close") == {"say": "text", "close": "answer"}
     with pytest.raises(ValueError, match="final tool add must have one parameter, the answer, got 2: a, b"):
         final_tools(toolbox, "add")
+    with pytest.raises(
+        ValueError, match="answer of the final tool end is the answer and must have no default"
+    ):
+        final_tools(toolbox, "end")
     with pytest.raises(ValueError, match=r"final_tool must name a tool of .*, got 'clos'; nearest: close"):
         final_tools(toolbox, "clos")
 
@@ -141,3 +151,19 @@ def test_options_that_contradict_a_text_that_is_not_asked_for():
 def test_built_in_rewards_may_stand_among_files():
     file = str(ROOT / "rewards/math_reward.py")
     assert [one.name for one in load_rewards([file, "grounded"], None)] == ["math_reward", "grounded"]
+
+
+def test_quotes_of_a_long_result_take_time_in_proportion_to_its_length():
+    """JSON within JSON, cut: each of the escaped quotes began a search to the end of the text."""
+    rows = [{"name": f"row {i}", "value": i} for i in range(400)]
+    cut = json.dumps({"status": 200, "body": json.dumps(rows)})[:16_000]
+    began = time.perf_counter()
+    assert is_grounded([CALLS, tool(cut), said("row 3")]) is False
+    assert is_grounded([CALLS, tool('"' + '\\"' * 8_000), said("row 3")]) is False
+    assert time.perf_counter() - began < 1  # 6 and 13 s each
+
+
+def test_keys_need_not_be_stated_and_quoted_values_must():
+    result = tool('{"city": "Graz", \'note\': \'wet\', "of \\"old\\"": "a \\"b\\""}')
+    assert is_grounded([CALLS, result, said('Graz, wet, a \\"b\\"')]) is True
+    assert is_grounded([CALLS, result, said("Graz, wet")]) is False

@@ -15,7 +15,6 @@ from parity import CASES, QWEN2, QWEN3, load, random_tensors, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.files import OutputError
-from grpo_jax.models import hf
 from grpo_jax.models.hf import read_config, save_model
 from grpo_jax.models.qwen import check_params
 
@@ -313,9 +312,12 @@ def test_a_failing_write_leaves_the_old_folder(failing, tmp_path, monkeypatch):
         monkeypatch.context() as patch,
         pytest.raises(OutputError, match=r"cannot write .*model: No space left"),
     ):
-        patch.setattr(hf, "save_file", disk_full)
+        patch.setattr("safetensors.numpy.save_file", disk_full)
         save_model(model, doubled, cfg, source, max_shard_size="30KB")
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
     save_model(model, doubled, cfg, source)
     assert_same_tensors(saved(model)[0], {n: 2 * x for n, x in random_tensors(QWEN2).items()})
     assert {folder.name for folder in tmp_path.iterdir()} == {"source", "model"}
+    assert (
+        len({file.stat().st_mode for file in model.iterdir()}) == 1
+    )  # safetensors' own is for the owner alone

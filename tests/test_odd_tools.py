@@ -427,6 +427,43 @@ def test_bound_arguments_of_a_partial_are_not_the_models():
     assert bad == "Error: wrong arguments for convert: unknown 'rate' (known: amount)"
 
 
+class Account:
+    def transfer(self, amount: int, to: str) -> str:
+        """Move money."""
+        return f"{amount} to {to}"
+
+
+def test_a_partial_of_what_was_read_before_lacks_what_it_binds():
+    """functools.wraps copies what was remembered of the function."""
+    account = Account()
+    save = functools.partial(account.transfer, to="savings")
+    save.__name__, save.__doc__ = "save", "Save money."
+    tools = named_functions([account.transfer, save], "TOOLS")
+    for function in (account.transfer, *tools.values()):
+        get_schema(function)
+    assert run_tool({"name": "save", "arguments": {"amount": 1}}, tools) == "1 to savings"
+    assert run_tool({"name": "transfer", "arguments": {"amount": 1, "to": "x"}}, tools) == "1 to x"
+
+
+def test_a_partial_of_a_function_that_yields_is_refused():
+    def count(n: int):
+        """Count."""
+        yield n
+
+    (refused,) = named_functions([functools.partial(count)], "TOOLS").values()
+    with pytest.raises(ValueError, match="a tool returns its result, and this one yields"):
+        get_schema(refused)
+
+
+def test_an_argument_may_have_any_name():
+    def integrate(function: str, self_: str, name: str, arguments: str, call: str, tool: str) -> str:
+        """Integrate."""
+        return function + tool
+
+    given = dict.fromkeys(("function", "self_", "name", "arguments", "call", "tool"), "x")
+    assert run_tool({"name": "integrate", "arguments": given}, [integrate]) == "xx"
+
+
 def test_a_partial_may_bind_by_place_and_have_its_own_name():
     first = functools.partial(functools.partial(convert, 3.0), unit="EUR")
     first.__name__, first.__doc__ = "three.times", "Multiply by three."

@@ -193,6 +193,12 @@ def test_the_command_writes_it_and_names_what_is_missing(tmp_path, capsys):
     leave_a_run(tmp_path / "run")
     assert main([str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")
+    (tmp_path / "run/report.html").unlink()
+    (tmp_path / "run/report.html").mkdir()
+    assert main([str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err.startswith(
+        f"Error: cannot write {tmp_path / 'run/report.html'}: Is a directory"
+    )
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.strip() == (
         f"Error: {tmp_path} holds no metrics.jsonl; name the output_dir of a run"

@@ -812,3 +812,23 @@ def test_turns_of_several_hosts_are_joined():
 def test_rewards_that_do_not_fit_the_turns_are_errors_with_the_row(result, error):
     with pytest.raises(RewardError, match=re.escape(error)):
         scored(result)
+
+
+def test_what_a_reward_changes_reaches_no_other_row_reward_or_update():
+    shared, messages = ["add"], [[said("a")] for _ in range(3)]
+
+    def greedy(completions, expected, **_):
+        for conversation, todo in zip(completions, expected, strict=True):
+            conversation[-1]["content"] = "CLEANED"
+            todo.remove("add")
+        return [1.0] * len(completions)
+
+    def second(completions, expected, **_):
+        return [
+            float(c[-1]["content"] == "a" and e == ["add"])
+            for c, e in zip(completions, expected, strict=True)
+        ]
+
+    outcome = call(greedy, second, rows=3, completions=messages, columns={"expected": [shared] * 3})
+    assert outcome.values.tolist() == [[1.0, 1.0]] * 3
+    assert shared == ["add"] and messages == [[said("a")]] * 3

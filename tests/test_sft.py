@@ -513,3 +513,9 @@ def test_the_command_learns_the_calls_and_never_opens_the_test_file(tmp_path):
     assert report["timings"]["cold_start"] > 0
     assert ran.weights() != (launch.small_model() / "model.safetensors").read_bytes()
     assert "Fine-tuned for 16 updates" in ran.out
+    again = launch.call(sft.main, launch.options(ran.folder, seed=7, sft_max_steps=2), ran.folder)
+    assert again.status == 0, again.err
+    assert (
+        f"The fine-tuning in {ran.folder} is finished (sft.json, model/). --overwrite_output_dir" in again.out
+    )
+    assert again.weights() == ran.weights()

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NotRequired, Optional, TypedDict, Un
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import Field
 from transformers.utils import get_json_schema
 
 from grpo_jax.tools import ToolRunner, check_arguments, get_schema, load_tools, run_tool, signature_line
@@ -698,3 +699,59 @@ def test_make_tools_makes_methods_of_an_object(script):
     assert tools.stateful and tools.factory is not None
     assert list(tools.schemas[0]["function"]["parameters"]["properties"]) == ["by"]
     assert [run_tool({"name": "bump", "arguments": {"by": 2}}, tools) for _ in range(2)] == ["2", "4"]
+
+
+def buy(
+    quantity: Annotated[int, Field(ge=1, le=5, description="How many.")],
+    names: Annotated[list[Annotated[str, Field(min_length=2)]], "Of what."],
+    limit: Annotated[float | None, Field(gt=0)] = None,
+) -> str:
+    """Buy."""
+    return f"{quantity} {names} {limit}"
+
+
+def test_limits_in_annotated_are_part_of_the_schema_and_checked():
+    properties = get_schema(buy)["function"]["parameters"]["properties"]
+    assert properties["quantity"] == {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": 5,
+        "description": "How many.",
+    }
+    assert properties["names"]["items"] == {"type": "string", "minLength": 2}
+    assert properties["limit"] == {"type": "number", "nullable": True, "exclusiveMinimum": 0}
+    assert check_arguments(buy, {"quantity": 5.0, "names": ["ab"]}) == {"quantity": 5, "names": ["ab"]}
+    assert check_arguments(buy, {"quantity": 1, "names": [], "limit": None})["limit"] is None
+    with pytest.raises(ValueError) as raised:
+        check_arguments(buy, {"quantity": -7, "names": ["ab", "x"], "limit": 0})
+    assert str(raised.value) == (
+        "'quantity' is refused: Input should be greater than or equal to 1; "
+        "'names[1]' is refused: String should have at least 2 characters; "
+        "'limit' is refused: Input should be greater than 0"
+    )
+
+
+def test_a_description_alone_limits_nothing_and_the_schema_is_transformers():
+    def add(a: Annotated[int, Field(description="First.")], b: int) -> int:
+        """Add.
+
+        Args:
+            a: First.
+            b: Second.
+        """
+        return a + b
+
+    assert get_schema(add) == get_json_schema(add)
+
+
+class Order(TypedDict):
+    amount: Annotated[int, Field(ge=1)]
+
+
+def test_limits_of_a_records_keys_are_checked():
+    def place(order: Order) -> str:
+        """Place an order."""
+        return "ok"
+
+    with pytest.raises(ValueError, match=r"'order.amount' is refused: .* greater than or equal to 1"):
+        check_arguments(place, {"order": {"amount": 0}})

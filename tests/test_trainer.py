@@ -1,9 +1,11 @@
 """The Python face: what a command does, a script does too, and bad input is refused before anything is written."""
 
+import dataclasses
 import importlib.util
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import launch
 import pytest
@@ -110,6 +112,14 @@ def test_generate_gives_a_whole_conversation_as_messages(trained):
     assert trainer.generate(asked) == messages
 
 
+def test_a_conversation_that_is_too_long_for_the_model_is_refused(trained):
+    trainer, _ = trained
+    with pytest.raises(
+        ValueError, match=r"prompt: the longest prompt has \d+ tokens, .* the model was made for"
+    ):
+        trainer.generate("What? " * 20_000)
+
+
 def test_save_model_writes_a_folder_that_evaluates_alike(trained, tmp_path):
     trainer, _ = trained
     trainer.save_model(tmp_path / "mine")
@@ -132,6 +142,27 @@ BAD = {
     "an unknown reward": ({"reward_funcs": "acuracy"}, ValueError, "Unknown reward function: acuracy"),
     "no prompt": ({"train_dataset": [{"answer": "x"}]}, ValueError, "has no column 'prompt'"),
     "no rows": ({"train_dataset": []}, ValueError, "contains no rows"),
+    "a column without a name": (
+        {"train_dataset": [{"prompt": "x", "answer": "y", 1: 2}]},
+        ValueError,
+        "row 1.*: the name of a column must be text, as rewards get columns by name, got 1",
+    ),
+    "options of TRL": (
+        {"args": {"max_steps": 1}},
+        TypeError,
+        "args must be a GRPOConfig of grpo_jax, got dict",
+    ),
+    "a keyword of nobody": ({"tols": []}, TypeError, "GRPOTrainer has no argument 'tols'; nearest: tools"),
+    "an optimizer": (
+        {"optimizers": ("adam", None)},
+        ValueError,
+        "optimizers is not supported: optim, learning_rate",
+    ),
+    "DoRA": (
+        {"peft_config": SimpleNamespace(use_dora=True, target_modules=None)},
+        ValueError,
+        "peft_config: use_dora True is not supported; leave it out",
+    ),
     "a missing file": ({"train_dataset": "no_such.jsonl"}, FileNotFoundError, "no_such.jsonl does not exist"),
 }
 
@@ -143,7 +174,7 @@ def test_bad_input_is_refused_with_the_commands_sentences_and_leaves_nothing(tmp
     folder = tmp_path / "run"
     config = GRPOConfig(output_dir=str(folder))
     with pytest.raises(kind, match=sentence):
-        GRPOTrainer(model="scratch", args=config, **given | changed)
+        GRPOTrainer(model="scratch", **{"args": config} | given | changed)
     assert not folder.exists()
 
 
@@ -244,3 +275,41 @@ def test_examples_run(name, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert not math.isnan(summary["after"]["exact_answer_match"])
     assert (tmp_path / "run" / "model").is_dir()
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """The fields of PEFT's that matter here; tests/test_trl_script.py has its own."""
+
+    r: int = 4
+    lora_alpha: int = 8
+    lora_dropout: float = 0.1
+    target_modules: object = None
+    use_rslora: bool = True
+    bias: str = "none"
+    rank_pattern: dict = dataclasses.field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [(None, None), ({"v_proj", "q_proj"}, ["q_proj", "v_proj"]), ("all-linear", ["all-linear"])],
+)
+def test_trls_other_keywords_become_options(tmp_path, modules, expected, caplog):
+    tokenizer = SimpleNamespace(name_or_path=str(launch.small_model()))
+    trainer = GRPOTrainer(
+        model=str(launch.small_model()),
+        tools=[add, multiply],
+        reward_funcs=spread,
+        train_dataset=launch.rows(10, 24),
+        args=small_config(tmp_path / "run"),
+        peft_config=LoraConfig(target_modules=modules),
+        processing_class=tokenizer,
+        callbacks=["one"],
+        optimizers=(None, None),
+        quantization_config=None,
+    )
+    config = trainer.job.config
+    assert (config.use_peft, config.lora_r, config.lora_alpha, config.lora_dropout) == (True, 4, 8, 0.1)
+    assert (config.use_rslora, config.lora_target_modules) == (True, expected)
+    assert config.tokenizer_name_or_path == tokenizer.name_or_path
+    assert "callbacks has no effect here: the console, metrics.jsonl" in caplog.text

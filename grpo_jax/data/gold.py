@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 
 from grpo_jax.data.rows import parsed_text, recorded_call, row_tools, show_json
 from grpo_jax.text import shorten
-from grpo_jax.tools.hints import is_union
+from grpo_jax.tools.hints import container, is_record, is_union, meaning, record_fields
 from grpo_jax.types import Example, Outcome, ToolCall, ToolResult
 
 CallAndResult = tuple[ToolCall, ToolResult]
@@ -85,27 +84,20 @@ def _gold_call(call: Any, functions: Mapping[str, Callable], original: bool) -> 
 
 def _without_nulls(value: Any, hint: Any) -> Any:
     """A value without the nulls inside its objects, except those that its type hint requires."""
+    hint = _some(hint, value)
     if isinstance(value, list):
-        item = next(iter(typing.get_args(_some(hint))), Any)
-        return [_without_nulls(inner, item) for inner in value]
+        items = typing.get_args(hint) or (Any,)
+        if container(hint) is tuple and Ellipsis not in items and len(items) == len(value):
+            return [_without_nulls(inner, item) for inner, item in zip(value, items, strict=True)]
+        return [_without_nulls(inner, items[0]) for inner in value]
     if not isinstance(value, dict):
         return value
-    record, required, inside = _some(hint), (), {}
-    if typing.is_typeddict(record):
-        required, inside = record.__required_keys__, _hints(record)
-    elif dataclasses.is_dataclass(record):
-        missing = dataclasses.MISSING
-        required = {
-            f.name
-            for f in dataclasses.fields(record)
-            if f.default is missing and f.default_factory is missing
-        }
-        inside = _hints(record)
-    values = (*typing.get_args(record), Any, Any)[1]  # of dict[str, hint]
+    fields = record_fields(hint) if is_record(hint) else {}
+    values = (*typing.get_args(hint), Any, Any)[1]  # of dict[str, hint]
     return {
-        key: _without_nulls(inner, inside.get(key, values))
+        key: _without_nulls(inner, fields[key].hint if key in fields else values)
         for key, inner in value.items()
-        if inner is not None or key in required
+        if inner is not None or (key in fields and fields[key].required)
     }
 
 
@@ -131,12 +123,17 @@ def _takes_null(hint: Any) -> bool:
     return hint in (Any, object, None, type(None)) or None in typing.get_args(hint)  # or Literal[…, None]
 
 
-def _some(hint: Any) -> Any:
-    """A hint without its `| None`."""
-    if is_union(hint):
-        members = [member for member in typing.get_args(hint) if member is not type(None)]
-        return _some(members[0]) if len(members) == 1 else Any
-    return hint
+def _some(hint: Any, value: Any) -> Any:
+    """A hint without its `| None`; of several other members the record that has most keys of an object, or Any."""
+    hint = meaning(hint)
+    if not is_union(hint):
+        return hint
+    members = [meaning(member) for member in typing.get_args(hint) if member is not type(None)]
+    if len(members) > 1 and isinstance(value, dict):
+        given = {key for key, inner in value.items() if inner is not None}
+        members = [m for m in members if is_record(m) and given <= record_fields(m).keys()]
+        members = sorted(members, key=lambda m: -len(value.keys() & record_fields(m).keys()))[:1]
+    return _some(members[0], value) if len(members) == 1 else Any
 
 
 def gold_texts(example: Example, functions: Mapping[str, Callable]) -> list[str]:

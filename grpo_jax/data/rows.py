@@ -65,6 +65,8 @@ def _example(row: Any, place: str, system_prompt: str | None, columns: Mapping[s
                 f"has no column {name!r}; it has {', '.join(map(repr, row)) or 'none'}; rename one, or map it "
                 f'with dataset_columns, e.g. {{"{name}": "…"}}'
             )
+    if odd := [name for name in row if not isinstance(name, str)]:
+        raise ValueError(f"the name of a column must be text, as rewards get columns by name, got {odd[0]!r}")
     if reserved := sorted(RESERVED_COLUMNS & set(row)):
         raise ValueError(
             f"column {reserved[0]!r} has the name of an argument that rewards get from the trainer; rename it"

@@ -162,7 +162,7 @@ def _backward(blocks, residuals, do):
         dq = _by_row(dq_n, rows, causal)
         S = segment.k.shape[2]
         dk, dv = dk[:, :, :S].astype(segment.k.dtype), dv[:, :, :S].astype(segment.v.dtype)
-        d_segments.append(Segment(dk, dv, None))
+        d_segments.append(segment._replace(k=dk, v=dv, valid=None))
     return dq.astype(q_BKRTH.dtype), tuple(d_segments)
 
 

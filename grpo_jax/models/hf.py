@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from grpo_jax.files import cannot_write, writing
+from grpo_jax.files import cannot_write, save_tensors, writing
 from grpo_jax.models import gguf
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params, check_params
 
@@ -205,7 +205,7 @@ def _alternatives() -> str:
     configs = [path for depth in ("*", "*/*", "*/*/*") for path in Path().glob(f"{depth}/config.json")]
     found = sorted(str(p.parent) for p in configs if list(p.parent.glob("*.safetensors")))
     return (
-        "Give the path of a local HF folder, or 'scratch' for a small model made on the spot; "
+        "Give the path of a local HF folder, or to train, 'scratch' for a small model made on the spot; "
         f"folders here that hold a model: {', '.join(found[:5]) or 'none'}"
     )
 
@@ -236,7 +236,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype=np.float32) -> Params:
+def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype: DTypeLike = np.float32) -> Params:
     """Read a checkpoint tensor by tensor into its shards.
 
     A tensor goes to its devices as the file holds it and is cast there, a layer of a stacked leaf
@@ -257,7 +257,7 @@ def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype=np.floa
     def load(entry: Entry, sharding):
         leaf = None
         for i, name in enumerate(entry.names()):
-            read = functools.partial(entry.read, tensors[name])
+            read: Any = functools.partial(entry.read, tensors[name])
             part = jax.make_array_from_callback(entry.part, sharding, read)
             if leaf is None:  # only now, when the pages of the first part are free again
                 leaf = jnp.zeros(entry.shape, dtype, device=sharding)
@@ -365,7 +365,7 @@ def _write_shards(folder: Path, tensors: dict[str, np.ndarray], max_shard_size: 
         max_shard_size=max_shard_size,
     )
     for file, names in plan.filename_to_tensors.items():
-        save_file({n: tensors[n] for n in names}, folder / file, metadata={"format": "pt"})
+        save_tensors({n: tensors[n] for n in names}, folder / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

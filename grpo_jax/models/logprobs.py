@@ -13,12 +13,13 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.attention import dot_fp32
+from grpo_jax.models.level import AnyArray
 from grpo_jax.models.target import on_cpu
 
 NEG = -1e30  # the first running maximum
 
 
-def first_positions(mask: Bool[Array, "B T"], J: int) -> tuple[Int[Array, "B J"], Bool[Array, "B J"]]:
+def first_positions(mask: Bool[AnyArray, "B T"], J: int) -> tuple[Int[Array, "B J"], Bool[Array, "B J"]]:
     """Per row, the indices of its first J True entries, and which of the J are real."""
     index = jnp.argsort(~mask, axis=1, stable=True)[:, :J]
     return index, jnp.take_along_axis(mask, index, 1)

@@ -70,7 +70,7 @@ class LoraConfig:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> LoraConfig:
         """What `dataclasses.asdict` gave, after a trip through JSON."""
-        return cls(**fields | {"modules": tuple(fields["modules"])})
+        return cls(**dict(fields, modules=tuple(fields["modules"])))
 
     @property
     def scale(self) -> float:

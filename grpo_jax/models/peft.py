@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from grpo_jax.files import save_tensors
 from grpo_jax.models.hf import TABLE, read_json_object, whole_folder
 from grpo_jax.models.lora import MODULES, Adapters, LoraConfig, Params, init_adapters
 
@@ -106,7 +107,7 @@ def save_adapter(folder: Path, adapters: Params, config: LoraConfig, base: str) 
     tensors = peft_tensors(adapters, config)
     with whole_folder(folder) as part:
         (part / "adapter_config.json").write_text(json.dumps(_peft_config(config, base), indent=2) + "\n")
-        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, part / "adapter_model.safetensors")
 
 
 def _peft_config(config: LoraConfig, base: str) -> dict[str, Any]:

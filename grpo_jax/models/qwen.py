@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models import lora
 from grpo_jax.models.attention import KEPT, Segment, attend, even_block, keep
-from grpo_jax.models.level import KV, Level
+from grpo_jax.models.level import KV, AnyArray, Level
 from grpo_jax.models.rope import Scaling, frequencies, read_position_limit, read_rope
 from grpo_jax.models.target import device_count
 
@@ -334,7 +334,7 @@ def _bind_layer(cfg: ModelConfig, weights: Params) -> DecoderLayer:
     return nnx.merge(graph, weights)
 
 
-def rope_tables(cfg: ModelConfig, positions: Int[Array, "n T"]):
+def rope_tables(cfg: ModelConfig, positions: Int[AnyArray, "n T"]):
     """cos and sin [n, T, 1, H/2] in fp32; bf16 angles would turn position 5801 into 5792."""
     frequency = jnp.asarray(frequencies(cfg.rope_theta, cfg.H, cfg.rope))
     angle = positions[..., None].astype(jnp.float32) * frequency[None, None]

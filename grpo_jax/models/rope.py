@@ -139,7 +139,7 @@ def _read_yarn(rope: dict[str, Any], source: str) -> Yarn:
         raise ValueError(f"{source}: beta_fast must be >= beta_slow, got {fast} and {slow}")
     magnitude = rope.get("attention_factor")
     if magnitude is None:
-        mscales = rope.get("mscale"), rope.get("mscale_all_dim")
+        mscales: tuple[Any, Any] = rope.get("mscale"), rope.get("mscale_all_dim")
         above, below = mscales if all(mscales) else (1.0, 0.0)
         magnitude = _magnitude(factor, above) / _magnitude(factor, below)
     return Yarn(factor, original, magnitude, fast, slow, rope.get("truncate", True))

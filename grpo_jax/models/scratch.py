@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.files import save_tensors
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Added tokens that Qwen does not mark as special: decoding keeps them.
 TAG_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -248,8 +250,6 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def _save_weights(path: Path, config: dict[str, Any], seed: int) -> None:
-    from safetensors.numpy import save_file
-
     # 1/sqrt(fan in), the embedding table by its width, residual writers smaller so that tokens
     # stay visible: docs/log.md has what the published models' plain 0.02 did to the cold start.
     rng = np.random.default_rng(seed)
@@ -261,7 +261,7 @@ def _save_weights(path: Path, config: dict[str, Any], seed: int) -> None:
         return rng.normal(0.0, shrink * shape[-1] ** -0.5, shape).astype(np.float32)
 
     weights = {name: draw(name, shape) for name, shape in weight_shapes(config).items()}
-    save_file(weights, str(path), metadata={"format": "pt"})
+    save_tensors(weights, path)
 
 
 def weight_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import hosts
 from grpo_jax.models.target import Devices
@@ -143,7 +143,7 @@ class Layout:
         rollout: the rollout's column instead of training's.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rollout: bool = False
 
     def params(self, tree: Any) -> Any:

@@ -189,13 +189,15 @@ def _state(step: Step, layout: Layout) -> tuple[TrainState, Frozen | None]:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params)
 
     config, params = step.config, abstract_params(step.model)
+    seed: Any = jax.ShapeDtypeStruct((), jnp.uint32)
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32)
     trained, frozen = cast(config.param_dtype), None
     if config.use_peft:
         lora = lora_config(config)
         trained = jax.eval_shape(lambda: init_adapters(params["layers"], lora, 0))
-        frozen = Frozen(cast(step.dtype), jax.ShapeDtypeStruct((), jnp.uint32), lora)
+        frozen = Frozen(cast(step.dtype), seed, lora)
     moments = jax.eval_shape(optimizer_of(config, optax.constant_schedule(0.0)).init, trained)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trained, moments)
+    state = TrainState(count, trained, moments)
     return placed(state, state_shardings(layout, state)), placed(frozen, layout.params(frozen))
 
 

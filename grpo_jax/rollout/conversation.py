@@ -18,6 +18,7 @@ which is in the model's own format.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -36,6 +37,15 @@ from grpo_jax.types import Message, ParsedTurn, Schema, ToolCall
 
 _SENTINEL = "SENTINEL"  # stands for the text of an assistant turn
 _RENDERED = 256  # conversations whose texts are held at once: with 8 tools each is 25 kB
+
+
+@contextlib.contextmanager
+def _refusal_explained() -> Iterator[None]:
+    """A block in which what the template does not take is a ValueError."""
+    try:
+        yield
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise ValueError(f"the model's chat template does not take this conversation: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +134,7 @@ class Conversation:
             )
         return self._encode(text[len(prompt) : end + len(self.end_of_turn)], hidden)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """The text of a sampled turn without its closing stop token; other control tokens are kept."""
         ids = list(ids)
         if ids and ids[-1] in self.stop_ids:
@@ -142,6 +152,7 @@ class Conversation:
         """`_render_all` of one conversation without tools."""
         return self._render_all([messages], [], **options)[0]
 
+    @_refusal_explained()
     def _render_all(
         self,
         conversations: Sequence[list[Message]],

@@ -240,7 +240,7 @@ def roll_out(
                 flights[i].append(turn.tokens[i, :n].tolist(), turn.logprobs[i, :n].tolist())
                 if turn.stopped[i] or n == left[i]:
                     with failure:
-                        _end_turn(loop, flights[i], i, turn.stopped[i], due)
+                        _end_turn(loop, flights[i], i, bool(turn.stopped[i]), due)
         responses: list[list[int]] = [[] for _ in flights]
         with failure:
             responses = [_respond(loop, f) if f.waiting and f.due <= due else [] for f in flights]

@@ -40,7 +40,6 @@ from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.evaluation import completions, evaluate
 from grpo_jax.run.inputs import check_gold_calls, check_stop_rule
 from grpo_jax.run.job import DataSet, Job, optimizer_of
-from grpo_jax.run.options import GRPOConfig
 from grpo_jax.run.progress import tried
 from grpo_jax.run.stopping import Stopped
 from grpo_jax.scoring.advantages import combine_rewards
@@ -147,7 +146,7 @@ def fine_tune(
             batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
             share = 1.0 if at.left is None else at.left / config.sft_decay_steps
             state, metrics = update(state, place_batch(job.training, batch), share)
-            at = at.after(cursor, float(metrics["loss"]), _latest(config))
+            at = at.after(cursor, float(metrics["loss"]), _latest(job))
             bar.advance(1, loss=at.loss)
             if save_steps and at.done % save_steps == 0:
                 tried(line, save)
@@ -170,9 +169,9 @@ def _rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet, list[Trajectory]]:
     return train, held_out, list(map(turns_weighted, gold)) if job.config.sft_weights == "turns" else gold
 
 
-def _latest(config: GRPOConfig) -> int:
+def _latest(job: Job) -> int:
     """Updates after which the learning rate falls, whether or not the rule holds."""
-    return config.sft_max_steps - config.sft_decay_steps
+    return job.config.sft_max_steps - job.config.sft_decay_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +197,7 @@ class _At:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> _At:
         """The inverse of `dataclasses.asdict`."""
-        return cls(**values | {"cursor": Cursor.from_json(values["cursor"])})
+        return cls(**dict(values, cursor=Cursor.from_json(values["cursor"])))
 
     def after(self, cursor: Cursor, loss: float, latest: int) -> _At:
         """After one more update.
@@ -229,7 +228,7 @@ def _judged(job: Job, at: _At, report: dict[str, Any], clock: Sequence[float]) -
     Args:
         clock: when the updates before it began, when it began and when it ended, in seconds.
     """
-    config, rule = job.config, _stop_rule(job.config)
+    config, rule = job.config, _stop_rule(job)
     shown = ", ".join(f"{name} {report[name] or 0.0:.3f}" for name in rule)
     job.console.line(f"cold start {at.done}: loss {at.loss:.3f}, validation {shown}")
     trained, validated = clock[1] - clock[0], clock[2] - clock[1]
@@ -238,7 +237,7 @@ def _judged(job: Job, at: _At, report: dict[str, Any], clock: Sequence[float]) -
             f"Validation took {validated:.0f} s, the updates before it {trained:.0f} s; a larger "
             "sft_eval_steps or a smaller sft_validation_size makes that less"
         )
-    if at.left is None and (_reached(rule, report) or at.done == _latest(config)):
+    if at.left is None and (_reached(rule, report) or at.done == _latest(job)):
         at = dataclasses.replace(at, left=config.sft_decay_steps)
         if at.left:
             job.console.line(f"The learning rate falls to 0 over the next {at.left} updates")
@@ -251,8 +250,9 @@ def _reached(rule: dict[str, float], report: dict[str, Any], share: float = 1.0)
     return all((report[name] or 0.0) >= least * share for name, least in rule.items())
 
 
-def _stop_rule(config: GRPOConfig) -> dict[str, float]:
+def _stop_rule(job: Job) -> dict[str, float]:
     """The figures of a validation at which the cold start stops, once each is at least so high."""
+    config = job.config
     if config.sft_stop_reward is None:
         rule = {"exact_answer_match": config.sft_stop_match}
     else:

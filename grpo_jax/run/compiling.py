@@ -43,9 +43,9 @@ def watch_compiles(console: Console, timer: PhaseTimer) -> Iterator[None]:
     """
     active = True
 
-    def charge(event: str, seconds: float, **_: object) -> None:
+    def charge(event: str, duration_secs: float, **_: object) -> None:
         if active and event in _COMPILE_EVENTS:
-            timer.move("compile", seconds)
+            timer.move("compile", duration_secs)
 
     logger, handler = logging.getLogger(_LOGGER), _Announce(console)
     level, propagate = logger.level, logger.propagate

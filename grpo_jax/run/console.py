@@ -49,15 +49,19 @@ class Console:
         self.terminal = self._rich.is_terminal
         self._clock = clock
         self._bars: Progress | None = None
+        self.at_start = True  # of a line
 
     def mute(self) -> None:
         """Print nothing from now on."""
         self._rich.quiet = True
         self.terminal = False
 
-    def line(self, text: str) -> None:
-        """Print a line."""
-        self._rich.print(printable(text), soft_wrap=True)
+    def line(self, text: str, style: str = "") -> None:
+        """Print a line of its own."""
+        if not self.at_start:
+            self._rich.print()
+        self.at_start = True
+        self._rich.print(Text(printable(text), style), soft_wrap=True)
 
     def write(self, text: str, style: str = "") -> None:
         """Print text as it comes, without ending the line.
@@ -65,7 +69,9 @@ class Console:
         Args:
             style: rich's, as "dim"; seen on a terminal only.
         """
-        self._rich.print(Text(printable(text), style), end="", soft_wrap=True)
+        if text:
+            self._rich.print(Text(printable(text), style), end="", soft_wrap=True)
+            self.at_start = text.endswith("\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Print a table.
@@ -111,9 +117,8 @@ class Console:
             return self.table(title, ("completion", "answer", "rewards", "status"), rows)
         self.line(title)
         for text, answer, rewards, status in rows:
-            self.line(
-                f"  status {status}, rewards {rewards}, answer {json.dumps(answer, ensure_ascii=False)}"
-            )
+            scored = f"rewards {rewards}, " if rewards else ""
+            self.line(f"  status {status}, {scored}answer {json.dumps(answer, ensure_ascii=False)}")
             self.line(textwrap.indent(text, "    "))
 
     @contextlib.contextmanager
@@ -166,7 +171,7 @@ class _Bar:
         self.bars, self.task = bars, task
 
     def advance(self, n: int = 1, **fields: Any) -> None:
-        shown = {"fields": _fields(fields)} if fields else {}
+        shown: dict[str, Any] = {"fields": _fields(fields)} if fields else {}
         self.bars.update(self.task, advance=n, **shown)
 
 

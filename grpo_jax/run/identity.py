@@ -220,7 +220,7 @@ def _tools_file(toolbox: Toolbox) -> Path | None:
     if toolbox.script is not None:
         return Path(toolbox.script)
     spec = importlib.util.find_spec(toolbox.module) if toolbox.module else None
-    return Path(spec.origin) if spec is not None and spec.has_location else None
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
 
 def _reward_digests(reward: RewardFunction) -> dict[str, str]:

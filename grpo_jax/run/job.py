@@ -493,9 +493,22 @@ def encoded(examples: Sequence[Example], toolbox: Toolbox, conversation: Convers
     shown = ((example, schemas_of(example, toolbox)) for example in examples)
     for schemas, group in itertools.groupby(shown, operator.itemgetter(1)):
         rows = [example for example, _ in group]
-        ids = conversation.prompts_ids([row.messages for row in rows], schemas)
+        try:
+            ids = conversation.prompts_ids([row.messages for row in rows], schemas)
+        except ValueError:
+            for row in rows:
+                _check_prompt(row, schemas, conversation)
+            raise
         prompts += [Prompt(*one, schemas) for one in zip(rows, ids, strict=True)]
     return prompts
+
+
+def _check_prompt(example: Example, schemas: list[Schema], conversation: Conversation) -> None:
+    """Whether the template takes the prompt; raises ValueError, with the row's place."""
+    try:
+        conversation.prompt_ids(example.messages, schemas)
+    except ValueError as error:
+        raise ValueError(f"{example.source}: {error}" if example.source else str(error)) from error
 
 
 def lora_config(config: GRPOConfig) -> LoraConfig:

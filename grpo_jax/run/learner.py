@@ -45,7 +45,7 @@ class Learner:
     """
 
     step: ModelStep
-    schedule: Callable[[int], float]
+    schedule: Callable[[int], Any]
     update: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
     score: Callable[[Params, Batch], Any]
     reference: Params | None

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class RolloutLog:
         step: int,
         trajectories: Sequence[Trajectory],
         reward_names: Sequence[str],
-        extras: dict[str, Sequence[Any]] | None = None,
+        extras: Mapping[str, Sequence[Any]] | None = None,
     ) -> Path:
         """Write a step's rows.
 

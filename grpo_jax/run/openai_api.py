@@ -13,7 +13,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, Literal
 
 import jinja2
@@ -106,8 +106,9 @@ def read_messages(given: list[Any], system: str | None) -> list[Message]:
         if isinstance(message, dict):
             named = ("role", "content", "name", "reasoning_content", "tool_calls")
             message = {"content": ""} | {name: message[name] for name in named if message.get(name)}
+            parts: Any = message["content"]
             with contextlib.suppress(TypeError, KeyError):  # not a list of texts
-                message["content"] = "".join(part["text"] for part in message["content"])
+                message["content"] = "".join(part["text"] for part in parts)
             if message.get("role") == "developer":
                 message["role"] = "system"
         messages.append(message)
@@ -117,7 +118,14 @@ def read_messages(given: list[Any], system: str | None) -> list[Message]:
     return messages
 
 
-def make_app(job: Job, chat: Chat, sampling: Sampling, name: str, hosts: list[str]) -> Starlette:
+def make_app(
+    job: Job,
+    chat: Chat,
+    sampling: Sampling,
+    name: str,
+    hosts: list[str],
+    stopping: Callable[[], bool] = lambda: False,
+) -> Starlette:
     """The routes.
 
     Args:
@@ -125,21 +133,24 @@ def make_app(job: Job, chat: Chat, sampling: Sampling, name: str, hosts: list[st
         name: of the model.
         hosts: names that clients may call the server by, ["*"] for any. A web page can give its own name the
             address 127.0.0.1, so a local server has few.
+        stopping: whether running answers are to end as they are.
     """
     lock, began = asyncio.Lock(), int(time.time())
 
-    async def answer(body: Body) -> AsyncIterator[dict[str, Any]]:
+    async def answer(body: Body) -> AsyncGenerator[dict[str, Any], None]:
         """What differs from chunk to chunk of a stream."""
         messages = read_messages(body.messages, job.config.system_prompt)
         given = body.model_dump(include={"temperature", "top_p"}, exclude_none=True)
         how = dataclasses.replace(sampling, **given)
-        tools = body.tools and [tool.model_dump(exclude_unset=True, by_alias=True) for tool in body.tools]
+        tools: Any = body.tools and [
+            tool.model_dump(exclude_unset=True, by_alias=True) for tool in body.tools
+        ]
         tokens = body.max_completion_tokens or body.max_tokens
         asked = Asked(job.sampler(how), body.seed, tokens, [] if body.tool_choice == "none" else tools)
         stops = [stop for stop in ([body.stop] if isinstance(body.stop, str) else body.stop) if stop]
         text, sent, stopped = "", dict[str, str](), False
         async with lock:
-            events = chat.say(messages, lambda: stopped, asked)
+            events = chat.say(messages, lambda: stopped or stopping(), asked)
             async for event in iterate_in_threadpool(events):
                 text = text + event.text if isinstance(event, Piece) else text.rstrip() + "\n\n"
                 said, stopped = _said(text, stops, growing=not isinstance(event, Reply))

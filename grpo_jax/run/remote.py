@@ -177,7 +177,7 @@ class Remote:
         now = {name: _stat(self.folder / name) for name in self._local_files()}
         changed = [n for n, stat in now.items() if n not in self._known or self._known[n][0] != stat]
         gone = {*self._known, *self._published} - now.keys()
-        touched = {_whole(name) for name in (*changed, *gone)} - {None}
+        touched = {whole for name in (*changed, *gone) if (whole := _whole(name)) is not None}
         counted = {n: x for n, x in self._published.items() if n in now and _whole(n) not in touched}
         if len(counted) < len(self._published):
             self._write_manifest(counted)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ REFUSED: dict[str, tuple[list, str]] = {
     name: (accepted, e["text"]) for e in _DATA["refused"] for name, accepted in e["names"].items()
 }
 TRACKERS: list[str] = _DATA["trackers"].split()
+PEFT_UNSUPPORTED: list[str] = _DATA["peft_unsupported"].split()
+TRAINER: dict[str, dict[str, str]] = _DATA["trainer"]
 HANDLED: set[str] = {*SETS, *EQUAL, *INSTEAD, *REFUSED}  # names that are no option here, and known
 
 # An option's name, its value, and what precedes a sentence about it: "file:line: ", "--flag: " or "".
@@ -85,6 +87,51 @@ def settle(entries: Iterable[Entry], options: Collection[str]) -> Settled:
     for name, value, where in sets:
         problems += _set(name, value, where, found)
     return settled
+
+
+def trainer_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that keywords of TRL's GRPOTrainer set which ours does not have; warns of one without effect.
+
+    Raises:
+        TypeError: a keyword is unknown.
+        ValueError: one is not supported; None asks for nothing.
+    """
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in {"peft_config", "processing_class", *TRAINER["instead"], *TRAINER["refused"]}:
+            close = nearest(name, ["model", "reward_funcs", "args", "train_dataset", "eval_dataset", "tools"])
+            raise TypeError(f"GRPOTrainer has no argument {name!r}; nearest: {close[0]}")
+        if value is None or (name == "optimizers" and value == (None, None)):
+            continue
+        if name == "peft_config":
+            options |= _lora_options(value)
+        elif name == "processing_class":
+            options["tokenizer_name_or_path"] = getattr(value, "name_or_path", value)
+        elif name in TRAINER["refused"]:
+            raise ValueError(f"{name} is not supported: {TRAINER['refused'][name]}")
+        else:
+            logger.warning("%s has no effect here: %s", name, TRAINER["instead"][name])
+    return options
+
+
+def _lora_options(peft: Any) -> dict[str, Any]:
+    """What a LoraConfig of PEFT says, as options."""
+    plain = {
+        "bias": "none",
+        "init_lora_weights": True,
+    }  # of its fields that are not supported, None and False apart
+    for name in PEFT_UNSUPPORTED:
+        if (value := getattr(peft, name, None)) and value != plain.get(name):
+            raise ValueError(f"peft_config: {name} {show(value)} is not supported; leave it out")
+    modules = peft.target_modules
+    return {
+        "use_peft": True,
+        "lora_r": peft.r,
+        "lora_alpha": peft.lora_alpha,
+        "lora_dropout": peft.lora_dropout,
+        "use_rslora": peft.use_rslora,
+        "lora_target_modules": [modules] if isinstance(modules, str) else modules and sorted(modules),
+    }
 
 
 def show(value: Any) -> str:

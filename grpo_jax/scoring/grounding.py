@@ -13,8 +13,9 @@ from grpo_jax.types import PARSER_NAME, Message, Trajectory
 _NUMBER = re.compile(
     r"(?:(?<!\w)[-−][$€£]?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:e[-+]?[0-9]{1,3}(?!\w))?"
 )
-_QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"|(?<!\w)\'([^\'\n]*)\'(?!\w)')
-_KEY = re.compile(rf"(?:{_QUOTED.pattern})\s*:")  # of an object, which an answer need not repeat
+# What is quoted, and whether it is the key of an object, which an answer need not repeat. An escaped quote outside of
+# quotes, as in a text that was cut, begins none: each would be looked for an end anew.
+_QUOTED = re.compile(r'\\.|(?:"((?:[^"\\]|\\.)*+)"|(?<!\w)\'([^\'\n]*)\'(?!\w))(\s*:)?', re.S)
 
 
 def is_grounded(messages: Sequence[Message], must_state: Any = None) -> bool | None:
@@ -54,8 +55,11 @@ def _states(final: str, results: Iterable[str]) -> bool:
     final = _plain(final)
     numbers = _numbers(final)
     for text in map(_plain, results):
-        values = _KEY.sub(" ", text)
-        wanted, quoted = _numbers(values), [a or b for a, b in _QUOTED.findall(values) if a or b]
+        values = _QUOTED.sub(lambda found: " " if found[3] else found[0], text)
+        wanted, quoted = (
+            _numbers(values),
+            [a or b for a, b, key in _QUOTED.findall(text) if (a or b) and not key],
+        )
         if text and not wanted and not quoted:
             quoted = [text]
         if not wanted <= numbers or not all(_occurs(one, final) for one in quoted):

@@ -67,8 +67,8 @@ def is_run_metric(name: str) -> bool:
 
 def trajectory_metrics(
     trajectories: Sequence[Trajectory],
-    rewards: Sequence[float],
-    group_std: Sequence[float],
+    rewards: Sequence[float] | np.ndarray,
+    group_std: Sequence[float] | np.ndarray,
     reward_names: Sequence[str],
 ) -> dict[str, float]:
     """The metrics of a batch.
@@ -118,7 +118,7 @@ def trajectory_metrics(
     return metrics | {f"status/{status.value}": counts[status] / n for status in Status}
 
 
-def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+def _mean_and_std(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and deviation of the values that are there; NaN and 0 when none is."""
     there = np.asarray(values, np.float64)
     there = there[~np.isnan(there)]

@@ -422,7 +422,7 @@ def _warn_once(text: str) -> None:
 def _bound(
     reward: RewardFunction, batch: Mapping[str, Sequence], trainer_state: Any, log: _Log
 ) -> functools.partial:
-    """The function with the keywords that it takes."""
+    """The function with the keywords that it takes; what it changes in them reaches no other row, reward or run."""
     keywords = {
         **batch,
         "trainer_state": trainer_state,
@@ -439,7 +439,18 @@ def _bound(
             )
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         keywords = {p.name: keywords[p.name] for p in parameters if p.name in keywords}
+    if reward.source != "built-in":
+        keywords = {name: _copied(value) for name, value in keywords.items()}
     return functools.partial(reward.function, **keywords)
+
+
+def _copied(value: Any) -> Any:
+    """Lists and objects anew, with all that is in them; rows of one prompt share what its columns hold."""
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_copied(inner) if isinstance(inner, dict | list) else inner for inner in value]
+    return value
 
 
 def _run(calls: Sequence[functools.partial]) -> list[Any]:

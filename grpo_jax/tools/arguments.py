@@ -66,7 +66,19 @@ def _field(value: Any, field: hints.Field, where: str, lax: bool, problems: list
     converted = _convert(value, field.hint, where, lax, problems)
     if value is None and len(problems) > before and not field.required:
         problems[-1] += " (leave it out for its default)"
+    if field.limits is not None and len(problems) == before:
+        _check_limits(converted, field.limits, where, problems)
     return converted
+
+
+def _check_limits(value: Any, hint: Any, where: str, problems: list[str]) -> None:
+    """Report what pydantic refuses of a converted value; its own conversions are not taken."""
+    if (adapter := hints.limits_adapter(hint)) is None:
+        return
+    try:
+        adapter.validate_python(value)
+    except ValueError as error:  # pydantic's own, or a validator's of the user
+        _report(error, where, problems)
 
 
 def _convert(value: Any, hint: Any, where: str, lax: bool, problems: list[str]) -> Any:
@@ -166,14 +178,18 @@ def _to_record(value: dict, record: type, where: str, lax: bool, problems: list[
     try:
         return record(**keys)
     except Exception as error:  # __post_init__ and a model's validators are the user's
-        if not hints.is_model(record) or not hasattr(error, "errors"):
-            problems.append(f"{_at(where)} is refused: {error}")
-            return value
-        refused: Any = error
-        for one in refused.errors():
-            place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"])
-            problems.append(f"{_at(where + place)} is refused: {one['msg']}")
+        _report(error, where, problems)
         return value
+
+
+def _report(error: Any, where: str, problems: list[str]) -> None:
+    """Say what refused a value: pydantic, place by place, or code of the user."""
+    if not (type(error).__module__.startswith("pydantic") and hasattr(error, "errors")):
+        problems.append(f"{_at(where)} is refused: {error}")
+        return
+    for one in error.errors():
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"])
+        problems.append(f"{_at(where + place)} is refused: {one['msg']}")
 
 
 def _read_keys(

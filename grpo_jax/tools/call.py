@@ -47,7 +47,7 @@ def run_tool(
     if not isinstance(call, Mapping) or "name" not in call:
         return 'Error: a call is an object {"name": …, "arguments": {…}}'
     tools, name = tools.functions if isinstance(tools, Toolbox) else tools, call["name"]
-    functions = dict(tools) if isinstance(tools, Mapping) else {f.__name__: f for f in tools}
+    functions: Any = tools if isinstance(tools, Mapping) else {f.__name__: f for f in tools}
     with users_code(functions.get(name) if isinstance(name, str) else None):
         return execute(functions, name, call.get("arguments", {}), lax)[0]
 
@@ -172,7 +172,7 @@ _thread = _Thread()
 atexit.register(_thread.loops.close)  # the main thread's
 
 
-def call_users(function: Callable, **arguments: Any) -> Any:
+def call_users(function: Callable, /, **arguments: Any) -> Any:
     """Call a user function, async or not, with the thread's own event loop, which outlives the call.
 
     So a client, a semaphore or a background task that an async function keeps works in its next call, and a

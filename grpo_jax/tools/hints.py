@@ -89,6 +89,7 @@ class Field:
         nullable_default: its default is None, so an explicit null means the same.
         text: its documentation on one line, None when there is none.
         choices: the values of a closing `(choices: [...])` in its documentation.
+        limits: the whole hint where `Annotated` limits its values, as with pydantic's `Field(ge=1)`.
     """
 
     hint: Any
@@ -96,6 +97,7 @@ class Field:
     nullable_default: bool = False
     text: str | None = None
     choices: list | None = None
+    limits: Any = None
 
 
 def read_docstring(doc: str) -> Docstring:
@@ -167,12 +169,12 @@ def parameters(function: Callable) -> dict[str, Field]:
 def _remembered(owner: Any, read: Callable) -> Any:
     """What is read from a function or class, cached on the object itself: a table here would keep objects of
     finished trajectories alive."""
-    try:
-        return vars(owner)[_REMEMBERED]
-    except (KeyError, TypeError):
-        found = read(owner)
+    of, found = getattr(owner, "__dict__", {}).get(_REMEMBERED, (None, None))
+    if of is owner:  # functools.wraps copies what is stored on a function
+        return found
+    found = read(owner)
     with contextlib.suppress(AttributeError, TypeError):  # a function that is written in C
-        setattr(owner, _REMEMBERED, found)
+        setattr(owner, _REMEMBERED, (owner, found))
     return found
 
 
@@ -184,7 +186,8 @@ def _parameters(function: Callable) -> dict[str, Field]:
         text = texts.get(name) or annotated_text(extras.get(name))
         text, choices = _split_choices(text) if text else (None, None)
         required = parameter.default is inspect.Parameter.empty
-        found[name] = Field(hints.get(name, Any), required, parameter.default is None, text, choices)
+        limits = extras[name] if has_limits(extras.get(name)) else None
+        found[name] = Field(hints.get(name, Any), required, parameter.default is None, text, choices, limits)
     return found
 
 
@@ -195,6 +198,25 @@ def annotated_text(hint: Any) -> str | None:
             if isinstance(text, str):
                 return _one_line(text)
     return None
+
+
+def has_limits(hint: Any) -> bool:
+    """Whether a hint limits its values, or those inside it, by what pydantic reads of `Annotated`."""
+    for note in getattr(hint, "__metadata__", ()):
+        of_pydantic = type(note).__module__.partition(".")[0] in ("pydantic", "annotated_types")
+        if of_pydantic and getattr(note, "metadata", True):  # of a Field that only describes it is empty
+            return True
+    return any(map(has_limits, typing.get_args(hint)))
+
+
+def limits_adapter(hint: Any) -> Any:
+    """pydantic's adapter of a hint that `has_limits`; None where a type in it is none that pydantic knows."""
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(hint)
+    except pydantic.PydanticUserError:
+        return None
 
 
 def type_hints(function: Callable, include_extras: bool = False) -> dict[str, Any]:
@@ -303,12 +325,16 @@ def _record_fields(record: type) -> dict[str, Field]:
     hints = typing.get_type_hints(record)
     extras = typing.get_type_hints(record, include_extras=True)
     texts = {key: annotated_text(hint) for key, hint in extras.items()}
+    limited = {key: hint if has_limits(hint) else None for key, hint in extras.items()}
     if is_typeddict(record):
         # Under `from __future__ import annotations` the class itself sees neither Required nor NotRequired.
         marks = {key: typing.get_origin(hint) for key, hint in extras.items()}
         required = {key for key in record.__required_keys__ if marks[key] is not typing.NotRequired}
         required |= {key for key, mark in marks.items() if mark is typing.Required}
-        return {key: Field(hint, key in required, text=texts[key]) for key, hint in hints.items()}
+        return {
+            key: Field(hint, key in required, text=texts[key], limits=limited[key])
+            for key, hint in hints.items()
+        }
     missing = dataclasses.MISSING
     return {
         f.name: Field(
@@ -316,6 +342,7 @@ def _record_fields(record: type) -> dict[str, Field]:
             f.default is missing and f.default_factory is missing,
             f.default is None,
             texts[f.name],
+            limits=limited[f.name],
         )
         for f in dataclasses.fields(record)
         if f.init

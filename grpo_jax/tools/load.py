@@ -100,7 +100,8 @@ def final_tools(toolbox: Toolbox, name: str | None = None) -> dict[str, str]:
         name: of one more; None for none.
 
     Raises:
-        ValueError: there is no tool of that name, or a final tool has not exactly one parameter.
+        ValueError: there is no tool of that name, or a final tool has not exactly one parameter, without a
+            default.
     """
     if name is not None and name not in toolbox.functions:
         near = nearest(name, toolbox.functions)[0]
@@ -115,6 +116,11 @@ def final_tools(toolbox: Toolbox, name: str | None = None) -> dict[str, str]:
             raise ValueError(
                 f"the final tool {tool} must have one parameter, the answer, got {len(parameters)}: "
                 f"{', '.join(parameters) or 'none'} ({hints.location(toolbox.functions[tool])})"
+            )
+        if not schema["function"]["parameters"].get("required"):
+            raise ValueError(
+                f"the parameter {parameters[0]} of the final tool {tool} is the answer and must have no default "
+                f"({hints.location(toolbox.functions[tool])})"
             )
         found[tool] = parameters[0]
     return found
@@ -185,6 +191,8 @@ def _without_bound(partial: functools.partial) -> Callable:
 
     if not (inspect.isroutine(partial.func) or hasattr(partial.func, "__wrapped__")):
         return partial  # which is refused: a class or a callable object
+    if inspect.isgeneratorfunction(partial.func) or inspect.isasyncgenfunction(partial.func):
+        return partial.func  # which is refused
 
     @functools.wraps(partial.func)
     def tool(**arguments: Any) -> Any:
@@ -209,10 +217,6 @@ def _exports(
 ) -> tuple[dict[str, Callable], Callable | None]:
     functions = getattr(namespace, "TOOL_FUNCTIONS", None)
     factory = getattr(namespace, "make_tools", None)
-    if functions is None and factory is None:
-        raise ValueError(
-            f"No TOOL_FUNCTIONS found in {source}; end it with TOOL_FUNCTIONS = [your_function, …]"
-        )
     if functions is not None and factory is not None:
         raise ValueError(
             f"{source} exports TOOL_FUNCTIONS and make_tools; keep the list for functions without state, "
@@ -220,6 +224,10 @@ def _exports(
         )
     if functions is not None:
         return named_functions(functions, f"TOOL_FUNCTIONS in {source}"), None
+    if factory is None:
+        raise ValueError(
+            f"No TOOL_FUNCTIONS found in {source}; end it with TOOL_FUNCTIONS = [your_function, …]"
+        )
     empty = (
         " (with an empty row, to read the schemas: use row.get)" if _wants_row(factory) and not row else ""
     )

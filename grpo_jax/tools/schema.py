@@ -20,8 +20,8 @@ _MODEL_LIMITS = (
 def get_schema(function: Callable) -> dict[str, Any]:
     """The function's schema, byte for byte that of `transformers.utils.get_json_schema` where that works.
 
-    Where it does not (NumPy or `name (int): text` docstrings, undocumented arguments, TypedDict, dataclass),
-    the schema is read here in the same form.
+    Where it does not (NumPy or `name (int): text` docstrings, undocumented arguments, TypedDict, dataclass,
+    limits in `Annotated`), the schema is read here in the same form.
 
     Args:
         function: a typed function or bound method with a docstring.
@@ -34,7 +34,8 @@ def get_schema(function: Callable) -> dict[str, Any]:
     """
     _check(function)
     parameters = hints.parameters(function)
-    schema = _transformers_schema(function)
+    limited = any(p.limits is not None for p in parameters.values())
+    schema = None if limited else _transformers_schema(function)
     if schema is None:
         schema = read_schema(function)
         missing = [name for name, p in parameters.items() if p.text is None]
@@ -59,7 +60,7 @@ def read_schema(function: Callable) -> dict[str, Any]:
         ValueError: a type refers to itself, which a schema cannot say, or to a name that does not exist, or
             is none.
     """
-    doc = hints.read_docstring(inspect.getdoc(function))
+    doc = hints.read_docstring(inspect.getdoc(function) or "")
     parameters = hints.parameters(function)
     try:
         properties = {name: _property(p) for name, p in parameters.items()}
@@ -132,6 +133,8 @@ def _transformers_schema(function: Callable) -> dict[str, Any] | None:
 
 def _property(parameter: hints.Field) -> dict[str, Any]:
     schema = type_schema(parameter.hint)
+    if parameter.limits is not None and (adapter := hints.limits_adapter(parameter.limits)) is not None:
+        _limit(schema, adapter.json_schema())
     if parameter.choices is not None:
         schema["enum"] = parameter.choices
     if parameter.text is not None:
@@ -193,13 +196,18 @@ def _add_limits(properties: dict[str, dict], model: Any) -> None:
     except Exception:  # one of its types has no JSON form for pydantic
         return
     for key in properties.keys() & own.keys():
-        named = properties[key].keys() & {"type", "enum", "anyOf"}
-        limits = (
-            own[key] if not named and "$ref" not in own[key] else {k: own[key].get(k) for k in _MODEL_LIMITS}
-        )
-        properties[key] |= {
-            k: v for k, v in limits.items() if v is not None and k not in ("title", "description")
-        }
+        _limit(properties[key], own[key])
+
+
+def _limit(schema: dict[str, Any], own: dict[str, Any]) -> None:
+    """Adds what pydantic's own schema of a value says and ours does not."""
+    if "nullable" in schema:
+        own = next((one for one in own.get("anyOf", ()) if one.get("type") != "null"), own)
+    if isinstance(schema.get("items"), dict) and isinstance(own.get("items"), dict):
+        _limit(schema["items"], own["items"])
+    named = schema.keys() & {"type", "enum", "anyOf"}
+    limits = own if not named and "$ref" not in own else {k: own.get(k) for k in _MODEL_LIMITS}
+    schema |= {k: v for k, v in limits.items() if v is not None and k not in ("title", "description")}
 
 
 def _array_schema(kind: Any, members: tuple) -> dict[str, Any]:

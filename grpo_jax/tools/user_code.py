@@ -205,7 +205,7 @@ class _Finder:
     """Finds the submodules of this module: homes, and the user's modules in them."""
 
     @staticmethod
-    def find_spec(name: str, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if not name.startswith(__name__ + "."):
             return None
         quoted, _, rest = name.removeprefix(__name__ + ".").partition(".")

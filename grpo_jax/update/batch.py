@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax.models.level import AnyArray, Level
@@ -41,7 +42,7 @@ class Tree:
         return prompt[len(self.preamble) : -1]
 
 
-def make_tree(prompts: Sequence[Sequence[int]], budget: int, devices: int = 1) -> Tree:
+def make_tree(prompts: Sequence[list[int]], budget: int, devices: int = 1) -> Tree:
     """Find the shared preamble of a data set's prompts and choose the buckets.
 
     Args:
@@ -54,7 +55,7 @@ def make_tree(prompts: Sequence[Sequence[int]], budget: int, devices: int = 1) -
     return Tree(tuple(preamble), bucket(len(preamble), devices), bucket(rest, devices), budget)
 
 
-def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     """The longest common prefix, at most the shortest prompt − 1 (a last token stays to predict from)."""
     low, high = min(prompts), max(prompts)  # what these two share, all share
     limit = min(len(p) for p in prompts) - 1
@@ -100,7 +101,7 @@ def response_shapes(budget: int) -> list[int]:
     return sorted({response_bucket(n) for n in range(1, budget)})
 
 
-def pad_rows(rows: Sequence[Sequence], width: int, dtype=np.int32) -> tuple[np.ndarray, np.ndarray]:
+def pad_rows(rows: Sequence[Any], width: int, dtype: DTypeLike = np.int32) -> tuple[np.ndarray, np.ndarray]:
     """Ragged rows as [n, width], filled with zeros, and where they are real."""
     out = np.zeros((len(rows), width), dtype)
     for i, row in enumerate(rows):
@@ -175,7 +176,7 @@ class Batch:
         """The levels above the completions; one without tokens is left out."""
         return tuple(level for level in (self.preamble, self.prompts) if level.tokens.shape[1])
 
-    def with_logprobs(self, **logprobs: jax.Array) -> Batch:
+    def with_logprobs(self, **logprobs: AnyArray) -> Batch:
         """The batch with `old_logprobs` or `ref_logprobs`."""
         return dataclasses.replace(self, completions=dataclasses.replace(self.completions, **logprobs))
 
@@ -203,7 +204,7 @@ def make_batch(
     chosen = range(len(trajectories))
     if sizes:
         acts = [t.acts and is_in for t, is_in in zip(trajectories, trained, strict=True)]
-        groups = trained_groups(np.reshape(acts, (-1, generations)).any(1), sizes)
+        groups = trained_groups(np.any(np.reshape(acts, (-1, generations)), axis=1), sizes)
         chosen = [g * generations + i for g in groups for i in range(generations)]
     rows = [trajectories[i] for i in chosen]
     masks = [[m and trained[i] for m in trajectories[i].sampled_mask] for i in chosen]
@@ -229,7 +230,7 @@ def make_batch(
     )
 
 
-def trained_groups(acts: Sequence[bool], sizes: Sequence[int]) -> list[int]:
+def trained_groups(acts: Sequence[bool] | np.ndarray, sizes: Sequence[int]) -> list[int]:
     """The groups to keep in an update: those that act on the loss, filled up to the next size.
 
     Where the loss is made of advantages alone (no KL), the gradient of the others is exactly 0: groups

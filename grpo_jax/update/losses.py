@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.models.level import AnyArray
 from grpo_jax.text import unknown_choice
 
-Count = Int[Array, ""] | int
-Advantages = Float[Array, " B"] | Float[Array, "B J"]  # of rows, or of positions
+Count = Int[AnyArray, ""] | int
+Advantages = Float[AnyArray, " B"] | Float[AnyArray, "B J"]  # of rows, or of positions
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 LEVELS = ("token", "sequence")

@@ -87,8 +87,8 @@ def make_rule(
 
 
 def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
-    def update(steps, state, params=None, *, learning_rate, **_):
-        return jax.tree.map(lambda x: -learning_rate * x, steps), state
+    def update(updates, state, params=None, **given):
+        return jax.tree.map(lambda x: -given["learning_rate"] * x, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -106,9 +106,9 @@ def _on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransform
     def flat(tree):
         return jax.tree_util.tree_map_with_path(matrix, tree)
 
-    def update(grads, state, params=None):
-        steps, state = inner.update(flat(grads), state, None if params is None else flat(params))
-        return jax.tree.map(lambda step, g: step.reshape(g.shape), steps, grads), state
+    def update(updates, state, params=None):
+        steps, state = inner.update(flat(updates), state, None if params is None else flat(params))
+        return jax.tree.map(lambda step, x: step.reshape(x.shape), steps, updates), state
 
     return optax.GradientTransformation(lambda params: inner.init(flat(params)), update)
 
@@ -140,21 +140,21 @@ def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransfo
     def run(grads, state, params, more):
         return inner.update(grads, state, params, **more)
 
-    def update(grads, state, params=None, *, finite=True, **more):
-        (stacked, rest), (weights, other_weights) = _split(grads), _split(params)
+    def update(updates, state, params=None, *, finite=True, **more):
+        (stacked, rest), (weights, other_weights) = _split(updates), _split(params or {})
 
         def one_layer(i, carry):
             old = jax.tree.map(lambda x: x[i], (*carry, weights))
             new = jax.lax.cond(finite, run, skip, *old, more)
             return jax.tree.map(lambda x, y: x.at[i].set(y), carry, new)
 
-        updates, rest_state = jax.lax.cond(finite, run, skip, rest, state["rest"], other_weights, more)
+        steps, rest_state = jax.lax.cond(finite, run, skip, rest, state["rest"], other_weights, more)
         layers_state = state["layers"]
         if stacked:
             L = jax.tree.leaves(stacked)[0].shape[0]
             layers_updates, layers_state = jax.lax.fori_loop(0, L, one_layer, (stacked, layers_state))
-            updates = dict(updates, layers=layers_updates)
-        return updates, {"layers": layers_state, "rest": rest_state}
+            steps = dict(steps, layers=layers_updates)
+        return steps, {"layers": layers_state, "rest": rest_state}
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -184,16 +184,16 @@ def _kept_in(dtype, inner: optax.GradientTransformation) -> optax.GradientTransf
     def init(params):
         return inner.init(jax.tree.map(lambda p: p.astype(dtype), params))
 
-    def update(gradients, state, params=None):
+    def update(updates, state, params=None):
         kept = {name: getattr(state, name) for name in ("mu", "nu") if name in state._fields}
         wide = state._replace(**{name: in_float32(moment) for name, moment in kept.items()})
-        updated: tuple[Any, Any] = inner.update(gradients, wide, params)
-        updates, new = updated
+        updated: tuple[Any, Any] = inner.update(updates, wide, params)
+        steps, new = updated
         rounded = {
             name: round_like(getattr(new, name), moment, new.count, draw)
             for draw, (name, moment) in enumerate(kept.items(), start=1)
         }
-        return updates, new._replace(**rounded)
+        return steps, new._replace(**rounded)
 
     return optax.GradientTransformation(init, update)
 

@@ -186,7 +186,7 @@ def make_schedule(
     return schedule
 
 
-def _stable_warmup(p: jax.Array, arguments: Mapping[str, Any]) -> jax.Array:
+def _stable_warmup(p: jax.Array | float, arguments: Mapping[str, Any]) -> jax.Array:
     low, kind = arguments.get("min_lr_ratio", 0.0), arguments.get("warmup_type", "linear")
     shape = {"linear": p, "cosine": 0.5 * (1 - jnp.cos(math.pi * p)), "1-sqrt": 1 - jnp.sqrt(1 - p)}[kind]
     return shape * (1 - low) + low

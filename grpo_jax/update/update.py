@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from grpo_jax.models import cost
+from grpo_jax.models.level import AnyArray
 from grpo_jax.models.logprobs import first_positions, token_logprobs
 from grpo_jax.models.lora import Frozen, dropout_keys, fold_in, join
 from grpo_jax.models.qwen import ALL_ROUNDINGS, ModelConfig, Params, extend, head_weights
@@ -74,7 +75,7 @@ class Learned(NamedTuple):
     sampler_logprobs: Float[Array, "b J"]
     old_logprobs: Float[Array, "b J"] | None
     ref_logprobs: Float[Array, "b J"] | None
-    advantages: Float[Array, " b"] | Float[Array, "b J"]
+    advantages: Float[AnyArray, " b"] | Float[AnyArray, "b J"]
 
 
 class Totals(NamedTuple):
@@ -86,9 +87,9 @@ class Totals(NamedTuple):
         present: trained tokens of the groups that the update was given, for means over them.
     """
 
-    tokens: Array
-    rows: Array
-    present: Array
+    tokens: AnyArray
+    rows: AnyArray
+    present: AnyArray
 
 
 Objective = Callable[[Learned, Totals], tuple[Array, Metrics]]
@@ -203,6 +204,8 @@ class GrpoObjective:
             metrics |= losses.clip_fractions(log_ratio, x.advantages, x.mask, *clip, tokens=totals.tokens)
 
         # 2. the positions that it acts on, and their weights
+        chosen: Any
+        chosen_tokens: Any
         chosen, chosen_tokens = x.mask, totals.tokens
         if self.entropy_floor is not None:
             chosen, chosen_tokens = x.mask & (entropies >= self.entropy_floor), self.floor_tokens
@@ -216,6 +219,7 @@ class GrpoObjective:
         # 3. what does not depend on the rewards
         if self.beta:
             weight = log_ratio if self.use_bias_correction_kl else None
+            assert x.ref_logprobs is not None
             kl = losses.k3_kl(x.logprobs, x.ref_logprobs, weight)
             per_token = per_token + self.beta * kl
             metrics["kl"] = _mean(kl, x.mask, totals)
@@ -287,10 +291,13 @@ def make_update(
         return TrainState(state.step + 1, weights, opt_state), report
 
     shardings = state_shardings(step.layout, state)
-    options = dict(
-        out_shardings=(shardings, step.layout.replicated), donate_argnums=0, compiler_options=ALL_ROUNDINGS
+    jitted = jax.jit(
+        update,
+        in_shardings=(shardings, None, None, None),
+        out_shardings=(shardings, step.layout.replicated),
+        donate_argnums=0,
+        compiler_options=ALL_ROUNDINGS,
     )
-    jitted = jax.jit(update, in_shardings=(shardings, None, None, None), **options)
     rate = jax.jit(lambda step, share: jnp.asarray(optimizer.schedule(step) * share, jnp.float32))
     # The frozen weights are an argument, since a constant would be copied, and the rate is one, so that another
     # rate or schedule is the same program.
@@ -308,7 +315,7 @@ def make_score(step: ModelStep) -> Callable[[Params, Batch], Float[Array, "B T2"
         def gather(x: Learned, totals: Totals):
             return x.logprobs
 
-        logprobs = _over_micro_batches(step, params, batch, gather, stack=True)
+        logprobs: Any = _over_micro_batches(step, params, batch, gather, stack=True)
         rows = jnp.arange(index.shape[0])[:, None]
         return jnp.zeros(batch.completions.targets.shape).at[rows, index].add(jnp.where(mask, logprobs, 0))
 
@@ -319,7 +326,7 @@ def batch_loss(step: ModelStep, objective: Objective, params: Params, batch: Bat
     """The loss of a whole batch, differentiable in params, and its metrics."""
     chooses = isinstance(objective, GrpoObjective) and objective.top_entropy_quantile < 1
     if chooses and step.micro_batches > 1:  # the quantile is over all of them: one more forward pass
-        seen = _over_micro_batches(
+        seen: Any = _over_micro_batches(
             step, jax.lax.stop_gradient(params), batch, lambda x, _: (x.entropies, x.mask), stack=True
         )
         objective = objective.with_floor(*seen)
@@ -441,7 +448,7 @@ def _learn(step: ModelStep, params: Params, hidden, completions: Completions, J:
     index, mask = first_positions(completions.trained, J)
     hidden = jnp.take_along_axis(hidden, index[..., None], 1)
 
-    def at(x):
+    def at(x: Any) -> Any:
         return None if x is None else jnp.take_along_axis(x, index, 1)
 
     logprobs, entropies = token_logprobs(
