@@ -185,6 +185,21 @@ def test_a_gold_conversation_over_the_budget_is_named_by_line(tmp_path, cold_sta
     )
 
 
+@pytest.mark.parametrize("main", [train.main, evaluate.main])
+def test_a_prompt_that_the_template_does_not_take_is_named_by_line(tmp_path, model, main):
+    settings = model / "tokenizer_config.json"
+    told = json.loads(settings.read_text())
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('No system message.') }}{% endif %}"
+    settings.write_text(json.dumps(told | {"chat_template": strict + told["chat_template"]}))
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1 plus 2?"}]
+    path = file(tmp_path, ROW * 20 + json.dumps({"prompt": prompt, "answer": "Sum: 3"}) + "\n" + ROW)
+    message = rejected(tmp_path, main=main, model_name_or_path=model, dataset_id_or_path=path)
+    assert (
+        f"{path}:21: the model's chat template does not take this conversation: No system message." in message
+    )
+    assert message.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("tools", "message"),
     [

@@ -1,6 +1,7 @@
 """The server: OpenAI's forms as the `openai` library reads them, its errors, and one conversation at a time."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from starlette.testclient import TestClient
 
 from grpo_jax import serve
-from grpo_jax.rollout.chat import Piece, Reply
+from grpo_jax.rollout.chat import PIECE, Piece, Reply
 from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.openai_api import _said, make_app
 
@@ -37,10 +38,10 @@ ADD = {
 class Server:
     """A server whose model says the given turns; `samplings` are those that it was asked for."""
 
-    def __init__(self, *, system=None, **limits):
+    def __init__(self, *, system=None, stopping=lambda: False, **limits):
         self.chat, self.samplings = test_chat.new_chat(system=system, **limits), []
         job = Parts(config=Parts(system_prompt=system), sampler=self.sampler)
-        app = make_app(job, self.chat, Sampling(0), "tiny", serve.LOCAL)
+        app = make_app(job, self.chat, Sampling(0), "tiny", serve.LOCAL, stopping)
         self.client = TestClient(app, base_url="http://127.0.0.1:8000")
 
     def sampler(self, sampling):
@@ -252,6 +253,15 @@ def test_an_answer_that_nobody_reads_any_more_ends(monkeypatch, stream):
     scope = {"type": "http", "method": "POST", "headers": headers, **path}
     asyncio.run(server.client.app(scope, receive, send))
     assert 1 <= len(said) < 100
+
+
+def test_a_server_that_is_asked_to_end_ends_its_answers_as_they_are():
+    asked = itertools.chain([False, False], itertools.repeat(True))
+    server = Server(stopping=lambda: next(asked))
+    answer = server.answer(text_ids("It is 7. " * 6))
+    (choice,) = answer.choices
+    assert (answer.grpo_jax["status"], choice.finish_reason) == ("interrupted", "stop")
+    assert 0 < answer.usage.completion_tokens <= 2 * PIECE
 
 
 def test_without_the_packages_or_the_port_there_is_one_line(monkeypatch, capsys):
