@@ -23,7 +23,7 @@ def gold_calls(example: Example, functions: Mapping[str, Callable]) -> list[Tool
     dropped:
     1. if the function has no such parameter;
     2. if the parameter has a default and does not accept null; for all other parameters null is kept;
-    3. inside objects, except for the required keys of a TypedDict or dataclass.
+    3. inside objects, except for the required keys of a TypedDict, dataclass or pydantic model.
     From `ground_truth` every other key that the function does not have is dropped too, and integral floats
     become int, as the original TRL recipe's data needs. In `tool_call` both are kept.
 
