@@ -131,8 +131,8 @@ def figures(out: Path) -> dict[str, float]:
     means = [mean(right[i + 1 - WINDOW : i + 1]) for i in range(WINDOW - 1, len(right))]
     reached = next((i + WINDOW for i, value in enumerate(means) if value >= REACHED), None)
     found = {f"{name} {when}": summary[when][name] for when in ("before", "after") for name in SHOWN}
-    seconds = sum(summary["timings"].get(phase, 0.0) for phase in ("rollout", "reward", "update"))
-    return found | {"seconds": seconds, "updates": reached, "wasted": mean(zero_spread(lines))}
+    rollouts = mean(line.get("rollout/rounds", 1) for line in lines)
+    return found | {"rollouts": rollouts, "updates": reached, "wasted": mean(zero_spread(lines))}
 
 
 SHOWN = ("exact_answer_match", "answer_grounded")
@@ -168,7 +168,7 @@ def table(folder: Path) -> str:
         "exact after",
         "grounded after",
         "updates to 0.9",
-        "s",
+        "rollouts",
         "wasted",
     ]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -182,7 +182,7 @@ def table(folder: Path) -> str:
             "exact_answer_match after": 3,
             "answer_grounded after": 3,
             "updates": 0,
-            "seconds": 0,
+            "rollouts": 2,
             "wasted": 2,
         }
         cells = [shown([one[column] for one in of_seeds], digits) for column, digits in columns.items()]
