@@ -7,12 +7,14 @@ import math
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from trajectories import trajectory
 
+from grpo_jax.run import console as console_module
 from grpo_jax.run.console import Console, printable, setup_logging
 
 
@@ -52,6 +54,28 @@ def test_the_first_units_of_a_phase_which_compile_or_were_done_before_do_not_ent
             clock.now += seconds
             bar.advance(n)
     assert printed(file) == ["updates 1/10", "updates 2/10, 80 s left", "updates 10/10, done in 80 s"]
+
+
+def test_without_a_terminal_an_update_that_takes_minutes_says_that_it_is_running(monkeypatch):
+    monkeypatch.setattr(console_module, "SECONDS_OF_SILENCE", 0.02)
+    clock, file = Clock(), io.StringIO()
+    console = Console(file, clock=clock)
+    with console.progress("updates", 2), console.progress("rollout", 4) as rollout:
+        rollout.advance()
+        clock.now += 61
+        wait_for(lambda: file.getvalue())
+        clock.now += 61
+        wait_for(lambda: len(printed(file)) == 2)
+    assert printed(file) == ["rollout 1/4, running for 61 s", "rollout 1/4, running for 122 s"]
+    time.sleep(0.05)
+    assert len(printed(file)) == 2 and "console" not in {thread.name for thread in threading.enumerate()}
+
+
+def wait_for(condition):
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 def test_without_a_terminal_a_short_phase_prints_nothing():

@@ -11,12 +11,20 @@ import json
 import logging
 import math
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +33,7 @@ from grpo_jax.text import shorten
 from grpo_jax.types import Trajectory
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_OF_SILENCE = 60.0  # without a terminal, after which a long update says that it is still running
 SAMPLE_CHARACTERS = 400  # of a message, in the table of samples
 
 
@@ -50,6 +59,8 @@ class Console:
         self._clock = clock
         self._bars: Progress | None = None
         self.at_start = True  # of a line
+        self._said = clock()  # when the last line was printed
+        self._running: list[_Lines] = []
 
     def mute(self) -> None:
         """Print nothing from now on."""
@@ -60,7 +71,7 @@ class Console:
         """Print a line of its own."""
         if not self.at_start:
             self._rich.print()
-        self.at_start = True
+        self.at_start, self._said = True, self._clock()
         self._rich.print(Text(printable(text), style), soft_wrap=True)
 
     def write(self, text: str, style: str = "") -> None:
@@ -135,7 +146,8 @@ class Console:
         """
         if not self.terminal:
             lines = _Lines(self, description, total)
-            yield lines
+            with self._heard_of(lines):
+                yield lines
             lines.finish()
             return
         outermost, bars = self._bars is None, self._bars or _new_bars(self._rich)
@@ -151,12 +163,33 @@ class Console:
                 bars.stop()
                 self._bars = None
 
+    @contextlib.contextmanager
+    def _heard_of(self, lines: _Lines) -> Iterator[None]:
+        """A block that is never silent for long, though a compilation or an update takes many minutes."""
+        self._running.append(lines)
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(SECONDS_OF_SILENCE / 4):
+                if self._clock() - self._said >= SECONDS_OF_SILENCE:
+                    for innermost in self._running[-1:]:
+                        innermost.still()
+
+        if len(self._running) == 1:
+            threading.Thread(target=watch, daemon=True, name="console").start()
+        try:
+            yield
+        finally:
+            ended.set()
+            self._running.pop()
+
 
 def _new_bars(console: RichConsole) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[fields]}", markup=False),
         console=console,
@@ -199,6 +232,9 @@ class _Lines:
             )
             self._print("" if left is None else f"{left:.0f} s left")
             self._printed = now
+
+    def still(self) -> None:
+        self._print(f"running for {self._console._clock() - self._start:.0f} s")
 
     def finish(self) -> None:
         # A phase shorter than the interval is reported by its caller.
