@@ -159,10 +159,11 @@ BAD = {
         "optimizers is not supported: optim, learning_rate",
     ),
     "DoRA": (
-        {"peft_config": SimpleNamespace(use_dora=True, target_modules=None)},
+        {"peft_config": SimpleNamespace(use_dora=True, lora_alpha=8)},
         ValueError,
         "peft_config: use_dora True is not supported; leave it out",
     ),
+    "no LoRA": ({"peft_config": SimpleNamespace()}, ValueError, "must be a LoraConfig, got SimpleNamespace"),
     "a missing file": ({"train_dataset": "no_such.jsonl"}, FileNotFoundError, "no_such.jsonl does not exist"),
 }
 

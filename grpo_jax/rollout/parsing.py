@@ -30,7 +30,7 @@ MAX_DEPTH = 64
 _NAMES_LISTED = 10  # of the tools, for a call that names none of them
 
 _OPENINGS = re.compile("<think>|<tool_call>")
-_BLANKS = re.compile(r"[ \t\r\n]*")
+_WHITESPACE = re.compile(r"[ \t\r\n]*")
 _FUNCTION = re.compile(r"<function=([^>\n]*)>")
 _PARAMETER = re.compile(r"<parameter=([^>\n]*)>")
 _AS_JSON = {"True": "true", "False": "false", "None": "null"}  # Qwen3.5's template writes Python's words
@@ -105,14 +105,14 @@ def call_message(call: ToolCall) -> Message:
     return {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _skip_blanks(text: str, at: int) -> int:
-    blanks = _BLANKS.match(text, at)
-    return blanks.end() if blanks else at
+def _skip_whitespace(text: str, at: int) -> int:
+    found = _WHITESPACE.match(text, at)
+    return found.end() if found else at
 
 
 def _expect_close(text: str, at: int, what: str) -> int:
     """Index after `</tool_call>`, which must follow `at` with only whitespace between."""
-    at = _skip_blanks(text, at)
+    at = _skip_whitespace(text, at)
     if text.startswith("</tool_call>", at):
         return at + len("</tool_call>")
     end = text.find("</tool_call>", at)
@@ -140,7 +140,7 @@ def _quote(text: str) -> str:
 def _read_hermes(text: str, at: int, tools: dict[str, Schema]) -> tuple[ToolCall, int]:
     """The call whose `<tool_call>` ends at `at`, and the index after its `</tool_call>`."""
     try:
-        value, end = _read_json(text, _skip_blanks(text, at))
+        value, end = _read_json(text, _skip_whitespace(text, at))
     except ValueError as error:
         if text.find("</tool_call>", at) < 0:
             raise _CallError("unterminated: <tool_call> is never closed by </tool_call>") from None
@@ -244,7 +244,7 @@ _DECODER = json.JSONDecoder(
 
 def _read_qwen3_coder(text: str, at: int, tools: dict[str, Schema]) -> tuple[ToolCall, int]:
     """The call whose `<tool_call>` ends at `at`, and the index after its `</tool_call>`."""
-    function = _FUNCTION.match(text, _skip_blanks(text, at))
+    function = _FUNCTION.match(text, _skip_whitespace(text, at))
     if not function or not function[1]:
         if text.find("</tool_call>", at) < 0:
             raise _CallError("unterminated: <tool_call> is never closed by </tool_call>")
@@ -252,7 +252,7 @@ def _read_qwen3_coder(text: str, at: int, tools: dict[str, Schema]) -> tuple[Too
     _check_tool(function[1], tools)
     properties = tools[function[1]].get("parameters", {}).get("properties", {})
     arguments: dict[str, Any] = {}
-    at = _skip_blanks(text, function.end())
+    at = _skip_whitespace(text, function.end())
     while parameter := _PARAMETER.match(text, at):
         end = text.find("</parameter>", parameter.end())
         if end < 0:
@@ -263,7 +263,7 @@ def _read_qwen3_coder(text: str, at: int, tools: dict[str, Schema]) -> tuple[Too
         if has_lone_surrogate(value):
             raise _CallError("not JSON: a parameter holds half of a surrogate pair")
         arguments[parameter[1]] = _typed_value(value, properties.get(parameter[1], {"type": "string"}))
-        at = _skip_blanks(text, end + len("</parameter>"))
+        at = _skip_whitespace(text, end + len("</parameter>"))
     if not text.startswith("</function>", at):
         if text.find("</function>", at) < 0:
             raise _CallError(f"unterminated: <function={function[1]}> is never closed by </function>")
@@ -293,8 +293,8 @@ def _typed_value(text: str, schema: Schema) -> Any:
 
 def _whole_json(text: str) -> Any:
     """The one JSON value in `text`; whitespace around it is allowed."""
-    value, end = _read_json(text, _skip_blanks(text, 0))
-    if _skip_blanks(text, end) < len(text):
+    value, end = _read_json(text, _skip_whitespace(text, 0))
+    if _skip_whitespace(text, end) < len(text):
         raise ValueError("text after the JSON value")
     return value
 

@@ -116,12 +116,13 @@ def trainer_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lora_options(peft: Any) -> dict[str, Any]:
     """What a LoraConfig of PEFT says, as options."""
-    plain = {
-        "bias": "none",
-        "init_lora_weights": True,
-    }  # of its fields that are not supported, None and False apart
+    if not hasattr(peft, "lora_alpha"):
+        raise ValueError(
+            f"peft_config must be a LoraConfig, got {type(peft).__name__}; other adapters are not supported"
+        )
+    defaults = {"bias": "none", "init_lora_weights": True}  # of the others: None, False or empty
     for name in PEFT_UNSUPPORTED:
-        if (value := getattr(peft, name, None)) and value != plain.get(name):
+        if (value := getattr(peft, name, None)) and value != defaults.get(name):
             raise ValueError(f"peft_config: {name} {show(value)} is not supported; leave it out")
     modules = peft.target_modules
     return {
