@@ -24,7 +24,7 @@ from grpo_jax.models.qwen import Params
 from grpo_jax.models.sharding import placed
 from grpo_jax.preflight.check import check_job
 from grpo_jax.rollout.faults import faults
-from grpo_jax.rollout.loop import Rollout, ToolLoop, make_policy, roll_out
+from grpo_jax.rollout.loop import ToolLoop, Work, make_policy, roll_out
 from grpo_jax.run.checkpoint import Checkpoints, DamagedCheckpoint, Start, find_start
 from grpo_jax.run.cold_start import cold_start_rows, fine_tune
 from grpo_jax.run.compiling import watch_compiles
@@ -64,7 +64,7 @@ note_dependencies()
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run stands when `train` returns.
+    """The state of a run when `train` returns.
 
     Args:
         global_step: updates done.
@@ -91,7 +91,7 @@ class GRPOTrainer:
         **trl: other keywords of TRL's trainer: `peft_config` and `processing_class` set their options, and
             the rest is refused or has no effect.
 
-    What is left out is taken from the options in `args`. Everything is loaded and checked here, before
+    Arguments that are left out are taken from `args`. Everything is loaded and checked here, before
     anything compiles.
 
     Raises:
@@ -128,7 +128,7 @@ class GRPOTrainer:
         console, timer = console or Console(), PhaseTimer()
         setup_logging(console, config.log_level)
         self.output_dir = Path(config.output_dir)
-        self._learned: tuple[Learner, TrainState] | None = None
+        self._current: tuple[Learner, TrainState] | None = None
         self._best = Best(config.early_stop_metric)
         by_options = config.tools_script or config.tool_functions_module != DEFAULT_TOOLS
         if tools is None and not by_options and (train_dataset is not None or reward_funcs is not None):
@@ -159,10 +159,10 @@ class GRPOTrainer:
             hosts.share(range(self.steps.P))  # raises where the prompts do not divide by the hosts
 
     @property
-    def _learning(self) -> tuple[Learner, TrainState]:
+    def _learner_and_state(self) -> tuple[Learner, TrainState]:
         """What updates the policy, and the state so far; made by `_run`."""
-        assert self._learned is not None
-        return self._learned
+        assert self._current is not None
+        return self._current
 
     @functools.cached_property
     def steps(self) -> Steps:
@@ -179,7 +179,7 @@ class GRPOTrainer:
             summary = hosts.of_first(lambda: read_summary(out))
             job.timer.restore(summary.get("timings", {}))
             if config.cold_start and not hosts.of_first((out / "cold_start").exists):
-                cold_start_rows(job, self.data)  # raises where it would, before anything compiles
+                cold_start_rows(job, self.data)  # called for its errors, before anything compiles
             print_steps(job.console, self.steps, self.data)
             keep = config.save_total_limit
             with Checkpoints(out / "checkpoints", keep=keep, publish=self._publish) as checkpoints:
@@ -206,7 +206,7 @@ class GRPOTrainer:
             with StopSignal() as stop:
                 return self._run(start, summary, checkpoints, stop)
         except Stopped as stopped:
-            step = 0 if self._learned is None else int(self._learned[1].step)
+            step = 0 if self._current is None else int(self._current[1].step)
             self._write_summary(summary)
             if step:  # where a machine is taken away, drawing would take as long as all else of a stop
                 hosts.of_first(lambda: None if stop.hurry else write_report(out))
@@ -240,7 +240,7 @@ class GRPOTrainer:
         if config.cold_start:
             job = self.job = self._cold_started(summary, stop)
         learner = make_learner(job, self.data.tree, self.steps.P, self.steps.updates)
-        shardings = state_shardings(learner.step.layout, learner.shapes)
+        shardings = state_shardings(learner.forward.layout, learner.shapes)
         while start.checkpoint is not None:
             try:
                 state = start.restore(checkpoints, learner.shapes, shardings)
@@ -253,18 +253,18 @@ class GRPOTrainer:
             break
         else:
             state = learner.fresh()
-        self._learned = learner, state
+        self._current = learner, state
         if "before" not in summary and self.evaluation is not None:
             summary["before"] = self._evaluated("Evaluation before", "before", stop)
             self._write_summary(summary)
         self._learn(start.meta, checkpoints, stop)
-        step = int(self._learning[1].step)
+        step = int(self._learner_and_state[1].step)
         self.save_model(out / "model", out / "adapter")
         found: dict[str, Any] = {"after": None, "updates": step}
         if step < self.steps.updates:
             found["stopped_early"] = self._best.waited
         if self.evaluation is not None:
-            # without a checkpoint all would be learned again
+            # without checkpoints, stopping here would lose the whole training
             found["after"] = self._evaluated(
                 "Evaluation after", "after", None if config.save_strategy == "no" else stop
             )
@@ -280,14 +280,14 @@ class GRPOTrainer:
         return TrainResult(step, True, summary)
 
     def _learn(self, meta: dict[str, Any], checkpoints: Checkpoints, stop: StopSignal) -> None:
-        """The loop of GRPO, from the state in `_learned`; raises Stopped once what it learned is saved."""
+        """The GRPO loop, from the current state. When asked to stop, it saves a checkpoint and raises Stopped."""
         job, data, steps, config, timer = self.job, self.data, self.steps, self.job.config, self.job.timer
-        learner, state = self._learning
-        loop, names, line = job.tool_loop(job.sampled, data.tree), job.reward_names, job.console.line
+        learner, state = self._learner_and_state
+        loop, line = job.tool_loop(job.sampled, data.tree), job.console.line
         first, per_batch = int(state.step), steps.updates_per_batch
-        # the line of a step that is still to be evaluated is written again
-        records = Records(config, resume_step=first - ("unevaluated" in meta) if first else None)
-        unevaluated = meta.pop("unevaluated", None)
+        unevaluated = meta.pop("unevaluated", None)  # the record of a step that was stopped in its evaluation
+        # its line in metrics.jsonl is written again
+        records = Records(config, resume_step=first - (unevaluated is not None) if first else None)
         saver = Saver(checkpoints, meta, timer, line)
         rated = len(data.prompts) if config.difficulty_sampling else None
         progress = Progress.from_meta(meta, config.early_stop_metric, checkpoints.steps(), rated)
@@ -312,26 +312,28 @@ class GRPOTrainer:
                 began = time.perf_counter()
 
                 # Roll out G completions of each of the next P prompts, with the tools that they call, and score them.
-                groups = self._next_groups(loop, progress, stop)
+                groups = self._next_groups(learner, state, loop, progress, stop)
                 if groups is None:  # asked to stop; a later run samples the same tokens
                     raise saver.stopped(state, progress)
 
                 # Compare each completion with its group.
-                groups = groups.compared(job)
+                groups = groups.with_advantages(job)
                 if job.purity is not None:  # while what follows runs, which needs no tools
                     job.purity.start(call for t in hosts.share(groups.trajectories) for call in t.calls)
 
                 # Update the policy on the batch.
-                state, metrics = self._update(groups.batch(steps.G))
-                self._learned, step, progress = (learner, state), int(state.step), groups.progress
+                state, metrics = self._update(learner, state, groups.batch)
+                self._current, step, progress = (learner, state), int(state.step), groups.progress
 
                 # Record; evaluate when due.
-                record = self._record(groups, metrics) | {"step_time": time.perf_counter() - began}
-                records.write_rollouts(step, groups.trajectories, names, groups.outcome.extras)
-                last = step >= steps.updates  # evaluated here only where it is compared with earlier ones
-                if self.evaluation is not None and (
-                    compares_evaluations(config) if last else due("eval", step)
-                ):
+                record = self._record(learner, state, groups, metrics) | {
+                    "step_time": time.perf_counter() - began
+                }
+                records.write_rollouts(step, groups.trajectories, job.reward_names, groups.outcome.extras)
+                last = step >= steps.updates
+                # `_run` evaluates the final model; the last update is evaluated here only to be compared with earlier ones
+                evaluates = compares_evaluations(config) if last else due("eval", step)
+                if self.evaluation is not None and evaluates:
                     record, progress = self._evaluated_record(record, progress, saver, stop)
                 done = last or progress.best.ends(config.early_stop_patience)
                 records.write_metrics(step, record)
@@ -355,20 +357,22 @@ class GRPOTrainer:
 
         self._best = best = progress.best
         if config.load_best_model_at_end and best.step not in (0, int(state.step)):
-            params = placed(state.params, state_shardings(learner.step.layout, state).params)
+            params = placed(state.params, state_shardings(learner.forward.layout, state).params)
             params = checkpoints.restore_params(best.step, params)
-            self._learned = learner, dataclasses.replace(state, params=params)
+            self._current = learner, dataclasses.replace(state, params=params)
             line(f"The model is that of update {best.step}: {best.figure} {best.value:.3f} is the best")
 
-    def _update(self, trajectories: list[Trajectory]) -> tuple[TrainState, dict[str, float]]:
+    def _update(
+        self, learner: Learner, state: TrainState, trajectories: list[Trajectory]
+    ) -> tuple[TrainState, dict[str, float]]:
         """The state after the updates on one batch, and their metrics."""
-        config, steps, (learner, state) = self.job.config, self.steps, self._learning
+        config, steps = self.job.config, self.steps
         with self.job.timer("update"):
             masked = config.mask_truncated_completions
             batch = make_batch(
                 self.data.tree, trajectories, steps.G, mask_truncated=masked, sizes=learner.sizes
             )
-            batch = place_batch(learner.step.layout, batch)
+            batch = place_batch(learner.forward.layout, batch)
             if learner.reference is not None:
                 batch = batch.with_logprobs(ref_logprobs=learner.score(learner.reference, batch))
             if steps.updates_per_batch > 1:  # else the policy that is differentiated is the one that sampled
@@ -377,9 +381,11 @@ class GRPOTrainer:
                 state, metrics = learner.update(state, batch)
             return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
 
-    def _record(self, groups: Groups, metrics: dict[str, float]) -> dict[str, Any]:
+    def _record(
+        self, learner: Learner, state: TrainState, groups: Groups, metrics: dict[str, float]
+    ) -> dict[str, Any]:
         """The line of an update in metrics.jsonl, of all completions that were rolled out for it."""
-        job, (learner, state) = self.job, self._learning
+        job = self.job
         rewards = combine_rewards(groups.outcome.means, job.reward_weights)
         record = {
             **trajectory_metrics(
@@ -400,7 +406,9 @@ class GRPOTrainer:
         """Passes over the data done."""
         return progress.cursor.epoch + progress.cursor.next_index / len(self.data.prompts)
 
-    def _next_groups(self, loop: ToolLoop, progress: Progress, stop: StopSignal) -> Groups | None:
+    def _next_groups(
+        self, learner: Learner, state: TrainState, loop: ToolLoop, progress: Progress, stop: StopSignal
+    ) -> Groups | None:
         """Roll out the next P prompts and score their completions; None where a host was asked to stop.
 
         The order of prompts is that of seed and epoch, or with difficulty_sampling by how often they are solved.
@@ -408,8 +416,7 @@ class GRPOTrainer:
         that the batch needs are drawn again.
         """
         job, data, steps, config, timer = self.job, self.data, self.steps, self.job.config, self.job.timer
-        learner, state = self._learning
-        now = TrainerState(
+        trainer_state = TrainerState(
             global_step=int(state.step),
             max_steps=steps.updates,
             epoch=self._epoch(progress),
@@ -418,9 +425,9 @@ class GRPOTrainer:
         with timer("rollout"):
             policy = make_policy(loop, job.sampled.export(learner.params(state)))
         cursor, rates, delays = progress.cursor, progress.rates, progress.delays
-        drawn, rollout, outcomes, acts = [], Rollout([]), [], []
+        drawn, trajectories, work, outcomes, useful = [], [], Work(), [], []
         rounds = config.dynamic_sampling_max_rounds if config.dynamic_sampling else 1
-        while len(outcomes) < rounds and sum(acts) < steps.P:
+        while len(outcomes) < rounds and sum(useful) < steps.P:
             draws, cursor = next_batch(
                 len(data.prompts), steps.P, cursor, config.seed, config.shuffle_dataset
             )
@@ -437,41 +444,48 @@ class GRPOTrainer:
                     on_progress=rows.advance,
                     stop=lambda: stop.requested,
                 )
-            if sampled.stop:
+            if sampled.interrupted:
                 return None
             delays = delays.after(sampled)
             with timer("reward"):
-                outcomes.append(job.score_all(sampled.trajectories, now))
-                drawn, rollout = drawn + draws, rollout + sampled
+                outcomes.append(job.score_all(sampled.trajectories, trainer_state))
+                drawn, trajectories = drawn + draws, trajectories + sampled.trajectories
+                work += sampled.work
                 if config.dynamic_sampling:
-                    acts += groups_that_act(with_advantages(job, sampled.trajectories, outcomes[-1]), steps.G)
+                    useful += groups_with_advantage(
+                        with_advantages(job, sampled.trajectories, outcomes[-1]), steps.G
+                    )
             if rates is not None:
                 rates = rates.after([i for i, _ in draws], list(map(is_exact, sampled.trajectories)))
-        work, chosen = rollout.work, np.arange(steps.P)
+        chosen = np.arange(steps.P)
         metrics = {
             "rollout/wasted_decode": work.wasted,
             "rollout/tokens_per_pass": work.tokens_per_pass or 0.0,
         }
         if config.dynamic_sampling:
-            chosen = choose_groups(np.array(acts), steps.P)
-            if sum(acts) >= steps.P:
+            chosen = choose_groups(np.array(useful), steps.P)
+            if sum(useful) >= steps.P:
                 cursor = cursor_after(drawn[chosen[-1]][1], len(data.prompts), steps.P)
-            wasted = 1 - np.array(acts)[chosen].sum() / len(acts)
+            wasted = 1 - np.array(useful)[chosen].sum() / len(useful)
             metrics |= {"rollout/rounds": len(outcomes), "rollout/wasted_groups": wasted}
         outcome = joined(outcomes)
         scored = [
             dataclasses.replace(t, rewards=tuple(values))
-            for t, values in zip(rollout.trajectories, outcome.means.tolist(), strict=True)
+            for t, values in zip(trajectories, outcome.means.tolist(), strict=True)
         ]
         tokens = sum(len(t.prompt.ids) + len(t.completion_ids) for t in scored)
         after = Progress(cursor, progress.num_tokens + tokens, progress.best, rates, delays)
-        return Groups(scored, outcome, chosen, after, metrics)
+        rows = (chosen[:, None] * steps.G + np.arange(steps.G)).reshape(-1)
+        return Groups(scored, outcome, rows, after, metrics)
 
     def _evaluated_record(
         self, record: dict[str, Any], progress: Progress, saver: Saver, stop: StopSignal
     ) -> tuple[dict[str, Any], Progress]:
-        """A step's record with the figures of an evaluation, and the best so far; one that is stopped is made later."""
-        _, state = self._learning
+        """The record with an evaluation's figures, and the progress with the best so far.
+
+        An evaluation that is interrupted is repeated when the run continues.
+        """
+        _, state = self._learner_and_state
         step, best = int(state.step), progress.best
         try:
             figures = self._evaluated(f"Evaluation at {step}", f"step_{step:06d}", stop)
@@ -526,23 +540,23 @@ class GRPOTrainer:
             folder: of the model.
             adapter: PEFT folder for the adapters alone; left out where there are none.
         """
-        if self._learned is None:
+        if self._current is None:
             trained, frozen = self.job.load_trained()
         else:
-            trained, frozen = self._learned[1].params, self._learned[0].frozen
+            trained, frozen = self._current[1].params, self._current[0].frozen
         with self.job.timer("save"):
             self.job.save_model(trained, frozen, Path(folder), None if adapter is None else Path(adapter))
         self._write_card(Path(folder))
 
     def _write_card(self, folder: Path) -> None:
-        updates = 0 if self._learned is None else int(self._learned[1].step)
+        updates = 0 if self._current is None else int(self._current[1].step)
         hosts.of_first(lambda: write_model_card(folder, self.output_dir, updates))
 
     def _weights(self) -> Params:
         """Rollout weights of the policy as it is now."""
-        if self._learned is None:
+        if self._current is None:
             return self.job.greedy.export(self.job.load_params())
-        learner, state = self._learned
+        learner, state = self._current
         return self.job.greedy.export(learner.params(state))
 
     def _evaluated(self, title: str, name: str, stop: StopSignal | None = None) -> dict[str, Any]:
@@ -561,7 +575,7 @@ class GRPOTrainer:
         job, folder = self.job, self.output_dir / "cold_start"
 
         def note(report: dict[str, Any]) -> None:
-            """Before the folder is there, which says that the cold start is done."""
+            """Written before the folder appears, which means that the cold start is done."""
             summary["cold_start"] = report
             self._write_summary(summary)
 
@@ -576,7 +590,7 @@ class GRPOTrainer:
         return dataclasses.replace(job, folder=folder, checkpoint=None, adapter=None, model_name=name)
 
     def _publish(self) -> None:
-        """Bring an output_dir that is a URL up to date; before anything is called saved."""
+        """Upload output_dir where it is a URL; called before a line says that something is saved."""
         if self.remote is not None:
             self.remote.publish()
 
@@ -597,36 +611,34 @@ class Groups:
     Args:
         trajectories: of all groups, with their rewards.
         outcome: what the rewards said of them.
-        chosen: [P] numbers of the groups in the batch, rising.
+        rows: [P·G] indices of the completions in the batch, rising.
         progress: of the run after the batch.
         metrics: of the rollout.
     """
 
     trajectories: list[Trajectory]
     outcome: RewardOutcome
-    chosen: np.ndarray
+    rows: np.ndarray
     progress: Progress
     metrics: dict[str, float]
 
-    def _rows(self, G: int) -> np.ndarray:
-        """[P·G] numbers of the completions in the batch."""
-        return (self.chosen[:, None] * G + np.arange(G)).reshape(-1)
-
-    def batch(self, G: int) -> list[Trajectory]:
+    @property
+    def batch(self) -> list[Trajectory]:
         """The P·G completions in the batch."""
-        return [self.trajectories[i] for i in self._rows(G)]
+        return [self.trajectories[i] for i in self.rows]
 
-    def compared(self, job: Job) -> Groups:
-        """With the advantages of the completions in the batch."""
-        G, trajectories = job.config.num_generations, list(self.trajectories)
-        rows = self._rows(G)
-        for i, t in zip(rows, with_advantages(job, self.batch(G), self.outcome.of_rows(rows)), strict=True):
+    def with_advantages(self, job: Job) -> Groups:
+        """The completions in the batch compared with their groups."""
+        trajectories = list(self.trajectories)
+        compared = with_advantages(job, self.batch, self.outcome.of_rows(self.rows))
+        for i, t in zip(self.rows, compared, strict=True):
             trajectories[i] = t
         return dataclasses.replace(self, trajectories=trajectories)
 
 
 def with_advantages(job: Job, trajectories: Sequence[Trajectory], outcome: RewardOutcome) -> list[Trajectory]:
-    """Completions compared with their groups; where turns or calls have credit of their own, token by token."""
+    """The completions with their advantages: one for each, and one per token where turns are rewarded or bad calls
+    penalised."""
     config, credit, G = job.config, credit_of(job.config), job.config.num_generations
     advantages = batch_advantages(
         outcome.values,
@@ -645,6 +657,6 @@ def with_advantages(job: Job, trajectories: Sequence[Trajectory], outcome: Rewar
     return credit.of_tokens(compared, G, outcome.turn_rewards(job.reward_weights), wrong)
 
 
-def groups_that_act(trajectories: Sequence[Trajectory], G: int) -> list[bool]:
+def groups_with_advantage(trajectories: Sequence[Trajectory], G: int) -> list[bool]:
     """For each group of G whether some completion of it has an advantage."""
-    return [any(t.acts for t in trajectories[i : i + G]) for i in range(0, len(trajectories), G)]
+    return [any(t.has_advantage for t in trajectories[i : i + G]) for i in range(0, len(trajectories), G)]

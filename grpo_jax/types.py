@@ -172,8 +172,9 @@ class Trajectory:
         calls: every call that was run, with its result, in order.
         status: how it ended; None while it is being sampled.
         rewards: one value per reward function; NaN where it does not apply.
-        advantage: how much better than its group's mean it did, in units of `scale_rewards`.
-        token_advantages: one per token, where turns or calls have credit of their own; None: `advantage`.
+        advantage: its reward minus the group's baseline, divided as `scale_rewards` says; see `group_advantages`.
+        token_advantages: one per token, where turns are rewarded or bad calls penalised; None: every sampled token
+            has `advantage`.
     """
 
     prompt: Prompt
@@ -189,15 +190,15 @@ class Trajectory:
 
     @property
     def turns(self) -> list[tuple[int, int]]:
-        """Where each turn of the model begins and ends in `completion_ids`; a tool response parts two."""
+        """Where each turn of the model begins and ends in `completion_ids`; tool responses separate them."""
         edges = [
             i for i, (a, b) in enumerate(itertools.pairwise([False, *self.sampled_mask, False])) if a != b
         ]
         return list(zip(edges[::2], edges[1::2], strict=True))
 
     @property
-    def acts(self) -> bool:
-        """Whether an advantage is not 0."""
+    def has_advantage(self) -> bool:
+        """Whether the advantage, or that of some token, is not 0."""
         return any(self.token_advantages) if self.token_advantages is not None else self.advantage != 0
 
     @property

@@ -453,7 +453,7 @@ def test_a_hub_model_that_cannot_be_reached_names_the_alternatives(tmp_path, mod
     assert (
         f"model {name} is not a local folder, is not in the hub cache, and could not be downloaded" in message
     )
-    assert "Give the path of a local HF folder, or 'scratch'" in message
+    assert "Give the path of a local HF folder, or to train, 'scratch'" in message
     assert message.endswith("folders here that hold a model: model\n")
 
 

@@ -13,6 +13,7 @@ from grpo_jax.update.batch import (
     bucket,
     common_prefix,
     completion_bucket,
+    groups_to_keep,
     make_batch,
     make_tree,
     pad_rows,
@@ -20,7 +21,6 @@ from grpo_jax.update.batch import (
     prompts_level,
     response_bucket,
     response_shapes,
-    trained_groups,
     update_shapes,
 )
 
@@ -208,13 +208,13 @@ def test_advantages_of_tokens_lie_as_their_targets_do():
 
 
 def test_groups_that_act_on_the_loss_are_kept_and_filled_up_to_a_size():
-    assert trained_groups([False, False, True, False], sizes=(2, 1)) == [2]
-    assert trained_groups([False, True, False, True], sizes=(2, 1)) == [1, 3]
-    assert trained_groups([True, True, False, True], sizes=(2, 1)) == [0, 1, 2, 3]
+    assert groups_to_keep([False, False, True, False], sizes=(2, 1)) == [2]
+    assert groups_to_keep([False, True, False, True], sizes=(2, 1)) == [1, 3]
+    assert groups_to_keep([True, True, False, True], sizes=(2, 1)) == [0, 1, 2, 3]
     # one that acts in the middle and the first that does not, in their order
-    assert trained_groups([False, False, True, False], sizes=(2,)) == [0, 2]
+    assert groups_to_keep([False, False, True, False], sizes=(2,)) == [0, 2]
     # none acts: the update still runs, on the smallest size
-    assert trained_groups([False] * 4, sizes=(2, 1)) == [0]
+    assert groups_to_keep([False] * 4, sizes=(2, 1)) == [0]
 
 
 def test_a_batch_without_the_groups_that_have_no_advantage_divides_by_all_rows():

@@ -87,7 +87,7 @@ def test_a_run_that_uses_rows_up_to_a_draw_continues_with_the_one_behind_it(n, d
 
 
 @pytest.mark.parametrize(
-    ("acts", "chosen"),
+    ("useful", "chosen"),
     [
         ([0, 1, 0, 1, 1, 1], [1, 3]),  # the last two came with the round that was needed for the second
         ([0, 0, 1, 0], [0, 2]),  # filled up after the last round
@@ -96,8 +96,8 @@ def test_a_run_that_uses_rows_up_to_a_draw_continues_with_the_one_behind_it(n, d
         ([0, 1], [0, 1]),
     ],
 )
-def test_a_batch_holds_the_first_groups_with_an_advantage(acts, chosen):
-    assert choose_groups(np.array(acts, bool), 2).tolist() == chosen
+def test_a_batch_holds_the_first_groups_with_an_advantage(useful, chosen):
+    assert choose_groups(np.array(useful, bool), 2).tolist() == chosen
 
 
 @pytest.mark.parametrize("size", [0, -1, 6])

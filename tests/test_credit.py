@@ -78,9 +78,9 @@ def test_tokens_have_the_advantage_of_row_and_turn_less_the_penalties_of_their_c
 
 def test_a_row_whose_only_credit_is_a_penalty_acts():
     (row,) = Credit(failed=1.0).of_tokens([conversation([1, 1], 0.0)], 1, None, [[Fault(True, 0, 1)]])
-    assert row.acts and not conversation([1, 1], 0.0).acts
+    assert row.has_advantage and not conversation([1, 1], 0.0).has_advantage
     (row,) = Credit(failed=1.0).of_tokens([conversation([1, 1], 0.0)], 1, None, [[]])
-    assert not row.acts
+    assert not row.has_advantage
 
 
 def test_token_advantages_equal_loops_over_1000_random_groups():

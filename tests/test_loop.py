@@ -606,7 +606,7 @@ def test_progress_is_reported_at_every_return_of_decode(script):
 
 def test_a_run_that_is_to_stop_begins_no_rollout(script):
     assert roll_out(helpers.tool_loop(script.sampler), None, [None], stop=lambda: True) == Rollout(
-        [], stop=True
+        [], interrupted=True
     )
 
 

@@ -149,7 +149,7 @@ def test_clipped_surrogate_by_hand(ratio, advantage, delta, loss):
 
 
 def test_importance_ratio_by_hand():
-    """The sequence ratio is the mean over masked positions: (0.1 + 0.3) / 2, not (0.1 + 0.3 + 9) / 3."""
+    """The sequence ratio is the mean over positions in the mask: (0.1 + 0.3) / 2, not (0.1 + 0.3 + 9) / 3."""
     logprobs, mask = jnp.array([[0.1, 0.3, 9.0]]), jnp.array([[True, True, False]])
     token = importance_ratio_log(logprobs, jnp.zeros((1, 3)), mask, "token")
     sequence = importance_ratio_log(logprobs, jnp.zeros((1, 3)), mask, "sequence")

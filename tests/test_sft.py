@@ -25,7 +25,7 @@ from grpo_jax.run.stopping import Stopped
 from grpo_jax.scoring.rewards import RewardOutcome
 from grpo_jax.tools import tools_of
 from grpo_jax.types import Example
-from grpo_jax.update.update import Learned, Totals, sft_objective, turns_objective
+from grpo_jax.update.update import LossInputs, Totals, sft_objective, turns_objective
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ def test_turns_may_count_equally(job):
     N = len(sampled)
     logprobs = jnp.where(jnp.arange(N) < N - n, -1.0, -3.0)[None]
     weights = jnp.array(cold_start.turns_weighted(trajectory).logprobs)[sampled][None]
-    given = Learned(logprobs, 0 * logprobs, logprobs < 0, weights, None, None, jnp.zeros(1))
+    given = LossInputs(logprobs, 0 * logprobs, logprobs < 0, weights, None, None, jnp.zeros(1))
     totals = Totals(*[jnp.array(N)] * len(Totals._fields))
     assert float(turns_objective(given, totals)[0]) == pytest.approx(2.0)
     assert float(sft_objective(given, totals)[0]) == pytest.approx(1 + 2 * n / N)
@@ -260,10 +260,10 @@ def test_one_that_is_stopped_while_the_rate_falls_continues_there(tmp_path, vali
 
 @pytest.mark.parametrize("differs", ["optimizer", "place", "digest"])
 def test_a_checkpoint_of_an_earlier_version_is_one_line_that_says_what_to_do(tmp_path, monkeypatch, differs):
-    monkeypatch.setattr(cold_start, "_made_of", lambda *_: "the same")
+    monkeypatch.setattr(cold_start, "_digest", lambda *_: "the same")
     with opened(tmp_path / "run", max_grpo_completion_length=120) as (job, data):
-        _, state, _ = cold_start._learner(job)
-        meta = {"at": dataclasses.asdict(cold_start._At(2, done=3)), "of": "the same"}
+        _, state, _ = cold_start._update_and_state(job)
+        meta = {"at": dataclasses.asdict(cold_start._Progress(2, done=3)), "of": "the same"}
         if differs == "optimizer":
             state = dataclasses.replace(state, opt_state={"count": jnp.int32(3)})
         else:

@@ -41,7 +41,7 @@ def scripted(folder, **changes):
     """A run that evaluates after every update and keeps one newest checkpoint, with the figures of MATCH."""
 
     def evaluated(self, title, name, stop=None):
-        at = 0 if self._learned is None else int(self._learned[1].step)
+        at = 0 if self._current is None else int(self._current[1].step)
         return {
             "exact_answer_match": MATCH[at],
             "n": 6,

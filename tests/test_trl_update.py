@@ -32,7 +32,7 @@ from grpo_jax.types import Example, Prompt, Status, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
 from grpo_jax.update.schedules import make_schedule
 from grpo_jax.update.update import (
-    Learned,
+    LossInputs,
     ModelStep,
     Totals,
     init_state,
@@ -590,7 +590,7 @@ CLIPS = {"cispo": {"epsilon_high": 1.1}, "sapo": {"sapo_temperature_pos": 2.0}, 
 
 
 def positions(seed):
-    """Arrays of `Learned` with an empty row, a row of advantage 0, and entropies that two positions share."""
+    """Arrays of `LossInputs` with an empty row, a row of advantage 0, and entropies that two positions share."""
     rng = np.random.RandomState(seed)
     shape, mask = (6, 8), rng.rand(6, 8) < 0.7
     mask[2] = False
@@ -599,7 +599,7 @@ def positions(seed):
     sampler, old, ref = logprobs + rng.normal(0, 0.2, (3, *shape))
     advantages = np.array([1.0, -0.5, 2.0, 0.0, -1.5, 0.3])
     arrays = (logprobs, entropies, mask, sampler, old, ref, advantages)
-    return Learned(*(x if x.dtype == bool else x.astype(np.float32) for x in arrays))
+    return LossInputs(*(x if x.dtype == bool else x.astype(np.float32) for x in arrays))
 
 
 @pytest.fixture(scope="module")

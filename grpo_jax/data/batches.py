@@ -80,17 +80,17 @@ def cursor_after(draw: int, n: int, size: int) -> Cursor:
     return Cursor(epoch, place + 1) if place + 1 + size <= n else Cursor(epoch + 1, 0)
 
 
-def choose_groups(acts: np.ndarray, size: int) -> np.ndarray:
+def choose_groups(useful: np.ndarray, size: int) -> np.ndarray:
     """The groups that make a batch: the first that have an advantage, filled up with the first of the others.
 
     Args:
-        acts: [n >= size] bool, in the order in which they were drawn.
+        useful: [n >= size] bool, in the order in which they were drawn.
         size: groups per batch.
 
     Returns:
         [size] their indices, rising.
     """
-    return np.sort(np.argsort(~acts, kind="stable")[:size])
+    return np.sort(np.argsort(~useful, kind="stable")[:size])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from grpo_jax.models import cost
 from grpo_jax.models.attention import score_block_bytes
+from grpo_jax.models.level import Level
 from grpo_jax.models.logprobs import logits_block_bytes
 from grpo_jax.models.lora import Frozen, init_adapters
-from grpo_jax.models.qwen import MLP_TOKENS, Level, ModelConfig, abstract_params
+from grpo_jax.models.qwen import MLP_TOKENS, ModelConfig, abstract_params
 from grpo_jax.models.sharding import AXES, Layout, mesh_of, mesh_sizes, placed
 from grpo_jax.models.target import SLICES, Devices, compiling_for, tpu_devices
 from grpo_jax.preflight.plan_inputs import (

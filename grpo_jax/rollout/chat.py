@@ -15,7 +15,7 @@ import numpy as np
 
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.drafts import known_texts, pays
-from grpo_jax.rollout.loop import ToolLoop, answered, make_policy
+from grpo_jax.rollout.loop import ToolLoop, answered, make_policy, parse_feedback
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.sampling import row_keys
 from grpo_jax.types import (
@@ -228,7 +228,7 @@ class Chat:
             elif turn.error:
                 yield Malformed(turn.error)
                 if loop.malformed_feedback and not spent:
-                    results = [(PARSER_NAME, f"Error: the tool call does not parse: {turn.error}")]
+                    results = [(PARSER_NAME, parse_feedback(turn.error))]
                 else:
                     status = Status.MALFORMED_CALL
             elif not turn.calls:

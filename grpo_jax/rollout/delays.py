@@ -1,4 +1,4 @@
-"""Which tools are slow, and for how many decode steps their results are left to run while others speak.
+"""Which tools are slow, and for how many decode steps their results are left to run while others decode.
 
 A rollout feeds the results of ordinary tools when the turn that asked for them has come back from the device, and
 waits for them, which takes milliseconds. For a slow tool, waiting would hold up all completions, so its results are

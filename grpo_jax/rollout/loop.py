@@ -1,8 +1,8 @@
 """The multi-turn tool loop: decode, parse the turns that have ended, run their calls, feed the responses, again.
 
 Each completion takes its turns at its own pace, on the same key/value cache, so that every token passes
-through the model once. Decode returns when some turns have ended: their calls run, and what is due of the results
-is fed, while the others' turns continue. What is due follows from the tokens and from `ToolLoop.delays`, never from
+through the model once. Decode returns when some turns have ended: their calls run, and the results that are due are
+fed, while the other turns continue. Which results are due depends on the tokens and on `ToolLoop.delays`, never on
 how long a call happens to take: batch shapes decide the last bits of what is sampled.
 
 With several hosts each keeps its share of the prompts, with all completions of them. They decode
@@ -24,16 +24,17 @@ import jax
 import numpy as np
 
 from grpo_jax import hosts
-from grpo_jax.models.qwen import Level, Params
+from grpo_jax.models.level import Level
+from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.conversation import Conversation
 from grpo_jax.rollout.drafts import known_texts, pays
-from grpo_jax.rollout.sampler import Cache, Sampler, Trunk, Turn
+from grpo_jax.rollout.sampler import Cache, Decoded, Sampler, Trunk
 from grpo_jax.rollout.sampling import row_keys
 from grpo_jax.tools import ToolRunner
 from grpo_jax.types import PARSER_NAME, Outcome, Prompt, Status, ToolCall, ToolResult, Trajectory
 from grpo_jax.update.batch import Tree, preamble_level, prompts_level, response_bucket
 
-# Decode returns when this part of the completions that speak has ended its turn: sooner costs more returns, later
+# Decode returns once one in RETURN_AT of the decoding completions has ended its turn: sooner costs more returns, later
 # more steps in which they only wait (docs/log.md).
 RETURN_AT = 8
 
@@ -76,8 +77,8 @@ class ToolLoop:
         return min(self.limit or self.sampler.budget, self.sampler.budget)
 
     def left(self, flight: _Flight) -> int:
-        """Tokens that a completion may still sample in its turn; 0 while it does not speak."""
-        if not flight.speaking:
+        """Tokens that a completion may still sample in its turn; 0 while its turn is not decoded."""
+        if not flight.decoding:
             return 0
         end = self.budget if self.max_turn is None else min(self.budget, flight.turn_start + self.max_turn)
         return end - len(flight.trajectory.completion_ids)
@@ -136,19 +137,14 @@ class Rollout:
         trajectories: of all hosts, a group's completions next to each other, without rewards.
         work: of all decode passes.
         step_seconds: median time of a decode step on the slowest host.
-        stop: a host was asked to stop before the last turn ended, and completions may be missing; the same on all
+        interrupted: a host was asked to stop before the last turn ended, and completions may be missing; the same on all
             of them.
     """
 
     trajectories: list[Trajectory]
     work: Work = Work()
     step_seconds: float = 0.0
-    stop: bool = False
-
-    def __add__(self, other: Rollout) -> Rollout:
-        """This one and a later one of the same policy."""
-        trajectories, stop = self.trajectories + other.trajectories, self.stop or other.stop
-        return Rollout(trajectories, self.work + other.work, other.step_seconds, stop)
+    interrupted: bool = False
 
 
 @dataclasses.dataclass
@@ -157,7 +153,7 @@ class _Flight:
 
     Args:
         trajectory: grows; its status is set when it is finished.
-        speaking: its turn is being decoded; else its calls run, or it is finished.
+        decoding: its turn is being decoded; else its calls run, or it is finished.
         tool_turns: turns whose calls were answered.
         turn_start: where its turn begins in `completion_ids`.
         running: the turn's calls, with their results to come.
@@ -166,7 +162,7 @@ class _Flight:
     """
 
     trajectory: Trajectory
-    speaking: bool = True
+    decoding: bool = True
     tool_turns: int = 0
     turn_start: int = 0
     running: list[tuple[ToolCall, Future[ToolResult]]] = dataclasses.field(default_factory=list)
@@ -185,7 +181,7 @@ class _Flight:
         self.trajectory.logprobs.extend([0.0] * len(ids) if logprobs is None else logprobs)
 
     def finish(self, status: Status) -> None:
-        self.speaking = False
+        self.decoding = False
         self.trajectory = dataclasses.replace(self.trajectory, status=status)
 
 
@@ -215,7 +211,7 @@ def roll_out(
         HostError: a tool worker of some host does not start; with one host its RuntimeError.
     """
     if hosts.agree([stop()]).any():  # before it compiles anything
-        return Rollout([], stop=True)
+        return Rollout([], interrupted=True)
     G = generations
     filler = next(prompt for prompt in prompts if prompt is not None)
     filled = [filler if prompt is None else prompt for prompt in prompts]
@@ -227,25 +223,28 @@ def roll_out(
     decoder = _begin(loop, policy, level, [prompt for prompt, _ in own], keys)
     loop.runner.start_step([f.trajectory.prompt.example.columns for f in flights])
     began, turns, failure = time.perf_counter(), 0, hosts.Failure()
-    now = _Agreed(speaking=sum(prompt is not None for prompt in prompts) * G)
+    now = _Agreed(decoding=sum(prompt is not None for prompt in prompts) * G)
 
-    while now.running and not now.stopped:
-        before, due = now.running, math.inf  # where nobody speaks, all results are waited for
-        if now.speaking:
+    while now.running and not now.interrupted:
+        # 1. Decode until some turns have ended; parse these and start their calls.
+        before, steps = now.running, math.inf  # where none is decoding, all results are waited for
+        if now.decoding:
             left = np.array([loop.left(f) for f in flights], np.int32)
             turn = decoder.decode(left, now)
-            due = decoder.steps
+            steps = decoder.steps
             for i in np.flatnonzero(left).tolist():
                 n = turn.count[i]
                 flights[i].append(turn.tokens[i, :n].tolist(), turn.logprobs[i, :n].tolist())
                 if turn.stopped[i] or n == left[i]:
                     with failure:
-                        _end_turn(loop, flights[i], i, bool(turn.stopped[i]), due)
+                        _end_turn(loop, flights[i], i, bool(turn.stopped[i]), steps)
+        # 2. Wait for the results that are due, and append them to their completions.
         responses: list[list[int]] = [[] for _ in flights]
         with failure:
-            responses = [_respond(loop, f) if f.waiting and f.due <= due else [] for f in flights]
+            responses = [_respond(loop, f) if f.waiting and f.due <= steps else [] for f in flights]
+        # 3. Exchange the counts with the other hosts, and feed the responses into the caches.
         now, turns = _agree(flights, responses, failure, stop()), turns + now.fed
-        if now.fed and not now.stopped:
+        if now.fed and not now.interrupted:
             decoder.feed(_pending_and_responses(flights, responses, now.longest), now)
         speed = decoder.work.sampled / (time.perf_counter() - began)
         on_progress(before - now.running, running=now.running, tokens_per_s=speed, tool_turns=turns)
@@ -256,7 +255,142 @@ def roll_out(
         return finished, statistics.median(decoder.step_seconds or [0.0])
 
     trajectories, seconds = zip(*hosts.gather(found), strict=True)
-    return Rollout([t for of_host in trajectories for t in of_host], decoder.work, max(seconds), now.stopped)
+    return Rollout(
+        [t for of_host in trajectories for t in of_host], decoder.work, max(seconds), now.interrupted
+    )
+
+
+def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool, steps: int) -> None:
+    """Read completion i's turn: its calls start to run, or it gets feedback on its call, or it is finished.
+
+    Args:
+        steps: of the rollout so far.
+    """
+    flight.decoding, flight.due = False, steps
+    trajectory = flight.trajectory
+    ids = trajectory.completion_ids[flight.turn_start :]
+    if not stopped:
+        trajectory.messages.append({"role": "assistant", "content": loop.conversation.decode(ids)})
+        return flight.finish(Status.OVERLONG)
+    parsed = loop.conversation.parse(ids, trajectory.prompt.schemas)
+    trajectory.messages.append(loop.conversation.assistant_message(parsed))
+    final = bool(parsed.calls) and all(call.name in loop.final_tools for call in parsed.calls)
+    spent = loop.max_iterations is not None and flight.tool_turns >= loop.max_iterations + final
+    if parsed.error and loop.malformed_feedback and not spent:
+        flight.feedback = parse_feedback(parsed.error)
+    elif parsed.error:
+        flight.finish(Status.MALFORMED_CALL)
+    elif not parsed.calls:
+        flight.finish(answered(trajectory.calls))
+    elif spent:
+        flight.finish(Status.TOOL_LIMIT)
+    else:
+        results = loop.runner.submit(parsed.calls, [i] * len(parsed.calls))
+        flight.running = list(zip(parsed.calls, results, strict=True))
+        flight.due += max(loop.delays.get(call.name, 0) for call in parsed.calls)
+
+
+def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
+    """The status after a closed turn without a call; it depends on the outcome of the last call."""
+    last = calls[-1][1].outcome if calls else Outcome.OK
+    if last is Outcome.TIMEOUT:
+        return Status.TOOL_TIMEOUT
+    return Status.ANSWERED if last is Outcome.OK else Status.TOOL_ERROR
+
+
+def parse_feedback(error: str) -> str:
+    """What the model is told where its call did not parse."""
+    return f"Error: the tool call does not parse: {error}"
+
+
+def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
+    """Append what answers a completion's turn as the template writes it, if that fits the budget.
+
+    Returns:
+        Its ids, [] where the completion is finished.
+    """
+    trajectory = flight.trajectory
+    if flight.feedback is not None:
+        results, flight.feedback, ended = [(PARSER_NAME, flight.feedback)], None, None
+    else:
+        done = [(call, result.result()) for call, result in flight.running]
+        final = [c for c, r in done if c.name in loop.final_tools and r.outcome is Outcome.OK]
+        if final:  # the call is the answer, and no result of a tool
+            answer = final[-1].arguments[loop.final_tools[final[-1].name]]
+            text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+            trajectory.messages[-1]["content"] = text
+            done = [pair for pair in done if pair[0] not in final]
+        trajectory.calls.extend(done)
+        results, flight.running = [(call.name, result.text) for call, result in done], []
+        ended = answered(trajectory.calls) if final else Status.TOOLS_DONE if loop.stop_after_tools else None
+    flight.tool_turns += 1
+    trajectory.messages.extend({"role": "tool", "name": name, "content": text} for name, text in results)
+    if ended is not None:
+        flight.finish(ended)
+        return []
+    ids = loop.conversation.response_ids(results)
+    if len(trajectory.completion_ids) + len(ids) >= loop.budget:  # at least one token must follow
+        flight.finish(Status.OVERLONG_TOOL_RESPONSE)
+        return []
+    flight.append(ids, None)
+    flight.decoding, flight.turn_start = True, len(trajectory.completion_ids)
+    return ids
+
+
+class _Agreed(NamedTuple):
+    """Where a rollout stands, of all hosts.
+
+    Args:
+        decoding: completions whose turn is being decoded.
+        waiting: completions whose calls are to be answered.
+        fed: completions that are answered now.
+        longest: tokens of the longest of these responses.
+        held: tokens of the longest of the first.
+        interrupted: some host was asked to stop.
+    """
+
+    decoding: int
+    waiting: int = 0
+    fed: int = 0
+    longest: int = 0
+    held: int = 0
+    interrupted: bool = False
+
+    @property
+    def running(self) -> int:
+        """Completions that are not finished."""
+        return self.decoding + self.waiting
+
+
+def _agree(
+    flights: Sequence[_Flight], responses: Sequence[list[int]], failure: hosts.Failure, stop: bool
+) -> _Agreed:
+    """The one exchange of a return: the same result on all hosts."""
+    lengths = [len(ids) for ids in responses]
+    held = [len(f.trajectory.completion_ids) for f in flights if f.decoding]
+    summed = [len(held), sum(f.waiting for f in flights), sum(n > 0 for n in lengths)]
+    greatest = [max(lengths), max(held, default=0), stop]
+    figures = hosts.agree([*summed, *greatest, failure.error is not None])
+    if figures[:, -1].any():
+        failure.raise_everywhere()
+    decoding, waiting, fed = figures[:, :3].sum(0).tolist()
+    longest, most, interrupted = figures[:, 3:6].max(0).tolist()
+    return _Agreed(decoding, waiting, fed, longest, most, bool(interrupted))
+
+
+def _pending_and_responses(flights, responses, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `sampler.append` feeds: the pending token and the responses except for their last token, which is pending next.
+
+    Returns:
+        (tokens [B, T], count [B], pending [B]); T is the bucket of the longest response.
+    """
+    tokens = np.zeros((len(flights), response_bucket(longest)), np.int32)
+    for i, (flight, ids) in enumerate(zip(flights, responses, strict=True)):
+        if ids:  # the pending token is the one before the response
+            tokens[i, : len(ids)] = flight.trajectory.completion_ids[-len(ids) - 1 : -1]
+    count = np.array([len(ids) for ids in responses], np.int32)
+    last = np.array([ids[-1] if ids else 0 for ids in responses], np.int32)
+    return tokens, count, last
 
 
 @dataclasses.dataclass
@@ -289,16 +423,16 @@ class _Decoder:
     steps: int = 0
     step_seconds: list[float] = dataclasses.field(default_factory=list)
 
-    def decode(self, left: np.ndarray, now: _Agreed) -> Turn:
-        """Decode until enough of the completions that speak have ended their turn; this host's rows of it.
+    def decode(self, left: np.ndarray, now: _Agreed) -> Decoded:
+        """Decode until enough of the completions that are decoding have ended their turn; this host's rows of it.
 
         Args:
             left: [b] tokens that each row may still sample.
         """
         sampler, trunk = self.loop.sampler, self.trunk
         put = sampler.layout.put_rows
-        stop_at = now.speaking - max(1, now.speaking // RETURN_AT)
-        rows = sampler.rows_for(now.speaking, self.cache, trunk)
+        return_at = now.decoding - max(1, now.decoding // RETURN_AT)
+        rows = sampler.rows_for(now.decoding, self.cache, trunk)
         drafting = (
             self.loop.drafts and sampler.draftable(now.held) and pays(rows, self.drafted.tokens_per_pass)
         )
@@ -309,10 +443,10 @@ class _Decoder:
                 self.known = put(np.repeat(texts, len(left) // len(self.prompts), 0))
             self.cache = self.cache._replace(known=self.known)
         self.cache = sampler.fit(self.cache, now.held + 1 + self.cache.drafted)
-        rows = sampler.rows_for(now.speaking, self.cache, trunk)
+        rows = sampler.rows_for(now.decoding, self.cache, trunk)
         began = time.perf_counter()
         self.cache, turn = sampler.decode(
-            self.params, trunk, self.cache, self.keys, put(left), np.int32(stop_at), rows=rows
+            self.params, trunk, self.cache, self.keys, put(left), np.int32(return_at), rows=rows
         )
         turn = sampler.layout.get_rows(turn)
         done = Work(int(turn.row_steps), int(turn.live_steps), int(turn.sampled))
@@ -351,14 +485,6 @@ def _begin(
     return _Decoder(loop, policy.params, trunk, cache, put_keys, prompts)
 
 
-def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
-    """The status after a closed turn without a call; the last call's outcome says what it rests on."""
-    last = calls[-1][1].outcome if calls else Outcome.OK
-    if last is Outcome.TIMEOUT:
-        return Status.TOOL_TIMEOUT
-    return Status.ANSWERED if last is Outcome.OK else Status.TOOL_ERROR
-
-
 def _prefill(sampler: Sampler, params: Params, above: Trunk, level: Level) -> Trunk:
     """Keys and values of a shared level; () where it has no tokens."""
     if not level.tokens.shape[1]:
@@ -367,123 +493,3 @@ def _prefill(sampler: Sampler, params: Params, above: Trunk, level: Level) -> Tr
     arrays = (layout.put(x, layout.replicated) for x in (level.tokens, level.positions, level.valid))
     level = Level(*arrays, shared=True)
     return ((sampler.prefill(params, above, level), level.valid),)
-
-
-class _Agreed(NamedTuple):
-    """Where a rollout stands, of all hosts.
-
-    Args:
-        speaking: completions that speak.
-        waiting: completions whose calls are to be answered.
-        fed: completions that are answered now.
-        longest: tokens of the longest of these responses.
-        held: tokens of the longest completion that speaks.
-        stopped: some host was asked to stop.
-    """
-
-    speaking: int
-    waiting: int = 0
-    fed: int = 0
-    longest: int = 0
-    held: int = 0
-    stopped: bool = False
-
-    @property
-    def running(self) -> int:
-        """Completions that are not finished."""
-        return self.speaking + self.waiting
-
-
-def _agree(
-    flights: Sequence[_Flight], responses: Sequence[list[int]], failure: hosts.Failure, stop: bool
-) -> _Agreed:
-    """The one exchange of a return: the same result on all hosts."""
-    lengths = [len(ids) for ids in responses]
-    speak = [len(f.trajectory.completion_ids) for f in flights if f.speaking]
-    counts = [len(speak), sum(f.waiting for f in flights), sum(n > 0 for n in lengths)]
-    most = [max(lengths), max(speak, default=0), stop, failure.error is not None]
-    figures = hosts.agree([*counts, *most])
-    if figures[:, 6].any():
-        failure.raise_everywhere()
-    speaking, waiting, fed = figures[:, :3].sum(0).tolist()
-    longest, held, stopped = figures[:, 3:6].max(0).tolist()
-    return _Agreed(speaking, waiting, fed, longest, held, bool(stopped))
-
-
-def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool, steps: int) -> None:
-    """Read completion i's turn: its calls start to run, or it gets feedback on its call, or it is finished.
-
-    Args:
-        steps: of the rollout so far.
-    """
-    flight.speaking, flight.due = False, steps
-    trajectory = flight.trajectory
-    ids = trajectory.completion_ids[flight.turn_start :]
-    if not stopped:
-        trajectory.messages.append({"role": "assistant", "content": loop.conversation.decode(ids)})
-        return flight.finish(Status.OVERLONG)
-    parsed = loop.conversation.parse(ids, trajectory.prompt.schemas)
-    trajectory.messages.append(loop.conversation.assistant_message(parsed))
-    final = bool(parsed.calls) and all(call.name in loop.final_tools for call in parsed.calls)
-    spent = loop.max_iterations is not None and flight.tool_turns >= loop.max_iterations + final
-    if parsed.error and loop.malformed_feedback and not spent:
-        flight.feedback = f"Error: the tool call does not parse: {parsed.error}"
-    elif parsed.error:
-        flight.finish(Status.MALFORMED_CALL)
-    elif not parsed.calls:
-        flight.finish(answered(trajectory.calls))
-    elif spent:
-        flight.finish(Status.TOOL_LIMIT)
-    else:
-        results = loop.runner.submit(parsed.calls, [i] * len(parsed.calls))
-        flight.running = list(zip(parsed.calls, results, strict=True))
-        flight.due += max(loop.delays.get(call.name, 0) for call in parsed.calls)
-
-
-def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
-    """Append what answers a completion's turn as the template writes it, if that fits the budget.
-
-    Returns:
-        Its ids, [] where the completion is finished.
-    """
-    trajectory = flight.trajectory
-    if flight.feedback is not None:
-        results, flight.feedback, ended = [(PARSER_NAME, flight.feedback)], None, None
-    else:
-        done = [(call, result.result()) for call, result in flight.running]
-        final = [c for c, r in done if c.name in loop.final_tools and r.outcome is Outcome.OK]
-        if final:  # the call is the answer, and no result of a tool
-            answer = final[-1].arguments[loop.final_tools[final[-1].name]]
-            text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-            trajectory.messages[-1]["content"] = text
-            done = [pair for pair in done if pair[0] not in final]
-        trajectory.calls.extend(done)
-        results, flight.running = [(call.name, result.text) for call, result in done], []
-        ended = answered(trajectory.calls) if final else Status.TOOLS_DONE if loop.stop_after_tools else None
-    flight.tool_turns += 1
-    trajectory.messages.extend({"role": "tool", "name": name, "content": text} for name, text in results)
-    if ended is not None:
-        flight.finish(ended)
-        return []
-    ids = loop.conversation.response_ids(results)
-    if len(trajectory.completion_ids) + len(ids) >= loop.budget:  # at least one token must follow
-        flight.finish(Status.OVERLONG_TOOL_RESPONSE)
-        return []
-    flight.append(ids, None)
-    flight.speaking, flight.turn_start = True, len(trajectory.completion_ids)
-    return ids
-
-
-def _pending_and_responses(flights, responses, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `sampler.append` feeds: the pending token and the responses except for their last token, which is pending next.
-
-    Returns:
-        (tokens [B, T], count [B], pending [B]); T is the bucket of the longest response.
-    """
-    tokens = np.zeros((len(flights), response_bucket(longest)), np.int32)
-    for i, (flight, ids) in enumerate(zip(flights, responses, strict=True)):
-        if ids:  # the pending token is the one before the response
-            tokens[i, : len(ids)] = flight.trajectory.completion_ids[-len(ids) - 1 : -1]
-    count = np.array([len(ids) for ids in responses], np.int32)
-    last = np.array([ids[-1] if ids else 0 for ids in responses], np.int32)
-    return tokens, count, last

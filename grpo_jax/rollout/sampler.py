@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models import target
 from grpo_jax.models.cost import weights
-from grpo_jax.models.level import AnyArray
+from grpo_jax.models.level import KV, AnyArray, Level
 from grpo_jax.models.lora import merge_layer
-from grpo_jax.models.qwen import ALL_ROUNDINGS, KV, Level, ModelConfig, Params, extend, head_weights
+from grpo_jax.models.qwen import ALL_ROUNDINGS, ModelConfig, Params, extend, head_weights
 from grpo_jax.models.sharding import Layout
 from grpo_jax.rollout.drafts import COMPARED, COPIED, DRAFTED, NONE, propose
 from grpo_jax.rollout.sampling import Sampling, sample
@@ -80,8 +80,8 @@ class Cache(NamedTuple):
         return self.kv.k[0].shape[2] - 1
 
 
-class Turn(NamedTuple):
-    """What one decode produced.
+class Decoded(NamedTuple):
+    """What one call of decode sampled: a turn, or a part of one.
 
     Args:
         tokens: [B, n] int32, n at least `MAX_STEPS` or the cache's room; the first `count` of a row are real.
@@ -111,8 +111,8 @@ class Sampler:
             adapters merged.
         prefill: (params, trunk so far, level) -> KV of the level.
         begin: (pending [B], position [B], slots = those of the first size, known = none) -> an empty Cache.
-        decode: (params, trunk, cache, keys [B, 2], remaining [B], stop_at = 0, rows = B) -> (cache, Turn).
-            Rows with tokens remaining are live. Samples until at most `stop_at` rows are running, a row has no room left, or
+        decode: (params, trunk, cache, keys [B, 2], remaining [B], return_at = 0, rows = B) -> (cache, Decoded).
+            Rows with tokens remaining are live. Samples until at most `return_at` rows are running, a row has no room left, or
             one has sampled `MAX_STEPS` tokens or a few more; computes `rows` rows, which must hold all that are live.
         append: (params, trunk, cache, tokens [B, T], count [B], pending [B], rows = B) -> cache, which must have the
             room. Computes `rows` rows at a time, until all that have a count are fed.
@@ -125,7 +125,7 @@ class Sampler:
     export: Callable[[Params], Params]
     prefill: Callable[..., KV]
     begin: Callable[..., Cache]
-    decode: Callable[..., tuple[Cache, Turn]]
+    decode: Callable[..., tuple[Cache, Decoded]]
     append: Callable[..., Cache]
     pad: Callable[[Array, int], Array]
     budget: int
@@ -197,27 +197,31 @@ def make_sampler(
     run, shared = _shared_functions(cfg, layout, jnp.dtype(dtype), budget)
     compact = compaction_pays(cfg, budget) if compact is None else compact
 
-    def decode_pass(trunk: Trunk, rows: _Rows, state: _State) -> _State:
+    def decode_pass(trunk: Trunk, inputs: _Inputs, state: _State) -> _State:
         """Feed each row's pending token and its draft, sample what follows each of them, and keep what the draft
         had right and one token more; rows that have ended stay as they are."""
-        params, cache, live, turn = rows.params, state.cache, state.live, state.turn
-        draft, copied = _draft(cache, rows.texts, state.copied)
+        # 1. Feed the pending token and the draft.
+        params, cache, live, turn = inputs.params, state.cache, state.live, state.turn
+        draft, copied = _draft(cache, inputs.texts, state.copied)
         fed = jnp.concatenate([cache.pending[:, None], jnp.maximum(draft, 0)], 1)
         B, T = fed.shape
         hidden, kv = _feed(run, params, trunk, cache, fed, live, layout)
+        # 2. Draw the token that follows each fed token.
         logits = jnp.einsum(
             "bd,vd->bv", hidden.reshape(B * T, -1), head_weights(params), preferred_element_type=jnp.float32
         )
         logits = layout.constrain(logits, "decode_logits")
         to_come = (cache.position + live)[:, None] + jnp.arange(T)[None]
-        keys = jnp.repeat(rows.keys, T, 0)
+        keys = jnp.repeat(inputs.keys, T, 0)
         drawn = sample(logits, keys, to_come.reshape(-1), sampling, layout.constrain)
         token, logprob = (x.reshape(B, T) for x in drawn)
+        # 3. Keep the drawn tokens as far as the draft was right, and one more.
         stops = (token[..., None] == jnp.asarray(stop_ids, jnp.int32)[None, None]).any(-1)
-        right = jnp.cumprod((token[:, :-1] == draft) & ~stops[:, :-1], 1)
-        kept = live[:, None] & jnp.pad(right, ((0, 0), (1, 0)), constant_values=1).astype(bool)
-        kept &= turn.count[:, None] + jnp.arange(T)[None] < rows.remaining[:, None]
+        accepted = jnp.cumprod((token[:, :-1] == draft) & ~stops[:, :-1], 1)
+        kept = live[:, None] & jnp.pad(accepted, ((0, 0), (1, 0)), constant_values=1).astype(bool)
+        kept &= turn.count[:, None] + jnp.arange(T)[None] < inputs.remaining[:, None]
         n, stopped = kept.sum(1), (kept & stops).any(1)
+        # 4. Advance the rows.
         cache = cache._replace(
             kv=kv,
             length=cache.length + n,
@@ -225,7 +229,7 @@ def make_sampler(
             pending=jnp.where(live, _at(token, n - 1), cache.pending),
             ids=_written(cache.ids, token, cache.length + 1, kept),
         )
-        turn = Turn(
+        turn = Decoded(
             _written(turn.tokens, token, turn.count, kept),
             _written(turn.logprobs, logprob, turn.count, kept),
             turn.count + n,
@@ -235,27 +239,30 @@ def make_sampler(
             turn.sampled + n.sum(),
         )
         copied = jnp.where(n > COPIED, copied + n, state.copied)
-        return _State(cache, live & ~stopped & (turn.count < rows.remaining), turn, copied)
+        return _State(cache, live & ~stopped & (turn.count < inputs.remaining), turn, copied)
 
-    def decode(params, trunk, cache, keys, remaining, stop_at=0, rows=None):
+    def decode(params, trunk, cache, keys, remaining, return_at=0, rows=None):
         B, live, zero = len(remaining), remaining > 0, jnp.int32(0)
         zeros = jnp.zeros((B, min(MAX_STEPS, cache.room) + cache.drafted), jnp.int32)
-        turn = Turn(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, zero, zero, zero)
+        turn = Decoded(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, zero, zero, zero)
         state = _State(cache, live, turn, zeros[:, 0])
-        read = _Rows(params, keys, remaining, _texts(cache, trunk))
+        read = _Inputs(params, keys, remaining, _texts(cache, trunk))
         few = rows is not None and rows < B
         if few:
             chosen = jnp.argsort(~state.live, stable=True)[:rows]  # all that are live, and finished ones
             trunk = tuple(_take(s, chosen * s[1].shape[0] // B, layout) for s in trunk)
-            read, whole = _Rows(params, *_take(read[1:], chosen, layout)), state
+            read, whole = _Inputs(params, *_take(read[1:], chosen, layout)), state
             state = _take(state, chosen, layout)
         step = decode_pass
         if target.on_cpu() and target.device_count() == 1:
-            trunk, step = _turned_once(trunk), lambda trunk, *args: decode_pass(_turned(trunk), *args)
+            trunk, step = (
+                _keys_transposed_in_memory(trunk),
+                lambda trunk, *args: decode_pass(_keys_transposed(trunk), *args),
+            )
 
         def unfinished(state):
             room = _longest(state.live, state.cache) + cache.drafted < cache.room
-            return (state.live.sum() > stop_at) & (state.turn.count.max() < MAX_STEPS) & room
+            return (state.live.sum() > return_at) & (state.turn.count.max() < MAX_STEPS) & room
 
         state = jax.lax.while_loop(unfinished, functools.partial(step, trunk, read), state)
         if few:
@@ -352,8 +359,8 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
     }
 
 
-class _Rows(NamedTuple):
-    """What decode reads and does not change, except for the trunk."""
+class _Inputs(NamedTuple):
+    """What decode reads and does not change; the trunk is passed separately."""
 
     params: Params
     keys: Any
@@ -366,17 +373,17 @@ class _State(NamedTuple):
 
     cache: Cache
     live: Bool[Array, " B"]
-    turn: Turn
+    turn: Decoded
     copied: Int[Array, " B"]
 
 
-def _turned(trunk: Trunk) -> Trunk:
+def _keys_transposed(trunk: Trunk) -> Trunk:
     """The trunk with its keys as [n, K, H, S]; its own inverse."""
     return tuple((KV([k.swapaxes(2, 3) for k in kv.k], kv.v), valid) for kv, valid in trunk)
 
 
-def _turned_once(trunk: Trunk) -> Trunk:
-    """`_turned`, and laid out so in memory, as a CPU multiplies keys.
+def _keys_transposed_in_memory(trunk: Trunk) -> Trunk:
+    """`_keys_transposed`, and laid out so in memory, as a CPU multiplies keys.
 
     Otherwise XLA transposes every layer's keys at every token: 1.0 of 8.4 ms at the original TRL recipe's 5,800
     tokens (docs/log.md).
@@ -385,7 +392,7 @@ def _turned_once(trunk: Trunk) -> Trunk:
     def laid_out(k):
         return with_layout_constraint(k, MemoryLayout((0, 1, 2, 3)))
 
-    return tuple((KV(list(map(laid_out, kv.k)), kv.v), valid) for kv, valid in _turned(trunk))
+    return tuple((KV(list(map(laid_out, kv.k)), kv.v), valid) for kv, valid in _keys_transposed(trunk))
 
 
 def _longest(live, cache: Cache):

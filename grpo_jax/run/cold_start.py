@@ -59,7 +59,9 @@ from grpo_jax.update.update import (
     turns_objective,
 )
 
-LENGTHS = 2  # of the longest gold conversation that a completion may have in the validation
+VALIDATION_LENGTHS = (
+    2  # a validation completion may be so many times as long as the longest gold conversation
+)
 WARMUP = 10  # updates; AdamW's second moment is not reliable before
 SAVED = "_checkpoint"  # after the folder's name: what a cold start that has not ended leaves
 # What the result depends on, in addition to the gold conversations and the model.
@@ -102,10 +104,11 @@ def fine_tune(
     config = dataclasses.replace(job.config, eval_samples=None)  # the rule looks at greedy completions
     job = dataclasses.replace(job, config=config)
     train, held_out, gold = _rows(job, data)
-    limit = LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
-    (update, state, frozen), line = _learner(job), job.console.line
-    at, of, saved = _At(config.sft_eval_steps), _made_of(job, gold), folder.with_name(folder.name + SAVED)
-    if (last := _last_saved(saved, of)) is None:
+    limit = VALIDATION_LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
+    (update, state, frozen), line = _update_and_state(job), job.console.line
+    progress, digest = _Progress(config.sft_eval_steps), _digest(job, gold)
+    saved = folder.with_name(folder.name + SAVED)
+    if (last := _last_saved(saved, digest)) is None:
         hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
     save_steps = config.interval("save", config.sft_max_steps, len(gold) // config.sft_batch_size)
     clock = [time.perf_counter()]  # when updates and validations began, in turn
@@ -115,42 +118,46 @@ def fine_tune(
     ):
 
         def save() -> None:
-            if at.done > (checkpoints.latest() or 0):
-                checkpoints.save(at.done, state, {"at": dataclasses.asdict(at), "of": of})
+            if progress.done > (checkpoints.latest() or 0):
+                checkpoints.save(progress.done, state, {"at": dataclasses.asdict(progress), "of": digest})
 
         if last is not None:
             with _can_be_read(saved):
                 state, meta = checkpoints.restore(last, placed(state, state_shardings(job.training, state)))
-                at = _At.from_json(meta["at"])
-            line(f"Continuing the cold start after its update {at.done}")
-            bar.advance(at.done)
+                progress = _Progress.from_json(meta["at"])
+            line(f"Continuing the cold start after its update {progress.done}")
+            bar.advance(progress.done)
         while True:
             try:
                 if hosts.agree([stop()]).any():
                     raise Stopped
-                if at.validate:
+                if progress.validate:
                     clock.append(time.perf_counter())
                     params = job.greedy.export(join(state.params, frozen))
                     report = _validation(job, params, held_out, limit, stop)
                     clock.append(time.perf_counter())
-                    at = _judged(job, at, report, clock[-3:])
-                    if at.left == 0:
+                    progress = _after_validation(job, progress, report, clock[-3:])
+                    if progress.left == 0:
                         break
             except Stopped:
                 tried(line, checkpoints.wait)
                 save()
                 checkpoints.wait()
-                where = f"after its update {at.done}, which is saved" if at.done else "before it began"
+                where = (
+                    f"after its update {progress.done}, which is saved"
+                    if progress.done
+                    else "before it began"
+                )
                 raise Stopped(f"in the cold start, {where}") from None
-            draws, cursor = next_batch(len(gold), config.sft_batch_size, at.cursor, config.seed)
+            draws, cursor = next_batch(len(gold), config.sft_batch_size, progress.cursor, config.seed)
             batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
-            share = 1.0 if at.left is None else at.left / config.sft_decay_steps
+            share = 1.0 if progress.left is None else progress.left / config.sft_decay_steps
             state, metrics = update(state, place_batch(job.training, batch), share)
-            at = at.after(cursor, float(metrics["loss"]), _latest(job))
-            bar.advance(1, loss=at.loss)
-            if save_steps and at.done % save_steps == 0:
+            progress = progress.after(cursor, float(metrics["loss"]), _decay_from(job))
+            bar.advance(1, loss=progress.loss)
+            if save_steps and progress.done % save_steps == 0:
                 tried(line, save)
-    found = {"steps": at.done, "validation": report}
+    found = {"steps": progress.done, "validation": report}
     before_saving(found)
     job.save_model(state.params, frozen, folder, adapter)
     hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
@@ -169,13 +176,13 @@ def _rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet, list[Trajectory]]:
     return train, held_out, list(map(turns_weighted, gold)) if job.config.sft_weights == "turns" else gold
 
 
-def _latest(job: Job) -> int:
+def _decay_from(job: Job) -> int:
     """Updates after which the learning rate falls, whether or not the rule holds."""
     return job.config.sft_max_steps - job.config.sft_decay_steps
 
 
 @dataclasses.dataclass(frozen=True)
-class _At:
+class _Progress:
     """Where a cold start is; part of its checkpoint.
 
     Args:
@@ -195,22 +202,22 @@ class _At:
     loss: float = 0.0
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> _At:
+    def from_json(cls, values: dict[str, Any]) -> _Progress:
         """The inverse of `dataclasses.asdict`."""
         return cls(**dict(values, cursor=Cursor.from_json(values["cursor"])))
 
-    def after(self, cursor: Cursor, loss: float, latest: int) -> _At:
+    def after(self, cursor: Cursor, loss: float, decay_from: int) -> _Progress:
         """After one more update.
 
         Args:
-            latest: updates after which the learning rate falls at the latest.
+            decay_from: updates after which the learning rate falls at the latest.
         """
         done, left = self.done + 1, None if self.left is None else self.left - 1
-        validate = left == 0 or (left is None and (done % self.every == 0 or done == latest))
-        return _At(self.every, done, left, cursor, validate, loss)
+        validate = left == 0 or (left is None and (done % self.every == 0 or done == decay_from))
+        return _Progress(self.every, done, left, cursor, validate, loss)
 
 
-def _learner(job: Job) -> tuple[Callable, TrainState, Frozen | None]:
+def _update_and_state(job: Job) -> tuple[Callable, TrainState, Frozen | None]:
     """The jitted update, the state before the first one, and the base under trained adapters."""
     config = job.config
     schedule = make_schedule("constant_with_warmup", config.sft_learning_rate, WARMUP, config.sft_max_steps)
@@ -222,27 +229,29 @@ def _learner(job: Job) -> tuple[Callable, TrainState, Frozen | None]:
     return make_update(step, optimizer, objective, state, frozen), state, frozen
 
 
-def _judged(job: Job, at: _At, report: dict[str, Any], clock: Sequence[float]) -> _At:
-    """What follows from a validation, which is printed: the end of it all, of the learning rate, or a next one sooner.
+def _after_validation(
+    job: Job, progress: _Progress, report: dict[str, Any], clock: Sequence[float]
+) -> _Progress:
+    """Print a validation, and decide whether the learning rate starts to fall and how soon the next validation comes.
 
     Args:
         clock: when the updates before it began, when it began and when it ended, in seconds.
     """
     config, rule = job.config, _stop_rule(job)
     shown = ", ".join(f"{name} {report[name] or 0.0:.3f}" for name in rule)
-    job.console.line(f"cold start {at.done}: loss {at.loss:.3f}, validation {shown}")
+    job.console.line(f"cold start {progress.done}: loss {progress.loss:.3f}, validation {shown}")
     trained, validated = clock[1] - clock[0], clock[2] - clock[1]
-    if at.done > config.sft_eval_steps and validated > trained:  # the first compiles
+    if progress.done > config.sft_eval_steps and validated > trained:  # the first compiles
         job.console.line(
             f"Validation took {validated:.0f} s, the updates before it {trained:.0f} s; a larger "
             "sft_eval_steps or a smaller sft_validation_size makes that less"
         )
-    if at.left is None and (_reached(rule, report) or at.done == _latest(job)):
-        at = dataclasses.replace(at, left=config.sft_decay_steps)
-        if at.left:
-            job.console.line(f"The learning rate falls to 0 over the next {at.left} updates")
-    sooner = max(1, config.sft_eval_steps // 4) if _reached(rule, report, 0.5) else at.every
-    return dataclasses.replace(at, every=sooner)
+    if progress.left is None and (_reached(rule, report) or progress.done == _decay_from(job)):
+        progress = dataclasses.replace(progress, left=config.sft_decay_steps)
+        if progress.left:
+            job.console.line(f"The learning rate falls to 0 over the next {progress.left} updates")
+    sooner = max(1, config.sft_eval_steps // 4) if _reached(rule, report, 0.5) else progress.every
+    return dataclasses.replace(progress, every=sooner)
 
 
 def _reached(rule: dict[str, float], report: dict[str, Any], share: float = 1.0) -> bool:
@@ -275,7 +284,7 @@ def _validation(
     return figures | {"reward": float(np.nanmean(rewards)) if np.isfinite(rewards).any() else None}
 
 
-def _made_of(job: Job, gold: Sequence[Trajectory]) -> str:
+def _digest(job: Job, gold: Sequence[Trajectory]) -> str:
     """A digest of what decides the result."""
     options = {name: x for name, x in dataclasses.asdict(job.config).items() if name.startswith(OPTIONS)}
     made_of = [options, str(job.checkpoint or job.folder), [t.prompt.ids for t in gold]]
@@ -283,13 +292,13 @@ def _made_of(job: Job, gold: Sequence[Trajectory]) -> str:
     return hashlib.sha256(json.dumps(made_of, default=int).encode()).hexdigest()[:16]
 
 
-def _last_saved(saved: Path, of: str) -> int | None:
+def _last_saved(saved: Path, digest: str) -> int | None:
     """The last saved update of the same cold start; None where there is no such."""
     if not saved.exists():
         return None
     with Checkpoints(saved) as checkpoints, _can_be_read(saved):
         last = checkpoints.latest()
-        return last if last is not None and checkpoints.meta(last)["of"] == of else None
+        return last if last is not None and checkpoints.meta(last)["of"] == digest else None
 
 
 @contextlib.contextmanager
@@ -411,7 +420,8 @@ def written_trajectory(
 def turns_weighted(trajectory: Trajectory) -> Trajectory:
     """A written trajectory whose turns count equally in `turns_objective`, whatever their number of tokens.
 
-    Of N written tokens in K turns, one in a turn of n has the weight N / (K·n), so that the mean weight is 1.
+    Of N written tokens in K turns, one in a turn of n has the weight N / (K·n), so that the mean weight is 1. It is
+    stored as −log(weight) in `logprobs`.
     """
     turns = [(written, len([*run])) for written, run in itertools.groupby(trajectory.sampled_mask)]
     K, N = sum(written for written, _ in turns), trajectory.sampled_tokens

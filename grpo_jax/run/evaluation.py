@@ -109,7 +109,7 @@ def completions(
                 on_progress=bar.advance,
                 stop=stop,
             )
-            if rollout.stop:
+            if rollout.interrupted:
                 raise Stopped(f"in {title}")
             trajectories += rollout.trajectories
     return trajectories

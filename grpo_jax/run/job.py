@@ -203,7 +203,7 @@ class Job:
         given = self.config.reward_weights or [1.0] * len(self.rewards)
         return given + [self.config.soft_overlong_penalty] * (len(self.reward_names) - len(given))
 
-    def score(self, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
+    def score(self, trajectories: Sequence[Trajectory], trainer_state: TrainerState) -> RewardOutcome:
         """The reward functions on a batch, with every column of its examples; see `reward_names`."""
         if log.isEnabledFor(logging.DEBUG):
             for t in trajectories:
@@ -223,21 +223,21 @@ class Job:
             answer=[e.answer for e in examples],
             prompts=[e.messages for e in examples],
             completion_ids=[t.completion_ids for t in trajectories],
-            trainer_state=now,
+            trainer_state=trainer_state,
             columns=values | {"statuses": [t.status.value for t in trajectories]},
         )
         if self.config.soft_overlong_cache is None:
             return outcome
         lengths = [len(t.completion_ids) for t in trajectories]
-        truncated = [t.status is not None and t.status.truncated for t in trajectories]
-        limits = (self.config.max_grpo_completion_length, self.config.soft_overlong_cache)
-        added = soft_overlong(lengths, truncated, *limits)
+        truncated = [t.status.truncated for t in trajectories]
+        budget, cache = self.config.max_grpo_completion_length, self.config.soft_overlong_cache
+        added = soft_overlong(lengths, truncated, budget, cache)
         return dataclasses.replace(outcome, values=np.column_stack([outcome.values, added]))
 
-    def score_all(self, trajectories: Sequence[Trajectory], now: TrainerState) -> RewardOutcome:
+    def score_all(self, trajectories: Sequence[Trajectory], trainer_state: TrainerState) -> RewardOutcome:
         """`score` over several hosts: each scores the completions whose tools it ran, and all get them all."""
         own = hosts.share(trajectories)
-        gathered = hosts.gather(lambda: (self.score(own, now), self.runner.cache_hit_rate))
+        gathered = hosts.gather(lambda: (self.score(own, trainer_state), self.runner.cache_hit_rate))
         outcomes, hit_rates = zip(*gathered, strict=True)
         outcome = joined(outcomes)
         outcome.metrics["tools/cache_hit_rate"] = sum(hit_rates) / len(hit_rates)

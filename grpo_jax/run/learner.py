@@ -33,7 +33,7 @@ class Learner:
     """The compiled parts of an update and what they were made for.
 
     Args:
-        step: how the model runs.
+        forward: how the model runs.
         schedule: updates done -> learning rate.
         update: the jitted update.
         score: jitted log-probabilities of a frozen or earlier policy.
@@ -44,7 +44,7 @@ class Learner:
         fresh: makes the state before the first update, which a run that continues does not need.
     """
 
-    step: ModelStep
+    forward: ModelStep
     schedule: Callable[[int], Any]
     update: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
     score: Callable[[Params, Batch], Any]

@@ -82,7 +82,8 @@ def group_advantages(
 
     The mean and the deviation (Bessel's correction) are over the rows with a
     reward. A group with one such row has nothing to compare it with: advantage 0
-    (except with the estimator "none"), as has every row without a reward. Equal rewards give exactly 0.
+    (except with the estimator "none"), as has every row without a reward. With a baseline, equal rewards
+    give exactly 0.
 
     Args:
         rewards: [B] the rows of a group next to each other; NaN where there is none.
@@ -106,17 +107,17 @@ def group_advantages(
         raise unknown_choice("scale_rewards", scale, SCALES)
     if estimator not in ESTIMATORS:
         raise unknown_choice("advantage_estimator", estimator, ESTIMATORS)
-    centred = _centred_groups(rewards, num_generations)
+    advantages = _centred_groups(rewards, num_generations)  # r_i − mean of the group
     if estimator == "loo":  # r_i − mean of the others = (r_i − mean of all)·n / (n − 1)
-        n = np.sum(~np.isnan(centred), axis=1, keepdims=True)
-        centred = centred * n / np.maximum(n - 1, 1)
+        n = np.sum(~np.isnan(advantages), axis=1, keepdims=True)
+        advantages = advantages * n / np.maximum(n - 1, 1)
     elif estimator == "none":
-        centred = np.asarray(rewards, np.float64).reshape(centred.shape)
+        advantages = np.asarray(rewards, np.float64).reshape(advantages.shape)
     if scale == "group":
-        centred = centred / (group_std(rewards, num_generations)[:, None] + STD_EPSILON)
+        advantages = advantages / (group_std(rewards, num_generations)[:, None] + STD_EPSILON)
     elif scale == "batch":
-        centred = centred / (group_std(rewards, np.size(rewards)) + STD_EPSILON)
-    return np.nan_to_num(centred, nan=0.0).reshape(-1)
+        advantages = advantages / (group_std(rewards, np.size(rewards)) + STD_EPSILON)
+    return np.nan_to_num(advantages, nan=0.0).reshape(-1)
 
 
 def decoupled_advantages(
@@ -141,8 +142,8 @@ def decoupled_advantages(
     """
     values = np.asarray(values, np.float64)
     scored = ~np.isnan(combine_rewards(values, weights))
-    ranked = [group_advantages(column, num_generations, "group") for column in values.T]
-    total = np.asarray(weights, np.float64) @ np.array(ranked)
+    of_functions = [group_advantages(column, num_generations, "group") for column in values.T]
+    total = np.asarray(weights, np.float64) @ np.array(of_functions)
     if scored.sum() < 2:
         return np.zeros(len(values))
     return np.where(scored, total / (total[scored].std(ddof=1) + STD_EPSILON), 0.0)

@@ -15,6 +15,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from grpo_jax.data.batches import choose_groups
 from grpo_jax.models.level import AnyArray, Level
 from grpo_jax.types import Trajectory
 
@@ -197,17 +198,17 @@ def make_batch(
         mask_truncated: leave completions that the token budget ended out of the loss
             (`mask_truncated_completions`); they keep their place.
         sizes: numbers of prompts below P that the batch may shrink to, leaving out groups that
-            `trained_groups` does not name; the loss still divides by the tokens and rows of all.
+            `groups_to_keep` does not name; the loss still divides by the tokens and rows of all.
     """
-    trained = [not (mask_truncated and t.status.truncated) for t in trajectories]
-    tokens = sum(t.sampled_tokens for t, is_in in zip(trajectories, trained, strict=True) if is_in)
+    in_loss = [not (mask_truncated and t.status.truncated) for t in trajectories]
+    tokens = sum(t.sampled_tokens for t, kept in zip(trajectories, in_loss, strict=True) if kept)
     chosen = range(len(trajectories))
     if sizes:
-        acts = [t.acts and is_in for t, is_in in zip(trajectories, trained, strict=True)]
-        groups = trained_groups(np.any(np.reshape(acts, (-1, generations)), axis=1), sizes)
+        useful = [t.has_advantage and kept for t, kept in zip(trajectories, in_loss, strict=True)]
+        groups = groups_to_keep(np.any(np.reshape(useful, (-1, generations)), axis=1), sizes)
         chosen = [g * generations + i for g in groups for i in range(generations)]
     rows = [trajectories[i] for i in chosen]
-    masks = [[m and trained[i] for m in trajectories[i].sampled_mask] for i in chosen]
+    masks = [[m and in_loss[i] for m in trajectories[i].sampled_mask] for i in chosen]
     T2 = completion_bucket(max(len(t.completion_ids) for t in rows), tree.budget)
     inputs, valid = pad_rows([[t.prompt.ids[-1], *t.completion_ids][:-1] for t in rows], T2)
     start = np.array([[len(t.prompt.ids) - 1] for t in rows], np.int32)
@@ -230,19 +231,19 @@ def make_batch(
     )
 
 
-def trained_groups(acts: Sequence[bool] | np.ndarray, sizes: Sequence[int]) -> list[int]:
-    """The groups to keep in an update: those that act on the loss, filled up to the next size.
+def groups_to_keep(useful: Sequence[bool] | np.ndarray, sizes: Sequence[int]) -> list[int]:
+    """The groups to keep in an update: those with an advantage, filled up to the next size.
 
     Where the loss is made of advantages alone (no KL), the gradient of the others is exactly 0: groups
     whose rewards are all equal, which late in a run are most of them.
 
     Args:
-        acts: [P] whether a group has a completion in the loss whose advantage is not 0.
+        useful: [P] whether a group has a completion in the loss whose advantage is not 0.
         sizes: numbers of groups allowed in addition to all of them.
 
     Returns:
         Their indices, rising.
     """
-    idle = ~np.asarray(acts, bool)
-    size = min((n for n in sizes if n >= (~idle).sum()), default=len(idle))
-    return sorted(np.argsort(idle, kind="stable")[:size].tolist())
+    useful = np.asarray(useful, bool)
+    size = min((n for n in sizes if n >= useful.sum()), default=len(useful))
+    return choose_groups(useful, size).tolist()

@@ -39,16 +39,16 @@ def importance_ratio_log(
     """Log of the importance ratio ρ between the policy and the one before the update.
 
     token:    log ρ_t = log π(t) − log π_old(t)
-    sequence: log ρ   = mean of that over the row's masked positions, the same at each of them
+    sequence: log ρ   = mean of that over the row's positions in the mask, the same at each of them
 
     Args:
         logprobs: nats, of the policy that is trained.
         old_logprobs: nats; `stop_gradient(logprobs)` when there is one update per batch.
-        mask: True where the loss acts.
+        mask: True at positions that are in the loss.
         level: "token" (GRPO) or "sequence" (GSPO).
 
     Returns:
-        nats; 0 at masked positions ("token").
+        nats; with "token", 0 where the mask is False.
 
     Raises:
         ValueError: when level is unknown.
@@ -76,7 +76,7 @@ def token_gradient(log_ratio: Float[Array, "B J"], logprobs: Float[Array, "B J"]
     return jax.lax.stop_gradient(log_ratio - logprobs) + logprobs
 
 
-def _of_positions(advantages: Advantages) -> Float[Array, "B _"]:
+def _of_positions(advantages: Advantages) -> Float[AnyArray, "B _"]:
     return advantages if advantages.ndim == 2 else advantages[:, None]
 
 
@@ -92,9 +92,9 @@ def clipped_surrogate(
     Args:
         log_ratio: log ρ in nats.
         advantages: A, one per row or position.
-        epsilon: how far below 1 the ratio still earns.
-        epsilon_high: how far above 1.
-        delta: δ > 1 + ε_high, upper bound of the unclipped ratio; it acts where A < 0. None for none.
+        epsilon: the ratio is clipped below 1 − ε,
+        epsilon_high: and above 1 + ε_high.
+        delta: δ > 1 + ε_high, upper bound of the unclipped ratio; it changes the loss only where A < 0. None: no bound.
 
     Returns:
         The loss of each position, to be minimised.
@@ -165,22 +165,22 @@ def vespo(
 ) -> Float[Array, "B J"]:
     """Policy gradient weighted by a gamma kernel of the sequence's ratio: −stop_gradient(φ(w))·A·log π.
 
-    φ(w) = w^k · e^(λ·(1 − w)), 1 at w = 1; log w is the sum over the row's masked positions of log ρ.
+    φ(w) = w^k · e^(λ·(1 − w)), 1 at w = 1; log w is the sum of log ρ over the row's positions in the mask.
 
     Args:
         token_log_ratio: nats, of each token; cut to ± 20, as their sum is to [log 1e-8, 20].
         logprobs: nats, of the policy that is trained.
-        mask: True where the loss acts.
+        mask: True at positions that are in the loss.
         advantages: A, one per row or position.
         positive: (k, λ) where A >= 0.
         negative: (k, λ) elsewhere.
-        correction: of `sampler_correction`, which w is multiplied by; None for none.
+        correction: of `sampler_correction`, which w is multiplied by; None: no correction.
 
     Source: "VESPO: Variational Sequence-Level Soft Policy Optimization", arXiv:2602.10693, as in TRL.
     """
     lowest = math.log(1e-8)
     log_w = jnp.where(mask, jnp.clip(token_log_ratio, -20, 20), 0).sum(-1)
-    if correction is not None:  # 1 at masked positions
+    if correction is not None:  # 1 where the mask is False
         log_w = log_w + jnp.clip(jnp.log(correction), lowest, 20).sum(-1)
     log_w, advantages = jnp.clip(log_w, lowest, 20)[:, None], _of_positions(advantages)
     k, rate = (jnp.where(advantages >= 0, *pair) for pair in zip(positive, negative, strict=True))
@@ -222,13 +222,13 @@ def off_policy_kept(
     mask: Bool[Array, "B J"],
     advantages: Advantages,
     threshold: float,
-) -> Bool[Array, "B _"]:
+) -> Bool[AnyArray, "B _"]:
     """Where the surrogate is kept: A >= 0, or mean(log π_sampler − log π) <= threshold over the row.
 
     Args:
         logprobs: nats, of the policy that is trained.
         sampler_logprobs: nats, with which the tokens were sampled.
-        mask: True where the loss acts.
+        mask: True at positions that are in the loss.
         advantages: A, one per row or position.
         threshold: δ in nats per token.
 
@@ -252,14 +252,14 @@ def sampler_correction(
     Args:
         old_logprobs: nats, the trainer's before the batch's first update.
         sampler_logprobs: nats, with which the tokens were sampled.
-        mask: True where the loss acts.
+        mask: True at positions that are in the loss.
         mode: token_… has a ratio per token, sequence_… their product over the row; …_truncate moves a ratio
             to the nearest bound, …_mask gives 0 to those outside.
-        clip_min: lower bound, at most 1; None for none.
-        clip_max: upper bound, at least 1; None for none.
+        clip_min: lower bound, at most 1; None: no bound.
+        clip_max: upper bound, at least 1; None: no bound.
 
     Returns:
-        [B, J], or [B, 1] where a row has one ratio; 1 at masked positions. No gradient passes.
+        [B, J], or [B, 1] where a row has one ratio; 1 where the mask is False. No gradient passes.
 
     Raises:
         ValueError: when mode is unknown.
@@ -284,7 +284,7 @@ def entropy_floor(
 
     Args:
         entropies: nats, of every position of the batch.
-        mask: True where the loss acts.
+        mask: True at positions that are in the loss.
         share: of the positions that are to learn, in (0, 1].
 
     Returns:
@@ -321,9 +321,9 @@ def aggregate(
 
     Args:
         per_token: the loss of each position.
-        mask: True where the loss acts.
+        mask: True at positions that are in the loss.
         loss_type: one of `LOSS_TYPES`.
-        tokens: masked positions of the whole batch; 0 is taken as 1.
+        tokens: positions in the mask, of the whole batch; 0 is taken as 1.
         rows: B of the whole batch.
         max_completion_length: budget of a completion in tokens.
 
@@ -365,10 +365,10 @@ def clip_fractions(
     Args:
         log_ratio: log ρ in nats.
         advantages: A, one per row or position.
-        mask: True where the loss acts.
-        epsilon: how far below 1 the ratio still earns.
-        epsilon_high: how far above 1.
-        tokens: masked positions of the whole batch; 0 is taken as 1.
+        mask: True at positions that are in the loss.
+        epsilon: the ratio is clipped below 1 − ε,
+        epsilon_high: and above 1 + ε_high.
+        tokens: positions in the mask, of the whole batch; 0 is taken as 1.
 
     Returns:
         `clip_ratio/{low,high,region}_mean`, this micro-batch's share of each in [0, 1].

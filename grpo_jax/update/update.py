@@ -56,7 +56,7 @@ class Metrics(NamedTuple):
     maxima: dict[str, Array]
 
 
-class Learned(NamedTuple):
+class LossInputs(NamedTuple):
     """What an objective sees of a micro-batch, on loss positions.
 
     Args:
@@ -92,7 +92,7 @@ class Totals(NamedTuple):
     present: AnyArray
 
 
-Objective = Callable[[Learned, Totals], tuple[Array, Metrics]]
+Objective = Callable[[LossInputs, Totals], tuple[Array, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +135,8 @@ class GrpoObjective:
 
     Below 1, `top_entropy_quantile` is the share of the batch's sampled tokens that the surrogate and the bonus
     act on, those of highest entropy; the KL acts on all, and the surrogate is divided by all, as in TRL.
-    `entropy_floor` is what they reach and `floor_tokens` their number; None: those of this call, which are the
-    same where it sees the whole batch.
+    `entropy_floor` is what they reach and `floor_tokens` their number; None: computed from this call's positions,
+    which is the same where it sees the whole batch.
 
     Source: Shao et al. 2024, "DeepSeekMath", equation 3; `losses` has the formulas.
     """
@@ -171,7 +171,7 @@ class GrpoObjective:
         tokens = (mask & (entropies >= floor)).sum()
         return dataclasses.replace(self, entropy_floor=floor, floor_tokens=tokens)
 
-    def __call__(self, x: Learned, totals: Totals) -> tuple[Array, Metrics]:
+    def __call__(self, x: LossInputs, totals: Totals) -> tuple[Array, Metrics]:
         """The micro-batch's share of the loss and of each metric."""
         if self.top_entropy_quantile < 1 and self.entropy_floor is None:
             return self.with_floor(x.entropies, x.mask)(x, totals)
@@ -182,8 +182,8 @@ class GrpoObjective:
             surrogate_ratio = losses.token_gradient(log_ratio, x.logprobs)
         correction = None
         if self.sampler_correction != "none":
-            modes = (self.sampler_correction, *self.sampler_correction_bounds)
-            correction = losses.sampler_correction(old, x.sampler_logprobs, x.mask, *modes)
+            mode, bounds = self.sampler_correction, self.sampler_correction_bounds
+            correction = losses.sampler_correction(old, x.sampler_logprobs, x.mask, mode, *bounds)
         entropies, metrics = jax.lax.stop_gradient(x.entropies), {}
 
         # 1. the surrogate of each position
@@ -196,8 +196,10 @@ class GrpoObjective:
             per_token = losses.sapo(surrogate_ratio, x.advantages, *self.sapo_temperatures)
         elif self.loss_type == "vespo":
             of_tokens = losses.importance_ratio_log(x.logprobs, old, x.mask, "token")
-            pairs = (self.vespo_positive, self.vespo_negative)
-            per_token = losses.vespo(of_tokens, x.logprobs, x.mask, x.advantages, *pairs, correction)
+            positive, negative = self.vespo_positive, self.vespo_negative
+            per_token = losses.vespo(
+                of_tokens, x.logprobs, x.mask, x.advantages, positive, negative, correction
+            )
         else:
             clip = (self.epsilon, self.epsilon_high)
             per_token = losses.clipped_surrogate(surrogate_ratio, x.advantages, *clip, self.delta)
@@ -211,8 +213,9 @@ class GrpoObjective:
             chosen, chosen_tokens = x.mask & (entropies >= self.entropy_floor), self.floor_tokens
             per_token = jnp.where(chosen, per_token, 0)
         if self.off_policy_mask_threshold is not None:
-            sequence = (x.logprobs, x.sampler_logprobs, x.mask, x.advantages)
-            per_token = per_token * losses.off_policy_kept(*sequence, self.off_policy_mask_threshold)
+            per_token = per_token * losses.off_policy_kept(
+                x.logprobs, x.sampler_logprobs, x.mask, x.advantages, self.off_policy_mask_threshold
+            )
         if correction is not None and self.loss_type != "vespo":  # there it is part of the weight
             per_token = per_token * correction
 
@@ -241,14 +244,17 @@ class GrpoObjective:
         return loss, Metrics(metrics, {"sampling/sampling_logp_difference/max": gap.max()})
 
 
-def sft_objective(x: Learned, totals: Totals) -> tuple[Array, Metrics]:
+def sft_objective(x: LossInputs, totals: Totals) -> tuple[Array, Metrics]:
     """Mean negative log-likelihood of the gold tokens, in nats."""
     entropies = jax.lax.stop_gradient(x.entropies)
     return -_mean(x.logprobs, x.mask, totals), Metrics({"entropy": _mean(entropies, x.mask, totals)}, {})
 
 
-def turns_objective(x: Learned, totals: Totals) -> tuple[Array, Metrics]:
-    """The same, weighted: a gold token has the weight exp(−sampler_logprobs), as if it had been sampled so rarely."""
+def turns_objective(x: LossInputs, totals: Totals) -> tuple[Array, Metrics]:
+    """`sft_objective` with a weight for each gold token, exp(−sampler_logprobs).
+
+    `turns_weighted` stores −log(weight) there, since gold tokens have no sampler.
+    """
     return sft_objective(x._replace(logprobs=x.logprobs * jnp.exp(-x.sampler_logprobs)), totals)
 
 
@@ -265,13 +271,13 @@ def make_update(
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The jitted, sharded update: (state, batch, share=1.0) -> (state, metrics). The state is donated.
 
-    `share` is what the update takes of the schedule's learning rate.
+    `share` multiplies the schedule's learning rate (the cold start's decay).
 
     An update whose loss or gradient is not finite changes nothing but the step count and
     reports `skipped` = 1.
 
     Args:
-        objective: `GrpoObjective(...)` or `sft_objective`.
+        objective: `GrpoObjective(...)`, `sft_objective` or `turns_objective`.
         state: the state (or its shapes), for the shardings.
         frozen: what the trained adapters sit on; None when all weights are trained.
     """
@@ -284,8 +290,9 @@ def make_update(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         weights = in_float32(state.params)
-        more = {"learning_rate": rate, "finite": finite}
-        updates, opt_state = optimizer.update(grads, state.opt_state, weights, **more)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, weights, learning_rate=rate, finite=finite
+        )
         weights = round_like(optax.apply_updates(weights, updates), state.params, state.step, 0)
         report = metrics.sums | metrics.maxima | {"loss": loss, "grad_norm": norm, "skipped": ~finite}
         return TrainState(state.step + 1, weights, opt_state), report
@@ -298,7 +305,7 @@ def make_update(
         donate_argnums=0,
         compiler_options=ALL_ROUNDINGS,
     )
-    rate = jax.jit(lambda step, share: jnp.asarray(optimizer.schedule(step) * share, jnp.float32))
+    rate = jax.jit(lambda updates, share: jnp.asarray(optimizer.schedule(updates) * share, jnp.float32))
     # The frozen weights are an argument, since a constant would be copied, and the rate is one, so that another
     # rate or schedule is the same program.
     run = lambda state, batch, share=1.0: jitted(state, batch, frozen, rate(state.step, share))  # noqa: E731
@@ -312,10 +319,7 @@ def make_score(step: ModelStep) -> Callable[[Params, Batch], Float[Array, "B T2"
     def score(params: Params, batch: Batch) -> Array:
         index, mask = first_positions(batch.completions.trained, batch.J)
 
-        def gather(x: Learned, totals: Totals):
-            return x.logprobs
-
-        logprobs: Any = _over_micro_batches(step, params, batch, gather, stack=True)
+        logprobs: Any = _over_micro_batches(step, params, batch, lambda x, _: x.logprobs, stack=True)
         rows = jnp.arange(index.shape[0])[:, None]
         return jnp.zeros(batch.completions.targets.shape).at[rows, index].add(jnp.where(mask, logprobs, 0))
 
@@ -337,7 +341,7 @@ def batch_loss(step: ModelStep, objective: Objective, params: Params, batch: Bat
 
 
 def _over_micro_batches(step, params, batch: Batch, function, stack: bool):
-    """Run `function(Learned, Totals)` over the micro-batches; combine its (loss, Metrics), or stack rows again.
+    """Run `function(LossInputs, Totals)` over the micro-batches; combine its (loss, Metrics), or stack rows again.
 
     With one micro-batch all three levels go through the model layer by layer together. With several, the
     trunk's keys and values are computed once, kept in fp32, and differentiation pulls their summed
@@ -348,7 +352,7 @@ def _over_micro_batches(step, params, batch: Batch, function, stack: bool):
     trunk = batch.trunk
     if step.micro_batches == 1:
         hidden, _ = step.extend(params, (*trunk, batch.completions.level))
-        return function(_learn(step, params, hidden[-1], batch.completions, batch.J), totals)
+        return function(_loss_inputs(step, params, hidden[-1], batch.completions, batch.J), totals)
     split = Split.of(P, B // P, step.micro_batches)
     kvs = step.extend(params, trunk, keep_kv=True)[1] if trunk else ()
     kvs = jax.tree.map(lambda x: x.astype(jnp.float32), kvs)
@@ -362,7 +366,7 @@ def _over_micro_batches(step, params, batch: Batch, function, stack: bool):
                 kv, valid = split.prompts_of(part, kv, axis=1), split.prompts_of(part, valid, axis=0)
             segments.append((jax.tree.map(lambda x: x.astype(step.dtype), kv), valid))
         hidden, _ = step.extend(params, (completions.level,), tuple(segments))
-        return function(_learn(step, params, hidden[-1], completions, batch.J), totals)
+        return function(_loss_inputs(step, params, hidden[-1], completions, batch.J), totals)
 
     completions = jax.tree.map(split.apart, batch.completions)
     parts = jnp.arange(step.micro_batches) // split.generations
@@ -443,7 +447,7 @@ def with_dropout(batch: Batch, keys: Array | None) -> Batch:
     )
 
 
-def _learn(step: ModelStep, params: Params, hidden, completions: Completions, J: int) -> Learned:
+def _loss_inputs(step: ModelStep, params: Params, hidden, completions: Completions, J: int) -> LossInputs:
     """Gather each row's loss positions and take their log-probabilities."""
     index, mask = first_positions(completions.trained, J)
     hidden = jnp.take_along_axis(hidden, index[..., None], 1)
@@ -459,28 +463,29 @@ def _learn(step: ModelStep, params: Params, hidden, completions: Completions, J:
         shards=step.layout.head_shards(step.cfg.V),
         constrain=step.layout.constrain,
     )
-    return Learned(
-        logprobs,
-        entropies,
-        mask,
-        at(completions.sampler_logprobs),
-        at(completions.old_logprobs),
-        at(completions.ref_logprobs),
-        completions.advantages if completions.advantages.ndim == 1 else at(completions.advantages),
+    advantages = completions.advantages
+    return LossInputs(
+        logprobs=logprobs,
+        entropies=entropies,
+        mask=mask,
+        sampler_logprobs=at(completions.sampler_logprobs),
+        old_logprobs=at(completions.old_logprobs),
+        ref_logprobs=at(completions.ref_logprobs),
+        advantages=advantages if advantages.ndim == 1 else at(advantages),
     )
 
 
-# --- where things lie, and how many micro-batches ---
+# --- placement on the devices, and the number of micro-batches ---
 
 
 def init_state(params: Params, optimizer: Optimizer, layout: Layout) -> TrainState:
-    """The state before the first update; moments lie where their weights lie."""
+    """The state before the first update; moments are sharded like their weights."""
     state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
     return jax.device_put(state, state_shardings(layout, state))
 
 
 def state_shardings(layout: Layout, state: TrainState) -> TrainState:
-    """NamedShardings of a TrainState: moments lie where their weights lie."""
+    """NamedShardings of a TrainState: moments are sharded like their weights."""
     return layout.params(state)
 
 
@@ -490,7 +495,7 @@ def place_batch(layout: Layout, batch: Batch) -> Batch:
 
 
 def batch_shardings(layout: Layout, batch: Batch) -> Batch:
-    """NamedShardings of a Batch: completions lie over rows, all else everywhere."""
+    """NamedShardings of a Batch: completions are sharded over rows, all else is replicated."""
     everywhere = jax.tree.map(lambda _: layout.replicated, batch)
     return dataclasses.replace(everywhere, completions=jax.tree.map(layout.rows, batch.completions))
 
