@@ -11,8 +11,6 @@ from typing import Any
 
 from grpo_jax.text import replace_lone_surrogates
 
-os.umask(_UMASK := os.umask(0o022))  # there is no other way to read it
-
 MAX_DEPTH = 100  # of a structure that is written as JSON; a deeper one probably holds itself
 
 
@@ -116,8 +114,10 @@ def _text(value: Any) -> str:
 
 
 def save_tensors(tensors: dict[str, Any], path: Path) -> None:
-    """Write numpy arrays by name as a safetensors file, which others may read as far as the umask lets them."""
+    """Write numpy arrays by name as a safetensors file with the permissions of any other new file."""
     from safetensors.numpy import save_file  # not where only types and data are imported
 
+    path.touch()
+    mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o666 & ~_UMASK)  # safetensors writes one that only its owner may read
+    path.chmod(mode)  # safetensors writes one that only its owner may read

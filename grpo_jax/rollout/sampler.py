@@ -255,10 +255,8 @@ def make_sampler(
             state = _take(state, chosen, layout)
         step = decode_pass
         if target.on_cpu() and target.device_count() == 1:
-            trunk, step = (
-                _keys_transposed_in_memory(trunk),
-                lambda trunk, *args: decode_pass(_keys_transposed(trunk), *args),
-            )
+            trunk = _keys_transposed_in_memory(trunk)
+            step = lambda trunk, *args: decode_pass(_keys_transposed(trunk), *args)  # noqa: E731
 
         def unfinished(state):
             room = _longest(state.live, state.cache) + cache.drafted < cache.room

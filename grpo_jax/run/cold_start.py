@@ -59,9 +59,7 @@ from grpo_jax.update.update import (
     turns_objective,
 )
 
-VALIDATION_LENGTHS = (
-    2  # a validation completion may be so many times as long as the longest gold conversation
-)
+VALIDATION_LENGTHS = 2  # of the longest gold conversation: as long may a completion of the validation be
 WARMUP = 10  # updates; AdamW's second moment is not reliable before
 SAVED = "_checkpoint"  # after the folder's name: what a cold start that has not ended leaves
 # What the result depends on, in addition to the gold conversations and the model.
@@ -105,8 +103,8 @@ def fine_tune(
     job = dataclasses.replace(job, config=config)
     train, held_out, gold = _rows(job, data)
     limit = VALIDATION_LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
-    (update, state, frozen), line = _update_and_state(job), job.console.line
-    progress, digest = _Progress(config.sft_eval_steps), _digest(job, gold)
+    update, state, frozen = _update_and_state(job)
+    progress, digest, line = _Progress(config.sft_eval_steps), _digest(job, gold), job.console.line
     saved = folder.with_name(folder.name + SAVED)
     if (last := _last_saved(saved, digest)) is None:
         hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
@@ -143,12 +141,10 @@ def fine_tune(
                 tried(line, checkpoints.wait)
                 save()
                 checkpoints.wait()
-                where = (
-                    f"after its update {progress.done}, which is saved"
-                    if progress.done
-                    else "before it began"
-                )
-                raise Stopped(f"in the cold start, {where}") from None
+                saved_at = f"after its update {progress.done}, which is saved"
+                raise Stopped(
+                    f"in the cold start, {saved_at if progress.done else 'before it began'}"
+                ) from None
             draws, cursor = next_batch(len(gold), config.sft_batch_size, progress.cursor, config.seed)
             batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
             share = 1.0 if progress.left is None else progress.left / config.sft_decay_steps

@@ -225,12 +225,8 @@ class _Lines:
             self._timed = now, self._done
         if now - self._printed >= SECONDS_BETWEEN_LINES and self._done < self._total:
             since, first = self._timed or (now, self._done)
-            left = (
-                (now - since) / (self._done - first) * (self._total - self._done)
-                if self._done > first
-                else None
-            )
-            self._print("" if left is None else f"{left:.0f} s left")
+            pace = (now - since) / (self._done - first) if self._done > first else None
+            self._print("" if pace is None else f"{pace * (self._total - self._done):.0f} s left")
             self._printed = now
 
     def still(self) -> None:

@@ -56,10 +56,8 @@ def _states(final: str, results: Iterable[str]) -> bool:
     numbers = _numbers(final)
     for text in map(_plain, results):
         values = _QUOTED.sub(lambda found: " " if found[3] else found[0], text)
-        wanted, quoted = (
-            _numbers(values),
-            [a or b for a, b, key in _QUOTED.findall(text) if (a or b) and not key],
-        )
+        wanted = _numbers(values)
+        quoted = [a or b for a, b, key in _QUOTED.findall(text) if (a or b) and not key]
         if text and not wanted and not quoted:
             quoted = [text]
         if not wanted <= numbers or not all(_occurs(one, final) for one in quoted):

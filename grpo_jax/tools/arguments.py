@@ -67,18 +67,11 @@ def _field(value: Any, field: hints.Field, where: str, lax: bool, problems: list
     if value is None and len(problems) > before and not field.required:
         problems[-1] += " (leave it out for its default)"
     if field.limits is not None and len(problems) == before:
-        _check_limits(converted, field.limits, where, problems)
+        try:
+            field.limits.validate_python(converted)  # what it converts itself is not taken
+        except Exception as error:  # pydantic's own, or a validator's of the user
+            _report(error, where, problems)
     return converted
-
-
-def _check_limits(value: Any, hint: Any, where: str, problems: list[str]) -> None:
-    """Report what pydantic refuses of a converted value; its own conversions are not taken."""
-    if (adapter := hints.limits_adapter(hint)) is None:
-        return
-    try:
-        adapter.validate_python(value)
-    except ValueError as error:  # pydantic's own, or a validator's of the user
-        _report(error, where, problems)
 
 
 def _convert(value: Any, hint: Any, where: str, lax: bool, problems: list[str]) -> Any:

@@ -89,7 +89,7 @@ class Field:
         nullable_default: its default is None, so an explicit null means the same.
         text: its documentation on one line, None when there is none.
         choices: the values of a closing `(choices: [...])` in its documentation.
-        limits: the whole hint where `Annotated` limits its values, as with pydantic's `Field(ge=1)`.
+        limits: pydantic's adapter where `Annotated` limits the values, as with its `Field(ge=1)`.
     """
 
     hint: Any
@@ -186,7 +186,7 @@ def _parameters(function: Callable) -> dict[str, Field]:
         text = texts.get(name) or annotated_text(extras.get(name))
         text, choices = _split_choices(text) if text else (None, None)
         required = parameter.default is inspect.Parameter.empty
-        limits = extras[name] if has_limits(extras.get(name)) else None
+        limits = _limits(extras.get(name))
         found[name] = Field(hints.get(name, Any), required, parameter.default is None, text, choices, limits)
     return found
 
@@ -200,17 +200,19 @@ def annotated_text(hint: Any) -> str | None:
     return None
 
 
-def has_limits(hint: Any) -> bool:
+def _has_limits(hint: Any) -> bool:
     """Whether a hint limits its values, or those inside it, by what pydantic reads of `Annotated`."""
     for note in getattr(hint, "__metadata__", ()):
         of_pydantic = type(note).__module__.partition(".")[0] in ("pydantic", "annotated_types")
         if of_pydantic and getattr(note, "metadata", True):  # of a Field that only describes it is empty
             return True
-    return any(map(has_limits, typing.get_args(hint)))
+    return any(map(_has_limits, typing.get_args(hint)))
 
 
-def limits_adapter(hint: Any) -> Any:
-    """pydantic's adapter of a hint that `has_limits`; None where a type in it is none that pydantic knows."""
+def _limits(hint: Any) -> Any:
+    """pydantic's adapter of a hint that limits its values; None where it does not, or holds a type unknown to pydantic."""
+    if not _has_limits(hint):
+        return None
     import pydantic
 
     try:
@@ -325,14 +327,14 @@ def _record_fields(record: type) -> dict[str, Field]:
     hints = typing.get_type_hints(record)
     extras = typing.get_type_hints(record, include_extras=True)
     texts = {key: annotated_text(hint) for key, hint in extras.items()}
-    limited = {key: hint if has_limits(hint) else None for key, hint in extras.items()}
+    limits = {key: _limits(hint) for key, hint in extras.items()}
     if is_typeddict(record):
         # Under `from __future__ import annotations` the class itself sees neither Required nor NotRequired.
         marks = {key: typing.get_origin(hint) for key, hint in extras.items()}
         required = {key for key in record.__required_keys__ if marks[key] is not typing.NotRequired}
         required |= {key for key, mark in marks.items() if mark is typing.Required}
         return {
-            key: Field(hint, key in required, text=texts[key], limits=limited[key])
+            key: Field(hint, key in required, text=texts[key], limits=limits[key])
             for key, hint in hints.items()
         }
     missing = dataclasses.MISSING
@@ -342,7 +344,7 @@ def _record_fields(record: type) -> dict[str, Field]:
             f.default is missing and f.default_factory is missing,
             f.default is None,
             texts[f.name],
-            limits=limited[f.name],
+            limits=limits[f.name],
         )
         for f in dataclasses.fields(record)
         if f.init

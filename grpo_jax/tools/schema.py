@@ -133,8 +133,8 @@ def _transformers_schema(function: Callable) -> dict[str, Any] | None:
 
 def _property(parameter: hints.Field) -> dict[str, Any]:
     schema = type_schema(parameter.hint)
-    if parameter.limits is not None and (adapter := hints.limits_adapter(parameter.limits)) is not None:
-        _limit(schema, adapter.json_schema())
+    if parameter.limits is not None:
+        _limit(schema, _pydantics(parameter.limits.json_schema))
     if parameter.choices is not None:
         schema["enum"] = parameter.choices
     if parameter.text is not None:
@@ -191,12 +191,17 @@ def _record_schema(record: type) -> dict[str, Any]:
 
 def _add_limits(properties: dict[str, dict], model: Any) -> None:
     """Adds what a pydantic model says of its fields and type hints do not: limits, formats, defaults."""
-    try:
-        own = model.model_json_schema()["properties"]
-    except Exception:  # one of its types has no JSON form for pydantic
-        return
+    own = _pydantics(model.model_json_schema).get("properties", {})
     for key in properties.keys() & own.keys():
         _limit(properties[key], own[key])
+
+
+def _pydantics(schema: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """pydantic's own schema; empty where a type in it has no JSON form for pydantic."""
+    try:
+        return schema()
+    except Exception:
+        return {}
 
 
 def _limit(schema: dict[str, Any], own: dict[str, Any]) -> None:
