@@ -194,9 +194,9 @@ class Script:
 
     def __init__(self, **settings):
         self.load([])
-        sampler_module._shared_functions.cache_clear()  # new functions, so that what is patched is traced
+        sampler_module._functions_of.cache_clear()  # new functions, so that what is patched is traced
         made = new_sampler(**settings)
-        sampler_module._shared_functions.cache_clear()
+        sampler_module._functions_of.cache_clear()
         self.sampler = dataclasses.replace(
             made,
             prefill=self._patched(made.prefill),
@@ -232,7 +232,7 @@ class Script:
         token, logprob = sample(logits, keys, positions, sampling, constrain)
         shape = jax.ShapeDtypeStruct(positions.shape, jnp.int32)
         forced = jax.pure_callback(self._next, shape, keys, positions)
-        table = jax.nn.log_softmax(logits / sampling.temperature)
+        table = jax.nn.log_softmax(logits / sampling.values[0])
         of_forced = jnp.take_along_axis(table, forced[:, None], 1)[:, 0]
         return jnp.where(forced == FREE, token, forced), jnp.where(forced == FREE, logprob, of_forced)
 

@@ -17,11 +17,11 @@ from safetensors.numpy import save_file
 
 from grpo_jax.models.hf import entries, load_params, read_config
 from grpo_jax.models.qwen import (
-    ALL_ROUNDINGS,
     Level,
     ModelConfig,
     Params,
     abstract_params,
+    compiler_options,
     extend,
     head_weights,
 )
@@ -217,7 +217,7 @@ def run(cfg: ModelConfig, params: Params, dtype=jnp.float32) -> dict[str, np.nda
         logprobs = jax.nn.log_softmax(out[:, :-1])
         return -jnp.take_along_axis(logprobs, jnp.asarray(ids)[:, 1:, None], 2).mean(), out
 
-    (_, out), grads = jax.jit(loss, compiler_options=ALL_ROUNDINGS)(params)
+    (_, out), grads = jax.jit(loss, compiler_options=compiler_options(2))(params)
     results = {f"gradient/{name}": g for name, g in in_published_layout(cfg, grads).items()}
     return results | {"logits": np.asarray(out[0]), "tree": tree_logprobs(cfg, params, dtype)}
 

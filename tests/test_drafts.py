@@ -86,7 +86,11 @@ def rolled_out(drafting, sampling, script=None, **more):
         mock.patch.object(loop, "pays", lambda rows, known: drafting),
         mock.patch.object(sampler, "sample", script or sampler.sample),
     ):
+        if script:
+            sampler._functions_of.cache_clear()  # new functions, so that the script is traced
         made = helpers.new_sampler(**sampling)
+        if script:
+            sampler._functions_of.cache_clear()
         of = helpers.tool_loop(made, drafts=True, **more)
         policy = loop.make_policy(of, made.export(helpers.weights()))
         prompts = [helpers.prompt(ids, draw) for draw, ids in enumerate(helpers.prompts()[:2])]

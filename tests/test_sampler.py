@@ -17,7 +17,7 @@ from grpo_jax.models.sharding import Layout
 from grpo_jax.models.target import compiling_for
 from grpo_jax.rollout.loop import make_policy
 from grpo_jax.rollout.sampler import cache_sizes, compaction_pays, make_sampler, part_sizes
-from grpo_jax.rollout.sampling import Sampling, _inverse_cdf, _kept, row_keys, sample
+from grpo_jax.rollout.sampling import Sampling, _chosen, _in_blocks, _kept, _of_blocks, row_keys, sample
 from grpo_jax.update.batch import pad_rows, prompts_level
 
 BUDGET = helpers.BUDGET
@@ -64,7 +64,7 @@ def test_draws_follow_the_truncated_distribution(sampling):
     logits = LOGITS[order]
     want, full = numpy_distribution(logits, sampling)
     rows = jnp.tile(jnp.asarray(logits, jnp.float32), (DRAWS, 1))
-    tokens, logprobs = sample(rows, keys(DRAWS), jnp.zeros(DRAWS, jnp.int32), sampling)
+    tokens, logprobs = sample(rows, keys(DRAWS), jnp.zeros(DRAWS, jnp.int32), sampling.drawing)
     counts = np.bincount(tokens, minlength=len(logits))
     assert (counts[want == 0] == 0).all()
     expected = DRAWS * want[want > 0]
@@ -77,13 +77,13 @@ def test_draws_follow_the_truncated_distribution(sampling):
 def test_every_position_of_a_row_draws_anew():
     """One row's key at 20,000 positions: the draws are as independent as those of 20,000 rows."""
     rows = jnp.tile(jnp.asarray(LOGITS, jnp.float32), (DRAWS, 1))
-    tokens, _ = sample(rows, jnp.tile(keys(1), (DRAWS, 1)), jnp.arange(DRAWS), Sampling())
+    tokens, _ = sample(rows, jnp.tile(keys(1), (DRAWS, 1)), jnp.arange(DRAWS), Sampling().drawing)
     np.testing.assert_allclose(np.bincount(tokens) / DRAWS, np.exp(LOGITS), atol=0.015)
 
 
 def test_temperature_zero_takes_the_likeliest():
     logits = jnp.asarray([[0.0, 3.0, 1.0], [2.0, -1.0, 1.9]])
-    tokens, logprobs = sample(logits, keys(2), jnp.zeros(2, jnp.int32), Sampling(temperature=0))
+    tokens, logprobs = sample(logits, keys(2), jnp.zeros(2, jnp.int32), Sampling(temperature=0).drawing)
     assert tokens.tolist() == [1, 0]
     want = [3 - np.log(np.exp([0, 3, 1]).sum()), 2 - np.log(np.exp([2, -1, 1.9]).sum())]
     np.testing.assert_allclose(logprobs, want, rtol=1e-6)
@@ -100,20 +100,21 @@ def test_the_kept_set_is_an_independent_ones(logits, top_k, top_p, min_p):
     logits = np.array(logits) / 7  # all different: which of two equals goes is not fixed
     sampling = Sampling(1.0, top_k, top_p, min_p)
     mass = jnp.asarray(np.exp(logits - logits.max()), jnp.float32)[None]
-    kept = np.asarray(_kept(mass, sampling)[0])
+    kept = np.asarray(_kept(mass, sampling.drawing)[0])
     assert kept.tolist() == (numpy_distribution(logits, sampling)[0] > 0).tolist()
 
 
 def test_the_nucleus_ends_where_its_mass_reaches_top_p():
     mass = jnp.asarray([[0.25, 1.0, 0.5, 0.25]])  # shares 1/8, 1/2, 1/4, 1/8
-    kept = {p: _kept(mass, Sampling(top_p=p))[0].tolist() for p in (0.5, 0.51, 0.75)}
+    kept = {p: _kept(mass, Sampling(top_p=p).drawing)[0].tolist() for p in (0.5, 0.51, 0.75)}
     assert kept[0.5] == [False, True, False, False]
     assert kept[0.51] == kept[0.75] == [False, True, True, False]
 
 
 def drawn(mass, uniforms):
     """The tokens that two uniforms choose from a mass relative to the likeliest token's."""
-    return _inverse_cdf(jnp.log(mass), uniforms)
+    blocks = _in_blocks(jnp.log(mass))
+    return _chosen(blocks, *_of_blocks(blocks, lambda x, kind: x), uniforms, greedy=False)
 
 
 def test_a_token_without_mass_is_never_drawn():

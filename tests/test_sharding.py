@@ -85,7 +85,7 @@ def constrained():
             return Level(ids, ids, ids == 0, shared=shared)
 
         hidden, _ = extend(params, (level(1, True), level(4, False)), cfg=cfg, constrain=note)
-        sample(jnp.zeros((4, cfg.V)), jnp.zeros((4, 2), jnp.uint32), jnp.arange(4), Sampling(), note)
+        sample(jnp.zeros((4, cfg.V)), jnp.zeros((4, 2), jnp.uint32), jnp.arange(4), Sampling().drawing, note)
         return token_logprobs(hidden[1], head_weights(params), jnp.zeros((4, 8), jnp.int32), constrain=note)
 
     cfg = ModelConfig.from_hf(QWEN3)

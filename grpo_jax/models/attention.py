@@ -111,64 +111,70 @@ def _attend(q_BKRTH, segments, blocks):
 
 
 def _forward(q_BKRTH, segments, blocks):
-    B, K, R, T, H = q_BKRTH.shape
-    peak = jnp.full((B, K, R, T, 1), NEG, jnp.float32)
-    total = jnp.zeros((B, K, R, T, 1), jnp.float32)
-    acc = jnp.zeros((B, K, R, T, H), jnp.float32)
+    rows = q_BKRTH.shape[:4]
+    parts = []
     for i, segment in enumerate(segments):
         n, causal = segment.k.shape[0], i == len(segments) - 1
-        state = tuple(_by_segment(x, n, causal) for x in (q_BKRTH, peak, total, acc))
-        tiling = _tile(state[0].shape, segment.k.shape[2], causal, blocks)
-        state = _segment_forward(state, _pad_keys(segment, tiling), tiling, causal)
-        peak, total, acc = (_by_row(x, (B, K, R, T), causal) for x in state)
+        q = _by_segment(q_BKRTH, n, causal)
+        tiling = _tile(q.shape, segment.k.shape[2], causal, blocks)
+        state = _segment_forward(q, _pad_keys(segment, tiling), tiling, causal)
+        parts.append(tuple(_by_row(x, rows, causal) for x in state))
+    peaks, totals, accs = zip(*parts, strict=True)
+    peak = functools.reduce(jnp.maximum, peaks)
+    shares = [jnp.exp(part - peak) for part in peaks]
+    total, acc = (functools.reduce(jnp.add, map(jnp.multiply, shares, of)) for of in (totals, accs))
     o = (acc / jnp.maximum(total, 1e-30)).astype(q_BKRTH.dtype)
     lse = peak + jnp.log(jnp.maximum(total, 1e-30))
     o, lse = keep(o), keep(lse)
     return o, (q_BKRTH, segments, o, lse)
 
 
-def _segment_forward(state, segment, tiling, causal):
-    queries = state[0].shape[3]
-    q, *carry = (_pad_queries(x, tiling) for x in state)
+def _segment_forward(q, segment, tiling, causal):
+    """Peak, total and weighted values of a segment's own softmax, before the division; [n, K, G, T, 1 or H]."""
+    (*rows, queries, H), q = q.shape, _pad_queries(q, tiling)
+
+    def weighted(pair, peak):
+        k, v, mask = _keys(segment, pair, tiling, causal)
+        s = jnp.where(mask, _scores(_queries(q, pair[0], tiling), k), MASKED)
+        peak = jnp.maximum(peak, s.max(-1, keepdims=True))
+        p = jnp.exp(s - peak)
+        return peak, p.sum(-1, keepdims=True), dot_fp32("nkgts,nksh->nkgth", p.astype(v.dtype), v)
+
+    if len(tiling.pairs) == 1:
+        return tuple(x[:, :, :, :queries] for x in weighted((0, 0), NEG))
 
     def step(carry, pair):
         peak, total, acc = (_queries(x, pair[0], tiling) for x in carry)
-        qi = _queries(q, pair[0], tiling)
-        k, v, mask = _keys(segment, pair, tiling, causal)
-        s = jnp.where(mask, _scores(qi, k), MASKED)
-        new_peak = jnp.maximum(peak, s.max(-1, keepdims=True))
-        p = jnp.exp(s - new_peak)
+        new_peak, more, more_acc = weighted(pair, peak)
         shrink = jnp.exp(peak - new_peak)
-        new_total = total * shrink + p.sum(-1, keepdims=True)
-        new_acc = acc * shrink + dot_fp32("nkgts,nksh->nkgth", p.astype(v.dtype), v)
-        new = (new_peak, new_total, new_acc)
+        new = new_peak, total * shrink + more, acc * shrink + more_acc
         return tuple(_put(x, y, pair[0], tiling) for x, y in zip(carry, new, strict=True))
 
-    done = _over_pairs(step, tuple(carry), tiling)
-    return tuple(x[:, :, :, :queries] for x in done)
+    start = ((NEG, 1), (0.0, 1), (0.0, H))
+    carry = tuple(jnp.full((*rows, q.shape[3], E), x, jnp.float32) for x, E in start)
+    return tuple(x[:, :, :, :queries] for x in _over_pairs(step, carry, tiling))
 
 
 def _backward(blocks, residuals, do):
     q_BKRTH, segments, o, lse = residuals
     rows = q_BKRTH.shape[:4]
     delta = dot_fp32("bkrth,bkrth->bkrt", do, o)[..., None]
-    dq = jnp.zeros(q_BKRTH.shape, jnp.float32)
-    d_segments = []
+    dqs, d_segments = [], []
     for i, segment in enumerate(segments):
         n, causal = segment.k.shape[0], i == len(segments) - 1
-        args = tuple(_by_segment(x, n, causal) for x in (q_BKRTH, do, lse, delta, dq))
+        args = tuple(_by_segment(x, n, causal) for x in (q_BKRTH, do, lse, delta))
         tiling = _tile(args[0].shape, segment.k.shape[2], causal, blocks)
-        dq_n, dk, dv = _segment_backward(args, _pad_keys(segment, tiling), tiling, causal)
-        dq = _by_row(dq_n, rows, causal)
+        dq, dk, dv = _segment_backward(args, _pad_keys(segment, tiling), tiling, causal)
+        dqs.append(_by_row(dq, rows, causal))
         S = segment.k.shape[2]
         dk, dv = dk[:, :, :S].astype(segment.k.dtype), dv[:, :, :S].astype(segment.v.dtype)
         d_segments.append(segment._replace(k=dk, v=dv, valid=None))
-    return dq.astype(q_BKRTH.dtype), tuple(d_segments)
+    return functools.reduce(jnp.add, dqs).astype(q_BKRTH.dtype), tuple(d_segments)
 
 
 def _segment_backward(args, segment, tiling, causal):
     queries, scale = args[0].shape[3], args[0].shape[-1] ** -0.5
-    q, do, lse, delta, dq = (_pad_queries(x, tiling) for x in args)
+    q, do, lse, delta = (_pad_queries(x, tiling) for x in args)
 
     def step(carry, pair):
         dq, dk, dv = carry
@@ -188,7 +194,7 @@ def _segment_backward(args, segment, tiling, causal):
         return dq, dk, dv
 
     zeros = jnp.zeros(segment.k.shape, jnp.float32)
-    dq, dk, dv = _over_pairs(step, (dq, zeros, zeros), tiling)
+    dq, dk, dv = _over_pairs(step, (jnp.zeros(q.shape, jnp.float32), zeros, zeros), tiling)
     return dq[:, :, :, :queries], dk, dv
 
 

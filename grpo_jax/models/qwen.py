@@ -23,7 +23,7 @@ from grpo_jax.models import lora
 from grpo_jax.models.attention import KEPT, Segment, attend, even_block, keep
 from grpo_jax.models.level import KV, AnyArray, Level
 from grpo_jax.models.rope import Scaling, frequencies, read_position_limit, read_rope
-from grpo_jax.models.target import device_count
+from grpo_jax.models.target import device_count, on_cpu
 
 Params = dict[str, Any]
 Constrain = Callable[[Any, str], Any]
@@ -33,11 +33,6 @@ SIZES = (
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
 MAY_BE_NULL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-# Compiler options of every program that runs `extend`. By default XLA drops roundings to bfloat16 inside
-# fusions, different ones in each program. With all of them kept, they are those of the published models, and
-# sampler and update round alike: their log-probabilities in bf16 differ by 0.0021 nats on average instead of
-# 0.0030 (tests/test_loop.py).
-ALL_ROUNDINGS = {"xla_allow_excess_precision": False}
 MLP_TOKENS = 2048  # of a block, see `in_token_blocks`
 FEW_LAYERS = 8  # see `_last_unrolled`
 
@@ -332,6 +327,23 @@ def _bind_layer(cfg: ModelConfig, weights: Params) -> DecoderLayer:
     if jax.tree.structure(weights) != structure:
         raise ValueError(f"layer parameters must have the structure {structure}")
     return nnx.merge(graph, weights)
+
+
+def compiler_options(L: int) -> dict[str, bool | int | str]:
+    """XLA's options for every program that runs `extend` with L layers.
+
+    By default XLA drops roundings to bfloat16 inside fusions, different ones in each program. With all of them kept,
+    they are those of the published models, and sampler and update round alike: their log-probabilities in bf16 differ
+    by 0.0021 nats on average instead of 0.0030 (tests/test_loop.py).
+
+    On a CPU XLA's reshape-mover undoes what its simplifier does, in 50 rounds over an unrolled deep model: decode of
+    30 layers compiles in 8.2 instead of 5.0 s. Shallow models keep it: their decode is a seventh faster with it
+    (docs/log.md).
+    """
+    options: dict[str, bool | int | str] = {"xla_allow_excess_precision": False}
+    if on_cpu() and L > FEW_LAYERS:
+        options["xla_disable_hlo_passes"] = "reshape-mover"
+    return options
 
 
 def rope_tables(cfg: ModelConfig, positions: Int[AnyArray, "n T"]):

@@ -220,7 +220,7 @@ def rollout_shapes(
 
     layout, levels = Layout(mesh, rollout=True), []
     sampler = make_sampler(model, layout, dtype=dtype, sampling=Sampling(), stop_ids=(0,), budget=budget)
-    params = jax.eval_shape(sampler.export.__wrapped__, abstract_params(model))
+    params = jax.eval_shape(sampler.export, abstract_params(model))
     params = placed(params, layout.params(params))
     for n, T in ((1, x.T0), (x.P, x.T1)):
         ids, valid = (jax.ShapeDtypeStruct((n, T), kind) for kind in (jnp.int32, bool))

@@ -25,10 +25,10 @@ from grpo_jax.models import target
 from grpo_jax.models.cost import weights
 from grpo_jax.models.level import KV, AnyArray, Level
 from grpo_jax.models.lora import merge_layer
-from grpo_jax.models.qwen import ALL_ROUNDINGS, ModelConfig, Params, extend, head_weights
+from grpo_jax.models.qwen import ModelConfig, Params, compiler_options, extend, head_weights
 from grpo_jax.models.sharding import Layout
 from grpo_jax.rollout.drafts import COMPARED, COPIED, DRAFTED, NONE, propose
-from grpo_jax.rollout.sampling import Sampling, sample
+from grpo_jax.rollout.sampling import Drawing, Sampling, sample
 
 Trunk = tuple[tuple[KV, Bool[AnyArray, "n S"]], ...]
 
@@ -194,81 +194,12 @@ def make_sampler(
         budget: tokens after the prompt that a row may reach.
         compact: leave finished rows out of decode; None: where `compaction_pays`.
     """
-    run, shared = _shared_functions(cfg, layout, jnp.dtype(dtype), budget)
+    functions = dict(_functions_of(cfg, layout, jnp.dtype(dtype), stop_ids, budget))
+    jitted, drawing = functions.pop("decode"), sampling.drawing
+    decode = lambda params, *args, **rows: jitted((params, drawing), *args, **rows)  # noqa: E731
+    decode.lower = lambda params, *args, **rows: jitted.lower((params, drawing), *args, **rows)
     compact = compaction_pays(cfg, budget) if compact is None else compact
-
-    def decode_pass(trunk: Trunk, inputs: _Inputs, state: _State) -> _State:
-        """Feed each row's pending token and its draft, sample what follows each of them, and keep what the draft
-        had right and one token more; rows that have ended stay as they are."""
-        # 1. Feed the pending token and the draft.
-        params, cache, live, turn = inputs.params, state.cache, state.live, state.turn
-        draft, copied = _draft(cache, inputs.texts, state.copied)
-        fed = jnp.concatenate([cache.pending[:, None], jnp.maximum(draft, 0)], 1)
-        B, T = fed.shape
-        hidden, kv = _feed(run, params, trunk, cache, fed, live, layout)
-        # 2. Draw the token that follows each fed token.
-        logits = jnp.einsum(
-            "bd,vd->bv", hidden.reshape(B * T, -1), head_weights(params), preferred_element_type=jnp.float32
-        )
-        logits = layout.constrain(logits, "decode_logits")
-        to_come = (cache.position + live)[:, None] + jnp.arange(T)[None]
-        keys = jnp.repeat(inputs.keys, T, 0)
-        drawn = sample(logits, keys, to_come.reshape(-1), sampling, layout.constrain)
-        token, logprob = (x.reshape(B, T) for x in drawn)
-        # 3. Keep the drawn tokens as far as the draft was right, and one more.
-        stops = (token[..., None] == jnp.asarray(stop_ids, jnp.int32)[None, None]).any(-1)
-        accepted = jnp.cumprod((token[:, :-1] == draft) & ~stops[:, :-1], 1)
-        kept = live[:, None] & jnp.pad(accepted, ((0, 0), (1, 0)), constant_values=1).astype(bool)
-        kept &= turn.count[:, None] + jnp.arange(T)[None] < inputs.remaining[:, None]
-        n, stopped = kept.sum(1), (kept & stops).any(1)
-        # 4. Advance the rows.
-        cache = cache._replace(
-            kv=kv,
-            length=cache.length + n,
-            position=cache.position + n,
-            pending=jnp.where(live, _at(token, n - 1), cache.pending),
-            ids=_written(cache.ids, token, cache.length + 1, kept),
-        )
-        turn = Decoded(
-            _written(turn.tokens, token, turn.count, kept),
-            _written(turn.logprobs, logprob, turn.count, kept),
-            turn.count + n,
-            turn.stopped | stopped,
-            turn.row_steps + B,
-            turn.live_steps + live.sum(),
-            turn.sampled + n.sum(),
-        )
-        copied = jnp.where(n > COPIED, copied + n, state.copied)
-        return _State(cache, live & ~stopped & (turn.count < inputs.remaining), turn, copied)
-
-    def decode(params, trunk, cache, keys, remaining, return_at=0, rows=None):
-        B, live, zero = len(remaining), remaining > 0, jnp.int32(0)
-        zeros = jnp.zeros((B, min(MAX_STEPS, cache.room) + cache.drafted), jnp.int32)
-        turn = Decoded(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, zero, zero, zero)
-        state = _State(cache, live, turn, zeros[:, 0])
-        read = _Inputs(params, keys, remaining, _texts(cache, trunk))
-        few = rows is not None and rows < B
-        if few:
-            chosen = jnp.argsort(~state.live, stable=True)[:rows]  # all that are live, and finished ones
-            trunk = tuple(_take(s, chosen * s[1].shape[0] // B, layout) for s in trunk)
-            read, whole = _Inputs(params, *_take(read[1:], chosen, layout)), state
-            state = _take(state, chosen, layout)
-        step = decode_pass
-        if target.on_cpu() and target.device_count() == 1:
-            trunk = _keys_transposed_in_memory(trunk)
-            step = lambda trunk, *args: decode_pass(_keys_transposed(trunk), *args)  # noqa: E731
-
-        def unfinished(state):
-            room = _longest(state.live, state.cache) + cache.drafted < cache.room
-            return (state.live.sum() > return_at) & (state.turn.count.max() < MAX_STEPS) & room
-
-        state = jax.lax.while_loop(unfinished, functools.partial(step, trunk, read), state)
-        if few:
-            state = _put(whole, chosen, state, layout)
-        return state.cache, state.turn
-
-    decode = jax.jit(decode, static_argnames="rows", donate_argnames="cache", compiler_options=ALL_ROUNDINGS)
-    return Sampler(**shared, decode=decode, budget=budget, layout=layout, compact=compact)
+    return Sampler(**functions, decode=decode, budget=budget, layout=layout, compact=compact)
 
 
 def compaction_pays(cfg: ModelConfig, budget: int) -> bool:
@@ -300,8 +231,8 @@ def part_sizes(B: int, slots: int, trunk: Trunk, layout: Layout) -> tuple[int, .
 
 
 @functools.cache
-def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget: int):
-    """What does not depend on the way of sampling: greedy and random samplers compile it once."""
+def _functions_of(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, stop_ids: tuple[int, ...], budget: int):
+    """The jitted functions of a `Sampler` by name; samplers that differ in how a token is drawn share them."""
 
     def run(params, levels, segments):
         return extend(params, levels, segments, cfg=cfg, dtype=dtype, constrain=layout.constrain)
@@ -339,28 +270,116 @@ def _shared_functions(cfg: ModelConfig, layout: Layout, dtype: jnp.dtype, budget
 
         return jax.lax.while_loop(lambda state: state[0] < (count > 0).sum(), feed, (0, cache))[1]
 
-    def export(params):
-        params = dict(params)
-        stacked = params["layers"], params.pop("lora", None)
-        layers = [merge_layer(*jax.tree.map(lambda w, i=i: w[i], stacked)) for i in range(cfg.L)]
-        exported = jax.tree.map(lambda w: w.astype(dtype), params | {"layers": layers})
-        return jax.lax.with_sharding_constraint(exported, layout.params(exported))
+    @jax.jit
+    def placed(params):
+        weights = jax.tree.map(lambda w: w.astype(dtype), params)
+        return jax.lax.with_sharding_constraint(weights, layout.params(weights))
 
-    return run, {
-        "export": jax.jit(export),
-        "prefill": jax.jit(prefill, compiler_options=ALL_ROUNDINGS),
+    @jax.jit
+    def export_layer(stacked, i):
+        return placed(merge_layer(*jax.tree.map(lambda w: w[i], stacked)))
+
+    def export(params):
+        stacked = params["layers"], params.get("lora")
+        others = {name: weights for name, weights in params.items() if name not in ("layers", "lora")}
+        # one small program for every layer: a single one took 3 to 6 s to compile for 30 of them
+        return placed(others) | {"layers": [export_layer(stacked, i) for i in range(cfg.L)]}
+
+    options = compiler_options(cfg.L)
+    return {
+        "export": export,
+        "decode": _decode_function(run, cfg, layout, stop_ids),
+        "prefill": jax.jit(prefill, compiler_options=options),
         "begin": jax.jit(begin, static_argnames="slots"),
         "pad": jax.jit(pad, static_argnames="slots"),
-        "append": jax.jit(
-            append, static_argnames="rows", donate_argnames="cache", compiler_options=ALL_ROUNDINGS
-        ),
+        "append": jax.jit(append, static_argnames="rows", donate_argnames="cache", compiler_options=options),
     }
+
+
+def _decode_function(run, cfg: ModelConfig, layout: Layout, stop_ids: tuple[int, ...]):
+    """`Sampler.decode`, given (weights, how a token is drawn) in place of the weights."""
+
+    def decode_pass(trunk: Trunk, inputs: _Inputs, state: _State) -> _State:
+        """Feed each row's pending token and its draft, sample what follows each of them, and keep what the draft
+        had right and one token more; rows that have ended stay as they are."""
+        # 1. Feed the pending token and the draft.
+        params, cache, live, turn = inputs.params, state.cache, state.live, state.turn
+        draft, copied = _draft(cache, inputs.texts, state.copied)
+        fed = jnp.concatenate([cache.pending[:, None], jnp.maximum(draft, 0)], 1)
+        B, T = fed.shape
+        hidden, kv = _feed(run, params, trunk, cache, fed, live, layout)
+        # 2. Draw the token that follows each fed token.
+        logits = jnp.einsum(
+            "bd,vd->bv", hidden.reshape(B * T, -1), head_weights(params), preferred_element_type=jnp.float32
+        )
+        logits = layout.constrain(logits, "decode_logits")
+        to_come = (cache.position + live)[:, None] + jnp.arange(T)[None]
+        keys = jnp.repeat(inputs.keys, T, 0)
+        drawn = sample(logits, keys, to_come.reshape(-1), inputs.drawing, layout.constrain)
+        token, logprob = (x.reshape(B, T) for x in drawn)
+        # 3. Keep the drawn tokens as far as the draft was right, and one more.
+        stops = (token[..., None] == jnp.asarray(stop_ids, jnp.int32)[None, None]).any(-1)
+        accepted = jnp.cumprod((token[:, :-1] == draft) & ~stops[:, :-1], 1)
+        kept = live[:, None] & jnp.pad(accepted, ((0, 0), (1, 0)), constant_values=1).astype(bool)
+        kept &= turn.count[:, None] + jnp.arange(T)[None] < inputs.remaining[:, None]
+        n, stopped = kept.sum(1), (kept & stops).any(1)
+        # 4. Advance the rows.
+        cache = cache._replace(
+            kv=kv,
+            length=cache.length + n,
+            position=cache.position + n,
+            pending=jnp.where(live, _at(token, n - 1), cache.pending),
+            ids=_written(cache.ids, token, cache.length + 1, kept),
+        )
+        turn = Decoded(
+            _written(turn.tokens, token, turn.count, kept),
+            _written(turn.logprobs, logprob, turn.count, kept),
+            turn.count + n,
+            turn.stopped | stopped,
+            turn.row_steps + B,
+            turn.live_steps + live.sum(),
+            turn.sampled + n.sum(),
+        )
+        copied = jnp.where(n > COPIED, copied + n, state.copied)
+        return _State(cache, live & ~stopped & (turn.count < inputs.remaining), turn, copied)
+
+    def decode(policy, trunk, cache, keys, remaining, return_at=0, rows=None):
+        params, drawing = policy
+        B, live, zero = len(remaining), remaining > 0, jnp.int32(0)
+        zeros = jnp.zeros((B, min(MAX_STEPS, cache.room) + cache.drafted), jnp.int32)
+        turn = Decoded(zeros, zeros.astype(jnp.float32), zeros[:, 0], zeros[:, 0] > 0, zero, zero, zero)
+        state = _State(cache, live, turn, zeros[:, 0])
+        read = _Inputs(params, drawing, keys, remaining, _texts(cache, trunk))
+        few = rows is not None and rows < B
+        if few:
+            chosen = jnp.argsort(~state.live, stable=True)[:rows]  # all that are live, and finished ones
+            trunk = tuple(_take(s, chosen * s[1].shape[0] // B, layout) for s in trunk)
+            read, whole = _Inputs(params, drawing, *_take(read[2:], chosen, layout)), state
+            state = _take(state, chosen, layout)
+        step = decode_pass
+        if target.on_cpu() and target.device_count() == 1:
+            trunk = _keys_transposed_in_memory(trunk)
+            step = lambda trunk, *args: decode_pass(_keys_transposed(trunk), *args)  # noqa: E731
+
+        def unfinished(state):
+            room = _longest(state.live, state.cache) + cache.drafted < cache.room
+            return (state.live.sum() > return_at) & (state.turn.count.max() < MAX_STEPS) & room
+
+        state = jax.lax.while_loop(unfinished, functools.partial(step, trunk, read), state)
+        if few:
+            state = _put(whole, chosen, state, layout)
+        return state.cache, state.turn
+
+    return jax.jit(
+        decode, static_argnames="rows", donate_argnames="cache", compiler_options=compiler_options(cfg.L)
+    )
 
 
 class _Inputs(NamedTuple):
     """What decode reads and does not change; the trunk is passed separately."""
 
     params: Params
+    drawing: Drawing
     keys: Any
     remaining: Int[Array, " B"]
     texts: Int[Array, "B C"]

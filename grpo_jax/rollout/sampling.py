@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
+
+from grpo_jax.models.level import AnyArray
 
 BLOCKS = 128  # of the vocabulary, for drawing a token in two steps
 
@@ -29,9 +33,31 @@ class Sampling:
     min_p: float = 0.0
 
     @property
+    def drawing(self) -> Drawing:
+        """This as an argument of compiled programs."""
+        values = np.array([self.temperature, self.top_p, self.min_p], np.float32)
+        return Drawing(values, self.top_k, self.top_p < 1, self.min_p > 0)
+
+
+@flax.struct.dataclass
+class Drawing:
+    """A `Sampling` as programs take it: greedy decoding and every temperature are one program.
+
+    Args:
+        values: temperature, top_p and min_p, which change without a compilation.
+        by_top_p: whether `top_p` leaves tokens out.
+        by_min_p: whether `min_p` does.
+    """
+
+    values: Float[AnyArray, 3]
+    top_k: int = flax.struct.field(pytree_node=False)
+    by_top_p: bool = flax.struct.field(pytree_node=False)
+    by_min_p: bool = flax.struct.field(pytree_node=False)
+
+    @property
     def truncates(self) -> bool:
         """Whether any token is left out."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return self.top_k > 0 or self.by_top_p or self.by_min_p
 
 
 @jax.jit
@@ -51,7 +77,7 @@ def sample(
     logits: Float[Array, "B V"],
     keys: UInt32[Array, "B 2"],
     positions: Int[Array, " B"],
-    sampling: Sampling,
+    drawing: Drawing,
     constrain: Callable[[Array, str], Array] = lambda x, kind: x,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draw one token per row, and its log-probability in nats under the untruncated distribution.
@@ -64,17 +90,18 @@ def sample(
             and the chosen block whole ("decode_blocks"): with these in parts too each sum over them is a
             collective of its own, 27 for a token instead of 3 (docs/log.md).
     """
-    if sampling.temperature != 0:
-        logits = logits / sampling.temperature
-    log_z = jax.nn.logsumexp(constrain(_block_log_masses(logits), "decode_blocks"), 1)
-    if sampling.temperature == 0:
-        token = jnp.argmax(logits, -1)
-    else:
-        drawn = logits
-        if sampling.truncates:
-            mass = jnp.exp(logits - logits.max(-1, keepdims=True))
-            drawn = jnp.where(_kept(mass, sampling), logits, -jnp.inf)
-        token = _inverse_cdf(drawn, jax.vmap(_uniforms)(keys, positions), constrain)
+    temperature = drawing.values[0]
+    greedy = temperature == 0
+    logits = logits / jnp.where(greedy, 1, temperature)
+    blocks = _in_blocks(logits)
+    peaks, log_masses = _of_blocks(blocks, constrain)
+    log_z = jax.nn.logsumexp(log_masses, 1)
+    if drawing.truncates:
+        mass = jnp.exp(logits - logits.max(-1, keepdims=True))
+        blocks = _in_blocks(jnp.where(_kept(mass, drawing), logits, -jnp.inf))
+        peaks, log_masses = _of_blocks(blocks, constrain)
+    uniforms = jax.vmap(_uniforms)(keys, positions)
+    token = _chosen(blocks, peaks, log_masses, uniforms, greedy, constrain)
     logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - log_z
     return token.astype(jnp.int32), logprob
 
@@ -84,20 +111,21 @@ def _uniforms(key_data, position):
     return jax.random.uniform(jax.random.fold_in(key, position), (2,))
 
 
-def _kept(mass, sampling):
+def _kept(mass, drawing):
     """The tokens that top-k, top-p and min-p leave, as transformers' warpers do in this order."""
+    _, top_p, min_p = drawing.values
     kept = jnp.ones(mass.shape, bool)
-    if sampling.top_k > 0:
-        kth = jax.lax.top_k(mass, min(sampling.top_k, mass.shape[-1]))[0][:, -1:]
+    if drawing.top_k > 0:
+        kth = jax.lax.top_k(mass, min(drawing.top_k, mass.shape[-1]))[0][:, -1:]
         kept = mass >= kth
-    if sampling.top_p < 1:
+    if drawing.by_top_p:
         allowed = jnp.where(kept, mass, 0)
         ordered = jnp.sort(allowed, -1, descending=True)
         before = jnp.cumsum(ordered, -1) - ordered
-        needed = before < sampling.top_p * allowed.sum(-1, keepdims=True)
+        needed = before < top_p * allowed.sum(-1, keepdims=True)
         kept &= mass >= jnp.where(needed, ordered, jnp.inf).min(-1, keepdims=True)
-    if sampling.min_p > 0:
-        kept &= mass >= sampling.min_p  # the likeliest token has mass 1
+    if drawing.by_min_p:
+        kept &= mass >= min_p  # the likeliest token has mass 1
     return kept
 
 
@@ -107,24 +135,26 @@ def _in_blocks(logits):
     return jnp.pad(logits, ((0, 0), (0, -V % BLOCKS)), constant_values=-jnp.inf).reshape(B, BLOCKS, -1)
 
 
-def _block_log_masses(logits):
-    """[B, 128] log Σ exp over a block; -inf where nothing has mass.
+def _of_blocks(blocks, constrain):
+    """[B, 128] the largest logit of each block, and log Σ exp over it; -inf where nothing has mass.
 
     Each block is measured by its own peak: a CPU then does all of it in two passes over the logits, where one
     peak for the row took four (docs/log.md).
     """
-    blocks = _in_blocks(logits)
-    peaks = jnp.maximum(blocks.max(-1, keepdims=True), jnp.finfo(logits.dtype).min)
-    return (peaks + jnp.log(jnp.exp(blocks - peaks).sum(-1, keepdims=True)))[..., 0]
+    peaks = jnp.maximum(blocks.max(-1, keepdims=True), jnp.finfo(blocks.dtype).min)
+    log_masses = (peaks + jnp.log(jnp.exp(blocks - peaks).sum(-1, keepdims=True)))[..., 0]
+    both = constrain(jnp.concatenate([peaks[..., 0], log_masses], 1), "decode_blocks")  # one collective
+    return both[:, :BLOCKS], both[:, BLOCKS:]
 
 
-def _inverse_cdf(logits, uniforms, constrain=lambda x, kind: x):
-    """First choose a block by its mass, then a token within the block by its own."""
-    blocks, log_masses = _in_blocks(logits), constrain(_block_log_masses(logits), "decode_blocks")
-    block = _first_above(jnp.exp(log_masses - log_masses.max(-1, keepdims=True)), uniforms[:, 0])[:, None]
-    chosen = constrain(jnp.take_along_axis(blocks, block[..., None], 1)[:, 0], "decode_blocks")
-    inside = jnp.exp(chosen - jnp.take_along_axis(log_masses, block, 1))
-    return block[:, 0] * blocks.shape[2] + _first_above(inside, uniforms[:, 1])
+def _chosen(blocks, peaks, log_masses, uniforms, greedy, constrain=lambda x, kind: x):
+    """First choose a block by its mass, then a token within the block by its own; if greedy, the likeliest each time."""
+    masses = jnp.exp(log_masses - log_masses.max(-1, keepdims=True))
+    block = jnp.where(greedy, peaks.argmax(-1), _first_above(masses, uniforms[:, 0]))[:, None]
+    inside = constrain(jnp.take_along_axis(blocks, block[..., None], 1)[:, 0], "decode_blocks")
+    masses = jnp.exp(inside - jnp.take_along_axis(log_masses, block, 1))
+    within = jnp.where(greedy, inside.argmax(-1), _first_above(masses, uniforms[:, 1]))
+    return block[:, 0] * blocks.shape[2] + within
 
 
 def _first_above(mass, u):

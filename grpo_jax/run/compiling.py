@@ -14,7 +14,7 @@ from grpo_jax.run.console import Console
 from grpo_jax.run.log import PhaseTimer
 
 # The jitted functions of the project: worth a line each. Helpers of jax itself are not.
-NAMED = ("prefill", "begin", "decode", "append", "export", "update", "score")
+NAMED = ("prefill", "begin", "decode", "append", "export_layer", "update", "score")
 _COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",

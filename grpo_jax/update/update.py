@@ -21,8 +21,9 @@ from grpo_jax.models import cost
 from grpo_jax.models.level import AnyArray
 from grpo_jax.models.logprobs import first_positions, token_logprobs
 from grpo_jax.models.lora import Frozen, dropout_keys, fold_in, join
-from grpo_jax.models.qwen import ALL_ROUNDINGS, ModelConfig, Params, extend, head_weights
+from grpo_jax.models.qwen import ModelConfig, Params, compiler_options, extend, head_weights
 from grpo_jax.models.sharding import Layout
+from grpo_jax.models.target import on_cpu
 from grpo_jax.update import losses
 from grpo_jax.update.batch import Batch, Completions, Tree
 from grpo_jax.update.optimizer import Optimizer, in_float32, round_like
@@ -303,7 +304,7 @@ def make_update(
         in_shardings=(shardings, None, None, None),
         out_shardings=(shardings, step.layout.replicated),
         donate_argnums=0,
-        compiler_options=ALL_ROUNDINGS,
+        compiler_options=_compiler_options(step),
     )
     rate = jax.jit(lambda updates, share: jnp.asarray(optimizer.schedule(updates) * share, jnp.float32))
     # The frozen weights are an argument, since a constant would be copied, and the rate is one, so that another
@@ -323,7 +324,13 @@ def make_score(step: ModelStep) -> Callable[[Params, Batch], Float[Array, "B T2"
         rows = jnp.arange(index.shape[0])[:, None]
         return jnp.zeros(batch.completions.targets.shape).at[rows, index].add(jnp.where(mask, logprobs, 0))
 
-    return jax.jit(score, compiler_options=ALL_ROUNDINGS)
+    return jax.jit(score, compiler_options=_compiler_options(step))
+
+
+def _compiler_options(step: ModelStep) -> dict[str, bool | int | str]:
+    """XLA's options; on a CPU LLVM's first level makes code as fast as its third in three quarters of the time."""
+    options = compiler_options(step.cfg.L)
+    return options | {"xla_backend_optimization_level": 1} if on_cpu() else options
 
 
 def batch_loss(step: ModelStep, objective: Objective, params: Params, batch: Batch) -> tuple[Array, Metrics]:
