@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import helpers
 import jax
 import jax.numpy as jnp
+import launch
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -170,6 +171,25 @@ def decode(sampler, cache, live, remaining):
 @pytest.fixture(scope="module")
 def script():
     return helpers.Script()
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.3}],
+        [{"top_p": 0.9}, {"temperature": 0.6, "top_p": 0.5}],
+    ],
+    ids=["whole", "nucleus"],
+)
+def test_ways_of_sampling_that_differ_in_numbers_are_one_program(ways):
+    first, *others = (helpers.new_sampler(**way) for way in ways)
+    of_first = np.asarray(decode(first, fresh_cache(first), [True] * 4, [8] * 4)[1].logprobs)
+    begun = [(sampler, fresh_cache(sampler), start(sampler)) for sampler in others]
+    before = launch.compiles()
+    for sampler, cache, _ in begun:
+        logprobs = np.asarray(decode(sampler, cache, [True] * 4, [8] * 4)[1].logprobs)
+        assert np.abs(logprobs - of_first).max() > 1e-3  # and it is another way
+    assert launch.compiles() == before
 
 
 def test_greedy_decoding_is_the_argmax_of_a_flat_forward():

@@ -1,4 +1,4 @@
-"""Attention over shared segments: one online softmax, one global log-sum-exp, exact gradients.
+"""Attention over shared segments: a softmax of each, merged by one log-sum-exp of all; exact gradients.
 
 A key/value segment with n rows serves B/n query rows each and is read once, as
 one matrix product. Scores exist only block by block.

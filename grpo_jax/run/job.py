@@ -146,9 +146,15 @@ class Job:
         return self.training.row_devices
 
     def sampler(self, sampling: Sampling) -> Sampler:
-        """The jitted rollout functions for one way of sampling, made once."""
-        stop_ids, budget = self.conversation.stop_ids, self.config.max_grpo_completion_length
-        return _sampler(self.model, self.mesh, self.dtype, sampling, stop_ids, budget)
+        """The jitted rollout functions for one way of sampling; all ways share what is compiled."""
+        return make_sampler(
+            self.model,
+            Layout(self.mesh, rollout=True),
+            dtype=self.dtype,
+            sampling=sampling,
+            stop_ids=self.conversation.stop_ids,
+            budget=self.config.max_grpo_completion_length,
+        )
 
     @property
     def greedy(self) -> Sampler:
@@ -330,13 +336,6 @@ class Job:
         if frozen is not None and adapter is not None:
             adapters = hosts.fetch(trained)
             hosts.of_first(lambda: save_adapter(adapter, adapters, frozen.config, self.model_name))
-
-
-# a limit, since its jitted functions hold what they compiled, and a server's clients name temperatures
-@functools.lru_cache(64)
-def _sampler(model, mesh, dtype, sampling, stop_ids, budget) -> Sampler:
-    layout = Layout(mesh, rollout=True)
-    return make_sampler(model, layout, dtype=dtype, sampling=sampling, stop_ids=stop_ids, budget=budget)
 
 
 def setup_jax(config: GRPOConfig, console: Console) -> None:
