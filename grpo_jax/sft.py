@@ -15,7 +15,7 @@ from grpo_jax.run.job import load_data, open_job, read_inputs
 from grpo_jax.run.lock import run_lock, start_over
 from grpo_jax.run.log import PhaseTimer, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
-from grpo_jax.run.stopping import Stopped, StopSignal
+from grpo_jax.run.stopping import Stopped, StopSignal, how_to_continue
 
 
 def run(resolved: ResolvedConfig, console: Console) -> int:
@@ -45,7 +45,7 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
                     with timer("cold_start"), StopSignal() as stop:
                         report = fine_tune(job, data, out / "model", out / "adapter", lambda: stop.requested)
                 except Stopped as stopped:
-                    console.line(f"Stopped {stopped}. The same command continues.")
+                    console.line(f"Stopped {stopped}. {how_to_continue(config.overwrite_output_dir)}")
                     return INTERRUPTED
         report |= {"tools": list(inputs.toolbox.functions), "timings": timer.seconds}
         hosts.of_first(lambda: write_json_atomic(out / "sft.json", report))

@@ -49,7 +49,7 @@ from grpo_jax.run.options import GRPOConfig, compares_evaluations
 from grpo_jax.run.progress import EVENTS, Due, Progress, Saver, fresh_meta, print_steps, print_update, tried
 from grpo_jax.run.remote import open_remote
 from grpo_jax.run.report import write_missing_report, write_report
-from grpo_jax.run.stopping import Best, Stopped, StopSignal
+from grpo_jax.run.stopping import Best, Stopped, StopSignal, how_to_continue
 from grpo_jax.run.trl_options import trainer_options
 from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
 from grpo_jax.scoring.evaluation import is_exact
@@ -169,11 +169,17 @@ class GRPOTrainer:
         """The batches and updates of the run."""
         return steps_of(self.job.config, len(self.data.prompts), self.job.row_devices)
 
-    def train(self) -> TrainResult:
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None) -> TrainResult:
         """Train to the run's last update and export the model.
 
         A run that was interrupted continues from its newest checkpoint; a finished one returns its figures.
+
+        Args:
+            resume_from_checkpoint: as the option of this name; the option where it is None or, as in TRL, a bool.
         """
+        if isinstance(resume_from_checkpoint, str | Path):
+            given = dataclasses.replace(self.job.config, resume_from_checkpoint=str(resume_from_checkpoint))
+            self.job = dataclasses.replace(self.job, config=given)
         job, config, out = self.job, self.job.config, self.output_dir
         with run_lock(out, "grpo_jax.train"), watch_compiles(job.console, job.timer):
             summary = hosts.of_first(lambda: read_summary(out))
@@ -211,7 +217,7 @@ class GRPOTrainer:
             if step:  # where a machine is taken away, drawing would take as long as all else of a stop
                 hosts.of_first(lambda: None if stop.hurry else write_report(out))
             self._publish()
-            line(f"Stopped {stopped}. The same command continues.")
+            line(f"Stopped {stopped}. {how_to_continue(config.overwrite_output_dir)}")
             return TrainResult(step, False, summary)
 
     def _found_start(self, checkpoints: Checkpoints, summary: dict[str, Any]) -> Start:
@@ -533,20 +539,21 @@ class GRPOTrainer:
             rollout = roll_out(loop, make_policy(loop, self._weights()), [asked])
         return messages + rollout.trajectories[0].messages
 
-    def save_model(self, folder: str | Path, adapter: str | Path | None = None) -> None:
+    def save_model(self, folder: str | Path | None = None, adapter: str | Path | None = None) -> None:
         """Write the model as an HF folder, adapters merged.
 
         Args:
-            folder: of the model.
+            folder: of the model; None for "model" in output_dir. Other files in it stay.
             adapter: PEFT folder for the adapters alone; left out where there are none.
         """
+        folder = self.output_dir / "model" if folder is None else Path(folder)
         if self._current is None:
             trained, frozen = self.job.load_trained()
         else:
             trained, frozen = self._current[1].params, self._current[0].frozen
         with self.job.timer("save"):
-            self.job.save_model(trained, frozen, Path(folder), None if adapter is None else Path(adapter))
-        self._write_card(Path(folder))
+            self.job.save_model(trained, frozen, folder, None if adapter is None else Path(adapter))
+        self._write_card(folder)
 
     def _write_card(self, folder: Path) -> None:
         updates = 0 if self._current is None else int(self._current[1].step)

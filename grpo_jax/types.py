@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 Message = dict[str, Any]
@@ -23,6 +24,12 @@ Schema = dict[str, Any]  # of one tool, as the chat template takes it
 BUILT_IN_REWARDS = ("accuracy", "grounded")  # names that need no file
 # the "tool" that tells the model why its call did not parse; no reward takes it for a result
 PARSER_NAME = "tool_call_parser"
+
+
+def tool_results(messages: Sequence[Message]) -> list[tuple[str | None, str]]:
+    """Name and text of each result of a tool: not what answers a call that does not parse, nor a refused final call."""
+    of_tools = (m for m in messages if m["role"] == "tool" and not m.get("final"))
+    return [(m.get("name"), m["content"]) for m in of_tools if m.get("name") != PARSER_NAME]
 
 
 class Status(enum.StrEnum):

@@ -43,7 +43,8 @@ def financial_answer_reward(
 def _told(messages: list[dict]) -> bool | None:
     """Whether the final text holds the numbers of the last result; None without any result."""
     results = [m["content"] for m in messages if m["role"] == "tool" and m.get("name") != PARSER_NAME]
-    return numbers(results[-1]) <= numbers(messages[-1].get("content") or "") if results else None
+    text = next((m.get("content") or "" for m in reversed(messages) if m["role"] == "assistant"), "")
+    return numbers(results[-1]) <= numbers(text) if results else None
 
 
 def numbers(text: str) -> set[str]:

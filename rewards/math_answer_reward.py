@@ -30,7 +30,8 @@ def math_answer_reward(completions, answer, statuses, **kwargs):
     rewards = []
     for messages, expected, status in zip(completions, answer, statuses, strict=True):
         reward = score(messages, expected)
-        if reward == 1.0 and not (status in CLOSED and numbers(expected) <= numbers(messages[-1]["content"])):
+        text = next((m.get("content") or "" for m in reversed(messages) if m["role"] == "assistant"), "")
+        if reward == 1.0 and not (status in CLOSED and numbers(expected) <= numbers(text)):
             reward = 0.7
         rewards.append(reward)
     return rewards

@@ -159,8 +159,13 @@ def shown(values: list[float | None], digits: int) -> str:
     return f"{mean(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def table(folder: Path) -> str:
-    """The rows of which every seed is finished, as Markdown."""
+def table(folder: Path, written: str) -> str:
+    """The rows of which every seed is finished, as Markdown.
+
+    Args:
+        written: the table so far, whose other rows stay: their runs may be in another folder, or gone.
+    """
+    kept = {line.split(" | ")[0].removeprefix("| "): line for line in written.splitlines() if " | " in line}
     head = [
         "row",
         "options",
@@ -175,6 +180,7 @@ def table(folder: Path) -> str:
     for name, row in ROWS.items():
         outs = [folder / f"{slug(name)}_{seed}" for seed in SEEDS]
         if not all(map(finished, outs)):
+            lines += [kept[name]] if name in kept else []
             continue
         of_seeds = [figures(out) for out in outs]
         columns = {
@@ -202,9 +208,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     args = parser.parse_args()
     if args.table:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARK)
-        after = rest.partition(MARK)[2]
-        PAGE.write_text(f"{before}{MARK}\n\n{table(args.folder)}\n\n{MARK}{after}", encoding="utf-8")
+        before, written, after = PAGE.read_text(encoding="utf-8").split(MARK)
+        made = table(args.folder, written)
+        PAGE.write_text(f"{before}{MARK}\n\n{made}\n\n{MARK}{after}", encoding="utf-8")
         return
     chosen = [name for name in ROWS if not args.names or name.startswith(tuple(args.names))]
     for seed in args.seeds:

@@ -89,7 +89,8 @@ case $action in
     fi
     command=(.venv/bin/python -m grpo_jax.train "${train[@]}" --output_dir "$out")
     [[ -z $bucket ]] || command=(bash scripts/with_bucket.sh "${bucket%/}/$name" "$out" -- "${command[@]}")
-    on all "cd grpo_jax && GRPO_JAX_DISTRIBUTED=1 nohup $(printf '%q ' "${command[@]}")>> $name.log 2>&1 < /dev/null &"
+    # in braces: a cd in the background would keep ssh waiting
+    on all "cd grpo_jax && { GRPO_JAX_DISTRIBUTED=1 nohup $(printf '%q ' "${command[@]}")>> $name.log 2>&1 < /dev/null & }"
     echo "Follow it with: $0 logs $name${zone:+ --zone $zone}"
     ;;
   status)

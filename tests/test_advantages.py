@@ -24,6 +24,11 @@ def test_one_weight_per_reward_function():
         combine_rewards([[1.0, 0.5]], [1.0])
 
 
+def test_a_function_of_weight_zero_makes_no_row_count():
+    values = [[1.0, 0.0], [NAN, 0.5], [0.5, NAN]]
+    np.testing.assert_array_equal(combine_rewards(values, [1.0, 0.0]), [1.0, NAN, 0.5])
+
+
 # Group (1, 0, 0, 1): mean 0.5, squares sum to 1, Bessel's std sqrt(1/3) = 0.5773503.
 # Group (0, 2, 4, 6): mean 3, squares sum to 20, std sqrt(20/3) = 2.5819889.
 # All eight: mean 1.75, squares sum to 58 - 8 * 3.0625 = 33.5, std sqrt(33.5/7) = 2.1876275.

@@ -165,5 +165,25 @@ def test_quotes_of_a_long_result_take_time_in_proportion_to_its_length():
 
 def test_keys_need_not_be_stated_and_quoted_values_must():
     result = tool('{"city": "Graz", \'note\': \'wet\', "of \\"old\\"": "a \\"b\\""}')
-    assert is_grounded([CALLS, result, said('Graz, wet, a \\"b\\"')]) is True
+    assert is_grounded([CALLS, result, said('Graz, wet, a "b"')]) is True
     assert is_grounded([CALLS, result, said("Graz, wet")]) is False
+
+
+@pytest.mark.parametrize(
+    ("result", "text", "states"),
+    [
+        (json.dumps({"city": "Zürich", "temp": 21}), "In Zürich it is 21 degrees.", True),  # "Z\\u00fcrich"
+        (json.dumps({"city": "Zürich", "temp": 21}), "In Zurich it is 21 degrees.", False),
+        (json.dumps({"a": "two\nlines"}), "They are two lines.", True),
+        ('{"path": "C:\\x"}', "It is in C:\\x", True),  # no JSON: as it is written
+        ("没有库存", "抱歉没有库存了", True),
+        (json.dumps({"城市": "北京"}), "北京的天气是晴。", True),
+        ("Paris", "Parisian weather", False),
+        ("气温-5度", "气温5度", False),
+        ("气温-5度", "现在气温-5度", True),
+        ("Change: -₹500", "It rose by 500", False),
+        ("Change: -₹500", "It fell by -500", True),
+    ],
+)
+def test_values_are_read_as_people_read_them(result, text, states):
+    assert is_grounded([CALLS, tool(result), said(text)]) is states

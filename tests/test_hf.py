@@ -321,3 +321,21 @@ def test_a_failing_write_leaves_the_old_folder(failing, tmp_path, monkeypatch):
     assert (
         len({file.stat().st_mode for file in model.iterdir()}) == 1
     )  # safetensors' own is for the owner alone
+
+
+def test_a_folder_that_holds_more_than_a_model_keeps_it(case, tmp_path):
+    """The last line of many scripts: `trainer.save_model(args.output_dir)`, where the checkpoints are."""
+    source = write_checkpoint(tmp_path / "source", case)
+    cfg, params = load(source)
+    run = tmp_path / "run"
+    (run / "checkpoints/10").mkdir(parents=True)
+    (run / "notes.txt").write_text("mine")
+    (run.with_name("run.old")).mkdir()
+    save_model(run, params, cfg, source, max_shard_size="30KB")
+    shards = len(list(run.glob("model-*.safetensors")))
+    assert shards > 1
+    save_model(run, params, cfg, source)
+    assert [path.name for path in run.glob("*.safetensors*")] == ["model.safetensors"]  # the shards are gone
+    assert (run / "checkpoints/10").is_dir() and (run / "notes.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir() if "run" in path.name) == ["run", "run.old"]
+    jax.tree.map(np.testing.assert_array_equal, load(run)[1], params)

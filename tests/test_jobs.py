@@ -66,9 +66,9 @@ def test_the_scripts_are_clean(script):
         ),
         (
             "run mine --zone us-east5-b --bucket gs://b/ -- --config x.yaml",
-            f"{SSH} --worker=all --command=cd\\ grpo_jax\\ \\&\\&\\ GRPO_JAX_DISTRIBUTED=1\\ nohup\\ bash\\ "
+            f"{SSH} --worker=all --command=cd\\ grpo_jax\\ \\&\\&\\ \\{{\\ GRPO_JAX_DISTRIBUTED=1\\ nohup\\ bash\\ "
             "scripts/with_bucket.sh\\ gs://b/mine\\ runs/mine\\ --\\ .venv/bin/python\\ -m\\ grpo_jax.train\\ --config\\ "
-            "x.yaml\\ --output_dir\\ runs/mine\\ \\>\\>\\ mine.log\\ 2\\>\\&1\\ \\<\\ /dev/null\\ \\&\n"
+            "x.yaml\\ --output_dir\\ runs/mine\\ \\>\\>\\ mine.log\\ 2\\>\\&1\\ \\<\\ /dev/null\\ \\&\\ \\}\n"
             f"Follow it with: {ROOT}/scripts/tpu_vm.sh logs mine --zone us-east5-b\n",
         ),
         (

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from helpers import BUDGET, FREE, SCHEMAS, call_ids, text_ids
 
+from grpo_jax.rollout.faults import faults
 from grpo_jax.rollout.loop import Rollout, make_policy, roll_out
 from grpo_jax.rollout.sampler import FIRST_SLOTS, MAX_STEPS
+from grpo_jax.scoring.evaluation import is_exact
 from grpo_jax.scoring.grounding import trajectory_grounded
 from grpo_jax.tools import Limits, Toolbox, ToolRunner
 from grpo_jax.types import Outcome, Status, ToolCall
@@ -483,6 +485,25 @@ def test_a_final_call_that_fails_is_a_call_as_any_other(script):
     assert row.status is Status.TOOL_ERROR and texts(row, "tool")[0].startswith("Error: ")
     row = run_one(script, *[call_ids("fail", why="no")] * 4, **settings)
     assert (row.status, len(row.calls)) == (Status.TOOL_LIMIT, 2)
+
+
+def test_a_refused_final_call_is_no_result(script):
+    """Rewards and figures look at what the other tools said."""
+    settings = {"final_tools": {"echo": "text"}}
+    add, refused = call_ids("add", a=1, b=2), call_ids("echo")  # its argument is missing
+    row = run_one(script, add, refused, call_ids("echo", text="It is 3."), **settings)
+    assert [m.get("final") for m in row.messages if m["role"] == "tool"] == [None, True]
+    assert row.status is Status.ANSWERED and trajectory_grounded(row)
+    answer = dataclasses.replace(row.prompt.example, answer="Sum: 3")
+    assert is_exact(dataclasses.replace(row, prompt=dataclasses.replace(row.prompt, example=answer)))
+    assert [call.name for call, _ in row.calls] == ["add", "echo"]  # for penalties
+
+
+def test_the_fault_of_a_call_next_to_a_final_one_is_its_own(script):
+    final, failed = call_ids("echo", text="No.")[:-1], call_ids("fail", why="no")
+    row = run_one(script, final + failed, final_tools={"echo": "text"})
+    (found,) = faults(row, helpers.conversation())
+    assert "fail" in helpers.conversation().decode(row.completion_ids[found.start : found.stop])
 
 
 def test_malformed_call_ends_the_row(script):

@@ -25,7 +25,7 @@ def test_damaged_checkpoints_are_set_aside_and_a_model_that_cannot_be_written_co
         if file.is_file():
             file.write_bytes(file.read_bytes()[:8])
     shutil.rmtree(folder / "checkpoints/3/meta")
-    (folder / "model.tmp").write_text("in the way")
+    (folder / ".model.tmp").write_text("in the way")
     ran = launch.small_run(folder)
     for step, before in ((4, 3), (3, 2)):
         assert (
@@ -35,7 +35,7 @@ def test_damaged_checkpoints_are_set_aside_and_a_model_that_cannot_be_written_co
     assert "Continuing from the checkpoint of update 2" in ran.out
     assert (ran.status, ran.err.count("\n")) == (1, 1)
     assert ran.err.startswith(f"Error: cannot write {folder}/model: File exists")
-    (folder / "model.tmp").unlink()
+    (folder / ".model.tmp").unlink()
     again = launch.small_run(folder)
     assert "Continuing from the checkpoint of update 4" in again.out
     assert "update 4/4" not in again.out

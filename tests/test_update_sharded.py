@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-MESHES = [(8, 1, 1), (1, 4, 2)]  # data, fsdp, tensor
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (1, 4, 2)]  # data, fsdp, tensor
+FAMILIES = ["qwen2", "qwen3"]
 # XLA sizes its thread pool by NPROC; with fewer threads than devices, collectives can deadlock.
 ENVIRONMENT = {
     "NPROC": "32",
@@ -20,23 +21,23 @@ ENVIRONMENT = {
 BUDGET, GENERATIONS = 96, 2
 
 
-@pytest.fixture(scope="module")
-def child():
-    """One process for both meshes: what it measured, and what XLA said."""
+@pytest.fixture(scope="module", params=FAMILIES)
+def child(request):
+    """One process for all meshes: what it measured, and what XLA said."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here.parent), str(here)])
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, __file__, request.param],
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 
-@pytest.fixture(params=MESHES, ids=["data=8", "fsdp=4,tensor=2"])
+@pytest.fixture(params=MESHES, ids=["data=8", "fsdp=8", "tensor=8", "fsdp=4,tensor=2"])
 def measured(child, request):
     return child[0]["x".join(map(str, request.param))]
 
@@ -68,7 +69,8 @@ def test_the_update_of_adapters_is_the_same(measured):
 @pytest.mark.slow
 def test_weights_lie_in_shards(child):
     """A device holds a part of the gate's [D, F]: D over fsdp and F over tensor."""
-    assert [child[0][mesh]["gate_share"] for mesh in ("8x1x1", "1x4x2")] == [1, 1 / 8]
+    shares = {mesh: child[0][mesh]["gate_share"] for mesh in child[0]}
+    assert shares == {"8x1x1": 1, "1x8x1": 1 / 8, "1x1x8": 1 / 8, "1x4x2": 1 / 8}
 
 
 @pytest.mark.slow
@@ -83,7 +85,15 @@ def test_nothing_is_rematerialised_involuntarily(child):
 # --- the child ---------------------------------------------------------------------------------------
 
 
-def run_on(mesh):
+def model(family):
+    """Sizes and weights of the tiny model as one of a family."""
+    import helpers
+
+    cfg = dataclasses.replace(helpers.config(), model_type=family)
+    return cfg, helpers.random_weights(cfg, seed=1)
+
+
+def run_on(mesh, family):
     """One rollout with tool turns, scores and one update; everything as numpy."""
     import helpers
     import jax
@@ -103,11 +113,11 @@ def run_on(mesh):
         place_batch,
     )
 
-    training, cfg = Layout(mesh), helpers.config()
+    training, (cfg, weights) = Layout(mesh), model(family)
     optimizer = make_optimizer(  # a large eps: the sign of a tiny gradient must not decide
         scale_by_adam(0.9, 0.99, 1e-2), schedule=lambda count: 1e-2, weight_decay=0.1, max_grad_norm=1.0
     )
-    state = init_state(jax.tree.map(jnp.copy, helpers.weights()), optimizer, training)
+    state = init_state(jax.tree.map(jnp.copy, weights), optimizer, training)
     prompts = [helpers.conversation().prompt_ids(helpers.messages(f"What is {i} + 1?"), []) for i in range(4)]
     sampler = make_sampler(
         cfg,
@@ -132,14 +142,15 @@ def run_on(mesh):
     state, metrics = make_update(step, optimizer, GrpoObjective(), state)(state, batch)
     gate = state.params["layers"]["mlp"]["gate"]
     share = gate.addressable_shards[0].data.size / gate.size
-    adapted = adapters_update(step, optimizer, batch)
+    adapted = adapters_update(step, optimizer, batch, weights)
     return jax.device_get({"scores": scores, "state": state, "metrics": metrics, "adapted": adapted}) | {
         "rows": rows,
         "gate_share": share,
+        "before": jax.device_get(weights),
     }
 
 
-def adapters_update(step, optimizer, batch):
+def adapters_update(step, optimizer, batch, weights):
     """One update of adapters with dropout: (state, loss, adapters before)."""
     import helpers
     import jax
@@ -149,7 +160,7 @@ def adapters_update(step, optimizer, batch):
     from grpo_jax.update.update import GrpoObjective, init_state, make_update
 
     lora = LoraConfig.of(4, 4, 0.1, ["all-linear"])
-    base = jax.device_put(helpers.weights(), step.layout.params(helpers.weights()))
+    base = jax.device_put(weights, step.layout.params(weights))
     adapters = helpers.random_adapters(base["layers"], lora)
     state = init_state(jax.tree.map(jnp.copy, adapters), optimizer, step.layout)
     frozen = Frozen(base, jnp.uint32(0), lora)
@@ -170,7 +181,6 @@ def calling(conversation):
 
 
 def compare(one, many):
-    import helpers
     import jax
     import numpy as np
 
@@ -182,7 +192,7 @@ def compare(one, many):
         "tool_turns": sum(len(row.calls) for row in one["rows"]),
         "tokens_equal": [r.completion_ids for r in one["rows"]] == [r.completion_ids for r in many["rows"]],
         "logprobs": gap([r.logprobs for r in one["rows"]], [r.logprobs for r in many["rows"]]),
-        "moved": gap(one["state"].params, helpers.weights()),
+        "moved": gap(one["state"].params, one["before"]),
         "loss": gap(one["metrics"]["loss"], many["metrics"]["loss"]),
         "grad_norm": gap(one["metrics"]["grad_norm"], many["metrics"]["grad_norm"]),
         "weights": gap(one["state"].params, many["state"].params),
@@ -196,15 +206,16 @@ def compare(one, many):
     }
 
 
-def main():
+def main(family):
     import jax
 
     from grpo_jax.models.sharding import make_mesh
 
     names, auto = ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
-    one = run_on(jax.make_mesh((1, 1, 1), names, axis_types=auto, devices=jax.devices()[:1]))
-    print(json.dumps({"x".join(map(str, m)): compare(one, run_on(make_mesh(*m))) for m in MESHES}))
+    one = run_on(jax.make_mesh((1, 1, 1), names, axis_types=auto, devices=jax.devices()[:1]), family)
+    found = {m: compare(one, run_on(make_mesh(*m), family)) for m in MESHES}
+    print(json.dumps({"x".join(map(str, m)): measured for m, measured in found.items()}))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -9,6 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from grpo_jax.models.qwen import ModelConfig, Params, abstract_params, check_par
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+WITH_WEIGHTS = (".json", ".txt", ".jinja")  # files of a model folder in addition to its weights
 TEXT_FILES = ["*.json", "*.txt", "*.jinja"]  # config, tokenizer, chat template
 
 # path in params -> (HF name, layout). Layouts of an HF matrix [out, in]:
@@ -300,11 +303,7 @@ def save_model(
     exact = _in_types_of(source, tensors)
     with whole_folder(folder) as part:
         for file in source.iterdir():
-            if (
-                file.is_file()
-                and file.suffix in (".json", ".txt", ".jinja")
-                and file.name not in (INDEX, gguf.TENSORS)
-            ):
+            if file.is_file() and file.suffix in WITH_WEIGHTS and file.name not in (INDEX, gguf.TENSORS):
                 shutil.copyfile(file, part / file.name)
         if exact is None:
             _name_type(part / "config.json", jax.tree.leaves(params)[0].dtype.name)
@@ -315,16 +314,22 @@ def save_model(
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A block that fills a temporary folder, which then takes the place of `folder`, or is removed.
 
+    Only a folder that holds nothing but a model is replaced as a whole. Of another, such as a run's, the new files
+    take their places one by one, and what else is there stays, except for earlier weights under other names.
+
     Raises:
         OutputError: something in the block, or the folder, cannot be written.
     """
-    folder = Path(folder)
-    part, aside = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+    folder = Path(folder).absolute()
+    part, aside = (folder.with_name(f".{folder.name}{end}") for end in (".tmp", ".old"))
     with writing(folder):
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             yield part
+            if folder.is_dir() and _holds_more(folder, {file.name for file in part.iterdir()}):
+                _move_into(part, folder)
+                return
             shutil.rmtree(aside, ignore_errors=True)
             if folder.exists():
                 folder.rename(aside)  # at no moment is there neither the old nor the new
@@ -334,6 +339,23 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             raise cannot_write(folder, str(error)) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _holds_more(folder: Path, new: set[str]) -> bool:
+    """Whether a folder has anything but a model with files of these names: weights may have had other ones."""
+    names = {path.name for path in folder.iterdir()} - new - {"README.md", INDEX}
+    return any(not re.fullmatch(r"(adapter_)?model.*\.safetensors", name) for name in names)
+
+
+def _move_into(part: Path, folder: Path) -> None:
+    """Every file of one folder into another, whose earlier weights go."""
+    new = {file.name for file in part.iterdir()}
+    for name in sorted(new):
+        os.replace(part / name, folder / name)
+    if any(name.startswith("model") for name in new):  # not an adapter
+        for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+            if old.name not in new:
+                old.unlink(missing_ok=True)
 
 
 def _in_types_of(source: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections.abc import Sequence
 
 from grpo_jax.rollout.conversation import Conversation
@@ -15,7 +14,7 @@ def faults(trajectory: Trajectory, conversation: Conversation) -> list[Fault]:
 
     A turn that a budget cut off is left out: its status says what it is. So are calls that were not run.
     """
-    found, results = [], iter(trajectory.calls)
+    found, results = [], list(trajectory.calls)
     for start, stop in trajectory.turns:
         if trajectory.status is Status.OVERLONG and stop == len(trajectory.completion_ids):
             break
@@ -24,9 +23,13 @@ def faults(trajectory: Trajectory, conversation: Conversation) -> list[Fault]:
         if turn.error:
             wrong = turn.spans
         else:
-            outcomes = [result.outcome for _, result in itertools.islice(results, len(turn.calls))]
-            run = zip(turn.spans, outcomes, strict=False)  # the last turn's calls may not have run
-            wrong = [span for span, outcome in run if outcome is not Outcome.OK]
+            wrong = []
+            for call, span in zip(turn.calls, turn.spans, strict=True):
+                if (
+                    results and results[0][0] == call
+                ):  # the last turn's calls, and a final one, have no result
+                    _, result = results.pop(0)
+                    wrong += [span] if result.outcome is not Outcome.OK else []
         for span in wrong:
             first, last = _tokens_of(span, ids, conversation)
             found.append(Fault(not turn.error, start + first, start + last))

@@ -322,9 +322,12 @@ def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
             done = [pair for pair in done if pair[0] not in final]
         trajectory.calls.extend(done)
         results, flight.running = [(call.name, result.text) for call, result in done], []
-        ended = answered(trajectory.calls) if final else Status.TOOLS_DONE if loop.stop_after_tools else None
+        others = [pair for pair in trajectory.calls if pair[0].name not in loop.final_tools]
+        ended = answered(others) if final else Status.TOOLS_DONE if loop.stop_after_tools else None
     flight.tool_turns += 1
-    trajectory.messages.extend({"role": "tool", "name": name, "content": text} for name, text in results)
+    for name, text in results:
+        refused = {"final": True} if name in loop.final_tools else {}
+        trajectory.messages.append({"role": "tool", "name": name, "content": text} | refused)
     if ended is not None:
         flight.finish(ended)
         return []

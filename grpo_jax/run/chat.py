@@ -42,7 +42,7 @@ def open_chat(
     config = dataclasses.replace(given, tool_cache=False, verify_purity=False)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p or 0.0)
     if resolved.origin["temperature"] == "default":
-        sampling = Sampling(temperature=0)
+        sampling = dataclasses.replace(sampling, temperature=0)
     timer = PhaseTimer()
     toolbox = load_tools(config.tools_script, config.tool_functions_module)
     job = open_job(config, console, timer, Inputs(toolbox, [], [], None))

@@ -238,7 +238,10 @@ class Job:
         truncated = [t.status.truncated for t in trajectories]
         budget, cache = self.config.max_grpo_completion_length, self.config.soft_overlong_cache
         added = soft_overlong(lengths, truncated, budget, cache)
-        return dataclasses.replace(outcome, values=np.column_stack([outcome.values, added]))
+        applies = ~np.isnan(outcome.means).all(axis=1)  # a row without any reward gets no penalty either
+        return dataclasses.replace(
+            outcome, values=np.column_stack([outcome.values, np.where(applies, added, np.nan)])
+        )
 
     def score_all(self, trajectories: Sequence[Trajectory], trainer_state: TrainerState) -> RewardOutcome:
         """`score` over several hosts: each scores the completions whose tools it ran, and all get them all."""

@@ -42,6 +42,13 @@ class Best:
         return patience is not None and self.waited >= patience
 
 
+def how_to_continue(overwrites: bool) -> str:
+    """What a stopped run says last."""
+    if overwrites:
+        return "The same command without overwrite_output_dir continues; with it, it starts over."
+    return "The same command continues."
+
+
 class Stopped(Exception):
     """A run was asked to stop, and has; the message says where, as "after update 3, which is saved"."""
 

@@ -39,7 +39,8 @@ def combine_rewards(values: ArrayLike, weights: ArrayLike) -> Float[np.ndarray, 
             f"reward_weights needs one weight per reward function: {values.shape[1]} functions, "
             f"got weights {weights.tolist()}"
         )
-    return np.where(np.isnan(values).all(axis=1), np.nan, np.nansum(values * weights, axis=1))
+    counted = weights != 0 if weights.any() else np.ones(weights.shape, bool)
+    return np.where(np.isnan(values[:, counted]).all(axis=1), np.nan, np.nansum(values * weights, axis=1))
 
 
 def batch_advantages(

@@ -23,7 +23,7 @@ import numpy as np
 from grpo_jax.scoring.grounding import trajectory_grounded
 from grpo_jax.scoring.intervals import bootstrap_interval, wilson_interval
 from grpo_jax.scoring.rewards import same_answer
-from grpo_jax.types import Outcome, Status, ToolCall, Trajectory
+from grpo_jax.types import Outcome, Status, ToolCall, Trajectory, tool_results
 
 FIGURES = (
     "response_validity",
@@ -101,9 +101,8 @@ def summarize_samples(samples: Sequence[Trajectory], n: int) -> dict[str, Any]:
 
 def is_exact(trajectory: Trajectory) -> bool:
     """Whether the last tool result is the answer; see `exact_answer_match`."""
-    return bool(trajectory.calls) and same_answer(
-        trajectory.calls[-1][1].text, trajectory.prompt.example.answer
-    )
+    results = tool_results(trajectory.messages)
+    return bool(results) and same_answer(results[-1][1], trajectory.prompt.example.answer)
 
 
 def row_figures(trajectory: Trajectory, gold: Sequence[ToolCall]) -> dict[str, Any]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
 from grpo_jax.data.rows import parsed_text
-from grpo_jax.types import PARSER_NAME, Message, Trajectory
+from grpo_jax.types import Message, Trajectory, tool_results
 
+# A letter or digit of a script that separates words. Thai, Lao, Burmese, Khmer, Chinese and Japanese do not: there a
+# word has no end that could be seen.
+_IN_WORD = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 _NUMBER = re.compile(
-    r"(?:(?<!\w)[-−][$€£]?)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:e[-+]?[0-9]{1,3}(?!\w))?"
+    rf"(?:(?<!{_IN_WORD})[-−][$€£¥₹₩]?)?"
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:e[-+]?[0-9]{1,3}(?!\w))?"
 )
 # What is quoted, and whether it is the key of an object, which an answer need not repeat. An escaped quote outside of
 # quotes, as in a text that was cut, begins none: each would be looked for an end anew.
@@ -33,8 +38,7 @@ def is_grounded(messages: Sequence[Message], must_state: Any = None) -> bool | N
     Returns:
         None where no tool has answered.
     """
-    results = [(m.get("name"), m["content"]) for m in messages if m["role"] == "tool"]
-    results = [(name, text) for name, text in results if name != PARSER_NAME]
+    results = tool_results(messages)
     if not results:
         return None
     named, stated = parsed_text(must_state), results[-1:]
@@ -54,15 +58,31 @@ def trajectory_grounded(trajectory: Trajectory) -> bool:
 def _states(final: str, results: Iterable[str]) -> bool:
     final = _plain(final)
     numbers = _numbers(final)
-    for text in map(_plain, results):
-        values = _QUOTED.sub(lambda found: " " if found[3] else found[0], text)
-        wanted = _numbers(values)
-        quoted = [a or b for a, b, key in _QUOTED.findall(text) if (a or b) and not key]
-        if text and not wanted and not quoted:
-            quoted = [text]
+    for text in results:
+        quoted: list[str] = []
+
+        def read(found: re.Match[str], quoted: list[str] = quoted) -> str:
+            value = _unescaped(found[1]) if found[1] else found[2]
+            if found[3]:
+                return " "
+            if value:
+                quoted.append(_plain(value))
+            return found[0] if value is None else f'"{value}"'
+
+        wanted = _numbers(_plain(_QUOTED.sub(read, text)))
+        if text.strip() and not wanted and not quoted:
+            quoted.append(_plain(text))
         if not wanted <= numbers or not all(_occurs(one, final) for one in quoted):
             return False
     return True
+
+
+def _unescaped(text: str) -> str:
+    """A quoted text as JSON means it, or as it is where it is none."""
+    try:
+        return json.loads(f'"{text}"', strict=False)
+    except ValueError:
+        return text
 
 
 def _plain(text: str) -> str:
@@ -70,8 +90,8 @@ def _plain(text: str) -> str:
 
 
 def _numbers(text: str) -> set[Decimal]:
-    return {Decimal(re.sub("[,$€£]", "", n).replace("−", "-")) for n in _NUMBER.findall(text)}
+    return {Decimal(re.sub("[,$€£¥₹₩]", "", n).replace("−", "-")) for n in _NUMBER.findall(text)}
 
 
 def _occurs(words: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", text) is not None
+    return re.search(rf"(?<!{_IN_WORD}){re.escape(words.strip())}(?!{_IN_WORD})", text) is not None

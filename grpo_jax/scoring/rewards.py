@@ -29,7 +29,7 @@ from grpo_jax.scoring.grounding import is_grounded
 from grpo_jax.scoring.metrics import is_run_metric
 from grpo_jax.text import shorten
 from grpo_jax.tools.user_code import error_text, import_file, users_code
-from grpo_jax.types import BUILT_IN_REWARDS, PARSER_NAME, Message, Status
+from grpo_jax.types import BUILT_IN_REWARDS, Message, Status, tool_results
 
 _log = logging.getLogger(__name__)
 _loop = EventLoop()
@@ -186,7 +186,7 @@ def accuracy(completions: Sequence[Sequence[Message]], answer: Sequence[str], **
 
 
 def _accuracy(messages: Sequence[Message], answer: str) -> float:
-    responses = [m["content"] for m in messages if m["role"] == "tool" and m.get("name") != PARSER_NAME]
+    responses = [text for _, text in tool_results(messages)]
     if not responses:
         # A call without a response: the row's budget ended before it.
         return 0.1 if any(m.get("tool_calls") for m in messages) else 0.0

@@ -133,7 +133,7 @@ def _to_member(value: Any, members: tuple, where: str, lax: bool, problems: list
         return next((f for f in fits if type(f) is type(value)), fits[0])
     inside = [f for f in misfits if not f[0].startswith(f"{_at(where)} must be ")]
     if inside:  # the right shape with a mistake in it: say which
-        problems.extend(inside[0])
+        problems.extend(min(inside, key=len))
     else:
         kinds = " or ".join(describe(m) for m in members)
         problems.append(f"{_at(where)} must be {kinds}, got {show(value)}")
