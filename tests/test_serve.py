@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from grpo_jax import serve
 from grpo_jax.rollout.chat import PIECE, Piece, Reply
 from grpo_jax.rollout.sampling import Sampling
-from grpo_jax.run.openai_api import _said, make_app
+from grpo_jax.run.openai_api import _said, make_app, read_messages
 
 ASKED = helpers.messages("What is 3 plus 4?")
 ADD = {
@@ -298,3 +298,18 @@ def test_the_command_serves_the_openai_library():
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "Interrupted.\n"), out
+
+
+def test_results_are_told_apart_by_the_ids_of_their_calls():
+    """Clients that run calls side by side append the results as they come."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call | {"id": "1"}, call | {"id": "2"}]}
+    results = [{"role": "tool", "tool_call_id": of, "content": f"of {of}"} for of in "21"]
+    asked = {"role": "user", "content": "Where is it warmer?"}
+    read = read_messages([asked, turn, *results], None)
+    assert [m["content"] for m in read if m["role"] == "tool"] == ["of 1", "of 2"]
+    without = [{k: v for k, v in result.items() if k != "tool_call_id"} for result in results]
+    read = read_messages([asked, turn, *without], None)
+    assert [m["content"] for m in read if m["role"] == "tool"] == ["of 2", "of 1"]
+    with pytest.raises(ValueError, match=r'tool_call_id "3" is none of the calls before it: \["1", "2"\]'):
+        read_messages([asked, turn, results[0] | {"tool_call_id": "3"}], None)

@@ -39,6 +39,7 @@ from grpo_jax.data.batches import Cursor
 from grpo_jax.files import OutputError, cannot_write, writing
 from grpo_jax.models.sharding import placed
 from grpo_jax.run.identity import check_adapters, differences
+from grpo_jax.run.memory import is_out_of_memory
 from grpo_jax.text import shorten
 from grpo_jax.update.update import TrainState
 
@@ -285,6 +286,12 @@ class Checkpoints:
             yield
         # Orbax and TensorStore raise anything from AttributeError to a bare Exception on a damaged file.
         except Exception as error:
+            if (
+                is_out_of_memory(error)
+                or isinstance(error, PermissionError)
+                or "PERMISSION_DENIED" in str(error)
+            ):
+                raise  # it may be whole
             earlier = [s for s in self.steps() if s < step]
             fix = f"continue from step {earlier[-1]}" if earlier else "start over"
             raise DamagedCheckpoint(
@@ -424,8 +431,24 @@ def find_start(
                 raise
             return Start(None, dict(fresh), [], finished)
     check_adapters(saved, fresh, where)
+    if finished is None:
+        _check_optimizer(saved, fresh, where)
     notes, meta = _compared(saved, fresh, where, allow_change or finished is not None)
     return Start(found, meta, notes, finished)
+
+
+def _check_optimizer(saved: Mapping[str, Any], fresh: Mapping[str, Any], where: Path) -> None:
+    """Whether a checkpoint's moments are of this run's optimizer.
+
+    Raises:
+        ValueError: names both.
+    """
+    then, now = (meta.get("run", {}).get("options", {}).get("optim") for meta in (saved, fresh))
+    if None not in (then, now) and then != now:
+        raise ValueError(
+            f"cannot continue from {where}: it holds the moments of --optim {then}, which {now} cannot use. Continue "
+            f"with --optim {then}, or choose another --output_dir for a new run"
+        )
 
 
 def _compared(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
 import time
@@ -102,7 +103,7 @@ def read_messages(given: list[Any], system: str | None) -> list[Message]:
         system: message that comes first where there is no other.
     """
     messages = []
-    for message in given:
+    for message in _in_order_of_calls(given):
         if isinstance(message, dict):
             named = ("role", "content", "name", "reasoning_content", "tool_calls")
             message = {"content": ""} | {name: message[name] for name in named if message.get(name)}
@@ -116,6 +117,33 @@ def read_messages(given: list[Any], system: str | None) -> list[Message]:
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return messages
+
+
+def _in_order_of_calls(given: list[Any]) -> list[Any]:
+    """Messages with the results of a turn in the order of its calls, as the template tells whose they are.
+
+    Raises:
+        ValueError: a result's `tool_call_id` is not among those of the turn before it.
+    """
+    ordered = list(given)
+    for i, message in enumerate(given):
+        calls = message.get("tool_calls") if isinstance(message, dict) else None
+        ids = [call.get("id") for call in calls or [] if isinstance(call, dict)]
+        results = list(
+            itertools.takewhile(lambda m: isinstance(m, dict) and m.get("role") == "tool", given[i + 1 :])
+        )
+        named = [result.get("tool_call_id") for result in results]
+        if None in ids or None in named:
+            continue  # answered in their order
+        for name in named:
+            if ids and name not in ids:
+                raise ValueError(
+                    f"messages: tool_call_id {show_json(name)} is none of the calls before it: {show_json(ids)}"
+                )
+        if ids:
+            in_order = sorted(results, key=lambda result: ids.index(result["tool_call_id"]))
+            ordered[i + 1 : i + 1 + len(results)] = in_order
+    return ordered
 
 
 def make_app(
