@@ -14,7 +14,7 @@ from grpo_jax.models.peft import save_adapter
 from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.model_card import write_model_card
 from grpo_jax.run.options import check_option
-from grpo_jax.run.weights import restore_adapters, restore_weights
+from grpo_jax.run.weights import restore_adapters, restore_weights, source_of
 
 
 def export(run: Path, step: str, folder: Path | None, max_shard_size: str, adapter: bool = False) -> Path:
@@ -45,7 +45,7 @@ def export(run: Path, step: str, folder: Path | None, max_shard_size: str, adapt
             weights, config = restore_adapters(checkpoints, number, _on_one_device)
             save_adapter(folder, weights, config, meta["base"]["name"])
         else:
-            source = Path(meta["source"])
+            source = source_of(meta, run)
             params = restore_weights(checkpoints, number, _on_one_device, meta.get("param_dtype", "float32"))
             hf.save_model(folder, params, hf.read_config(source), source, max_shard_size)
             write_model_card(folder, run, number)

@@ -51,6 +51,7 @@ from grpo_jax.run.remote import open_remote
 from grpo_jax.run.report import write_missing_report, write_report
 from grpo_jax.run.stopping import Best, Stopped, StopSignal, how_to_continue
 from grpo_jax.run.trl_options import trainer_options
+from grpo_jax.run.weights import source_of
 from grpo_jax.scoring.advantages import batch_advantages, combine_rewards, group_std
 from grpo_jax.scoring.evaluation import is_exact
 from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
@@ -244,7 +245,7 @@ class GRPOTrainer:
         """Cold start, learn, finish; raises Stopped where it is asked to stop."""
         job, config, out, line = self.job, self.job.config, self.output_dir, self.job.console.line
         if config.cold_start:
-            job = self.job = self._cold_started(summary, stop)
+            job = self.job = self._cold_started(summary, stop, start.meta)
         learner = make_learner(job, self.data.tree, self.steps.P, self.steps.updates)
         shardings = state_shardings(learner.forward.layout, learner.shapes)
         while start.checkpoint is not None:
@@ -577,9 +578,15 @@ class GRPOTrainer:
         self.job.console.line(f"{title}: {', '.join(shown)} on {summary['n']} rows")
         return summary
 
-    def _cold_started(self, summary: dict[str, Any], stop: StopSignal) -> Job:
-        """The job with the cold-started model in place of its own; fine-tunes unless that is done."""
+    def _cold_started(self, summary: dict[str, Any], stop: StopSignal, meta: dict[str, Any]) -> Job:
+        """The job with the cold-started model in place of its own; fine-tunes unless that is done.
+
+        Args:
+            meta: of the start; a run that began from another one's checkpoint has that one's cold start.
+        """
         job, folder = self.job, self.output_dir / "cold_start"
+        if "origin" in meta:
+            folder = source_of(meta, Path(meta["origin"]).parent.parent)
 
         def note(report: dict[str, Any]) -> None:
             """Written before the folder appears, which means that the cold start is done."""

@@ -15,6 +15,7 @@ import pytest
 
 from grpo_jax.run.checkpoint import Checkpoints, Start, find_start
 from grpo_jax.run.stopping import StopSignal
+from grpo_jax.run.weights import source_of
 from grpo_jax.update.update import TrainState
 
 META = {"cursor": {"epoch": 1, "next_index": 40}, "threads": 2, "timings": {"rollout": 1.5}}
@@ -365,6 +366,20 @@ def test_a_run_starts_fresh_from_the_newest_or_from_a_named_step(tmp_path):
     assert (found.checkpoint, found.meta["cursor"]["next_index"]) == ((folder, 1), 2)
 
 
+def test_the_command_that_began_from_another_runs_step_continues(tmp_path):
+    step = str(saved_run(tmp_path / "old", 1) / "1")
+    first = start(tmp_path / "new", step)
+    with Checkpoints(tmp_path / "new/checkpoints") as checkpoints:
+        checkpoints.save(3, make_state(3), first.meta)
+        checkpoints.wait()
+    again = start(tmp_path / "new", step)
+    assert again.checkpoint == (tmp_path / "new/checkpoints", 3) and again.meta["origin"] == step
+    assert start(tmp_path / "new", step, {"after": {}, "updates": 4}).finished == 4
+    other = str(saved_run(tmp_path / "third", 2) / "2")
+    with pytest.raises(ValueError, match=r"cannot resume from .*/third/.*: .* already holds step 3"):
+        start(tmp_path / "new", other)
+
+
 def test_a_start_that_would_lose_what_is_saved_is_refused(tmp_path):
     folder = saved_run(tmp_path, 1, 2)
     with pytest.raises(ValueError, match=r"resume_from_checkpoint is none, but .* holds checkpoints"):
@@ -452,3 +467,38 @@ def test_the_second_ctrl_c_interrupts_and_the_old_handlers_come_back():
         signal.raise_signal(signal.SIGTERM)  # a scheduler that asks again does not hurt the save
         signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_another_optimizer_is_refused_whatever_is_allowed(tmp_path):
+    """Its checkpoints would be called damaged, and renamed one after the other."""
+    options = {"beta": 0.0, "learning_rate": 1.0, "lr_scheduler_type": "constant", "warmup_steps": 0.0}
+    saved_run(tmp_path, 1, 2, options=options | {"optim": "adamw_torch"})
+    with pytest.raises(
+        ValueError, match=r"it holds the moments of --optim adamw_torch, which lion_32bit cannot"
+    ):
+        start(tmp_path, allow=True, options=options | {"optim": "lion_32bit"})
+    assert start(tmp_path, allow=True, options=options | {"optim": "adamw_torch"}).checkpoint is not None
+
+
+@pytest.mark.parametrize("error", [PermissionError("no"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_what_may_be_whole_is_not_called_damaged(tmp_path, monkeypatch, error):
+    saved_run(tmp_path, 1)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+
+        def fails(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(checkpoints._manager, "restore", fails)
+        with pytest.raises(type(error), match=str(error)):
+            checkpoints.meta(1)
+
+
+def test_the_model_of_a_run_that_was_moved_is_found_where_the_run_is(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    (new / "cold_start").mkdir(parents=True)
+    meta = {"source": str(old / "cold_start")}
+    assert source_of(meta, new) == new / "cold_start"
+    assert source_of({"source": "gs://bucket/run/cold_start"}, new) == new / "cold_start"
+    assert source_of({"source": str(old / "mine")}, new) == old / "mine"
+    (old / "cold_start").mkdir(parents=True)
+    assert source_of(meta, new) == old / "cold_start"

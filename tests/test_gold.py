@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict
 import pytest
 from pydantic import BaseModel
 
-from grpo_jax.data.gold import failed_call, gold_calls, gold_texts, run_gold_calls, show_call
+from grpo_jax.data.gold import failed_call, gold_calls, gold_texts, run_gold_calls, show_call, unpadded
 from grpo_jax.types import Example, Outcome, ToolCall, ToolResult
 
 
@@ -26,6 +26,22 @@ TOOLS = {"convert": convert, "anything": anything}
 
 def with_columns(**extra) -> Example:
     return Example([], "", extra, "rows.jsonl:7")
+
+
+def test_rewards_get_the_column_as_it_was_written_without_what_arrow_adds():
+    call = {"name": "anything", "arguments": {"amount": "1", "limit": None}}
+    clean = {"name": "anything", "arguments": {"amount": "1"}}
+    wrapped = {"type": "function", "id": "1", "function": call}
+    for value, want in [
+        (call, clean),
+        ([call, clean], [clean, clean]),
+        (wrapped, wrapped | {"function": clean}),
+        (json.dumps(call), json.dumps(call)),  # text stays text
+        ({"name": "unknown", "arguments": {"x": None}}, {"name": "unknown", "arguments": {"x": None}}),
+        ([], []),
+        (None, None),
+    ]:
+        assert unpadded(with_columns(tool_call=value), TOOLS) == want
 
 
 class Offer(TypedDict, total=False):

@@ -82,6 +82,27 @@ def _gold_call(call: Any, functions: Mapping[str, Callable], original: bool) -> 
     return ToolCall(name, _integers(kept) if original else kept)
 
 
+def unpadded(example: Example, functions: Mapping[str, Callable]) -> Any:
+    """The column `tool_call` as rewards get it: as it was written, but without the nulls that `gold_calls` drops."""
+    value = example.extra.get("tool_call")
+    try:
+        gold = gold_calls(example, functions) if isinstance(value, dict | list) else []
+    except ValueError:  # whoever needs the calls says so
+        return value
+    calls: list[Any] = value if isinstance(value, list) else [value]
+    if not gold or not all(isinstance(call, dict) for call in calls):
+        return value
+    found = [_with_arguments(call, one.arguments) for call, one in zip(calls, gold, strict=True)]
+    return found if isinstance(value, list) else found[0]
+
+
+def _with_arguments(call: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call of either form with other arguments, where they are no text."""
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_arguments(call["function"], arguments)}
+    return call | {"arguments": arguments} if isinstance(call.get("arguments"), dict) else call
+
+
 def _without_nulls(value: Any, hint: Any) -> Any:
     """A value without the nulls inside its objects, except those that its type hint requires."""
     hint = _some(hint, value)

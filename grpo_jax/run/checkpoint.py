@@ -332,7 +332,8 @@ class Start:
 
     Args:
         checkpoint: folder of checkpoints and step to continue from; None for the model's own weights.
-        meta: what the run's next checkpoint says, `cursor`, `num_tokens` and `timings` included.
+        meta: what the run's next checkpoint says, `cursor`, `num_tokens` and `timings` included; `origin` is the
+            step of another run that it began from.
         notes: what the user should know: how the run differs from the checkpoint.
         finished: updates of the finished run in output_dir when no more are asked for: there is nothing to do.
     """
@@ -369,7 +370,7 @@ def find_start(
 
     1. Fresh, from the model's weights: output_dir holds no checkpoint, and none is named.
     2. From the newest checkpoint in output_dir, when none is named, or when that one is.
-    3. From a named step of another run, when output_dir holds no checkpoint.
+    3. From a named step of another run, when output_dir holds no checkpoint; with the same step named, later as 2.
     4. Not at all: output_dir holds a finished run, and no more updates than it made are asked for, or it was
        stopped early and early_stop_patience is no higher now. Otherwise it continues as 2.
 
@@ -390,7 +391,7 @@ def find_start(
             the newest of a run that has checkpoints; a finished run without any; other adapters; a
             difference that would silently change the result.
     """
-    newest, updates = checkpoints.latest(), fresh["run"]["numbers"]["updates"]
+    newest, updates, origin = checkpoints.latest(), fresh["run"]["numbers"]["updates"], None
     found = None if newest is None else (checkpoints.directory, newest)
     if wanted == "none" and newest is not None:
         raise ValueError(
@@ -404,12 +405,13 @@ def find_start(
             )
         path = Path(wanted).absolute()
         named = path.parent, int(path.name)
-        if found not in (None, named):
+        if found is None:
+            found, origin = named, str(path)
+        elif found != named and checkpoints.meta(found[1]).get("origin") != str(path):
             raise ValueError(
                 f"cannot resume from {path}: {checkpoints.directory} already holds step {newest}; "
                 "choose another --output_dir to keep what was saved there"
             )
-        found = named
     done = summary.get("updates", newest or updates) if "after" in summary else None
     patience, waited = fresh["run"]["options"].get("early_stop_patience"), summary.get("stopped_early", 0)
     enough = done is not None and (updates <= done or (patience is not None and waited >= patience))
@@ -434,7 +436,7 @@ def find_start(
     if finished is None:
         _check_optimizer(saved, fresh, where)
     notes, meta = _compared(saved, fresh, where, allow_change or finished is not None)
-    return Start(found, meta, notes, finished)
+    return Start(found, meta | ({"origin": origin} if origin else {}), notes, finished)
 
 
 def _check_optimizer(saved: Mapping[str, Any], fresh: Mapping[str, Any], where: Path) -> None:

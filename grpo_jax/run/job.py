@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from grpo_jax import hosts
 from grpo_jax.data.batches import Steps, count_steps
-from grpo_jax.data.gold import gold_calls, gold_texts, show_call
+from grpo_jax.data.gold import gold_calls, gold_texts, show_call, unpadded
 from grpo_jax.data.rows import load_examples, row_tools
 from grpo_jax.models import hf
 from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join, merge
@@ -41,7 +41,7 @@ from grpo_jax.run.console import Console
 from grpo_jax.run.inputs import check_context, templated
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.options import SOFT_OVERLONG, GRPOConfig, compute_dtype, reward_problems
-from grpo_jax.run.weights import merged, restore_weights
+from grpo_jax.run.weights import merged, restore_weights, source_of
 from grpo_jax.scoring.credit import Credit, soft_overlong
 from grpo_jax.scoring.rewards import (
     RewardFunction,
@@ -223,6 +223,8 @@ class Job:
         examples = [t.prompt.example for t in trajectories]
         columns = {name for example in examples for name in example.extra}
         values = {name: [e.extra.get(name) for e in examples] for name in sorted(columns)}
+        if "tool_call" in values:
+            values["tool_call"] = [unpadded(example, self.toolbox.functions) for example in examples]
         outcome = call_rewards(
             self.rewards,
             completions=[t.messages for t in trajectories],
@@ -458,7 +460,8 @@ def _model_folder(config: GRPOConfig, inputs: Inputs, console: Console) -> tuple
     if is_step_folder(name):
         checkpoint = Path(name).absolute()
         with Checkpoints(checkpoint.parent) as checkpoints:
-            return Path(checkpoints.meta(int(checkpoint.name))["source"]), checkpoint
+            meta = checkpoints.meta(int(checkpoint.name))
+            return source_of(meta, checkpoint.parent.parent), checkpoint
     if name != SCRATCH:
         return hf.fetch_model(name, config.model_revision, weights=not config.check), None
     folder = Path(config.output_dir) / "base_model"

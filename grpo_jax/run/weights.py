@@ -6,7 +6,7 @@ folder, `lora`, the adapters' settings, and `base`, what others call it and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,21 @@ from grpo_jax.run.checkpoint import Checkpoints
 Place = Callable[[Any], Any]  # a tree of weights -> the tree of its shardings, as `Layout.params`
 
 
+WITHIN_A_RUN = ("cold_start", "base_model")  # folders of output_dir that its updates may have started from
+
+
+def source_of(meta: Mapping[str, Any], run: Path) -> Path:
+    """The folder of the model that a run's updates started from: its config.json and tokenizer.
+
+    Args:
+        meta: of a checkpoint.
+        run: where the run's folder is now, which may be another place than it was trained in.
+    """
+    then = Path(meta["source"])
+    now = run / then.name
+    return now if then.name in WITHIN_A_RUN and not then.exists() and now.exists() else then
+
+
 def restore_weights(checkpoints: Checkpoints, step: int, place: Place, dtype: Any = jnp.float32) -> Params:
     """A step's whole weights; adapters are merged into their base.
 
@@ -30,7 +45,7 @@ def restore_weights(checkpoints: Checkpoints, step: int, place: Place, dtype: An
         ValueError, FileNotFoundError: no such step, it is damaged, or its source is gone.
     """
     meta = checkpoints.meta(step)
-    source = Path(meta["source"])
+    source = source_of(meta, checkpoints.directory.parent)
     model = hf.read_config(source)
     shapes = abstract_params(model)
     if "lora" not in meta:
@@ -60,6 +75,6 @@ def restore_adapters(checkpoints: Checkpoints, step: int, place: Place) -> tuple
             "--use_peft; export it without --adapter"
         )
     config = LoraConfig.from_json(meta["lora"])
-    layers = abstract_params(hf.read_config(Path(meta["source"])))["layers"]
+    layers = abstract_params(hf.read_config(source_of(meta, checkpoints.directory.parent)))["layers"]
     shapes = jax.eval_shape(lambda: init_adapters(layers, config, seed=0))
     return checkpoints.restore_params(step, placed(shapes, place(shapes))), config
