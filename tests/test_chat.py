@@ -298,3 +298,32 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, flags, message):
     said = capsys.readouterr().err
     error = said[said.index("Error: ") :]
     assert message in error and error.count("\n") <= 2  # a tool file's own line follows
+
+
+def test_a_final_call_ends_the_answer_as_in_training():
+    final = {"final_tools": {"echo": "text"}, "max_iterations": 1}
+    chat = new_chat(call_ids("add", a=3, b=4), call_ids("echo", text="It is 7."), text_ids("Bye."), **final)
+    text, calls, reply = said(chat, "What is 3 plus 4?")
+    assert (text, calls, reply.status) == ("It is 7.", [("add", "Sum: 7")], "answered")
+    assert [(m["role"], m["content"]) for m in reply.messages[1:]] == [
+        ("tool", "Sum: 7"),
+        ("assistant", "It is 7."),
+    ]
+    assert said(chat, "Thanks.")[0] == "Bye."
+
+
+def test_an_answer_may_end_with_its_tool_results():
+    chat = new_chat(call_ids("add", a=3, b=4), text_ids("Bye."), stop_after_tools=True)
+    _, calls, reply = said(chat, "What is 3 plus 4?")
+    assert (calls, reply.status) == ([("add", "Sum: 7")], Status.TOOLS_DONE)
+    assert said(chat, "Thanks.")[0] == "Bye."
+    shown = conversation().decode(chat._ids)
+    assert (
+        "Sum: 7" in shown
+        and shown.count("<|im_start|>assistant") == shown.count("<|im_end|>\n<|im_start|>user") + 1
+    )
+
+
+def test_a_turn_of_an_answer_has_its_own_limit():
+    _, _, reply = said(new_chat([FREE] * 40, max_turn=8), "Hi!")
+    assert (reply.status, reply.tokens) == (Status.OVERLONG, 8)

@@ -15,7 +15,7 @@ import numpy as np
 
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.drafts import known_texts, pays
-from grpo_jax.rollout.loop import ToolLoop, answered, make_policy, parse_feedback
+from grpo_jax.rollout.loop import ToolLoop, answered, final_answer, make_policy, parse_feedback, spends
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.sampling import row_keys
 from grpo_jax.types import (
@@ -216,10 +216,10 @@ class Chat:
         calls: list[tuple[ToolCall, ToolResult]] = []
         status: str | None = None
         while status is None:
-            ids, turn = yield from self._turn(left, stop, asked)
+            ids, turn = yield from self._turn(min(left, loop.max_turn or left), stop, asked)
             tokens, left = tokens + len(ids), left - len(ids)
             self.messages.append(loop.conversation.assistant_message(turn))
-            spent = loop.max_iterations is not None and tool_turns >= loop.max_iterations
+            spent = spends(loop, turn.calls, tool_turns)
             results: list[tuple[str, str]] = []
             if stop():
                 status = INTERRUPTED
@@ -239,20 +239,28 @@ class Chat:
                 status = Status.TOOL_LIMIT
             else:
                 running = loop.runner.submit(turn.calls, [0] * len(turn.calls))
-                for call, future in zip(turn.calls, running, strict=True):
-                    calls.append((call, future.result()))
-                    results.append((call.name, calls[-1][1].text))
-                    yield Called(*calls[-1])
+                ran = [(call, future.result()) for call, future in zip(turn.calls, running, strict=True)]
+                answer, ran = final_answer(loop, ran)
+                yield from (Called(*pair) for pair in ran)
+                calls += ran
+                results = [(call.name, result.text) for call, result in ran]
+                if answer is not None:
+                    self.messages[-1]["content"] = answer
+                    yield Piece(answer)
+                    status = answered(calls, loop.final_tools)
+                elif loop.stop_after_tools:
+                    status = Status.TOOLS_DONE
             if results:
                 tool_turns += 1
                 said = [{"role": "tool", "name": name, "content": text} for name, text in results]
                 self.messages += said
                 ids = loop.conversation.following_ids(said)
-                if len(ids) >= left:  # at least one token must follow
-                    status = Status.OVERLONG_TOOL_RESPONSE
-                else:
+                if len(ids) < left:
                     self._feed(ids)
                     left -= len(ids)
+                    self._closed = status is None  # else the turn that these ids begin is to be closed
+                elif status is None:  # at least one token must follow
+                    status = Status.OVERLONG_TOOL_RESPONSE
         yield Reply(self.messages[begin:], str(status), tokens)
 
     def _turn(

@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from grpo_jax import hosts
+from grpo_jax.data.gold import CallAndResult
 from grpo_jax.models.level import Level
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.conversation import Conversation
@@ -274,8 +275,7 @@ def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool, steps: int
         return flight.finish(Status.OVERLONG)
     parsed = loop.conversation.parse(ids, trajectory.prompt.schemas)
     trajectory.messages.append(loop.conversation.assistant_message(parsed))
-    final = bool(parsed.calls) and all(call.name in loop.final_tools for call in parsed.calls)
-    spent = loop.max_iterations is not None and flight.tool_turns >= loop.max_iterations + final
+    spent = spends(loop, parsed.calls, flight.tool_turns)
     if parsed.error and loop.malformed_feedback and not spent:
         flight.feedback = parse_feedback(parsed.error)
     elif parsed.error:
@@ -290,9 +290,30 @@ def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool, steps: int
         flight.due += max(loop.delays.get(call.name, 0) for call in parsed.calls)
 
 
-def answered(calls: Sequence[tuple[ToolCall, ToolResult]]) -> Status:
-    """The status after a closed turn without a call; it depends on the outcome of the last call."""
-    last = calls[-1][1].outcome if calls else Outcome.OK
+def spends(loop: ToolLoop, calls: Sequence[ToolCall], tool_turns: int) -> bool:
+    """Whether a turn's calls are more than a completion may make; one turn of final calls more is allowed."""
+    final = bool(calls) and all(call.name in loop.final_tools for call in calls)
+    return loop.max_iterations is not None and tool_turns >= loop.max_iterations + final
+
+
+def final_answer(loop: ToolLoop, done: Sequence[CallAndResult]) -> tuple[str | None, list[CallAndResult]]:
+    """The answer in the last final call that was accepted, None without one; and the other calls of the turn."""
+
+    def accepted(pair: CallAndResult) -> bool:
+        return pair[0].name in loop.final_tools and pair[1].outcome is Outcome.OK
+
+    final = [call for call, _ in filter(accepted, done)]
+    if not final:
+        return None, list(done)
+    answer = final[-1].arguments[loop.final_tools[final[-1].name]]
+    text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
+    return text, [pair for pair in done if not accepted(pair)]
+
+
+def answered(calls: Sequence[CallAndResult], without: Container[str] = ()) -> Status:
+    """The status after the answer; it depends on the outcome of the last call, of those to tools not named."""
+    outcomes = [result.outcome for call, result in calls if call.name not in without]
+    last = outcomes[-1] if outcomes else Outcome.OK
     if last is Outcome.TIMEOUT:
         return Status.TOOL_TIMEOUT
     return Status.ANSWERED if last is Outcome.OK else Status.TOOL_ERROR
@@ -314,16 +335,15 @@ def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
         results, flight.feedback, ended = [(PARSER_NAME, flight.feedback)], None, None
     else:
         done = [(call, result.result()) for call, result in flight.running]
-        final = [c for c, r in done if c.name in loop.final_tools and r.outcome is Outcome.OK]
-        if final:  # the call is the answer, and no result of a tool
-            answer = final[-1].arguments[loop.final_tools[final[-1].name]]
-            text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-            trajectory.messages[-1]["content"] = text
-            done = [pair for pair in done if pair[0] not in final]
+        answer, done = final_answer(loop, done)
+        if answer is not None:  # the call is the answer, and no result of a tool
+            trajectory.messages[-1]["content"] = answer
         trajectory.calls.extend(done)
         results, flight.running = [(call.name, result.text) for call, result in done], []
-        others = [pair for pair in trajectory.calls if pair[0].name not in loop.final_tools]
-        ended = answered(others) if final else Status.TOOLS_DONE if loop.stop_after_tools else None
+        if answer is not None:
+            ended = answered(trajectory.calls, loop.final_tools)
+        else:
+            ended = Status.TOOLS_DONE if loop.stop_after_tools else None
     flight.tool_turns += 1
     for name, text in results:
         refused = {"final": True} if name in loop.final_tools else {}
