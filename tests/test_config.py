@@ -176,6 +176,11 @@ def test_flags_read_every_kind_of_value(argv, name, value):
         ("reward_funcs: accuracy", "reward_function_name", ["accuracy"]),
         ("lr_scheduler_kwargs: {}", "lr_scheduler_type", "linear"),
         ("lr_scheduler_kwargs: null", "lr_scheduler_kwargs", {}),
+        (
+            "lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {lr_end: 1e-7, power: null}",
+            "lr_scheduler_kwargs",
+            {"lr_end": 1e-7},
+        ),
         ("optim: adamw_torch_fused", "optim", "adamw"),
         ("soft_punish_cache: 64", "soft_overlong_cache", 64),
         ("optim: paged_lion_32bit", "optim", "lion"),

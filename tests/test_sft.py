@@ -24,7 +24,7 @@ from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.stopping import Stopped
 from grpo_jax.scoring.rewards import RewardOutcome
 from grpo_jax.tools import tools_of
-from grpo_jax.types import Example
+from grpo_jax.types import Example, ToolCall
 from grpo_jax.update.update import LossInputs, Totals, sft_objective, turns_objective
 
 
@@ -110,6 +110,30 @@ def test_the_last_turn_is_a_final_tools_call_or_none_where_none_is_asked_for(job
     assert spans(job, final)[-1] == (True, f"<tool_call>\n{json.dumps(call)}\n</tool_call><|im_end|>")
     assert final.messages[-1]["content"] == "Sum: 7"
     assert [one.name for one, _ in final.calls] == ["add", "add"]
+
+
+def test_a_final_call_is_written_as_its_tool_takes_it(job):
+    """Of a text that is JSON; where the tool takes neither, the model would learn a call that never ends."""
+
+    def last(answer, kind):
+        def submit(result) -> str:
+            """Give the answer."""
+            return str(result)
+
+        submit.__annotations__["result"] = kind
+        functions = {**job.toolbox.functions, "submit": submit}
+        config = dataclasses.replace(job.config, final_tool="submit")
+        return dataclasses.replace(job, config=config, toolbox=tools_of(list(functions.values()))).last_turn(
+            answer
+        )
+
+    assert last("42", str) == ToolCall("submit", {"result": "42"})
+    assert last("42", int) == ToolCall("submit", {"result": 42})
+    assert last('{"sum": 7}', dict[str, int]) == ToolCall("submit", {"result": {"sum": 7}})
+    with pytest.raises(
+        ValueError, match=r"the final tool submit does not take the answer 'Sum: 7' as its 'result'"
+    ):
+        last("Sum: 7", int)
 
 
 def test_turns_may_count_equally(job):

@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -306,8 +306,12 @@ def final_answer(loop: ToolLoop, done: Sequence[CallAndResult]) -> tuple[str | N
     if not final:
         return None, list(done)
     answer = final[-1].arguments[loop.final_tools[final[-1].name]]
-    text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-    return text, [pair for pair in done if not accepted(pair)]
+    return answer_text(answer), [pair for pair in done if not accepted(pair)]
+
+
+def answer_text(answer: Any) -> str:
+    """The argument of a final call as the text of its message."""
+    return answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
 
 
 def answered(calls: Sequence[CallAndResult], without: Container[str] = ()) -> Status:

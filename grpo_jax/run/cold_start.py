@@ -34,7 +34,7 @@ from grpo_jax.models.lora import Frozen, join
 from grpo_jax.models.qwen import Params
 from grpo_jax.models.sharding import placed
 from grpo_jax.rollout.conversation import Conversation
-from grpo_jax.rollout.loop import answered, make_policy
+from grpo_jax.rollout.loop import answer_text, answered, make_policy
 from grpo_jax.rollout.parsing import assistant_message
 from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.evaluation import completions, evaluate
@@ -405,7 +405,8 @@ def written_trajectory(
         fed = conversation.response_ids([(call.name, result.text)])
         append(fed if last is not None or i + 1 < len(calls) else [], False, response)
     if isinstance(last, ToolCall):
-        turn = assistant_message(ParsedTurn(next(iter(last.arguments.values())), None, (last,), None))
+        text = answer_text(next(iter(last.arguments.values())))
+        turn = assistant_message(ParsedTurn(text, None, (last,), None))
         append(conversation.assistant_ids("", [last]), True, turn)
     elif last is not None:
         append(conversation.assistant_ids(last, []), True, {"role": "assistant", "content": last})

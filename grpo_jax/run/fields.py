@@ -7,6 +7,7 @@ exists there, and of the original TRL recipe's arguments otherwise. Three depart
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -54,6 +55,17 @@ def _interval(value: float) -> float:
     if value < 1 or value != int(value):
         raise ValueError("a whole number of updates, or a fraction of all updates between 0 and 1")
     return int(value)
+
+
+def _schedule_arguments(given: dict) -> dict:
+    """Without nulls, which stand for a default; PyYAML reads 1e-6 as text."""
+
+    def number(value: typing.Any) -> typing.Any:
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value) if isinstance(value, str) else value
+        return value
+
+    return {name: number(value) for name, value in given.items() if value is not None}
 
 
 Interval = Annotated[float, AfterValidator(_interval)]
@@ -342,7 +354,9 @@ class Options:
         "inverse_sqrt",
         "warmup_stable_decay",
     ] = _opt("linear", "Learning rate schedule after the warm-up.")
-    lr_scheduler_kwargs: dict = _opt({}, 'Arguments of the schedule, as {"min_lr_rate": 0.1}.')
+    lr_scheduler_kwargs: Annotated[dict, AfterValidator(_schedule_arguments)] = _opt(
+        {}, 'Arguments of the schedule, as {"min_lr_rate": 0.1}.'
+    )
     warmup_steps: WarmUp = _opt(0.0, "Number of warm-up updates; below 1: a fraction of all updates.")
     warmup_ratio: float | None = _opt(
         None, "Fraction of all updates used for warm-up if warmup_steps is 0.", ge=0, le=1

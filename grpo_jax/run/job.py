@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -25,7 +26,7 @@ from jax.sharding import Mesh
 from grpo_jax import hosts
 from grpo_jax.data.batches import Steps, count_steps
 from grpo_jax.data.gold import gold_calls, gold_texts, show_call, unpadded
-from grpo_jax.data.rows import load_examples, row_tools
+from grpo_jax.data.rows import load_examples, parsed_text, row_tools
 from grpo_jax.models import hf
 from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join, merge
 from grpo_jax.models.peft import adapter_base, is_adapter_folder, load_adapter, save_adapter
@@ -52,6 +53,7 @@ from grpo_jax.scoring.rewards import (
     load_rewards,
     rewards_of,
 )
+from grpo_jax.text import shorten
 from grpo_jax.tools import (
     Isolation,
     Limits,
@@ -63,6 +65,7 @@ from grpo_jax.tools import (
     signature_line,
     tools_of,
 )
+from grpo_jax.tools.arguments import check_arguments
 from grpo_jax.types import Example, Prompt, Schema, ToolCall, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.update.optimizer import Optimizer, make_optimizer, make_rule
@@ -188,10 +191,23 @@ class Job:
         return final_tools(self.toolbox, self.config.final_tool)
 
     def last_turn(self, answer: str) -> str | ToolCall | None:
-        """The turn with which a written conversation tells its answer: a text, a final tool's call, or none."""
+        """The turn with which a written conversation tells its answer: a text, a final tool's call, or none.
+
+        Raises:
+            ValueError: the final tool does not take this answer, as text or as the JSON that it is.
+        """
         if self.config.stop_after_tools:
             return None
-        return next((ToolCall(name, {of: answer}) for name, of in self.final_tools.items()), answer)
+        for name, of in self.final_tools.items():
+            for value in (answer, parsed_text(answer)):
+                with contextlib.suppress(ValueError):
+                    check_arguments(self.toolbox.functions[name], {of: value})
+                    return ToolCall(name, {of: value})
+            raise ValueError(
+                f"the final tool {name} does not take the answer {shorten(answer, 100)!r} as its {of!r}, so that a "
+                "conversation written with it would never end; give the parameter a type that it fits, such as str"
+            )
+        return answer
 
     def prompt(self, example: Example) -> Prompt:
         """An example with its token ids and the schemas of the tools that it shows."""
