@@ -159,12 +159,12 @@ class Job:
             budget=self.config.max_grpo_completion_length,
         )
 
-    @property
+    @functools.cached_property
     def greedy(self) -> Sampler:
         """The sampler of every evaluation."""
         return self.sampler(Sampling(temperature=0))
 
-    @property
+    @functools.cached_property
     def sampled(self) -> Sampler:
         """The sampler of training, and of an evaluation's samples."""
         config = self.config
