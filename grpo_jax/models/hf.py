@@ -30,8 +30,8 @@ from grpo_jax.models.qwen import ModelConfig, Params, abstract_params, check_par
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-WITH_WEIGHTS = (".json", ".txt", ".jinja")  # files of a model folder in addition to its weights
-TEXT_FILES = ["*.json", "*.txt", "*.jinja"]  # config, tokenizer, chat template
+WITH_WEIGHTS = (".json", ".txt", ".jinja")  # config, tokenizer, chat template
+TEXT_FILES = [f"*{ending}" for ending in WITH_WEIGHTS]
 
 # path in params -> (HF name, layout). Layouts of an HF matrix [out, in]:
 #   "as is"; "in_out" [in, out]; "in_heads" [in, heads, H]; "heads_in" (o_proj) [heads, H, out]; "heads" (bias).

@@ -240,7 +240,9 @@ class Job:
         columns = {name for example in examples for name in example.extra}
         values = {name: [e.extra.get(name) for e in examples] for name in sorted(columns)}
         if "tool_call" in values:
-            values["tool_call"] = [unpadded(example, self.toolbox.functions) for example in examples]
+            of_row = {id(example): example for example in examples}  # a group has one
+            calls = {row: unpadded(example, self.toolbox.functions) for row, example in of_row.items()}
+            values["tool_call"] = [calls[id(example)] for example in examples]
         outcome = call_rewards(
             self.rewards,
             completions=[t.messages for t in trajectories],
