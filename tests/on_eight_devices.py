@@ -18,7 +18,7 @@ from grpo_jax.models.qwen import Level, abstract_params, extend, head_weights
 from grpo_jax.models.sharding import Layout, make_mesh
 from grpo_jax.models.target import compiling_for
 from grpo_jax.rollout.sampler import _scattered
-from grpo_jax.update.optimizer import make_optimizer, scale_by_adam
+from grpo_jax.update.optimizer import make_optimizer, make_rule, scale_by_adam
 from grpo_jax.update.update import init_state, state_shardings
 
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
@@ -178,3 +178,29 @@ def test_weights_gradients_and_moments_take_a_share_of_fsdp(fsdp, checkpoint):
         matrices = [x for x in jax.tree.leaves(tree) if x.ndim > 2 or x.shape == (cfg.V, cfg.D)]
         held = sum(x.addressable_shards[0].data.nbytes for x in matrices)
         assert held * fsdp < 1.1 * sum(x.nbytes for x in matrices)  # biases are whole
+
+
+def test_muon_orthogonalises_whole_matrices_wherever_their_parts_are(checkpoint):
+    """Steps on fsdp 4 × tensor 2 are those of one device's layout, for gradients that are no multiple of the weights."""
+    source, cfg, _ = checkpoint
+    rule = make_rule("muon", 0.9, 0.99, 1e-8)
+    optimizer = make_optimizer(rule, schedule=lambda count: 1.0, weight_decay=0, max_grad_norm=1)
+
+    def steps(*sizes):
+        layout = Layout(make_mesh(*sizes))
+        state = init_state(load_params(source, cfg, layout.params(abstract_params(cfg))), optimizer, layout)
+        gradient = jax.tree.map(lambda x: jnp.roll(x, 1, -1), state.params)
+        now = {"learning_rate": jnp.float32(1.0), "finite": jnp.bool_(True)}
+        update = jax.jit(optimizer.update, out_shardings=(None, state_shardings(layout, state).opt_state))
+        found, moments = update(gradient, state.opt_state, state.params, **now)
+        if sizes != (8, 1, 1):
+            q = [
+                x
+                for path, x in jax.tree.leaves_with_path(moments)
+                if jax.tree_util.keystr(path).endswith("['q']")
+            ]
+            assert q and all(x.addressable_shards[0].data.size * 4 <= x.size for x in q)
+        return found
+
+    for x, y in zip(jax.tree.leaves(steps(1, 4, 2)), jax.tree.leaves(steps(8, 1, 1)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)

@@ -16,6 +16,7 @@ import pytest
 from grpo_jax.run.checkpoint import Checkpoints, Start, find_start
 from grpo_jax.run.stopping import StopSignal
 from grpo_jax.run.weights import source_of
+from grpo_jax.update.optimizer import in_float32, make_optimizer, make_rule
 from grpo_jax.update.update import TrainState
 
 META = {"cursor": {"epoch": 1, "next_index": 40}, "threads": 2, "timings": {"rollout": 1.5}}
@@ -277,6 +278,19 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
             checkpoints.restore(1, wider)
         with pytest.raises(ValueError, match=r"norm/scale has shape \(4,\) there and None in this run"):
             checkpoints.restore_params(1, {k: v for k, v in make_state().params.items() if k != "norm"})
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "lion", "muon", "sgd"])
+def test_the_moments_of_every_optimizer_come_back(optim, tmp_path):
+    state = make_state()
+    rule = make_rule(optim, 0.9, 0.99, 1e-8)
+    tx = make_optimizer(rule, schedule=lambda count: 1e-3, weight_decay=0.1, max_grad_norm=1.0)
+    gradient = in_float32(state.params)
+    _, moments = tx.update(gradient, tx.init(gradient), gradient, learning_rate=1e-3)
+    state = TrainState(step=state.step, params=state.params, opt_state=moments)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        assert_same_bits(checkpoints.restore(1, abstract(state))[0], state)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):

@@ -341,8 +341,8 @@ def test_missing_config_file_is_named():
         (
             "optim",
             "adamw_8bit",
-            "must be one of adamw, adafactor, lion, sgd (moments are kept in optim_dtype, float32 or "
-            "bfloat16), got 'adamw_8bit'; nearest: adamw",
+            "must be one of adamw, adafactor, lion, muon, sgd (moments are kept in optim_dtype, float32 "
+            "or bfloat16), got 'adamw_8bit'; nearest: adamw",
         ),
         ("dtype", "float16", "must be one of auto, float32, bfloat16, got 'float16'"),
         ("param_dtype", "auto", "must be one of float32, bfloat16, got 'auto'"),
@@ -414,6 +414,7 @@ def test_values_out_of_range_name_the_rule(name, bad, rule):
             "sft_decay_steps 20 must be below sft_max_steps 20, which counts the decay; lower it or raise sft_max_steps",
         ),
         ({"optim": "sgd", "optim_dtype": "bfloat16"}, "optim_dtype bfloat16 has no effect with optim sgd"),
+        ({"optim": "muon", "optim_dtype": "bfloat16"}, "optim muon, whose moments are float32; leave it out"),
     ],
 )
 def test_options_that_the_others_leave_without_effect_are_refused(options, error):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 
 from grpo_jax.update.optimizer import (
@@ -271,6 +272,35 @@ def test_adafactor_equals_that_of_hf_trainer():
     for name, x in each_weight(kernels(0)).items():
         change = weights[name].detach().numpy() - x
         np.testing.assert_allclose(got[name] - x, change, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_takes_heads_for_one_dimension_of_a_matrix_and_norms_and_biases_by_adam():
+    """Three updates are those of optax's own on each layer's weights as matrices, of which it takes all by Muon."""
+    gradients = [kernels(seed) for seed in (1, 2, 3)]
+    got = trained("muon", gradients, weight_decay=0.0)
+    as_float32 = [{k: jnp.asarray(x, jnp.float32) for k, x in each_weight(g).items()} for g in gradients]
+    start = {k: jnp.asarray(x, jnp.float32) for k, x in each_weight(kernels(0)).items()}
+    theirs = optax.contrib.muon(0.01, adam_b1=0.9, adam_b2=0.99, consistent_rms=0.2)
+    state, weights = theirs.init(start), start
+    for gradient in as_float32:
+        steps, state = theirs.update(gradient, state, weights)
+        weights = optax.apply_updates(weights, steps)
+    for name, x in weights.items():
+        np.testing.assert_allclose(got[name], x, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.torch
+def test_a_first_step_of_muon_is_that_of_torch():
+    """torch orthogonalises in bfloat16, and has AdamW's root mean square as an option."""
+    torch = pytest.importorskip("torch")
+    gradient = kernels(1)
+    got, start = trained("muon", [gradient], weight_decay=0.1), each_weight(kernels(0))
+    for name in (name for name, x in start.items() if x.ndim == 2):
+        weight = torch.nn.Parameter(torch.tensor(start[name], dtype=torch.float32))
+        weight.grad = torch.tensor(each_weight(gradient)[name], dtype=torch.float32)
+        torch.optim.Muon([weight], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw").step()
+        change = weight.detach().numpy() - start[name]
+        assert np.linalg.norm(got[name] - start[name] - change) < 0.03 * np.linalg.norm(change), name
 
 
 @pytest.mark.torch

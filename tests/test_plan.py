@@ -137,7 +137,7 @@ def test_fsdp_shards_what_it_divides():
 
 
 def test_the_optimizer_changes_the_moments():
-    """Lion has one of each weight. Adafactor: rows and columns of each matrix, all of a vector, and counters.
+    """Lion has one of each weight, muon of 42 of a layer's 50, and two of the others. Adafactor: rows and columns of each matrix, all of a vector, and counters.
 
     A layer: q 2 × 4 and o 4 × 2 have 6 sums each, k and v 2 × 2 have 4 each, gate, up and down 2 × 3 have 5 each: 35 sums,
     a placeholder for each of the 7, 8 weights of norms with 2 placeholders for each of 4; outside: the table 5 × 2 has 7
@@ -145,6 +145,8 @@ def test_the_optimizer_changes_the_moments():
     """
     assert bytes_of(step_of(optim="lion")).moments == 448 + 12
     assert bytes_of(step_of(optim="sgd")).moments == 0
+    counters = 1 + 3 + 1  # muon's with its three coefficients, and AdamW's
+    assert bytes_of(step_of(optim="muon")).moments == 4 * (2 * (42 + 2 * 8 + counters) + 2 * 12 + counters)
     layer = 35 + 7 + 8 + 2 * 4
     assert bytes_of(step_of(optim="adafactor")).moments == 4 * (2 * layer + 8 + 4 + 3)
 

@@ -361,9 +361,9 @@ class Options:
     warmup_ratio: float | None = _opt(
         None, "Fraction of all updates used for warm-up if warmup_steps is 0.", ge=0, le=1
     )
-    optim: Literal["adamw", "adafactor", "lion", "sgd"] = _opt(
+    optim: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = _opt(
         "adamw",
-        "Optimizer; adafactor and sgd keep no full-size moments, lion keeps one.",
+        "Optimizer; adafactor and sgd keep no full-size moments, lion one, muon one of most weights.",
         why="(moments are kept in optim_dtype, float32 or bfloat16)",
         spellings={
             **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_hf"), "adamw"),
@@ -374,9 +374,9 @@ class Options:
     weight_decay: float = _opt(
         0.0, "Weight decay, scaled by the learning rate; not applied to norms and biases.", ge=0
     )
-    adam_beta1: float = _opt(0.9, "AdamW and Lion: decay rate of the first moment.", ge=0, lt=1)
+    adam_beta1: float = _opt(0.9, "AdamW, Lion and Muon's AdamW: decay rate of the first moment.", ge=0, lt=1)
     adam_beta2: float = _opt(
-        0.999, "AdamW: decay rate of the second moment; Lion: of its only one.", ge=0, lt=1
+        0.999, "AdamW and Muon's AdamW: decay rate of the second moment; Lion: of its only one.", ge=0, lt=1
     )
     adam_epsilon: float = _opt(1e-8, "AdamW: constant added to the denominator.", gt=0)
     max_grad_norm: float = _opt(1.0, "Clip the gradient to this norm; 0: no clipping.", ge=0)

@@ -330,9 +330,16 @@ def _contradictions(options: Options) -> list[tuple[str, str]]:
         arguments = options.lr_scheduler_kwargs
         if text := schedule_problem(options.lr_scheduler_type, options.learning_rate, arguments):
             found.append(("lr_scheduler_kwargs" if arguments else "lr_scheduler_type", text))
-    if options.optim in ("adafactor", "sgd") and options.optim_dtype != "float32":
-        text = f"optim_dtype {options.optim_dtype} has no effect with optim {options.optim}, which keeps no moments"
-        found.append(("optim_dtype", f"{text} of the weights' size; leave it out"))
+    if options.optim not in ("adamw", "lion") and options.optim_dtype != "float32":
+        why = (
+            "whose moments are float32"
+            if options.optim == "muon"
+            else "which keeps no moments of the weights' size"
+        )
+        text = (
+            f"optim_dtype {options.optim_dtype} has no effect with optim {options.optim}, {why}; leave it out"
+        )
+        found.append(("optim_dtype", text))
 
     if options.optim == "adafactor" and options.use_peft:
         text = "optim adafactor saves the moments of whole weights; with use_peft, whose moments are small, use adamw"
@@ -388,7 +395,8 @@ def _without_effect(options: Options) -> list[tuple[str, str]]:
             "sft_stop_match has no effect with sft_stop_reward, which takes its place; leave one of them out"
         )
         found.append(("sft_stop_match", text))
-    of_optim = {"adam_beta1": ("adamw", "lion"), "adam_beta2": ("adamw", "lion"), "adam_epsilon": ("adamw",)}
+    adam, with_adam = ("adamw", "muon"), ("adamw", "muon", "lion")
+    of_optim = {"adam_beta1": with_adam, "adam_beta2": with_adam, "adam_epsilon": adam}
     for name, optimizers in of_optim.items():
         if options.optim not in optimizers and getattr(options, name) != OPTIONS[name].default:
             found.append((name, f"{name} has no effect with optim {options.optim}"))

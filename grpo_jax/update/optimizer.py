@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from grpo_jax.models.sharding import input_dimensions
 
@@ -62,22 +63,29 @@ def make_optimizer(
 def make_rule(
     optim: str, b1: float, b2: float, eps: float, moments_dtype: jax.typing.DTypeLike = jnp.float32
 ) -> optax.GradientTransformation:
-    """The step of an optimizer at rate 1: adamw, adafactor, lion or sgd.
+    """The step of an optimizer at rate 1: adamw, adafactor, lion, muon or sgd.
 
     adafactor has HF Trainer's settings: no first moment, no relative steps, a second moment that is
     factored over the inputs and outputs of each layer's matrix, steps clipped to a root mean square of 1.
+    muon moves each layer's matrices by their orthogonalised momentum, scaled to the root mean square of
+    AdamW's steps, so that learning rates are AdamW's; all other weights by AdamW with Nesterov momentum.
 
     Args:
         optim: its name.
-        b1, b2, eps: of `scale_by_adam`; lion takes b1 and b2, the others none.
-        moments_dtype: what the moments of adamw and lion are kept in; adafactor's stay float32.
+        b1, b2, eps: of `scale_by_adam`; lion takes b1 and b2, adafactor and sgd none.
+        moments_dtype: what the moments of adamw and lion are kept in; the others' stay float32.
 
     Source: Shazeer and Stern 2018, "Adafactor", algorithm 4; Chen et al. 2023, "Symbolic Discovery of
-    Optimization Algorithms" (lion).
+    Optimization Algorithms" (lion); Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2.
     """
     if optim == "adafactor":
         factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1, decay_rate=0.8, epsilon=1e-30)
         return optax.chain(_on_matrices(factored), optax.clip_by_block_rms(1.0))
+    if optim == "muon":
+        # the rates are applied later, and to a step that goes up
+        return optax.contrib.muon(
+            -1.0, eps=eps, adam_b1=b1, adam_b2=b2, consistent_rms=0.2, muon_weight_dimension_numbers=_matrix_axes
+        )  # fmt: skip
     rules = {
         "adamw": lambda: scale_by_adam(b1, b2, eps, moments_dtype),
         "lion": lambda: _kept_in(moments_dtype, optax.scale_by_lion(b1, b2)),
@@ -91,6 +99,16 @@ def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda x: -given["learning_rate"] * x, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _matrix_axes(params: Any) -> Any:
+    """For each weight of a layer that is a matrix, inputs × outputs, which dimensions are which; None for others."""
+
+    def axes(path, x):
+        n = input_dimensions(path[-1].key)
+        return None if n is None else optax.contrib.MuonDimensionNumbers((*range(n),), (*range(n, x.ndim),))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def _on_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:
