@@ -45,7 +45,7 @@ from grpo_jax.run.learner import Learner, make_learner
 from grpo_jax.run.lock import run_lock, start_over
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
-from grpo_jax.run.options import GRPOConfig, compares_evaluations
+from grpo_jax.run.options import GRPOConfig, check_no_evaluation_is_due, compares_evaluations
 from grpo_jax.run.progress import EVENTS, Due, Progress, Saver, fresh_meta, print_steps, print_update, tried
 from grpo_jax.run.remote import open_remote
 from grpo_jax.run.report import write_missing_report, write_report
@@ -137,10 +137,8 @@ class GRPOTrainer:
         train = config.required("dataset_id_or_path") if train_dataset is None else train_dataset
         evaluation = config.eval_dataset_id_or_path if eval_dataset is None else eval_dataset
         inputs = read_inputs(config, train, evaluation, tools, reward_funcs)  # before anything is written
-        if compares_evaluations(config) and inputs.evaluation is None:
-            raise ValueError(
-                "early_stop_patience and load_best_model_at_end compare evaluations; set eval_dataset_id_or_path"
-            )
+        if inputs.evaluation is None:
+            check_no_evaluation_is_due(config)
         with run_lock(self.output_dir, "grpo_jax.train"), watch_compiles(console, timer):
             if self.remote is not None:
                 console.line(self.remote.fetch(empty=config.overwrite_output_dir))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ MARK = "<!-- written by scripts/learning.py --table -->"
 SEEDS = (1, 2, 3)
 WINDOW = 5  # updates over which a sampled figure is averaged, as one batch holds only 16 prompts
 REACHED = 0.9
+
+SPENT = "processor_seconds.json"  # in a run's folder: of its process and workers, which other work does not change
 
 QUICKSTART = "configs/quickstart.yaml"
 TWO_STEP = "configs/two_step.yaml"
@@ -95,9 +98,17 @@ def run(command: str, config: str, out: Path, options: Mapping[str, Any]) -> Non
     out.parent.mkdir(parents=True, exist_ok=True)
     log = out.with_suffix(".log")
     print(f"{out.name}: {' '.join(argv[2:])}", flush=True)
+    before = seconds_of_children()
     with log.open("w") as file:
         if status := subprocess.run(argv, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode:
             sys.exit(f"{out.name}: exit status {status}; see {log}")
+    (out / SPENT).write_text(json.dumps(seconds_of_children() - before) + "\n")
+
+
+def seconds_of_children() -> float:
+    """Processor seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def slug(name: str) -> str:
@@ -132,10 +143,23 @@ def figures(out: Path) -> dict[str, float]:
     reached = next((i + WINDOW for i, value in enumerate(means) if value >= REACHED), None)
     found = {f"{name} {when}": summary[when][name] for when in ("before", "after") for name in SHOWN}
     rollouts = mean(line.get("rollout/rounds", 1) for line in lines)
-    return found | {"rollouts": rollouts, "updates": reached, "wasted": mean(zero_spread(lines))}
+    spent = json.loads((out / SPENT).read_text())
+    return found | {
+        "rollouts": rollouts, "updates": reached, "wasted": mean(zero_spread(lines)), "seconds": spent,
+    }  # fmt: skip
 
 
 SHOWN = ("exact_answer_match", "answer_grounded")
+COLUMNS = {  # figure: its title in the table, its digits
+    "exact_answer_match before": ("exact before", 3),
+    "exact_answer_match after": ("exact after", 3),
+    "answer_grounded before": ("grounded before", 3),
+    "answer_grounded after": ("grounded after", 3),
+    "updates": ("updates to 0.9", 0),
+    "seconds": ("processor seconds", 0),
+    "rollouts": ("rollouts", 2),
+    "wasted": ("wasted", 2),
+}
 
 
 def exact_share(out: Path, step: int) -> float:
@@ -166,16 +190,7 @@ def table(folder: Path, written: str) -> str:
         written: the table so far, whose other rows stay: their runs may be in another folder, or gone.
     """
     kept = {line.split(" | ")[0].removeprefix("| "): line for line in written.splitlines() if " | " in line}
-    head = [
-        "row",
-        "options",
-        "exact before",
-        "exact after",
-        "grounded after",
-        "updates to 0.9",
-        "rollouts",
-        "wasted",
-    ]
+    head = ["row", "options", *(title for title, _ in COLUMNS.values())]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in ROWS.items():
         outs = [folder / f"{slug(name)}_{seed}" for seed in SEEDS]
@@ -183,15 +198,7 @@ def table(folder: Path, written: str) -> str:
             lines += [kept[name]] if name in kept else []
             continue
         of_seeds = [figures(out) for out in outs]
-        columns = {
-            "exact_answer_match before": 3,
-            "exact_answer_match after": 3,
-            "answer_grounded after": 3,
-            "updates": 0,
-            "rollouts": 2,
-            "wasted": 2,
-        }
-        cells = [shown([one[column] for one in of_seeds], digits) for column, digits in columns.items()]
+        cells = [shown([one[column] for one in of_seeds], digits) for column, (_, digits) in COLUMNS.items()]
         given = ", ".join(f"`{option}: {value}`" for option, value in row.options.items()) or "–"
         lines.append(f"| {' | '.join([name, given, *cells])} |")
     return "\n".join(lines)

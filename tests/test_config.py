@@ -18,6 +18,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from grpo_jax import GRPOConfig
 from grpo_jax.run.config import parse_config, print_config, write_resolved
 from grpo_jax.run.fields import OPTIONS
+from grpo_jax.run.options import check_no_evaluation_is_due
 from grpo_jax.run.trl_options import ALIASES, EQUAL, HANDLED, INSTEAD, REFUSED, SETS, SUPPORTED
 
 ROOT = Path(__file__).parent.parent
@@ -628,6 +629,13 @@ def test_generation_batch_size_must_be_the_completions_of_an_update():
 )
 def test_intervals_are_updates_or_a_share_of_all_rounded_up(options, event, updates):
     assert GRPOConfig(**options).interval(event, total=30, per_epoch=12) == updates
+
+
+def test_eval_steps_without_evaluation_data_are_named(caplog):
+    check_no_evaluation_is_due(GRPOConfig(eval_strategy="no"))
+    assert not caplog.text
+    check_no_evaluation_is_due(GRPOConfig(eval_steps=4))
+    assert "eval_steps has no effect without evaluation data; set eval_dataset_id_or_path" in caplog.text
 
 
 def test_eval_steps_that_the_strategy_does_not_read_are_named(tmp_path, caplog):

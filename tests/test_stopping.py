@@ -116,6 +116,10 @@ def test_a_run_ends_when_it_gets_no_better_with_the_weights_of_its_best_evaluati
             "load_best_model_at_end needs evaluations during",
         ),
         ({"early_stop_patience": 2, "eval_steps": 1}, "compare evaluations; set eval_dataset_id_or_path"),
+        (
+            {"eval_strategy": "steps"},
+            "eval_strategy steps needs evaluation data; set eval_dataset_id_or_path",
+        ),
         ({"early_stop_metric": "exact_match"}, "nearest: exact_answer_match"),
     ],
 )

@@ -425,6 +425,24 @@ def compares_evaluations(options: Options) -> bool:
     return options.early_stop_patience is not None or options.load_best_model_at_end
 
 
+def check_no_evaluation_is_due(options: Options) -> None:
+    """For a run without evaluation data.
+
+    Raises:
+        ValueError: options that need evaluations, as HF's Trainer does too.
+    """
+    if compares_evaluations(options):
+        raise ValueError(
+            "early_stop_patience and load_best_model_at_end compare evaluations; set eval_dataset_id_or_path"
+        )
+    if options.eval_strategy in ("steps", "epoch"):
+        raise ValueError(
+            f"eval_strategy {options.eval_strategy} needs evaluation data; set eval_dataset_id_or_path"
+        )
+    if options.eval_strategy is None and options.eval_steps is not None:
+        logger.warning("eval_steps has no effect without evaluation data; set eval_dataset_id_or_path")
+
+
 def compute_dtype(option: str, on_cpu: bool) -> str:
     """The data type of the computation that the option `dtype` means on a device."""
     return ("float32" if on_cpu else "bfloat16") if option == "auto" else option
