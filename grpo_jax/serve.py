@@ -14,6 +14,7 @@ from grpo_jax.run.console import Console, note_dependencies
 
 GRACE = 10  # seconds that a running answer, which stops at its next few tokens, has to end
 LOCAL = ("127.0.0.1", "localhost", "::1")
+IN_URLS = ("127.0.0.1", "localhost", "[::1]")  # what a browser or client calls these hosts
 
 
 def run(resolved: ResolvedConfig, console: Console, host: str, port: int) -> None:
@@ -32,7 +33,7 @@ def run(resolved: ResolvedConfig, console: Console, host: str, port: int) -> Non
             raise ValueError(f"--host {host} --port {port} cannot be used ({error}); give others") from None
         with open_chat("serve", resolved, console) as (job, chat, sampling):
             name = resolved.config.as_given()["model_name_or_path"]
-            named = [*LOCAL] if host in LOCAL else ["*"]
+            named = IN_URLS if host in LOCAL else ["*"]
             app = make_app(job, chat, sampling, name, named, stopping=lambda: server.should_exit)
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
             server = uvicorn.Server(config)

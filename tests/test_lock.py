@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.run import lock
-from grpo_jax.run.lock import LOCK, check_writable, run_lock
+from grpo_jax.run.lock import LOCK, check_writable, run_lock, start_over
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
@@ -86,3 +86,13 @@ def test_a_file_in_the_way_is_named(tmp_path):
 def test_nothing_is_left_of_the_trial(tmp_path):
     check_writable(tmp_path / "a" / "b")
     assert [*(tmp_path / "a" / "b").iterdir()] == []
+
+
+def test_starting_over_removes_links_and_not_what_they_point_to(tmp_path):
+    out, disk = tmp_path / "run", tmp_path / "disk"
+    for folder in (out / "rollouts", disk / "7"):
+        folder.mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    (out / "checkpoints").symlink_to(disk)
+    start_over(out)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"] and (disk / "7").exists()

@@ -41,7 +41,7 @@ class Server:
     def __init__(self, *, system=None, stopping=lambda: False, **limits):
         self.chat, self.samplings = test_chat.new_chat(system=system, **limits), []
         job = Parts(config=Parts(system_prompt=system), sampler=self.sampler)
-        app = make_app(job, self.chat, Sampling(0), "tiny", serve.LOCAL, stopping)
+        app = make_app(job, self.chat, Sampling(0), "tiny", serve.IN_URLS, stopping)
         self.client = TestClient(app, base_url="http://127.0.0.1:8000")
 
     def sampler(self, sampling):
@@ -195,6 +195,9 @@ def test_what_only_a_web_page_would_send_is_refused():
         post("/v1/chat/completions", json={"messages": ASKED}, headers={"Host": "evil.org"}).status_code
         == 400
     )
+    names = ("127.0.0.1:8000", "localhost", "[::1]:8000", "[::1]", "[::2]", "::1.evil.org")
+    found = {name: Server().client.get("/v1/models", headers={"Host": name}).status_code for name in names}
+    assert [name for name, status in found.items() if status == 200] == [*names[:4]]
     assert (
         post("/v1/chat/completions", content="{", headers={"Content-Type": "application/json"}).status_code
         == 400

@@ -88,10 +88,10 @@ def run_lock(output_dir: str | os.PathLike, command: str) -> Iterator[None]:
 
 
 def start_over(out: Path) -> None:
-    """Remove what a run left in its folder, and nothing else."""
+    """Remove what a run left in its folder, and nothing else: of a link, not what it points to."""
     for name in LEAVINGS:
         path = out / name
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
