@@ -12,7 +12,7 @@ exec(Path("grpo_jax/__init__.py").read_text(), version)
 REQUIRES = [
     "jax>=0.10,<0.12",
     "flax>=0.12,<0.13",
-    "optax>=0.2.5,<0.3",
+    "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<1",
     "transformers>=5,<6",
     "tokenizers>=0.21",

@@ -45,10 +45,11 @@ from grpo_jax.run.learner import Learner, make_learner
 from grpo_jax.run.lock import run_lock, start_over
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
-from grpo_jax.run.options import GRPOConfig, check_no_evaluation_is_due, compares_evaluations
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.run.progress import EVENTS, Due, Progress, Saver, fresh_meta, print_steps, print_update, tried
 from grpo_jax.run.remote import open_remote
 from grpo_jax.run.report import write_missing_report, write_report
+from grpo_jax.run.rules import check_no_evaluation_is_due, compares_evaluations
 from grpo_jax.run.stopping import Best, Stopped, StopSignal, how_to_continue
 from grpo_jax.run.trl_options import trainer_options
 from grpo_jax.run.weights import source_of

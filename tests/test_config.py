@@ -18,7 +18,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from grpo_jax import GRPOConfig
 from grpo_jax.run.config import parse_config, print_config, write_resolved
 from grpo_jax.run.fields import OPTIONS
-from grpo_jax.run.options import check_no_evaluation_is_due
+from grpo_jax.run.rules import check_no_evaluation_is_due
 from grpo_jax.run.trl_options import ALIASES, EQUAL, HANDLED, INSTEAD, REFUSED, SETS, SUPPORTED
 
 ROOT = Path(__file__).parent.parent

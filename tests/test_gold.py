@@ -32,10 +32,12 @@ def test_rewards_get_the_column_as_it_was_written_without_what_arrow_adds():
     call = {"name": "anything", "arguments": {"amount": "1", "limit": None}}
     clean = {"name": "anything", "arguments": {"amount": "1"}}
     wrapped = {"type": "function", "id": "1", "function": call}
+    text = {"name": "anything", "arguments": json.dumps(call["arguments"])}
     for value, want in [
         (call, clean),
         ([call, clean], [clean, clean]),
-        (wrapped, wrapped | {"function": clean}),
+        (wrapped, clean | wrapped | {"function": clean}),
+        ({"function": text}, clean | {"function": text}),
         (json.dumps(call), json.dumps(call)),  # text stays text
         ({"name": "unknown", "arguments": {"x": None}}, {"name": "unknown", "arguments": {"x": None}}),
         ([], []),

@@ -83,7 +83,10 @@ def _gold_call(call: Any, functions: Mapping[str, Callable], original: bool) -> 
 
 
 def unpadded(example: Example, functions: Mapping[str, Callable]) -> Any:
-    """The column `tool_call` as rewards get it: as it was written, but without the nulls that `gold_calls` drops."""
+    """The column `tool_call` as rewards get it: as it was written, but without the nulls that `gold_calls` drops.
+
+    A call in OpenAI's form has `name` and `arguments` next to its `function`, so that a reward may read either.
+    """
     value = example.extra.get("tool_call")
     try:
         gold = gold_calls(example, functions) if isinstance(value, dict | list) else []
@@ -92,15 +95,19 @@ def unpadded(example: Example, functions: Mapping[str, Callable]) -> Any:
     calls: list[Any] = value if isinstance(value, list) else [value]
     if not gold or not all(isinstance(call, dict) for call in calls):
         return value
-    found = [_with_arguments(call, one.arguments) for call, one in zip(calls, gold, strict=True)]
+    found = [_with_arguments(call, one) for call, one in zip(calls, gold, strict=True)]
     return found if isinstance(value, list) else found[0]
 
 
-def _with_arguments(call: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call of either form with other arguments, where they are no text."""
+def _with_arguments(call: dict[str, Any], gold: ToolCall) -> dict[str, Any]:
+    """A recorded call with the arguments of the gold call that was read from it; where they are text, they stay."""
     if isinstance(call.get("function"), dict):
-        return call | {"function": _with_arguments(call["function"], arguments)}
-    return call | {"arguments": arguments} if isinstance(call.get("arguments"), dict) else call
+        return (
+            {"name": gold.name, "arguments": gold.arguments}
+            | call
+            | {"function": _with_arguments(call["function"], gold)}
+        )
+    return call | {"arguments": gold.arguments} if isinstance(call.get("arguments"), dict) else call
 
 
 def _without_nulls(value: Any, hint: Any) -> Any:

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from grpo_jax.files import OutputError, is_url
 from grpo_jax.run.config import ResolvedConfig, parse_config, print_config
@@ -69,17 +70,6 @@ def run_command(
 
     from grpo_jax import hosts
 
-    def end_all(status: int, error: BaseException | None = None) -> int:
-        """The exit status of an error of which the other hosts do not know; those would wait forever."""
-        if hosts.alone():
-            return status
-        if error is not None and _of_lost_process(error):
-            print(LOST, file=sys.stderr)
-            status = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)  # at once: jax then ends the others, and a proper end would wait for them
-
     console = console or Console()
     if from_shell:  # no user code has run since the imports
         note_dependencies()
@@ -97,31 +87,46 @@ def run_command(
             traceback.print_exception(error.__cause__)
         print(f"Error: {error}", file=sys.stderr)
         status = 1
-    except (ValueError, FileNotFoundError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return end_all(2, error)
-    except OutputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return end_all(1, error)
-    except jax.errors.JaxRuntimeError as error:
-        from grpo_jax.run.memory import explain, is_out_of_memory
-
-        if not is_out_of_memory(error):
-            traceback.print_exc()
-            return end_all(1, error)
-        print(f"Error: {explain(error)}", file=sys.stderr)
-        return end_all(1)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return end_all(INTERRUPTED)
     except BaseException as error:
-        if hosts.alone():
+        status = _explained(error)
+        if not hosts.alone():
+            _end_all(status, error)
+        if status is None:
             raise
-        traceback.print_exc()
-        return end_all(1, error)
+        return status
     if not hosts.alone():
         jax.distributed.shutdown()
     return status
+
+
+def _explained(error: BaseException) -> int | None:
+    """The exit status of an error, of which a sentence is printed; None for one that needs its traceback."""
+    import jax
+
+    from grpo_jax.run.memory import explain, is_out_of_memory
+
+    if isinstance(error, KeyboardInterrupt):
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(error, ValueError | FileNotFoundError | OutputError):
+        print(f"Error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, OutputError) else 2
+    if isinstance(error, jax.errors.JaxRuntimeError) and is_out_of_memory(error):
+        print(f"Error: {explain(error)}", file=sys.stderr)
+        return 1
+    return None
+
+
+def _end_all(status: int | None, error: BaseException) -> NoReturn:
+    """End at once for an error of which the other hosts do not know: jax then ends those, which would wait forever."""
+    if status is None:
+        traceback.print_exception(error)
+    if status != INTERRUPTED and _of_lost_process(error):
+        print(LOST, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if status is None else status)  # a proper end would wait for the others
 
 
 def _of_lost_process(error: BaseException | None) -> bool:

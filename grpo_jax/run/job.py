@@ -41,7 +41,8 @@ from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
 from grpo_jax.run.inputs import check_context, templated
 from grpo_jax.run.log import PhaseTimer
-from grpo_jax.run.options import SOFT_OVERLONG, GRPOConfig, compute_dtype, reward_problems
+from grpo_jax.run.options import GRPOConfig, compute_dtype
+from grpo_jax.run.rules import SOFT_OVERLONG, reward_problems
 from grpo_jax.run.weights import merged, restore_weights, source_of
 from grpo_jax.scoring.credit import Credit, soft_overlong
 from grpo_jax.scoring.rewards import (
@@ -400,7 +401,7 @@ def read_inputs(
     files, names = config.reward_fn, config.reward_function_name
     final_tools(toolbox, config.final_tool)  # raises where one cannot be
     functions = load_rewards(files, names) if rewards is None else rewards_of(rewards)
-    if problems := reward_problems(config, [reward.name for reward in functions]):
+    if problems := [*reward_problems(config, [reward.name for reward in functions])]:
         raise ValueError("\n".join(text for _, text in problems))
     examples = read_examples(config, train)
     evaluated = None if evaluation is None else read_examples(config, evaluation)
