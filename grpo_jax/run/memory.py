@@ -32,7 +32,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return _WANTED.search(str(error)) is not None
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """The sentence for an error that `is_out_of_memory`.
 
     Args:

@@ -14,7 +14,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Literal
 
 import jinja2
@@ -151,7 +151,7 @@ def make_app(
     chat: Chat,
     sampling: Sampling,
     name: str,
-    hosts: list[str],
+    hosts: Sequence[str],
     stopping: Callable[[], bool] = lambda: False,
 ) -> Starlette:
     """The routes.
@@ -233,7 +233,7 @@ def make_app(
         Route("/health", lambda _: _json({"status": "ok"})),
     ]
     errors = (ValueError, RecursionError, jinja2.TemplateError, HTTPException)
-    named = Middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+    named = Middleware(TrustedHostMiddleware, allowed_hosts=[*hosts])
     return Starlette(routes=routes, middleware=[named], exception_handlers=dict.fromkeys(errors, _refused))
 
 
