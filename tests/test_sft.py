@@ -242,46 +242,6 @@ def test_it_stops_at_the_mean_reward_of_sampled_completions(tmp_path, validation
     assert drawn == [(True, 4, 1, drawn[0][3])] * 3 and not asked
 
 
-@pytest.mark.parametrize(
-    "figures, steps, falls_from",
-    [([0.0, 0.5, 0.6], 14, 8), ([0.0, 0.0, 0.1], 20, 14)],
-    ids=["after the rule", "before the last update"],
-)
-def test_the_learning_rate_falls_before_it_stops(
-    tmp_path, validations, monkeypatch, figures, steps, falls_from
-):
-    """Over 6 updates, in which nothing is validated but their end; from update 8, or from 20 − 6 at the latest."""
-    asked, planned = validations
-    planned += figures
-    shares = []
-    monkeypatch.setattr(
-        cold_start, "make_update", lambda *_: lambda s, _, share: (shares.append(share) or s, {"loss": 0.0})
-    )
-    settings = {"sft_eval_steps": 4, "sft_max_steps": 20, "sft_decay_steps": 6, "sft_stop_match": 0.4}
-    if falls_from == 14:
-        settings["sft_eval_steps"] = 8
-    with opened(tmp_path / "run", **settings) as (job, data):
-        report = cold_start.fine_tune(job, data, tmp_path / "model")
-    assert (report["steps"], len(asked)) == (steps, 3)
-    assert report["validation"]["exact_answer_match"] == figures[-1]
-    assert shares == pytest.approx([1.0] * falls_from + [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-
-
-def test_one_that_is_stopped_while_the_rate_falls_continues_there(tmp_path, validations, monkeypatch):
-    _, figures = validations
-    figures += [0.4, 0.6]
-    shares = []
-    monkeypatch.setattr(
-        cold_start, "make_update", lambda *_: lambda s, _, share: (shares.append(share) or s, {"loss": 0.0})
-    )
-    settings = {"sft_eval_steps": 4, "sft_max_steps": 20, "sft_decay_steps": 4, "sft_stop_match": 0.4}
-    with opened(tmp_path / "run", **settings) as (job, data):
-        with pytest.raises(Stopped, match="after its update 6, which is saved"):
-            cold_start.fine_tune(job, data, tmp_path / "model", stop=lambda: len(shares) == 6)
-        report = cold_start.fine_tune(job, data, tmp_path / "model")
-    assert (report["steps"], shares) == (8, [1.0] * 4 + [1.0, 0.75, 0.5, 0.25])
-
-
 @pytest.mark.parametrize("differs", ["optimizer", "place", "digest"])
 def test_a_checkpoint_of_an_earlier_version_is_one_line_that_says_what_to_do(tmp_path, monkeypatch, differs):
     monkeypatch.setattr(cold_start, "_digest", lambda *_: "the same")

@@ -5,8 +5,7 @@ gold row is a trajectory whose turns were written instead of sampled. It ends by
 a rule: a validation slice at the end of the training rows is evaluated greedily
 every few updates until its exact_answer_match reaches `sft_stop_match` and its answer_grounded
 `sft_stop_grounded`, four times as often once half of that is reached: a small model learns the second
-half in a few updates. Then the learning rate falls to 0 over `sft_decay_steps` more updates, which settles what a
-constant rate keeps moving. With `sft_stop_reward` the slice is sampled, as GRPO will, until its mean reward reaches that.
+half in a few updates. With `sft_stop_reward` the slice is sampled, as GRPO will, until its mean reward reaches that.
 A completion of the slice may be twice as long as the longest gold conversation,
 so that a model that does not end its turns yet does not hold training up.
 """
@@ -135,7 +134,7 @@ def fine_tune(
                     report = _validation(job, params, held_out, limit, stop)
                     clock.append(time.perf_counter())
                     progress = _after_validation(job, progress, report, clock[-3:])
-                    if progress.left == 0:
+                    if progress.ended:
                         break
             except Stopped:
                 tried(line, checkpoints.wait)
@@ -147,9 +146,8 @@ def fine_tune(
                 ) from None
             draws, cursor = next_batch(len(gold), config.sft_batch_size, progress.cursor, config.seed)
             batch = make_batch(train.tree, [gold[i] for i, _ in draws], generations=1)
-            share = 1.0 if progress.left is None else progress.left / config.sft_decay_steps
-            state, metrics = update(state, place_batch(job.training, batch), share)
-            progress = progress.after(cursor, float(metrics["loss"]), _decay_from(job))
+            state, metrics = update(state, place_batch(job.training, batch))
+            progress = progress.after(cursor, float(metrics["loss"]), config.sft_max_steps)
             bar.advance(1, loss=progress.loss)
             if save_steps and progress.done % save_steps == 0:
                 tried(line, save)
@@ -172,11 +170,6 @@ def _rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet, list[Trajectory]]:
     return train, held_out, list(map(turns_weighted, gold)) if job.config.sft_weights == "turns" else gold
 
 
-def _decay_from(job: Job) -> int:
-    """Updates after which the learning rate falls, whether or not the rule holds."""
-    return job.config.sft_max_steps - job.config.sft_decay_steps
-
-
 @dataclasses.dataclass(frozen=True)
 class _Progress:
     """Where a cold start is; part of its checkpoint.
@@ -184,17 +177,17 @@ class _Progress:
     Args:
         every: updates between validations.
         done: updates.
-        left: updates until the end; None before the learning rate falls.
         cursor: place in the data of the next batch.
         validate: a validation is due.
+        ended: the last validation was the end.
         loss: of the last update.
     """
 
     every: int
     done: int = 0
-    left: int | None = None
     cursor: Cursor = dataclasses.field(default_factory=Cursor)
     validate: bool = False
+    ended: bool = False
     loss: float = 0.0
 
     @classmethod
@@ -202,15 +195,10 @@ class _Progress:
         """The inverse of `dataclasses.asdict`."""
         return cls(**dict(values, cursor=Cursor.from_json(values["cursor"])))
 
-    def after(self, cursor: Cursor, loss: float, decay_from: int) -> _Progress:
-        """After one more update.
-
-        Args:
-            decay_from: updates after which the learning rate falls at the latest.
-        """
-        done, left = self.done + 1, None if self.left is None else self.left - 1
-        validate = left == 0 or (left is None and (done % self.every == 0 or done == decay_from))
-        return _Progress(self.every, done, left, cursor, validate, loss)
+    def after(self, cursor: Cursor, loss: float, last: int) -> _Progress:
+        """After one more update, of which `last` is the last."""
+        done = self.done + 1
+        return _Progress(self.every, done, cursor, done % self.every == 0 or done == last, loss=loss)
 
 
 def _update_and_state(job: Job) -> tuple[Callable, TrainState, Frozen | None]:
@@ -228,7 +216,7 @@ def _update_and_state(job: Job) -> tuple[Callable, TrainState, Frozen | None]:
 def _after_validation(
     job: Job, progress: _Progress, report: dict[str, Any], clock: Sequence[float]
 ) -> _Progress:
-    """Print a validation, and decide whether the learning rate starts to fall and how soon the next validation comes.
+    """Print a validation, and decide whether it was the last and how soon the next one comes.
 
     Args:
         clock: when the updates before it began, when it began and when it ended, in seconds.
@@ -242,12 +230,9 @@ def _after_validation(
             f"Validation took {validated:.0f} s, the updates before it {trained:.0f} s; a larger "
             "sft_eval_steps or a smaller sft_validation_size makes that less"
         )
-    if progress.left is None and (_reached(rule, report) or progress.done == _decay_from(job)):
-        progress = dataclasses.replace(progress, left=config.sft_decay_steps)
-        if progress.left:
-            job.console.line(f"The learning rate falls to 0 over the next {progress.left} updates")
     sooner = max(1, config.sft_eval_steps // 4) if _reached(rule, report, 0.5) else progress.every
-    return dataclasses.replace(progress, every=sooner)
+    ended = _reached(rule, report) or progress.done == config.sft_max_steps
+    return dataclasses.replace(progress, every=sooner, ended=ended)
 
 
 def _reached(rule: dict[str, float], report: dict[str, Any], share: float = 1.0) -> bool:

@@ -410,12 +410,6 @@ class Options:
         le=1,
     )
 
-    sft_decay_steps: int = _opt(
-        0,
-        "Updates over which the cold start's learning rate falls to 0 before it ends; 0: it does not fall.",
-        ge=0,
-    )
-
     mesh_data: Unlimited = _opt(-1, "Devices along the data axis; -1: all remaining ones.")
     mesh_fsdp: int = _opt(1, "Devices over which batches and weights are sharded.", ge=1)
     mesh_tensor: int = _opt(1, "Devices over which the heads and widths of layers are sharded.", ge=1)

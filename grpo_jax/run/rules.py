@@ -28,7 +28,6 @@ def contradictions(options: Options) -> Problems:
         _of_lengths,
         _of_optimizer,
         _of_evaluation,
-        _of_cold_start,
         _of_conversation,
     )
     return itertools.chain.from_iterable(rule(options) for rule in rules)
@@ -144,18 +143,6 @@ def _of_evaluation(options: Options) -> Problems:
     for name in ("early_stop_patience", "load_best_model_at_end"):
         if getattr(options, name) and strategy == "no":
             yield name, f"{name} needs evaluations during training; set eval_steps or eval_strategy"
-
-
-def _of_cold_start(options: Options) -> Problems:
-    decay, steps = options.sft_decay_steps, options.sft_max_steps
-    if decay >= steps:
-        yield (
-            "sft_decay_steps",
-            (
-                f"sft_decay_steps {decay} must be below sft_max_steps {steps}, which counts the decay; lower it or raise "
-                "sft_max_steps"
-            ),
-        )
 
 
 def _of_conversation(options: Options) -> Problems:

@@ -270,9 +270,7 @@ def make_update(
     state: TrainState,
     frozen: Frozen | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """The jitted, sharded update: (state, batch, share=1.0) -> (state, metrics). The state is donated.
-
-    `share` multiplies the schedule's learning rate (the cold start's decay).
+    """The jitted, sharded update: (state, batch) -> (state, metrics). The state is donated.
 
     An update whose loss or gradient is not finite changes nothing but the step count and
     reports `skipped` = 1.
@@ -306,10 +304,10 @@ def make_update(
         donate_argnums=0,
         compiler_options=_compiler_options(step),
     )
-    rate = jax.jit(lambda updates, share: jnp.asarray(optimizer.schedule(updates) * share, jnp.float32))
+    rate = jax.jit(lambda updates: jnp.asarray(optimizer.schedule(updates), jnp.float32))
     # The frozen weights are an argument, since a constant would be copied, and the rate is one, so that another
     # rate or schedule is the same program.
-    run = lambda state, batch, share=1.0: jitted(state, batch, frozen, rate(state.step, share))  # noqa: E731
+    run = lambda state, batch: jitted(state, batch, frozen, rate(state.step))  # noqa: E731
     run.lower = lambda state, batch: jitted.lower(state, batch, frozen, jax.ShapeDtypeStruct((), jnp.float32))
     return run
 
