@@ -6,7 +6,7 @@ with a text that holds every number of the last tool result, or where no tool sh
 
 import re
 
-from financial_tools_reward import PARSER_NAME, financial_tools_reward
+from .financial_tools_reward import PARSER_NAME, financial_tools_reward
 
 # how a conversation ends when the model closes its turn without a call
 CLOSED = ("answered", "tool_error", "tool_timeout")

@@ -10,7 +10,7 @@
 
 import re
 
-from math_reward import score
+from .math_reward import score
 
 # how a conversation ends when the model closes its turn without a call
 CLOSED = ("answered", "tool_error", "tool_timeout")

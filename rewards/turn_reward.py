@@ -5,7 +5,7 @@ the last gold call, such as the final text, gets no number. Such a reward says w
 one that scores the outcome: `--reward_fn rewards/multi_step_reward.py rewards/turn_reward.py`.
 """
 
-from multi_step_reward import same_call
+from .multi_step_reward import same_call
 
 
 def turn_reward(completions: list[list[dict]], answer: list[str], **kwargs) -> list[list[float | None]]:

@@ -10,6 +10,7 @@ from rewards.financial_tools_reward import reward_func as financial_tools_reward
 from rewards.multi_step_reward import reward_func as multi_step_reward
 from rewards.tool_call_reward import call_score, likeness
 from rewards.tool_call_reward import reward_func as tool_call_reward
+from rewards.turn_reward import reward_func as turn_reward
 from rewards.validated_reward import reward_func as validated_reward
 from tools_funcs import financial_tools_complex, two_step_tools
 
@@ -227,9 +228,7 @@ def test_a_step_may_drop_cents():
         ([share, SHARE, grow, GROWN, share, SHARE], [0.0, 0.0, None]),
     ],
 )
-def test_turn_reward_scores_each_turn_by_the_gold_call_of_its_place(conversation, expected, monkeypatch):
-    monkeypatch.syspath_prepend(DATA.parent / "rewards")  # as for a file that is named by --reward_fn
-    turn_reward = importlib.import_module("turn_reward").reward_func
+def test_turn_reward_scores_each_turn_by_the_gold_call_of_its_place(conversation, expected):
     columns = {"answer": ["Share: 220.50"], "tool_call": [[FIRST, SECOND]]}
     assert turn_reward([conversation], **columns) == [expected]
     with pytest.raises(ValueError, match="tool_call"):
@@ -267,3 +266,11 @@ def test_gold_conversations_earn_the_top_reward(file, tools, rewards):
     for reward in rewards:
         assert set(reward(conversations, **columns)) == {1.0}
         assert max(reward([NO_CALL] * len(rows), **columns)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "path", sorted((DATA.parent / "rewards").glob("[a-z]*.py")), ids=lambda path: path.stem
+)
+def test_each_file_is_a_module_of_the_package_too(path):
+    """For a script that imports the function and gives it to GRPOTrainer."""
+    assert callable(importlib.import_module(f"rewards.{path.stem}").reward_func)
