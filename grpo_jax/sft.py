@@ -11,8 +11,8 @@ from grpo_jax.run.command import INTERRUPTED, run_command
 from grpo_jax.run.compiling import watch_compiles
 from grpo_jax.run.config import ResolvedConfig, write_resolved
 from grpo_jax.run.console import Console
-from grpo_jax.run.job import load_data, open_job, read_inputs
-from grpo_jax.run.lock import run_lock, start_over
+from grpo_jax.run.job import load_data, open_job, read_inputs, starting_over
+from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
 from grpo_jax.run.stopping import Stopped, StopSignal, how_to_continue
@@ -26,20 +26,20 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
     """
     config, timer = resolved.config, PhaseTimer()
     out = Path(config.output_dir)
-    inputs = read_inputs(config, config.required("dataset_id_or_path"))  # before anything is removed
+    inputs = read_inputs(config, config.required("dataset_id_or_path"))
     with run_lock(out, "grpo_jax.sft"):
         with watch_compiles(console, timer):
-            if config.overwrite_output_dir:
-                hosts.of_first(lambda: start_over(out))
-            elif hosts.of_first(lambda: (out / "sft.json").exists() and (out / "model").exists()):
+            done = hosts.of_first(lambda: (out / "sft.json").exists() and (out / "model").exists())
+            if done and not config.overwrite_output_dir:
                 console.line(
                     f"The fine-tuning in {out} is finished (sft.json, model/). --overwrite_output_dir starts over, "
                     "another --output_dir keeps both."
                 )
                 return 0
-            job = open_job(config, console, timer, inputs)
-            with job.runner:
+            with starting_over(config):
+                job = open_job(config, console, timer, inputs)
                 data = load_data(job, inputs.train)
+            with job.runner:
                 hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
                 try:
                     with timer("cold_start"), StopSignal() as stop:

@@ -39,10 +39,12 @@ from grpo_jax.run.job import (
     load_data,
     open_job,
     read_inputs,
+    schedule_of,
+    starting_over,
     steps_of,
 )
 from grpo_jax.run.learner import Learner, make_learner
-from grpo_jax.run.lock import run_lock, start_over
+from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
 from grpo_jax.run.options import GRPOConfig
@@ -59,7 +61,7 @@ from grpo_jax.scoring.metrics import FirstCalls, trajectory_metrics
 from grpo_jax.scoring.rewards import RewardOutcome, TrainerState, joined
 from grpo_jax.types import Example, Message, Trajectory
 from grpo_jax.update.batch import make_batch, make_tree
-from grpo_jax.update.update import TrainState, place_batch, state_shardings
+from grpo_jax.update.update import Split, TrainState, place_batch, state_shardings
 
 note_dependencies()
 
@@ -143,20 +145,26 @@ class GRPOTrainer:
         with run_lock(self.output_dir, "grpo_jax.train"), watch_compiles(console, timer):
             if self.remote is not None:
                 console.line(self.remote.fetch(empty=config.overwrite_output_dir))
-            if config.overwrite_output_dir:
-                hosts.of_first(lambda: start_over(self.output_dir))
-            self.job = open_job(config, console, timer, inputs)  # writes a new model into base_model
-            self.data = load_data(self.job, inputs.train)
-            asked = inputs.evaluation
-            self.evaluation = None if asked is None else load_data(self.job, asked)
-        weakref.finalize(self, self.job.runner.close)
+            with starting_over(config):
+                self.job = open_job(config, console, timer, inputs)  # writes a new model into base_model
+                weakref.finalize(self, self.job.runner.close)
+                self.data = load_data(self.job, inputs.train)
+                asked = inputs.evaluation
+                self.evaluation = None if asked is None else load_data(self.job, asked)
+                self._check()
+
+    def _check(self) -> None:
+        """What can be wrong with the options and the data together."""
+        config, functions, steps = self.job.config, self.job.toolbox.functions, self.steps
         if self.evaluation is not None:
-            check_gold_calls(self.evaluation.prompts, self.job.toolbox.functions)
+            check_gold_calls(self.evaluation.prompts, functions)
             if compares_evaluations(config):
-                functions = self.job.toolbox.functions
                 check_compared_figure(self.evaluation.prompts, functions, config.early_stop_metric)
+        schedule_of(config, steps.updates)
+        if config.micro_batches:
+            Split.of(steps.P, steps.G, config.micro_batches)
         if not config.check:  # a check gives its hints first
-            hosts.share(range(self.steps.P))  # raises where the prompts do not divide by the hosts
+            hosts.share(range(steps.P))  # raises where the prompts do not divide by the hosts
 
     @property
     def _learner_and_state(self) -> tuple[Learner, TrainState]:

@@ -47,9 +47,10 @@ def _told(messages: list[dict]) -> bool | None:
     return numbers(results[-1]) <= numbers(text) if results else None
 
 
-def numbers(text: str) -> set[str]:
-    """The numbers in a text, without signs and thousands separators."""
-    return {number.replace(",", "") for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text.replace(", ", " "))}
+def numbers(text: str) -> set[float]:
+    """The numbers in a text, with their signs; a thousands separator is a comma."""
+    found = re.findall(r"(?:(?<![\w.])[-−])?\d[\d,]*(?:\.\d+)?", text.replace(", ", " "))
+    return {float(number.replace(",", "").replace("−", "-")) for number in found}
 
 
 reward_func = financial_answer_reward

@@ -38,8 +38,9 @@ def math_answer_reward(completions, answer, statuses, **kwargs):
 
 
 def numbers(text):
-    """The numbers in a text, without signs and thousands separators."""
-    return {number.replace(",", "") for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text.replace(", ", " "))}
+    """The numbers in a text, with their signs; a thousands separator is a comma."""
+    found = re.findall(r"(?:(?<![\w.])[-−])?\d[\d,]*(?:\.\d+)?", text.replace(", ", " "))
+    return {float(number.replace(",", "").replace("−", "-")) for number in found}
 
 
 reward_func = math_answer_reward

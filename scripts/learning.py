@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def figures(out: Path) -> dict[str, float]:
     """What the tables show of one finished run."""
     summary = json.loads((out / "summary.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    right = [exact_share(out, line["step"]) for line in lines]
+    right = [right_share(out, line["step"]) for line in lines]
     means = [mean(right[i + 1 - WINDOW : i + 1]) for i in range(WINDOW - 1, len(right))]
     reached = next((i + WINDOW for i, value in enumerate(means) if value >= REACHED), None)
     found = {f"{name} {when}": summary[when][name] for when in ("before", "after") for name in SHOWN}
@@ -162,11 +163,24 @@ COLUMNS = {  # figure: its title in the table, its digits
 }
 
 
-def exact_share(out: Path, step: int) -> float:
-    """Share of an update's completions whose last tool result is the answer."""
+def right_share(out: Path, step: int) -> float:
+    """Share of an update's completions whose last tool result is the answer, and whose last text states it."""
     rows = [json.loads(x) for x in (out / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()]
-    results = [[m["content"] for m in row["messages"] if m["role"] == "tool"][-1:] for row in rows]
-    return mean(float(result == [row["answer"]]) for result, row in zip(results, rows, strict=True))
+    return mean(map(is_right, rows))
+
+
+def is_right(row: dict[str, Any]) -> bool:
+    """Whether the user of this completion is told the answer, from the tool."""
+    results = [m["content"] for m in row["messages"] if m["role"] == "tool"][-1:]
+    last = row["messages"][-1] if row["messages"] else {"role": "user"}
+    return (
+        results == [row["answer"]] and last["role"] == "assistant" and stated(row["answer"], last["content"])
+    )
+
+
+def stated(answer: str, text: str) -> bool:
+    """Whether a text has the numbers of an answer."""
+    return set(re.findall(r"\d+", answer)) <= set(re.findall(r"\d+", text or ""))
 
 
 def zero_spread(lines: list[dict[str, Any]]) -> list[float]:

@@ -332,6 +332,39 @@ def test_a_fresh_start_over_checkpoints_is_refused(tmp_path):
     assert "holds checkpoints; start over with --overwrite_output_dir" in message
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_would_write_over_what_it_starts_from_is_refused(tmp_path, overwrite):
+    folder = shutil.copytree(launch.whole().folder, tmp_path / "run")
+    message = rejected(tmp_path, model_name_or_path=folder / "model", overwrite_output_dir=overwrite)
+    assert (
+        f"model_name_or_path {folder / 'model'} is in output_dir {folder}, whose run would overwrite it"
+        in message
+    )
+    if overwrite:
+        message = rejected(
+            tmp_path, resume_from_checkpoint=folder / "checkpoints/4", overwrite_output_dir=True
+        )
+        assert "resume_from_checkpoint" in message and "choose another output_dir" in message
+    assert (folder / "model/model.safetensors").exists() and (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"model_name_or_path": "no/such/folder"}, "no/such/folder"),
+        ({"micro_batches": 7}, "micro_batches 7 cannot split"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5000}},
+            "num_decay_steps 5000",
+        ),
+    ],
+)
+def test_wrong_input_does_not_cost_the_run_that_it_would_replace(tmp_path, changes, text):
+    folder = shutil.copytree(launch.whole().folder, tmp_path / "run")
+    assert text in rejected(tmp_path, overwrite_output_dir=True, **changes)
+    assert (folder / "summary.json").exists() and (folder / "checkpoints").exists()
+
+
 # Models
 
 

@@ -411,6 +411,10 @@ def test_values_out_of_range_name_the_rule(name, bad, rule):
             "lr_end must be below learning_rate 1e-08",
         ),
         ({"optim": "sgd", "optim_dtype": "bfloat16"}, "optim_dtype bfloat16 has no effect with optim sgd"),
+        (
+            {"optim": "muon", "use_peft": True},
+            "optim muon is for the matrices of whole weights; with use_peft",
+        ),
         ({"optim": "muon", "optim_dtype": "bfloat16"}, "optim muon, whose moments are float32; leave it out"),
     ],
 )

@@ -38,6 +38,7 @@ def test_rewards_get_the_column_as_it_was_written_without_what_arrow_adds():
         ([call, clean], [clean, clean]),
         (wrapped, clean | wrapped | {"function": clean}),
         ({"function": text}, clean | {"function": text}),
+        (text, clean),
         (json.dumps(call), json.dumps(call)),  # text stays text
         ({"name": "unknown", "arguments": {"x": None}}, {"name": "unknown", "arguments": {"x": None}}),
         ([], []),

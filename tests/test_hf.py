@@ -15,7 +15,7 @@ from parity import CASES, QWEN2, QWEN3, load, random_tensors, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.files import OutputError
-from grpo_jax.models.hf import read_config, save_model
+from grpo_jax.models.hf import read_config, save_model, whole_folder
 from grpo_jax.models.qwen import check_params
 
 ROOT = Path(__file__).parents[1]
@@ -321,6 +321,13 @@ def test_a_failing_write_leaves_the_old_folder(failing, tmp_path, monkeypatch):
     assert (
         len({file.stat().st_mode for file in model.iterdir()}) == 1
     )  # safetensors' own is for the owner alone
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path):
+    (path := tmp_path / "rows.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match=r"rows\.jsonl is a file; name a folder"), whole_folder(path):
+        pass
+    assert path.read_text() == "mine" and [*tmp_path.iterdir()] == [path]
 
 
 def test_a_folder_that_holds_more_than_a_model_keeps_it(case, tmp_path):

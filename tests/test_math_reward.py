@@ -12,6 +12,7 @@ import pytest
 from grpo_jax.data.gold import gold_calls
 from grpo_jax.data.rows import load_examples
 from grpo_jax.scoring.rewards import load_rewards
+from rewards.math_answer_reward import math_answer_reward
 from rewards.math_reward import reward_func
 from tools_funcs import math_tools
 
@@ -128,3 +129,25 @@ def test_the_script_makes_the_same_bytes_again(tmp_path):
     subprocess.run(script, check=True, env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)})
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (ROOT / "data" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("The sum is -5.", True),
+        ("It is −5.", True),
+        ("The sum is 5.", False),
+        ("-5.0", True),
+        ("10-5 is what I took, so -5", True),
+        ("I took 10-5", False),
+    ],
+)
+def test_a_number_is_told_with_its_sign(text, told):
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": -6}}}]
+    completion = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "name": "add", "content": "Sum: -5"},
+        {"role": "assistant", "content": text},
+    ]
+    found = math_answer_reward([completion], answer=["Sum: -5"], statuses=["answered"])
+    assert found == [1.0 if told else 0.7]

@@ -11,6 +11,7 @@ import pytest
 
 from grpo_jax.update.optimizer import (
     decay_mask,
+    in_float32,
     layer_by_layer,
     make_optimizer,
     make_rule,
@@ -272,6 +273,19 @@ def test_adafactor_equals_that_of_hf_trainer():
     for name, x in each_weight(kernels(0)).items():
         change = weights[name].detach().numpy() - x
         np.testing.assert_allclose(got[name] - x, change, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_moments_of_bfloat16_weights_keep_their_type(optim):
+    """The update is in float32, so that its state must be from the beginning."""
+    tx = make_optimizer(
+        make_rule(optim, 0.9, 0.99, 1e-8), schedule=lambda n: 0.1, weight_decay=0.1, max_grad_norm=1
+    )
+    weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), kernels(0))
+    state = tx.init(weights)
+    step, after = tx.update(kernels(1), state, in_float32(weights), learning_rate=0.1)
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+    assert {x.dtype for x in jax.tree.leaves(step)} == {jnp.dtype("float32")}
 
 
 def test_muon_takes_heads_for_one_dimension_of_a_matrix_and_norms_and_biases_by_adam():

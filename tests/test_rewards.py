@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import datetime
+import functools
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ from grpo_jax.scoring.rewards import (
     call_rewards,
     joined,
     load_rewards,
+    rewards_of,
     same_answer,
 )
 
@@ -180,6 +182,23 @@ def test_an_unknown_built_in_names_the_known_ones():
         ValueError, match=r"Unknown reward function: acuracy\. Available: accuracy, grounded\. .*reward_fn"
     ):
         load_rewards(None, ["acuracy"])
+
+
+def test_what_a_partial_binds_is_not_for_a_column_to_change():
+    def by_level(completions, level, **kwargs):
+        return [float(level)] * len(completions)
+
+    (reward,) = rewards_of(functools.partial(by_level, level=3))
+    outcome = call_rewards(
+        [reward],
+        completions=[[]] * 2,
+        answer=["", ""],
+        prompts=[[]] * 2,
+        completion_ids=[[]] * 2,
+        trainer_state=None,
+        columns={"level": [1, 2]},
+    )
+    assert outcome.means.tolist() == [[3.0], [3.0]]
 
 
 def test_two_rewards_of_one_name_are_an_error():

@@ -19,6 +19,7 @@ from grpo_jax.run import cold_start
 from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.config import parse_config
 from grpo_jax.run.console import Console
+from grpo_jax.run.fields import OPTIONS
 from grpo_jax.run.job import Job, load_data, open_job, read_inputs
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.stopping import Stopped
@@ -240,6 +241,10 @@ def test_it_stops_at_the_mean_reward_of_sampled_completions(tmp_path, validation
     # the mean of r, 0, 1.5 r, r is 0.875 r: 0, 0.2625 (over half), 0.35
     assert report["steps"] == 18 and report["validation"]["reward"] == pytest.approx(0.35)
     assert drawn == [(True, 4, 1, drawn[0][3])] * 3 and not asked
+
+
+def test_every_option_of_adapters_decides_what_a_cold_start_continues():
+    assert [name for name in OPTIONS if "lora" in name and not name.startswith(cold_start.OPTIONS)] == []
 
 
 @pytest.mark.parametrize("differs", ["optimizer", "place", "digest"])

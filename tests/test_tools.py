@@ -3,6 +3,8 @@
 # ruff: noqa: UP007, UP045  (users write Optional and Union, so the tests do)
 
 import dataclasses
+import datetime
+import functools
 import json
 import math
 import random
@@ -11,6 +13,7 @@ import sys
 from enum import Enum
 from typing import Annotated, Any, Literal, NotRequired, Optional, TypedDict, Union
 
+import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -266,6 +269,82 @@ def test_typed_dicts_and_dataclasses_become_objects_with_their_keys():
         "description": "Where.",
     }
     assert properties["colours"]["items"] == {"type": "string", "enum": ["red", "blue"]}
+
+
+@dataclasses.dataclass
+class Stay:
+    """A stay.
+
+    Args:
+        start: the first day.
+        nights: how many.
+    """
+
+    start: datetime.date
+    nights: int
+
+
+def test_a_type_without_json_form_warns_inside_of_others_too(caplog):
+    def book(
+        stay: Stay,
+        days: list[datetime.date],
+        until: datetime.date | None = None,
+        more: Any = None,
+        of: dict | None = None,
+    ):
+        """Book."""
+
+    parameters(book)
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.split("argument ")[1].split(" ")[0] for text in said if "JSON form" in text] == [
+        "'stay'", "'days'", "'until'",
+    ]  # fmt: skip
+    assert all("<class 'datetime.date'>" in text for text in said if "JSON form" in text)
+
+
+def test_pydantics_field_as_a_default_is_refused():
+    def add(a: int, b: int = pydantic.Field(default=3, ge=0)) -> str:
+        """Add."""
+
+    with pytest.raises(
+        ValueError, match=r"argument 'b' has pydantic's Field as its default; write it inside"
+    ):
+        parameters(add)
+
+
+def test_limits_of_a_key_that_may_be_absent_are_kept():
+    class Item(TypedDict):
+        n: Annotated[int, pydantic.Field(ge=1, description="how many")]
+        m: NotRequired[Annotated[int, pydantic.Field(ge=1, description="how many")]]
+
+    def take(item: Item) -> str:
+        """Take."""
+
+    properties = parameters(take)["properties"]["item"]["properties"]
+    assert properties["m"] == properties["n"] == {"type": "integer", "minimum": 1, "description": "how many"}
+    with pytest.raises(ValueError, match=r"'item\.m' is refused: Input should be greater than or equal to 1"):
+        check_arguments(take, {"item": {"n": 1, "m": 0}})
+
+
+def test_a_strict_model_takes_the_text_that_its_schema_asks_for():
+    class Visit(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(strict=True)
+        day: datetime.date
+
+    def visit(x: Visit) -> str:
+        """Visit."""
+
+    assert parameters(visit)["properties"]["x"]["properties"]["day"]["format"] == "date"
+    assert check_arguments(visit, {"x": {"day": "2024-01-01"}})["x"].day == datetime.date(2024, 1, 1)
+
+
+def test_run_tool_takes_the_list_that_a_tools_file_exports():
+    def search(q: str, limit: int) -> str:
+        """Search."""
+        return f"{q} {limit}"
+
+    call = {"name": "search", "arguments": {"q": "x"}}
+    assert run_tool(call, [functools.partial(search, limit=3)]) == "x 3"
 
 
 def test_a_type_without_json_form_is_open_and_warns(caplog):

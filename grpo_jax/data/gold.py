@@ -85,7 +85,8 @@ def _gold_call(call: Any, functions: Mapping[str, Callable], original: bool) -> 
 def unpadded(example: Example, functions: Mapping[str, Callable]) -> Any:
     """The column `tool_call` as rewards get it: as it was written, but without the nulls that `gold_calls` drops.
 
-    A call in OpenAI's form has `name` and `arguments` next to its `function`, so that a reward may read either.
+    Arguments that are JSON text are an object here. A call in OpenAI's form has `name` and `arguments` next to its
+    `function`, so that a reward may read either.
     """
     value = example.extra.get("tool_call")
     try:
@@ -100,14 +101,14 @@ def unpadded(example: Example, functions: Mapping[str, Callable]) -> Any:
 
 
 def _with_arguments(call: dict[str, Any], gold: ToolCall) -> dict[str, Any]:
-    """A recorded call with the arguments of the gold call that was read from it; where they are text, they stay."""
-    if isinstance(call.get("function"), dict):
-        return (
-            {"name": gold.name, "arguments": gold.arguments}
-            | call
-            | {"function": _with_arguments(call["function"], gold)}
-        )
-    return call | {"arguments": gold.arguments} if isinstance(call.get("arguments"), dict) else call
+    """A recorded call with the arguments of the gold call that was read from it."""
+    function, read = call.get("function"), {"name": gold.name, "arguments": gold.arguments}
+    if not isinstance(function, dict):
+        return call | read
+    as_text = isinstance(
+        function.get("arguments"), str
+    )  # OpenAI's own way, for rewards that are written for it
+    return read | call | {"function": function if as_text else function | read}
 
 
 def _without_nulls(value: Any, hint: Any) -> Any:

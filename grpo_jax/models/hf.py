@@ -318,9 +318,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     take their places one by one, and what else is there stays, except for earlier weights under other names.
 
     Raises:
+        ValueError: the folder is a file.
         OutputError: something in the block, or the folder, cannot be written.
     """
     folder = Path(folder).absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; name a folder for the model")
     part, aside = (folder.with_name(f".{folder.name}{end}") for end in (".tmp", ".old"))
     with writing(folder):
         try:

@@ -63,7 +63,7 @@ WARMUP = 10  # updates; AdamW's second moment is not reliable before
 SAVED = "_checkpoint"  # after the folder's name: what a cold start that has not ended leaves
 # What the result depends on, in addition to the gold conversations and the model.
 OPTIONS = (
-    "sft_", "adam_", "weight_decay", "max_grad_norm", "seed", "dtype", "param_dtype", "optim", "use_peft", "lora_",
+    "sft_", "adam_", "weight_decay", "max_grad_norm", "seed", "dtype", "param_dtype", "optim", "use_peft", "use_rslora", "lora_",
 )  # fmt: skip
 
 

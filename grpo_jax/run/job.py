@@ -13,7 +13,7 @@ import math
 import operator
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from grpo_jax.rollout.sampling import Sampling
 from grpo_jax.run.checkpoint import Checkpoints, is_step_folder
 from grpo_jax.run.console import Console
 from grpo_jax.run.inputs import check_context, templated
+from grpo_jax.run.lock import LEAVINGS, start_over
 from grpo_jax.run.log import PhaseTimer
 from grpo_jax.run.options import GRPOConfig, compute_dtype
 from grpo_jax.run.rules import SOFT_OVERLONG, reward_problems
@@ -70,6 +71,7 @@ from grpo_jax.tools.arguments import check_arguments
 from grpo_jax.types import Example, Prompt, Schema, ToolCall, Trajectory
 from grpo_jax.update.batch import Tree, make_tree, response_shapes, update_shapes
 from grpo_jax.update.optimizer import Optimizer, make_optimizer, make_rule
+from grpo_jax.update.schedules import make_schedule
 from grpo_jax.update.update import GrpoObjective
 
 log = logging.getLogger(__name__)
@@ -470,6 +472,35 @@ def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: In
     )
 
 
+@contextlib.contextmanager
+def starting_over(config: GRPOConfig) -> Iterator[None]:
+    """A block that opens a run's model and data; with `overwrite_output_dir` an earlier run's files are then removed.
+
+    Not before, since what is wrong with the input must not cost that run. Only where the model is `scratch`, which is
+    made in output_dir and cannot be missing, they are removed first.
+
+    Raises:
+        ValueError: the run would start from what it is to write or remove.
+    """
+    out, made = Path(config.output_dir), config.model_name_or_path == SCRATCH
+    names = ["model_name_or_path", "tokenizer_name_or_path"]
+    names += ["resume_from_checkpoint"] if config.overwrite_output_dir else []
+    for name in names:
+        path = Path(value := getattr(config, name) or "").expanduser().resolve()
+        if value and any(path.is_relative_to(out.resolve() / leaving) for leaving in LEAVINGS):
+            raise ValueError(
+                f"{name} {value} is in output_dir {out}, whose run would overwrite it; choose another output_dir"
+            )
+
+    def remove(now: bool) -> None:
+        if config.overwrite_output_dir and now:
+            hosts.of_first(lambda: start_over(out))
+
+    remove(made)
+    yield
+    remove(not made)
+
+
 def _model_folder(config: GRPOConfig, inputs: Inputs, console: Console) -> tuple[Path, Path | None]:
     """The model's HF folder, and the checkpoint when its name is one's folder.
 
@@ -540,6 +571,16 @@ def lora_config(config: GRPOConfig) -> LoraConfig:
     # rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / √r: another alpha
     alpha = config.lora_alpha * (math.sqrt(config.lora_r) if config.use_rslora else 1)
     return LoraConfig.of(config.lora_r, alpha, config.lora_dropout, config.lora_target_modules)
+
+
+def schedule_of(config: GRPOConfig, updates: int) -> optax.Schedule:
+    """The learning rate by updates done, of a run with so many.
+
+    Raises:
+        ValueError: they are too few for the schedule's phases.
+    """
+    warmup, arguments = config.warmup_updates(updates), config.lr_scheduler_kwargs
+    return make_schedule(config.lr_scheduler_type, config.learning_rate, warmup, updates, arguments)
 
 
 def optimizer_of(config: GRPOConfig, schedule: optax.Schedule) -> Optimizer:

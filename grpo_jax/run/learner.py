@@ -12,9 +12,8 @@ import jax
 from grpo_jax import hosts
 from grpo_jax.models.lora import Frozen, join
 from grpo_jax.models.qwen import Params
-from grpo_jax.run.job import Job, grpo_objective, optimizer_of
+from grpo_jax.run.job import Job, grpo_objective, optimizer_of, schedule_of
 from grpo_jax.update.batch import Batch, Tree
-from grpo_jax.update.schedules import make_schedule
 from grpo_jax.update.update import (
     ModelStep,
     TrainState,
@@ -69,9 +68,7 @@ def make_learner(job: Job, tree: Tree, P: int, updates: int) -> Learner:
         updates: of the whole run.
     """
     config, G = job.config, job.config.num_generations
-    warmup = config.warmup_updates(updates)
-    settings = (config.lr_scheduler_type, config.learning_rate, warmup, updates, config.lr_scheduler_kwargs)
-    schedule = make_schedule(*settings)
+    schedule = schedule_of(config, updates)
     optimizer = optimizer_of(config, schedule)
     frozen = job.load_frozen()
     state_of = lambda weights: init_state(weights, optimizer, job.training)  # noqa: E731

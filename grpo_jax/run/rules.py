@@ -129,12 +129,10 @@ def _of_optimizer(options: Options) -> Problems:
             "optim_dtype",
             (f"optim_dtype {options.optim_dtype} has no effect with optim {optim}, {moments}; leave it out"),
         )
-    if optim == "adafactor" and options.use_peft:
+    if optim in ("adafactor", "muon") and options.use_peft:
         yield (
             "optim",
-            (
-                "optim adafactor saves the moments of whole weights; with use_peft, whose moments are small, use adamw"
-            ),
+            f"optim {optim} is for the matrices of whole weights; with use_peft, which trains small factors, use adamw",
         )
 
 

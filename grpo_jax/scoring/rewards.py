@@ -429,6 +429,8 @@ def _bound(
         "log_metric": log.metric,
         "log_extra": log.extra,
     }
+    if isinstance(reward.function, functools.partial):  # what it binds is not for a column to change
+        keywords = {name: value for name, value in keywords.items() if name not in reward.function.keywords}
     parameters = inspect.signature(reward.function).parameters.values()
     for p in parameters:
         is_variadic = p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)

@@ -169,6 +169,10 @@ def _to_record(value: dict, record: type, where: str, lax: bool, problems: list[
     if hints.is_typeddict(record) or len(problems) > before:
         return keys
     try:
+        if hints.is_model(
+            record
+        ):  # a strict model would refuse the JSON text of a date; ours are strict checks already
+            return record.model_validate(keys, strict=False)
         return record(**keys)
     except Exception as error:  # __post_init__ and a model's validators are the user's
         _report(error, where, problems)

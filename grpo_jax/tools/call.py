@@ -15,7 +15,7 @@ from typing import Any
 
 from grpo_jax.text import nearest, replace_lone_surrogates, shorten
 from grpo_jax.tools.arguments import check_arguments, show
-from grpo_jax.tools.load import Toolbox
+from grpo_jax.tools.load import Toolbox, named_functions
 from grpo_jax.tools.user_code import error_text, message_of, users_code
 
 _MESSAGE_LIMIT = 1000  # characters of an exception's message that a model gets to see
@@ -47,7 +47,7 @@ def run_tool(
     if not isinstance(call, Mapping) or "name" not in call:
         return 'Error: a call is an object {"name": …, "arguments": {…}}'
     tools, name = tools.functions if isinstance(tools, Toolbox) else tools, call["name"]
-    functions: Any = tools if isinstance(tools, Mapping) else {f.__name__: f for f in tools}
+    functions: Any = tools if isinstance(tools, Mapping) else named_functions([*tools], "tools")
     with users_code(functions.get(name) if isinstance(name, str) else None):
         return execute(functions, name, call.get("arguments", {}), lax)[0]
 

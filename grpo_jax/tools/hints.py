@@ -326,11 +326,13 @@ def _record_fields(record: type) -> dict[str, Field]:
         }
     hints = typing.get_type_hints(record)
     extras = typing.get_type_hints(record, include_extras=True)
-    texts = {key: annotated_text(hint) for key, hint in extras.items()}
-    limits = {key: _limits(hint) for key, hint in extras.items()}
+    # Under `from __future__ import annotations` the class itself sees neither Required nor NotRequired.
+    marks = {key: typing.get_origin(hint) for key, hint in extras.items()}
+    marked = (typing.Required, typing.NotRequired)
+    inner = {key: typing.get_args(hint)[0] if marks[key] in marked else hint for key, hint in extras.items()}
+    texts = {key: annotated_text(hint) for key, hint in inner.items()}
+    limits = {key: _limits(hint) for key, hint in inner.items()}
     if is_typeddict(record):
-        # Under `from __future__ import annotations` the class itself sees neither Required nor NotRequired.
-        marks = {key: typing.get_origin(hint) for key, hint in extras.items()}
         required = {key for key in record.__required_keys__ if marks[key] is not typing.NotRequired}
         required |= {key for key, mark in marks.items() if mark is typing.Required}
         return {

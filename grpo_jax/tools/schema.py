@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from grpo_jax.tools import hints
@@ -70,7 +70,7 @@ def read_schema(function: Callable) -> dict[str, Any]:
         ) from error
     except Exception as error:  # what is no type, or a name inside a TypedDict that does not exist
         raise ValueError(f"{hints.location(function)}: a type hint cannot be read: {error}") from error
-    _warn_unknown_types(function, properties)
+    _warn_unknown_types(function)
     schema: dict[str, Any] = {"type": "object", "properties": properties}
     if required := [name for name, p in parameters.items() if p.required]:
         schema["required"] = required
@@ -114,6 +114,11 @@ def _check(function: Callable) -> None:
             raise ValueError(
                 f"{where}: argument '{p.name}' has no type hint; write {p.name}: int (or its type)"
             )
+        if type(p.default).__name__ == "FieldInfo":  # Python would pass it to the tool
+            raise ValueError(
+                f"{where}: argument '{p.name}' has pydantic's Field as its default; write it inside the type, as in "
+                f'{p.name}: Annotated[int, Field(ge=0, description="…")] = 3, without "= 3" where it is required'
+            )
 
 
 def _transformers_schema(function: Callable) -> dict[str, Any] | None:
@@ -142,16 +147,34 @@ def _property(parameter: hints.Field) -> dict[str, Any]:
     return schema
 
 
-def _warn_unknown_types(function: Callable, properties: dict[str, dict]) -> None:
+def _warn_unknown_types(function: Callable) -> None:
     for name, parameter in hints.parameters(function).items():
-        if parameter.hint not in (Any, object) and not properties[name].keys() - {"description"}:
+        for hint in _unknown_types(parameter.hint):
             logger.warning(
                 "%s: the type %r of argument '%s' has no JSON form; the model sees no type and the tool "
                 "gets the JSON value as it is",
                 hints.location(function),
-                parameter.hint,
+                hint,
                 name,
             )
+
+
+def _unknown_types(hint: Any, records: tuple = ()) -> Iterator[Any]:
+    """The types without a JSON form in a hint, its members, items and fields; pydantic reads those of its models.
+
+    Args:
+        records: those that the hint is inside of.
+    """
+    hint = hints.meaning(hint)
+    if hints.is_record(hint):
+        if not hints.is_model(hint) and hint not in records:
+            for field in hints.record_fields(hint).values():
+                yield from _unknown_types(field.hint, (*records, hint))
+    elif hints.is_union(hint) or hints.container(hint) in (*hints.ARRAYS, *hints.OBJECTS):
+        for inner in typing.get_args(hint):
+            yield from _unknown_types(inner, records)
+    elif hint not in (Any, object, None, type(None), ...) and not type_schema(hint):
+        yield hint
 
 
 def _returned(function: Callable, text: str | None) -> dict[str, Any] | None:

@@ -57,7 +57,8 @@ def make_optimizer(
         raise ValueError(f"max_grad_norm must be >= 0 (0 for no clipping), got {max_grad_norm}")
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
     decayed = optax.chain(rule, optax.add_decayed_weights(weight_decay, decay_mask), _scale_by_rate())
-    return Optimizer(*optax.chain(clip, layer_by_layer(decayed)), schedule)
+    whole = optax.chain(clip, layer_by_layer(decayed))
+    return Optimizer(lambda params: whole.init(in_float32(params)), whole.update, schedule)
 
 
 def make_rule(

@@ -411,7 +411,7 @@ class Split(NamedTuple):
         prompts = micro_batches // generations
         if P % prompts:
             raise ValueError(
-                f"micro_batches {micro_batches} cannot split {P} prompts × {G} generations evenly"
+                f"micro_batches {micro_batches} cannot split {P} prompts × {G} generations evenly; choose a divisor of {P * G}"
             )
         return cls(prompts, generations, P, G)
 
