@@ -50,17 +50,13 @@ def _of_loss(options: Options) -> Problems:
     if loss == "luspo" and not sequence:
         yield (
             "loss_type",
-            (
-                "loss_type luspo weighs a sequence's ratio by its length; set importance_sampling_level to sequence"
-            ),
+            "loss_type luspo weighs a sequence's ratio by its length; set importance_sampling_level to sequence",
         )
     if loss == "vespo" and sequence and not options.beta:
         yield (
             "importance_sampling_level",
-            (
-                "importance_sampling_level sequence has no effect with loss_type vespo, whose ratio is the sequence's "
-                "already; leave it out"
-            ),
+            "importance_sampling_level sequence has no effect with loss_type vespo, whose ratio is the sequence's "
+            "already; leave it out",
         )
     correction = options.sampler_correction
     bounds = {name: getattr(options, name) for name in ("sampler_correction_min", "sampler_correction_max")}
@@ -70,7 +66,7 @@ def _of_loss(options: Options) -> Problems:
     if correction.endswith("truncate") and set(bounds.values()) == {None}:
         yield (
             "sampler_correction",
-            (f"sampler_correction {correction} needs sampler_correction_min or _max to truncate at"),
+            f"sampler_correction {correction} needs sampler_correction_min or _max to truncate at",
         )
 
 
@@ -80,18 +76,14 @@ def _of_advantages(options: Options) -> Problems:
             if (value := getattr(options, name)) != "group":
                 yield (
                     name,
-                    (
-                        f"{name} {value} has no effect with multi_objective_aggregation normalize_then_sum, which scales "
-                        "each reward by its group and their sum by the batch; leave it out"
-                    ),
+                    f"{name} {value} has no effect with multi_objective_aggregation normalize_then_sum, which scales "
+                    "each reward by its group and their sum by the batch; leave it out",
                 )
     if options.advantage_estimator == "none" and options.scale_rewards != "none":
         yield (
             "advantage_estimator",
-            (
-                f"advantage_estimator none with scale_rewards {options.scale_rewards} would divide rewards by a deviation "
-                "of 0 where they are equal; set scale_rewards to none"
-            ),
+            f"advantage_estimator none with scale_rewards {options.scale_rewards} would divide rewards by a deviation "
+            "of 0 where they are equal; set scale_rewards to none",
         )
 
 
@@ -100,17 +92,17 @@ def _of_lengths(options: Options) -> Problems:
     if cache is not None and cache > maximum:
         yield (
             "soft_overlong_cache",
-            (f"soft_overlong_cache {cache} must be at most max_grpo_completion_length {maximum}"),
+            f"soft_overlong_cache {cache} must be at most max_grpo_completion_length {maximum}",
         )
     if cache is None and (penalty := options.soft_overlong_penalty) != 1:
         yield (
             "soft_overlong_penalty",
-            (f"soft_overlong_penalty {penalty} has no effect without soft_overlong_cache"),
+            f"soft_overlong_penalty {penalty} has no effect without soft_overlong_cache",
         )
     if (turn := options.max_turn_length) is not None and turn > maximum:
         yield (
             "max_turn_length",
-            (f"max_turn_length {turn} has no effect above max_grpo_completion_length {maximum}"),
+            f"max_turn_length {turn} has no effect above max_grpo_completion_length {maximum}",
         )
 
 
@@ -127,7 +119,7 @@ def _of_optimizer(options: Options) -> Problems:
         )
         yield (
             "optim_dtype",
-            (f"optim_dtype {options.optim_dtype} has no effect with optim {optim}, {moments}; leave it out"),
+            f"optim_dtype {options.optim_dtype} has no effect with optim {optim}, {moments}; leave it out",
         )
     if optim in ("adafactor", "muon") and options.use_peft:
         yield (
@@ -147,17 +139,13 @@ def _of_conversation(options: Options) -> Problems:
     if options.stop_after_tools and options.sft_stop_grounded:
         yield (
             "sft_stop_grounded",
-            (
-                f"sft_stop_grounded {options.sft_stop_grounded} can never be reached with stop_after_tools, which asks for "
-                "no final text; leave one of them out"
-            ),
+            f"sft_stop_grounded {options.sft_stop_grounded} can never be reached with stop_after_tools, which asks for "
+            "no final text; leave one of them out",
         )
     if options.stop_after_tools and options.final_tool:
         yield (
             "final_tool",
-            (
-                f"final_tool {options.final_tool} has no effect with stop_after_tools, which ends a completion before it"
-            ),
+            f"final_tool {options.final_tool} has no effect with stop_after_tools, which ends a completion before it",
         )
 
 
@@ -167,33 +155,25 @@ def reward_problems(options: Options, rewards: Sequence[str]) -> Problems:
     if weights is not None and len(weights) != len(rewards):
         yield (
             "reward_weights",
-            (
-                f"reward_weights needs one weight per reward function: {len(rewards)} functions ({', '.join(rewards)}), "
-                f"got {weights}"
-            ),
+            f"reward_weights needs one weight per reward function: {len(rewards)} functions ({', '.join(rewards)}), "
+            f"got {weights}",
         )
     if options.stop_after_tools and "grounded" in rewards:
         yield (
             "stop_after_tools",
-            (
-                "stop_after_tools asks for no final text, which the reward grounded reads; leave one of them out"
-            ),
+            "stop_after_tools asks for no final text, which the reward grounded reads; leave one of them out",
         )
     if cache is not None and SOFT_OVERLONG in rewards:
         yield (
             "soft_overlong_cache",
-            (
-                f"soft_overlong_cache adds a reward {SOFT_OVERLONG}, and a reward function has this name; rename it"
-            ),
+            f"soft_overlong_cache adds a reward {SOFT_OVERLONG}, and a reward function has this name; rename it",
         )
     several = len(rewards) + (cache is not None) > 1
     if options.multi_objective_aggregation == "normalize_then_sum" and not several:
         yield (
             "multi_objective_aggregation",
-            (
-                "multi_objective_aggregation normalize_then_sum needs several reward functions, got "
-                f"{', '.join(rewards)}"
-            ),
+            "multi_objective_aggregation normalize_then_sum needs several reward functions, got "
+            f"{', '.join(rewards)}",
         )
 
 
@@ -205,17 +185,13 @@ def without_effect(options: Options) -> Problems:
             if value := getattr(options, name):
                 yield (
                     name,
-                    (
-                        f"lr_scheduler_type constant has no warm-up, so {name} {value:g} has no effect (as in transformers); "
-                        "constant_with_warmup has one"
-                    ),
+                    f"lr_scheduler_type constant has no warm-up, so {name} {value:g} has no effect (as in transformers); "
+                    "constant_with_warmup has one",
                 )
     if options.sft_stop_reward is not None and "sft_stop_match" in given:
         yield (
             "sft_stop_match",
-            (
-                "sft_stop_match has no effect with sft_stop_reward, which takes its place; leave one of them out"
-            ),
+            "sft_stop_match has no effect with sft_stop_reward, which takes its place; leave one of them out",
         )
     with_adam = ("adamw", "muon")
     read_by = {
@@ -231,7 +207,7 @@ def without_effect(options: Options) -> Problems:
     if "early_stop_metric" in given and not compares_evaluations(options):
         yield (
             "early_stop_metric",
-            ("early_stop_metric has no effect without early_stop_patience or load_best_model_at_end"),
+            "early_stop_metric has no effect without early_stop_patience or load_best_model_at_end",
         )
     for name in OPTIONS:
         switches = [switch for prefix, switch in SWITCHED_BY.items() if name.startswith(prefix)]
