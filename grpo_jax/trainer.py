@@ -151,20 +151,24 @@ class GRPOTrainer:
                 self.data = load_data(self.job, inputs.train)
                 asked = inputs.evaluation
                 self.evaluation = None if asked is None else load_data(self.job, asked)
-                self._check()
+                self._check_evaluation()
+                if not config.check:  # a check gives its hints first
+                    self._check_steps()
 
-    def _check(self) -> None:
-        """What can be wrong with the options and the data together."""
-        config, functions, steps = self.job.config, self.job.toolbox.functions, self.steps
+    def _check_evaluation(self) -> None:
         if self.evaluation is not None:
+            config, functions = self.job.config, self.job.toolbox.functions
             check_gold_calls(self.evaluation.prompts, functions)
             if compares_evaluations(config):
                 check_compared_figure(self.evaluation.prompts, functions, config.early_stop_metric)
+
+    def _check_steps(self) -> None:
+        """Whether data, batches, schedule, micro-batches and hosts fit; raises ValueError."""
+        config, steps = self.job.config, self.steps
         schedule_of(config, steps.updates)
         if config.micro_batches:
             Split.of(steps.P, steps.G, config.micro_batches)
-        if not config.check:  # a check gives its hints first
-            hosts.share(range(steps.P))  # raises where the prompts do not divide by the hosts
+        hosts.share(range(steps.P))
 
     @property
     def _learner_and_state(self) -> tuple[Learner, TrainState]:
@@ -512,6 +516,7 @@ class GRPOTrainer:
     def check(self) -> bool:
         """Print what the run would learn from, as `--check` does; False when no right answer would be rewarded."""
         passed = check_job(self.job, self.data, self.evaluation) == 0
+        self._check_steps()
         print_steps(self.job.console, self.steps, self.data)
         return passed
 

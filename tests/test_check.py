@@ -462,3 +462,9 @@ def test_other_commands_refuse_it(tmp_path, main):
     ran = launch.call(main, [*launch.options(tmp_path / "run"), "--check"], tmp_path / "run")
     assert ran.status == 2
     assert "check is an option of grpo_jax.train" in ran.err
+
+
+def test_what_the_update_would_refuse_is_met_after_the_hints(tmp_path):
+    ran = checked(tmp_path, ROWS, micro_batches=7)
+    assert (ran.status, ran.compiles) == (2, 0)
+    assert "Check passed" in ran.out and "micro_batches 7 cannot split" in ran.err
