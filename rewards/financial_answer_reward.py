@@ -4,12 +4,9 @@ The call is scored as in financial_tools_reward.py. The 0.2 are for a conversati
 with a text that holds every number of the last tool result, or where no tool should be called, for no call.
 """
 
-import re
-
 from .financial_tools_reward import PARSER_NAME, financial_tools_reward
+from .math_answer_reward import CLOSED, numbers
 
-# how a conversation ends when the model closes its turn without a call
-CLOSED = ("answered", "tool_error", "tool_timeout")
 OF_CALL, OF_TEXT = 0.8, 0.2
 
 
@@ -45,12 +42,6 @@ def _told(messages: list[dict]) -> bool | None:
     results = [m["content"] for m in messages if m["role"] == "tool" and m.get("name") != PARSER_NAME]
     text = next((m.get("content") or "" for m in reversed(messages) if m["role"] == "assistant"), "")
     return numbers(results[-1]) <= numbers(text) if results else None
-
-
-def numbers(text: str) -> set[float]:
-    """The numbers in a text, with their signs; a thousands separator is a comma."""
-    found = re.findall(r"(?:(?<![\w.])[-−])?\d[\d,]*(?:\.\d+)?", text.replace(", ", " "))
-    return {float(number.replace(",", "").replace("−", "-")) for number in found}
 
 
 reward_func = financial_answer_reward

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 import resource
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from rewards.math_answer_reward import math_answer_reward
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/learning.md"
@@ -164,23 +165,10 @@ COLUMNS = {  # figure: its title in the table, its digits
 
 
 def right_share(out: Path, step: int) -> float:
-    """Share of an update's completions whose last tool result is the answer, and whose last text states it."""
+    """Share of an update's completions with the right result, told to the user: the quickstart's reward of 1."""
     rows = [json.loads(x) for x in (out / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()]
-    return mean(map(is_right, rows))
-
-
-def is_right(row: dict[str, Any]) -> bool:
-    """Whether the user of this completion is told the answer, from the tool."""
-    results = [m["content"] for m in row["messages"] if m["role"] == "tool"][-1:]
-    last = row["messages"][-1] if row["messages"] else {"role": "user"}
-    return (
-        results == [row["answer"]] and last["role"] == "assistant" and stated(row["answer"], last["content"])
-    )
-
-
-def stated(answer: str, text: str) -> bool:
-    """Whether a text has the numbers of an answer."""
-    return set(re.findall(r"\d+", answer)) <= set(re.findall(r"\d+", text or ""))
+    columns = [[row[name] for row in rows] for name in ("messages", "answer", "status")]
+    return mean(float(reward == 1.0) for reward in math_answer_reward(*columns))
 
 
 def zero_spread(lines: list[dict[str, Any]]) -> list[float]:

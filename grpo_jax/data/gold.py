@@ -105,9 +105,8 @@ def _with_arguments(call: dict[str, Any], gold: ToolCall) -> dict[str, Any]:
     function, read = call.get("function"), {"name": gold.name, "arguments": gold.arguments}
     if not isinstance(function, dict):
         return call | read
-    as_text = isinstance(
-        function.get("arguments"), str
-    )  # OpenAI's own way, for rewards that are written for it
+    # OpenAI's own way is text, for rewards that are written for it
+    as_text = isinstance(function.get("arguments"), str)
     return read | call | {"function": function if as_text else function | read}
 
 
