@@ -22,7 +22,7 @@ from grpo_jax.run.command import run_command
 from grpo_jax.run.config import ResolvedConfig
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import Job
-from grpo_jax.run.stopping import StopSignal
+from grpo_jax.run.stopping import StopSignal, Terminated
 from grpo_jax.text import nearest, shorten
 from grpo_jax.tools import signature_line
 from grpo_jax.types import Message, Status
@@ -68,10 +68,14 @@ def talk(job: Job, chat: Chat) -> None:
                 elif text:
                     with StopSignal() as stop:
                         _show(console, chat, text, lambda stop=stop: stop.requested)
+                    if stop.hurry:
+                        raise Terminated
             except ValueError as error:
                 console.line(f"Error: {error}")
             except EOFError:
                 return console.line("")
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 console.line("")
 
@@ -154,8 +158,13 @@ def answer_lines(chat: Chat) -> int:
             said: dict[str, Any] = dataclasses.asdict(reply)
         except ValueError as error:
             said, failed = {"error": str(error)}, True
+        answer = json.dumps(said, ensure_ascii=False)
         try:
-            print(json.dumps(said, ensure_ascii=False), flush=True)
+            answer.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:  # half a surrogate pair, or an output that is not UTF-8
+            answer = json.dumps(said)
+        try:
+            print(answer, flush=True)
         except BrokenPipeError:  # nobody reads on, as with `head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
             break

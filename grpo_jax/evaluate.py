@@ -22,8 +22,7 @@ def run(resolved: ResolvedConfig, console: Console) -> None:
     config, timer = resolved.config, PhaseTimer()
     check_writable(Path(config.output_dir).absolute())
     with watch_compiles(console, timer):
-        source = config.eval_dataset_id_or_path or config.required("dataset_id_or_path")
-        inputs = read_inputs(config, source)
+        inputs = read_inputs(config, _rows_of(resolved))
         job = open_job(config, console, timer, inputs)
         with job.runner:
             data = load_data(job, inputs.train)
@@ -38,6 +37,14 @@ def run(resolved: ResolvedConfig, console: Console) -> None:
     found = result.summary | {"model": model, "timings": timer.seconds}
     hosts.of_first(lambda: write_json_atomic(path, found))
     console.line(f"Written: {path}, and its conversations to {path.with_suffix('') / 'evaluate.jsonl'}")
+
+
+def _rows_of(resolved: ResolvedConfig) -> str:
+    """The data to evaluate on: the evaluation data, unless a flag names other rows; a run's file names those it learns from."""
+    config, of = resolved.config, resolved.origin
+    asked = of["dataset_id_or_path"].startswith("--") and not of["eval_dataset_id_or_path"].startswith("--")
+    evaluation = None if asked else config.eval_dataset_id_or_path
+    return evaluation or config.required("dataset_id_or_path")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,11 +17,11 @@ from grpo_jax.run.options import check_option
 from grpo_jax.run.weights import restore_adapters, restore_weights, source_of
 
 
-def export(run: Path, step: str, folder: Path | None, max_shard_size: str, adapter: bool = False) -> Path:
+def export(saved: Path, step: str, folder: Path | None, max_shard_size: str, adapter: bool = False) -> Path:
     """Write one checkpoint's weights with its source's config and tokenizer; adapters are merged.
 
     Args:
-        run: a training run's output_dir.
+        saved: the folder of a run's checkpoints, in its output_dir.
         step: a step number, or "latest".
         folder: where to; None for `RUN/export/step_N`, or `step_N_adapter`.
         max_shard_size: of one weight file.
@@ -33,7 +33,8 @@ def export(run: Path, step: str, folder: Path | None, max_shard_size: str, adapt
     Raises:
         ValueError: no such checkpoint (names those that are there), or no adapters in it.
     """
-    with Checkpoints(run / "checkpoints") as checkpoints:
+    run = saved.parent
+    with Checkpoints(saved) as checkpoints:
         number = checkpoints.latest() if step == "latest" else int(step)
         if number is None:
             raise ValueError(
@@ -81,13 +82,20 @@ def main(argv: list[str] | None = None) -> int:
         check_option("max_shard_size", args.max_shard_size)
         run, step = args.output_dir, args.checkpoint
         if is_step_folder(step):
-            run, step = Path(step).absolute().parent.parent, Path(step).name
+            saved, step = Path(step).absolute().parent, Path(step).name
+            if run is not None and Path(run).absolute() != saved.parent:
+                raise ValueError(
+                    f"--output_dir is the run that a step number is of, got {run} with {args.checkpoint}; "
+                    "--to names the folder to write"
+                )
         elif run is None or not (step == "latest" or step.isdigit()):
             raise ValueError(
                 f"--checkpoint must be a step number or latest together with --output_dir RUN, or a step's "
                 f"folder (RUN/checkpoints/STEP), got {step!r}"
             )
-        print(f"Written: {export(Path(run), step, args.to, args.max_shard_size, args.adapter)}")
+        else:
+            saved = Path(run) / "checkpoints"
+        print(f"Written: {export(saved, step, args.to, args.max_shard_size, args.adapter)}")
     except (ValueError, FileNotFoundError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -14,9 +14,15 @@ bucket=$1 folder=$2
 shift 3
 unfinished='.*(\.orbax-checkpoint-tmp|\.tmp|\.run\.lock|\.damaged-).*'
 
-if [[ ! -e $folder ]] && gcloud storage ls "$bucket/" >/dev/null 2>&1; then
-  mkdir -p "$folder"
-  gcloud storage rsync --recursive "$bucket" "$folder" || { rm -rf "$folder"; exit 1; }
+# The folder appears when it is whole: one that is not would be copied over the bucket.
+if [[ ! -e $folder ]]; then
+  if listed=$(gcloud storage ls "$bucket/" 2>&1); then
+    rm -rf "$folder.part" && mkdir -p "$folder.part"
+    gcloud storage rsync --recursive "$bucket" "$folder.part" && mv "$folder.part" "$folder" || exit 1
+  elif [[ $listed != *"matched no objects"* ]]; then
+    echo "Error: $bucket cannot be listed: $listed" >&2
+    exit 1
+  fi
 fi
 
 copy() {

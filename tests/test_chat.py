@@ -1,9 +1,12 @@
 """A conversation: its tokens are the template's, pass through the model once, and arrive as they are sampled."""
 
+import contextlib
 import functools
+import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import helpers
 import launch
@@ -12,6 +15,7 @@ from helpers import FREE, SCHEMAS, Script, call_ids, conversation, text_ids
 
 from grpo_jax.rollout import chat as chat_module
 from grpo_jax.rollout.chat import Called, Chat, Limits, Malformed, Piece, Reply
+from grpo_jax.run.console import Console
 from grpo_jax.types import Status
 
 LONGEST = 600  # tokens of a conversation here
@@ -327,3 +331,45 @@ def test_an_answer_may_end_with_its_tool_results():
 def test_a_turn_of_an_answer_has_its_own_limit():
     _, _, reply = said(new_chat([FREE] * 40, max_turn=8), "Hi!")
     assert (reply.status, reply.tokens) == (Status.OVERLONG, 8)
+
+
+def test_a_temperature_of_training_is_none_of_a_conversation(tmp_path):
+    """A run's resolved_config.yaml holds every option."""
+    from grpo_jax.run.chat import open_chat
+    from grpo_jax.run.config import parse_config
+
+    config = tmp_path / "resolved_config.yaml"
+    config.write_text("temperature: 0.7\ntool_functions_module: tools_funcs.math_tools\n")
+    flags = ["--config", str(config), "--model_name_or_path", str(model(tmp_path / "model"))]
+    for more, temperature in (([], 0), (["--temperature", "0.3"], 0.3)):
+        resolved = parse_config(flags + more, prog="test")
+        with open_chat("chat", resolved, Console(io.StringIO())) as (_, _, sampling):
+            assert sampling.temperature == temperature
+
+
+def test_sigterm_ends_a_conversation_and_ctrl_c_a_line(monkeypatch):
+    from grpo_jax import chat as command
+    from grpo_jax.run.stopping import Terminated
+
+    raised = iter([KeyboardInterrupt, Terminated])
+
+    def nothing_typed(_):
+        raise next(raised)
+
+    monkeypatch.setattr("builtins.input", nothing_typed)
+    monkeypatch.setattr(command, "_typed_before", contextlib.nullcontext)
+    with pytest.raises(Terminated):
+        command.talk(SimpleNamespace(console=Console(io.StringIO())), None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_an_answer_that_the_output_cannot_write_is_escaped(monkeypatch, encoding):
+    from grpo_jax import chat as command
+
+    asked = [{"prompt": [{"role": "\ud83d", "content": "x"}]}, {"prompt": [{"role": "é", "content": "x"}]}]
+    lines = io.BytesIO("".join(json.dumps(one) + "\n" for one in asked).encode())
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=lines))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written := io.BytesIO(), encoding=encoding))
+    assert command.answer_lines(None) == 1
+    first, second = (json.loads(line)["error"] for line in written.getvalue().decode(encoding).splitlines())
+    assert "\ud83d" in first and "é" in second

@@ -468,3 +468,29 @@ def test_what_the_update_would_refuse_is_met_after_the_hints(tmp_path):
     ran = checked(tmp_path, ROWS, micro_batches=7)
     assert (ran.status, ran.compiles) == (2, 0)
     assert "Check passed" in ran.out and "micro_batches 7 cannot split" in ran.err
+
+
+FINAL = """
+from typing import final
+
+def add(a: int, b: int) -> str:
+    \"\"\"Add.\"\"\"
+    return str(a + b)
+
+@final
+def submit(result: int) -> str:
+    \"\"\"The answer.\"\"\"
+    return "done"
+
+TOOL_FUNCTIONS = [add, submit]
+"""
+
+
+@pytest.mark.parametrize("gold", [False, True])
+def test_a_final_tool_that_takes_no_text_takes_no_error_either(tmp_path, gold):
+    """What a wrong call returns is text; with gold calls, one row's call fails and is left out."""
+    rows = [{"prompt": f"{n} and 1?", "answer": str(n + 1)} for n in range(4)]
+    for n, row in enumerate(rows if gold else []):
+        row["tool_call"] = {"name": "add", "arguments": {"a": n, "b": 1} if n else {"a": n}}
+    ran = checked(tmp_path, rows, tools_script=launch.write(tmp_path / "final.py", FINAL))
+    assert "does not take the answer" not in ran.err and "Sample conversations" in ran.out

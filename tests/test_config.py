@@ -945,6 +945,12 @@ def test_resolved_config_loads_again_as_it_is(tmp_path):
     assert again.config == config
 
 
+def test_a_command_with_a_runs_own_file_does_not_start_over(tmp_path):
+    write_resolved(GRPOConfig(overwrite_output_dir=True), tmp_path / "resolved_config.yaml")
+    again = parse_config([], prog="test", default_config=str(tmp_path / "resolved_config.yaml"))
+    assert again.config.overwrite_output_dir is False
+
+
 def test_help_lists_every_option_with_default_and_one_line(capsys):
     with pytest.raises(SystemExit):
         parse("--help")

@@ -311,6 +311,8 @@ def test_made_up_arguments_fit_the_schema():
         ("Error: state must be one of AL, AK or AZ, got 'example'", {"state": "AL"}),
         ("Error: debts[0].rate must be a number from 0 to 1", {"rate": 0.5}),
         ("Error: division by zero", None),
+        ("Error: age must be from 01.01.2020 to 31.12.2025", None),
+        ("Error: rate must be from .5 to 1", {"rate": 0.75}),
     ],
 )
 def test_arguments_are_corrected_as_the_error_asks(error, new):

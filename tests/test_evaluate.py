@@ -8,6 +8,7 @@ import pytest
 from helpers import prompt
 
 from grpo_jax import evaluate, export
+from grpo_jax.run.config import parse_config
 from grpo_jax.scoring.evaluation import (
     call_match,
     equal_values,
@@ -284,3 +285,18 @@ def test_a_model_must_be_named(tmp_path):
     ran = run_evaluate(None, tmp_path)
     assert ran.status == 2
     assert "model_name_or_path must be set" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "data"),
+    [
+        ((), "test.jsonl"),
+        (("--dataset_id_or_path", "mine.jsonl"), "mine.jsonl"),
+        (("--dataset_id_or_path", "mine.jsonl", "--eval_dataset_id_or_path", "other.jsonl"), "other.jsonl"),
+        (("--eval_dataset_id_or_path", "none"), "train.jsonl"),
+    ],
+)
+def test_a_flag_names_other_rows_than_the_file(tmp_path, flags, data):
+    config = tmp_path / "run.yaml"
+    config.write_text("dataset_id_or_path: train.jsonl\neval_dataset_id_or_path: test.jsonl\n")
+    assert evaluate._rows_of(parse_config(["--config", str(config), *flags], prog="test")) == data

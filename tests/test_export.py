@@ -48,6 +48,23 @@ def test_the_newest_step_and_a_steps_folder_can_be_named(run, tmp_path):
         assert (tmp_path / folder / "model.safetensors").read_bytes() == launch.whole().weights()
 
 
+def test_a_steps_folder_is_that_step_wherever_it_lies(run, tmp_path):
+    """A copy under another name holds step 4; beside it lies another run's step 4 in `checkpoints`."""
+    for name, step in (("kept", 2), ("checkpoints", 4)):
+        shutil.copytree(run / "checkpoints" / str(step), tmp_path / "run" / name / "4")
+    assert run_export("--checkpoint", tmp_path / "run/kept/4", "--to", tmp_path / "a").status == 0
+    assert run_export("--checkpoint", 2, "--output_dir", run, "--to", tmp_path / "b").status == 0
+    found, expected = ((tmp_path / x / "model.safetensors").read_bytes() for x in "ab")
+    assert found == expected != launch.whole().weights()
+
+
+def test_output_dir_is_not_the_folder_to_write(run, tmp_path):
+    ran = run_export("--checkpoint", run / "checkpoints/4", "--output_dir", tmp_path / "to")
+    assert ran.status == 2
+    assert "--to names the folder to write" in ran.err
+    assert not (run / "export").exists()
+
+
 def test_shards_hold_the_tensors_of_one_file(run, tmp_path):
     flags = ("--checkpoint", 4, "--output_dir", run, "--max_shard_size", "50KB", "--to", tmp_path / "m")
     assert run_export(*flags).status == 0

@@ -173,6 +173,38 @@ def test_a_folder_is_fetched_from_the_bucket_and_kept_there_and_sigterm_is_passe
     assert "--delete-unmatched-destination-objects --exclude=.*(" in calls.read_text()
 
 
+@pytest.mark.parametrize("broken", ["list", "fetch"])
+def test_a_bucket_that_cannot_be_read_is_left_as_it_is(tmp_path, stubs, broken):
+    """The first start fails half-way; the second, of the same command, has everything."""
+    once = f"[[ -e {tmp_path}/failed ]] || {{ touch {tmp_path}/failed; %s; exit 1; }}"
+    part = once % (
+        f"cp {tmp_path}/bucket/a {tmp_path}/runs/mine.part/" if broken == "fetch" else "echo 503 >&2"
+    )
+    stubs("gcloud", f'case "$2" in {"rsync" if broken == "fetch" else "ls"}) {part} ;; esac\n' + BUCKET)
+    bucket, folder = tmp_path / "bucket", tmp_path / "runs/mine"
+    bucket.mkdir()
+    for name in "ab":
+        (bucket / name).write_text(name)
+    command = ["scripts/with_bucket.sh", "gs://b", folder, "--", "touch", folder / "c"]
+    first = bash(tmp_path, *command, env={"BUCKET": str(bucket)})
+    assert first.returncode == 1 and not folder.exists(), first.stderr
+    assert ("cannot be listed: 503" in first.stderr) == (broken == "list")
+    assert bash(tmp_path, *command, env={"BUCKET": str(bucket)}).returncode == 0
+    assert {path.name for path in bucket.iterdir()} == {path.name for path in folder.iterdir()} == {*"abc"}
+
+
+def test_an_empty_bucket_is_filled(tmp_path, stubs):
+    stubs(
+        "gcloud",
+        'if [[ $2 == ls ]]; then echo "ERROR: One or more URLs matched no objects." >&2; exit 1; fi' + BUCKET,
+    )
+    (tmp_path / "runs").mkdir()
+    folder = tmp_path / "runs/mine"
+    made = ["scripts/with_bucket.sh", "gs://b", folder, "--", "mkdir", folder]
+    assert bash(tmp_path, *made, env={"BUCKET": str(tmp_path / "bucket")}).returncode == 0
+    assert (tmp_path / "bucket").is_dir()
+
+
 # Slurm, SkyPilot, Kubernetes
 
 

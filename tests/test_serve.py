@@ -126,8 +126,31 @@ def test_a_stream_says_in_parts_what_an_answer_says_at_once():
     assert (last.choices[0].finish_reason, last.usage, last.grpo_jax) == ("stop", whole.usage, whole.grpo_jax)
 
     chunks = server.stream(call_ids("add", a=3, b=4), call_ids("add", a=1, b=1), tools=[ADD])
-    (call,) = chunks[-1].choices[0].delta.tool_calls
+    (call,) = chunks[-2].choices[0].delta.tool_calls
     assert (call.index, call.function.arguments) == (0, '{"a": 3, "b": 4}')
+    assert (chunks[-2].choices[0].finish_reason, chunks[-1].choices[0].finish_reason) == (None, "tool_calls")
+
+
+def test_the_librarys_own_stream_sees_every_call_complete():
+    server = Server()
+    test_chat.script().load([[*call_ids("add", a=3, b=4)]])
+    client = openai.OpenAI(api_key="none", base_url="http://127.0.0.1:8000/v1", http_client=server.client)
+    with client.chat.completions.stream(model="tiny", messages=ASKED, tools=[ADD]) as stream:
+        kinds = [event.type for event in stream]
+    assert kinds.count("tool_calls.function.arguments.done") == 1
+
+
+def test_null_and_empty_text_are_no_arguments():
+    tool = {"type": "function", "function": {"name": "now", "description": None, "parameters": None}}
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": ""}}
+    messages = [*ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages.append({"role": "tool", "tool_call_id": "1", "content": "noon"})
+    server = Server()
+    assert (
+        server.answer(text_ids("Noon."), messages=messages, tools=[tool]).choices[0].message.content
+        == "Noon."
+    )
+    assert read_messages(messages, None)[1]["tool_calls"][0]["function"]["arguments"] == {}
 
 
 def test_tokens_seeds_and_stops_are_kept():

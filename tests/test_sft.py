@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpo_jax import sft
+from grpo_jax import sft, train
 from grpo_jax.run import cold_start
 from grpo_jax.run.checkpoint import Checkpoints
 from grpo_jax.run.config import parse_config
@@ -508,3 +508,24 @@ def test_the_command_learns_the_calls_and_never_opens_the_test_file(tmp_path):
         f"The fine-tuning in {ran.folder} is finished (sft.json, model/). --overwrite_output_dir" in again.out
     )
     assert again.weights() == ran.weights()
+
+
+@pytest.mark.parametrize(("main", "holds"), [(sft.main, "summary.json"), (train.main, "sft.json")])
+def test_the_model_of_the_other_command_is_not_replaced(tmp_path, main, holds):
+    launch.write(tmp_path / "run" / holds, "{}")
+    ran = launch.call(main, launch.options(tmp_path / "run"), tmp_path / "run")
+    assert ran.status == 2
+    assert f"output_dir {tmp_path / 'run'} holds a" in ran.err and "--overwrite_output_dir" in ran.err
+    assert {path.name for path in (tmp_path / "run").iterdir()} - {".run.lock"} == {holds}
+
+
+def test_a_checkpoint_of_a_cold_start_is_no_model_and_no_start(tmp_path):
+    with opened(tmp_path / "run", max_grpo_completion_length=120) as (job, _):
+        _, state, _ = cold_start._update_and_state(job)
+        with Checkpoints(tmp_path / "run/model_checkpoint") as checkpoints:
+            checkpoints.save(3, state, {"at": {}, "of": "x"})
+    step = tmp_path / "run/model_checkpoint/3"
+    for options in ({"model_name_or_path": step}, {"resume_from_checkpoint": step}):
+        ran = launch.call(train.main, launch.options(tmp_path / "new", **options), tmp_path / "new")
+        assert ran.status == 2, ran.err
+        assert "of a cold start" in ran.err

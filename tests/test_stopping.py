@@ -1,13 +1,14 @@
 """Runs whose evaluations are compared: the best one is kept, ends the run and becomes its model."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import launch
 import pytest
 
 from grpo_jax import export as export_command
-from grpo_jax.run.stopping import Best
+from grpo_jax.run.stopping import Best, StopSignal
 from grpo_jax.scoring.evaluation import FIGURES
 from grpo_jax.trainer import GRPOTrainer
 
@@ -136,3 +137,14 @@ def test_rows_without_the_compared_figure_are_named(tmp_path):
     ran = launch.small_run(tmp_path / "run", eval_dataset_id_or_path=path, **compared)
     assert (ran.status, ran.compiles) == (2, 0)
     assert f"{path}:1: none of the 3 evaluation rows has a tool_call_schema_match" in ran.err
+
+
+def test_outside_of_the_main_thread_no_signal_is_handled():
+    """As in a web application, which trains in a thread of its own."""
+
+    def entered():
+        with StopSignal() as stop:
+            return stop.requested
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(entered).result() is False

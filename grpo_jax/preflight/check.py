@@ -266,9 +266,13 @@ def _conversations(job: Job, row: Gold, gold: Sequence[Gold]) -> list[Trajectory
     """The row's conversation without a call, with a wrong call, and its own."""
     prompt = row.trajectory.prompt
     call, result = _wrong_call(job, row, gold)
+    try:
+        last = job.last_turn(result.text)
+    except ValueError:  # an error's text, which a final tool need not take
+        last = result.text
     return [
         written_trajectory(job.conversation, prompt, [], "I do not know."),
-        written_trajectory(job.conversation, prompt, [(call, result)], job.last_turn(result.text)),
+        written_trajectory(job.conversation, prompt, [(call, result)], last),
         row.trajectory,
     ]
 

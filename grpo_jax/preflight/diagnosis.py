@@ -216,8 +216,9 @@ def corrected(arguments: Mapping[str, Any], error: str) -> dict[str, Any] | None
 
     None where the error says neither of any argument, or the argument already complies.
     """
+    number = r"(-?(?:\d+(?:\.\d+)?|\.\d+))"
     if found := re.search(
-        r"(\w+)(?:\[\d+\])* must be .*?(?:from|between) (-?[\d.]+\d|\d) (?:to|and) (-?[\d.]*\d)", error
+        rf"(\w+)(?:\[\d+\])* must be .*?(?:from|between) {number} (?:to|and) {number}", error
     ):
         low, high = float(found[2]), float(found[3])
         value = (low + high) / 2

@@ -432,6 +432,11 @@ def find_start(
             if finished is None:
                 raise
             return Start(None, dict(fresh), [], finished)
+    if "cursor" not in saved:
+        raise ValueError(
+            f"cannot resume from {where}: it is the checkpoint of a cold start, which only the command that wrote it "
+            "can continue"
+        )
     check_adapters(saved, fresh, where)
     if finished is None:
         _check_optimizer(saved, fresh, where)

@@ -355,8 +355,18 @@ def gold_trajectories(job: Job, prompts: Sequence[Prompt]) -> list[Trajectory]:
     made = run_gold_calls([p.example for p in prompts], job.toolbox.functions, job.runner)
     if job.config.stop_after_tools:
         made = [calls[:1] for calls in made]
+
+    def last_turn(prompt: Prompt, calls: Sequence[tuple[ToolCall, ToolResult]]) -> str | ToolCall | None:
+        result = calls[-1][1].text
+        try:
+            return job.last_turn(result)
+        except ValueError:
+            if failed_call(calls, same_answer(result, prompt.example.answer)) is None:
+                raise
+            return result  # an error's text, which a final tool need not take; such a row is left out
+
     return [
-        written_trajectory(job.conversation, prompt, calls, job.last_turn(calls[-1][1].text))
+        written_trajectory(job.conversation, prompt, calls, last_turn(prompt, calls))
         for prompt, calls in zip(prompts, made, strict=True)
     ]
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 from grpo_jax.files import OutputError, is_url
 from grpo_jax.run.config import ResolvedConfig, parse_config, print_config
 from grpo_jax.run.console import Console, note_dependencies, setup_logging
+from grpo_jax.run.stopping import Terminated
 
 INTERRUPTED = 130  # the shell's status for Ctrl-C
 LOST = (
@@ -55,7 +56,7 @@ def run_command(
         for option in ("check", "plan"):
             if getattr(config, option) and name != "train":
                 raise ValueError(f"{option} is an option of grpo_jax.train; leave it out of grpo_jax.{name}")
-        if is_url(config.output_dir) and name != "train":
+        if is_url(config.output_dir) and name not in ("train", "chat", "serve"):  # the latter write nothing
             raise ValueError(
                 f"output_dir may be a URL in grpo_jax.train only, got {config.output_dir}; name a local folder"
             )
@@ -149,13 +150,13 @@ def _of_lost_process(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """A block in which SIGTERM raises KeyboardInterrupt; only the main thread may set a handler."""
+    """A block in which SIGTERM raises Terminated; only the main thread may set a handler."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -174,10 +174,11 @@ def shown(value: Any) -> str:
 def write_resolved(config: GRPOConfig, path: str | os.PathLike) -> None:
     """Write every option as YAML that `--config` reads again as it is.
 
-    Paths stand there as they were given, so that the file may move to another machine with the job.
+    Paths stand there as they were given, so that the file may move to another machine with the job. Starting over is
+    what one command was asked to do: a command with this file continues.
     """
     parts = []
-    for name, value in config.as_given().items():
+    for name, value in (config.as_given() | {"overwrite_output_dir": False}).items():
         if name in GROUPS:
             parts.append(f"# {GROUPS[name]}\n")
         parts.append(yaml.safe_dump({name: value}, allow_unicode=True))

@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Literal
 
 import jinja2
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool
 from starlette.exceptions import HTTPException
@@ -46,6 +46,11 @@ class Function(BaseModel):
     description: str = ""
     parameters: dict[str, Any] = {}
     returned: dict[str, Any] = Field({}, alias="return")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 class Tool(BaseModel):
@@ -110,6 +115,10 @@ def read_messages(given: list[Any], system: str | None) -> list[Message]:
             parts: Any = message["content"]
             with contextlib.suppress(TypeError, KeyError):  # not a list of texts
                 message["content"] = "".join(part["text"] for part in parts)
+            for call in calls if isinstance(calls := message.get("tool_calls"), list) else ():
+                with contextlib.suppress(TypeError, KeyError):  # not a call
+                    if call["function"]["arguments"] == "":  # some clients write no arguments so
+                        call["function"]["arguments"] = "{}"
             if message.get("role") == "developer":
                 message["role"] = "system"
         messages.append(message)
@@ -128,7 +137,8 @@ def _in_order_of_calls(given: list[Any]) -> list[Any]:
     ordered = list(given)
     for i, message in enumerate(given):
         calls = message.get("tool_calls") if isinstance(message, dict) else None
-        ids = [call.get("id") for call in calls or [] if isinstance(call, dict)]
+        calls = calls if isinstance(calls, list) else []
+        ids = [call.get("id") for call in calls if isinstance(call, dict)]
         results = list(
             itertools.takewhile(lambda m: isinstance(m, dict) and m.get("role") == "tool", given[i + 1 :])
         )
@@ -193,6 +203,9 @@ def make_app(
                     more["usage"] = used | {"total_tokens": total}
                     more["grpo_jax"] = {"status": event.status, "messages": event.messages}
                 delta = {k: v for k, v in new.items() if v}
+                if finish and delta:  # a client takes what comes with the end as not yet complete
+                    yield {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+                    delta = {}
                 yield {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **more}
 
     async def completions(request: Request) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -53,11 +54,15 @@ class Stopped(Exception):
     """A run was asked to stop, and has; the message says where, as "after update 3, which is saved"."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: unlike Ctrl-C, which may end an answer or a line alone, it ends the command."""
+
+
 class StopSignal:
     """A context in which Ctrl-C and SIGTERM only set `requested`, so that a step can end.
 
     SIGTERM also sets `hurry`: a machine that is taken away gives seconds. A second Ctrl-C raises KeyboardInterrupt at
-    once. Enter it from the main thread, the only one that Python lets handle signals.
+    once. Only the main thread may handle signals: in another one, as of a web application, it does nothing.
 
     Example:
         with StopSignal() as stop:
@@ -70,7 +75,8 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:

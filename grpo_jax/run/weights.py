@@ -23,6 +23,10 @@ from grpo_jax.run.checkpoint import Checkpoints
 Place = Callable[[Any], Any]  # a tree of weights -> the tree of its shardings, as `Layout.params`
 
 
+OF_COLD_START = (
+    "the checkpoint is that of a cold start which has not ended: only the command that wrote it can continue it, "
+    "and writes the model when it ends"
+)
 WITHIN_A_RUN = ("cold_start", "base_model")  # folders of output_dir that its updates may have started from
 
 
@@ -32,7 +36,12 @@ def source_of(meta: Mapping[str, Any], run: Path) -> Path:
     Args:
         meta: of a checkpoint.
         run: where the run's folder is now, which may be another place than it was trained in.
+
+    Raises:
+        ValueError: the checkpoint is of a cold start.
     """
+    if "source" not in meta:
+        raise ValueError(OF_COLD_START)
     then = Path(meta["source"])
     now = run / then.name
     return now if then.name in WITHIN_A_RUN and not then.exists() and now.exists() else then
