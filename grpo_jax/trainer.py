@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -48,7 +49,7 @@ from grpo_jax.run.lock import run_lock
 from grpo_jax.run.log import PhaseTimer, Records, read_summary, write_json_atomic
 from grpo_jax.run.model_card import write_model_card
 from grpo_jax.run.options import GRPOConfig
-from grpo_jax.run.progress import EVENTS, Due, Progress, Saver, fresh_meta, print_steps, print_update, tried
+from grpo_jax.run.progress import Progress, fresh_meta, print_steps, print_update, tried
 from grpo_jax.run.remote import open_remote
 from grpo_jax.run.report import write_missing_report, write_report
 from grpo_jax.run.rules import check_no_evaluation_is_due, compares_evaluations
@@ -145,22 +146,24 @@ class GRPOTrainer:
         with run_lock(self.output_dir, "grpo_jax.train"), watch_compiles(console, timer):
             if self.remote is not None:
                 console.line(self.remote.fetch(empty=config.overwrite_output_dir))
+            if hosts.of_first((self.output_dir / "sft.json").exists) and not config.overwrite_output_dir:
+                raise ValueError(
+                    f"output_dir {self.output_dir} holds a fine-tuned model (sft.json, model/), which training would "
+                    "replace; choose another --output_dir, or start over with --overwrite_output_dir"
+                )
             with starting_over(config):
                 self.job = open_job(config, console, timer, inputs)  # writes a new model into base_model
                 weakref.finalize(self, self.job.runner.close)
                 self.data = load_data(self.job, inputs.train)
                 asked = inputs.evaluation
                 self.evaluation = None if asked is None else load_data(self.job, asked)
-                self._check_evaluation()
+                if self.evaluation is not None:
+                    prompts, functions = self.evaluation.prompts, self.job.toolbox.functions
+                    check_gold_calls(prompts, functions)
+                    if compares_evaluations(config):
+                        check_compared_figure(prompts, functions, config.early_stop_metric)
                 if not config.check:  # a check gives its hints first
                     self._check_steps()
-
-    def _check_evaluation(self) -> None:
-        if self.evaluation is not None:
-            config, functions = self.job.config, self.job.toolbox.functions
-            check_gold_calls(self.evaluation.prompts, functions)
-            if compares_evaluations(config):
-                check_compared_figure(self.evaluation.prompts, functions, config.early_stop_metric)
 
     def _check_steps(self) -> None:
         """Whether data, batches, schedule, micro-batches and hosts fit; raises ValueError."""
@@ -192,45 +195,42 @@ class GRPOTrainer:
         if isinstance(resume_from_checkpoint, str | Path):
             given = dataclasses.replace(self.job.config, resume_from_checkpoint=str(resume_from_checkpoint))
             self.job = dataclasses.replace(self.job, config=given)
-        job, config, out = self.job, self.job.config, self.output_dir
-        with run_lock(out, "grpo_jax.train"), watch_compiles(job.console, job.timer):
+        job, config, out, line = self.job, self.job.config, self.output_dir, self.job.console.line
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(run_lock(out, "grpo_jax.train"))
+            stack.enter_context(watch_compiles(job.console, job.timer))
             summary = hosts.of_first(lambda: read_summary(out))
             job.timer.restore(summary.get("timings", {}))
             if config.cold_start and not hosts.of_first((out / "cold_start").exists):
                 cold_start_rows(job, self.data)  # called for its errors, before anything compiles
             print_steps(job.console, self.steps, self.data)
-            keep = config.save_total_limit
-            with Checkpoints(out / "checkpoints", keep=keep, publish=self._publish) as checkpoints:
-                return self._train(summary, checkpoints)
-
-    def _train(self, summary: dict[str, Any], checkpoints: Checkpoints) -> TrainResult:
-        """Start, learn, finish."""
-        job, config, out = self.job, self.job.config, self.output_dir
-        line = job.console.line
-        start = self._found_start(checkpoints, summary)
-        if start.finished is not None:
-            line(
-                f"The run in {out} is finished after {start.finished} updates (summary.json, model/). A higher "
-                f"{'--early_stop_patience' if 'stopped_early' in summary else '--max_steps or --num_train_epochs'} "
-                "continues it, --overwrite_output_dir starts over, another --output_dir keeps both."
+            checkpoints = stack.enter_context(
+                Checkpoints(out / "checkpoints", keep=config.save_total_limit, publish=self._publish)
             )
-            hosts.of_first(lambda: write_missing_report(out))
-            self.job = dataclasses.replace(job, folder=out / "model", checkpoint=None, adapter=None)
-            return TrainResult(start.finished, True, summary)
-        for name in ("after", "stopped_early"):
-            summary.pop(name, None)
-        hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
-        try:
-            with StopSignal() as stop:
-                return self._run(start, summary, checkpoints, stop)
-        except Stopped as stopped:
-            step = 0 if self._current is None else int(self._current[1].step)
-            self._write_summary(summary)
-            if step:  # where a machine is taken away, drawing would take as long as all else of a stop
-                hosts.of_first(lambda: None if stop.hurry else write_report(out))
-            self._publish()
-            line(f"Stopped {stopped}. {how_to_continue(config.overwrite_output_dir)}")
-            return TrainResult(step, False, summary)
+            start = self._found_start(checkpoints, summary)
+            if start.finished is not None:
+                line(
+                    f"The run in {out} is finished after {start.finished} updates (summary.json, model/). A higher "
+                    f"{'--early_stop_patience' if 'stopped_early' in summary else '--max_steps or --num_train_epochs'} "
+                    "continues it, --overwrite_output_dir starts over, another --output_dir keeps both."
+                )
+                hosts.of_first(lambda: write_missing_report(out))
+                self.job = dataclasses.replace(job, folder=out / "model", checkpoint=None, adapter=None)
+                return TrainResult(start.finished, True, summary)
+            for name in ("after", "stopped_early"):
+                summary.pop(name, None)
+            hosts.of_first(lambda: write_resolved(config, out / "resolved_config.yaml"))
+            try:
+                with StopSignal() as stop:
+                    return self._run(start, summary, checkpoints, stop)
+            except Stopped as stopped:
+                step = 0 if self._current is None else int(self._current[1].step)
+                self._write_summary(summary)
+                if step:  # where a machine is taken away, drawing would take as long as all else of a stop
+                    hosts.of_first(lambda: None if stop.hurry else write_report(out))
+                self._publish()
+                line(f"Stopped {stopped}. {how_to_continue(config.overwrite_output_dir)}")
+                return TrainResult(step, False, summary)
 
     def _found_start(self, checkpoints: Checkpoints, summary: dict[str, Any]) -> Start:
         """See `find_start`; a damaged newest checkpoint is set aside."""
@@ -303,22 +303,55 @@ class GRPOTrainer:
         learner, state = self._learner_and_state
         loop, line = job.tool_loop(job.sampled, data.tree), job.console.line
         first, per_batch = int(state.step), steps.updates_per_batch
+        step = first
         unevaluated = meta.pop("unevaluated", None)  # the record of a step that was stopped in its evaluation
         # its line in metrics.jsonl is written again
         records = Records(config, resume_step=first - (unevaluated is not None) if first else None)
-        saver = Saver(checkpoints, meta, timer, line)
         rated = len(data.prompts) if config.difficulty_sampling else None
         progress = Progress.from_meta(meta, config.early_stop_metric, checkpoints.steps(), rated)
         checkpoints.keep_best(progress.best.step)
         first_calls = FirstCalls(batches=min(3, steps.batches))
-        due = Due(
-            {of: config.interval(of, steps.updates, steps.updates_per_epoch) for of in EVENTS}, per_batch
-        )
+        every = {
+            event: config.interval(event, steps.updates, steps.updates_per_epoch)
+            for event in ("eval", "save", "logging")
+        }
+
+        def due(event: str) -> bool:
+            """Whether the batch, whose updates may step over a multiple of the interval, reached one."""
+            n = every[event]
+            return n is not None and step // n > (step - per_batch) // n
+
+        def save(**found: Any) -> None:
+            """A checkpoint; raises OutputError where it cannot be written. That the last could not is a warning."""
+            saved = meta | progress.to_meta() | found | {"timings": timer.seconds}
+            tried(line, checkpoints.wait)
+            with timer("save"):
+                checkpoints.save(step, state, saved)
+
+        def stopped(**found: Any) -> Stopped:
+            """What to raise, with what was learned since the last checkpoint saved."""
+            tried(line, checkpoints.wait)  # or the newest is one that could not be written
+            if step > (checkpoints.latest() or 0):
+                save(**found)
+            checkpoints.wait()
+            return Stopped(f"after update {step}, which is saved" if step else "before the first update")
+
+        def evaluated(record: dict[str, Any]) -> dict[str, Any]:
+            """The record with an evaluation's figures; one that is interrupted is repeated when the run continues."""
+            nonlocal progress
+            try:
+                figures = self._evaluated(f"Evaluation at {step}", f"step_{step:06d}", stop)
+            except Stopped:
+                raise stopped(unevaluated=plain(record)) from None
+            if compares_evaluations(config):
+                best = progress.best.after(step, figures[progress.best.figure])
+                progress = dataclasses.replace(progress, best=best)
+            return record | {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}
+
         with records, job.console.progress("GRPO", steps.batches) as bar:
             bar.advance(first // per_batch)
             if unevaluated is not None:
-                record, progress = self._evaluated_record(unevaluated, progress, saver, stop)
-                records.write_metrics(first, record)
+                records.write_metrics(step, evaluated(unevaluated))
                 checkpoints.keep_best(progress.best.step)
             for _ in range(first // per_batch, steps.batches):
                 if (best := progress.best).ends(config.early_stop_patience):
@@ -332,7 +365,7 @@ class GRPOTrainer:
                 # Roll out G completions of each of the next P prompts, with the tools that they call, and score them.
                 groups = self._next_groups(learner, state, loop, progress, stop)
                 if groups is None:  # asked to stop; a later run samples the same tokens
-                    raise saver.stopped(state, progress)
+                    raise stopped()
 
                 # Compare each completion with its group.
                 groups = groups.with_advantages(job)
@@ -350,9 +383,8 @@ class GRPOTrainer:
                 records.write_rollouts(step, groups.trajectories, job.reward_names, groups.outcome.extras)
                 last = step >= steps.updates
                 # `_run` evaluates the final model; the last update is evaluated here only to be compared with earlier ones
-                evaluates = compares_evaluations(config) if last else due("eval", step)
-                if self.evaluation is not None and evaluates:
-                    record, progress = self._evaluated_record(record, progress, saver, stop)
+                if self.evaluation is not None and (compares_evaluations(config) if last else due("eval")):
+                    record = evaluated(record)
                 done = last or progress.best.ends(config.early_stop_patience)
                 records.write_metrics(step, record)
                 bar.advance(1, reward=record["reward"], spread=record["reward_std"])
@@ -360,21 +392,21 @@ class GRPOTrainer:
                     line(hint)
                 if record["skipped"]:
                     line(f"Warning: update {step} was skipped: its loss or gradient is not finite")
-                if due("logging", step) or step == per_batch or done:
+                if due("logging") or step == per_batch or done:
                     print_update(job, steps, step, record, groups.trajectories)
 
                 # Save and stop when due. Several hosts stop in the same rollout.
                 tried(line, checkpoints.check)
                 checkpoints.keep_best(progress.best.step)
                 if done and config.save_strategy != "no":
-                    saver.save(state, progress)
-                elif due("save", step) or step == progress.best.step:
-                    tried(line, saver.save, state, progress)
+                    save()
+                elif due("save") or step == progress.best.step:
+                    tried(line, save)
                 if stop.requested and hosts.alone() and not done:
-                    raise saver.stopped(state, progress)
+                    raise stopped()
 
         self._best = best = progress.best
-        if config.load_best_model_at_end and best.step not in (0, int(state.step)):
+        if config.load_best_model_at_end and best.step not in (0, step):
             params = placed(state.params, state_shardings(learner.forward.layout, state).params)
             params = checkpoints.restore_params(best.step, params)
             self._current = learner, dataclasses.replace(state, params=params)
@@ -470,9 +502,9 @@ class GRPOTrainer:
                 drawn, trajectories = drawn + draws, trajectories + sampled.trajectories
                 work += sampled.work
                 if config.dynamic_sampling:
-                    useful += groups_with_advantage(
-                        with_advantages(job, sampled.trajectories, outcomes[-1]), steps.G
-                    )
+                    compared = with_advantages(job, sampled.trajectories, outcomes[-1])
+                    groups = np.array([t.has_advantage for t in compared]).reshape(-1, steps.G)
+                    useful += groups.any(1).tolist()
             if rates is not None:
                 rates = rates.after([i for i, _ in draws], list(map(is_exact, sampled.trajectories)))
         chosen = np.arange(steps.P)
@@ -495,23 +527,6 @@ class GRPOTrainer:
         after = Progress(cursor, progress.num_tokens + tokens, progress.best, rates, delays)
         rows = (chosen[:, None] * steps.G + np.arange(steps.G)).reshape(-1)
         return Groups(scored, outcome, rows, after, metrics)
-
-    def _evaluated_record(
-        self, record: dict[str, Any], progress: Progress, saver: Saver, stop: StopSignal
-    ) -> tuple[dict[str, Any], Progress]:
-        """The record with an evaluation's figures, and the progress with the best so far.
-
-        An evaluation that is interrupted is repeated when the run continues.
-        """
-        _, state = self._learner_and_state
-        step, best = int(state.step), progress.best
-        try:
-            figures = self._evaluated(f"Evaluation at {step}", f"step_{step:06d}", stop)
-        except Stopped:
-            raise saver.stopped(state, progress, unevaluated=plain(record)) from None
-        if compares_evaluations(self.job.config):
-            progress = dataclasses.replace(progress, best=best.after(step, figures[best.figure]))
-        return record | {f"eval/{k}": v for k, v in figures.items() if isinstance(v, float | int)}, progress
 
     def check(self) -> bool:
         """Print what the run would learn from, as `--check` does; False when no right answer would be rewarded."""
@@ -681,8 +696,3 @@ def with_advantages(job: Job, trajectories: Sequence[Trajectory], outcome: Rewar
         return compared
     wrong = [faults(t, job.conversation) if credit.penalises else [] for t in compared]
     return credit.of_tokens(compared, G, outcome.turn_rewards(job.reward_weights), wrong)
-
-
-def groups_with_advantage(trajectories: Sequence[Trajectory], G: int) -> list[bool]:
-    """For each group of G whether some completion of it has an advantage."""
-    return [any(t.has_advantage for t in trajectories[i : i + G]) for i in range(0, len(trajectories), G)]

@@ -32,9 +32,7 @@ class Learner:
     """The compiled parts of an update and what they were made for.
 
     Args:
-        forward: how the model runs.
         schedule: updates done -> learning rate.
-        update: the jitted update.
         score: jitted log-probabilities of a frozen or earlier policy.
         reference: parameters of the frozen reference; None when beta is 0.
         frozen: the base under trained adapters; None when all weights are trained.
@@ -59,14 +57,7 @@ class Learner:
 
 
 def make_learner(job: Job, tree: Tree, P: int, updates: int) -> Learner:
-    """The learner of a job.
-
-    Args:
-        job: the parts.
-        tree: of the training data.
-        P: prompts per batch.
-        updates: of the whole run.
-    """
+    """The learner of a job whose run makes so many updates with batches of P prompts."""
     config, G = job.config, job.config.num_generations
     schedule = schedule_of(config, updates)
     optimizer = optimizer_of(config, schedule)

@@ -10,16 +10,12 @@ from grpo_jax.data.batches import Cursor, Steps
 from grpo_jax.data.difficulty import SolveRates
 from grpo_jax.files import OutputError
 from grpo_jax.rollout.delays import ToolDelays
-from grpo_jax.run.checkpoint import Checkpoints, machine_meta
+from grpo_jax.run.checkpoint import machine_meta
 from grpo_jax.run.console import Console
 from grpo_jax.run.identity import adapters_meta, run_identity
 from grpo_jax.run.job import DataSet, Job, lora_config
-from grpo_jax.run.log import PhaseTimer
-from grpo_jax.run.stopping import Best, Stopped
+from grpo_jax.run.stopping import Best
 from grpo_jax.types import Prompt, Trajectory
-from grpo_jax.update.update import TrainState
-
-EVENTS = ("eval", "save", "logging")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +24,7 @@ class Progress:
 
     Args:
         cursor: the next batch's place in the data.
-        num_tokens: of prompts and completions so far.
-        best: the best evaluation.
+        num_tokens: those of prompts and completions so far.
         rates: how often each row was solved; None without difficulty_sampling.
         delays: of slow tools.
     """
@@ -63,39 +58,6 @@ class Progress:
         } | ({} if self.rates is None else {"solve_rates": self.rates.to_json()})
 
 
-@dataclasses.dataclass(frozen=True)
-class Saver:
-    """Saves a run as it learns.
-
-    Args:
-        checkpoints: where to.
-        meta: what every checkpoint of the run says.
-        timer: its seconds are saved too.
-        line: prints a line.
-    """
-
-    checkpoints: Checkpoints
-    meta: dict[str, Any]
-    timer: PhaseTimer
-    line: Callable[[str], None]
-
-    def save(self, state: TrainState, progress: Progress, **found: Any) -> None:
-        """A checkpoint; raises OutputError where it cannot be written. That the last could not is a warning."""
-        meta = self.meta | progress.to_meta() | found | {"timings": self.timer.seconds}
-        tried(self.line, self.checkpoints.wait)
-        with self.timer("save"):
-            self.checkpoints.save(int(state.step), state, meta)
-
-    def stopped(self, state: TrainState, progress: Progress, **found: Any) -> Stopped:
-        """Saves what was learned since the last checkpoint; what to raise."""
-        step = int(state.step)
-        tried(self.line, self.checkpoints.wait)  # or the newest is one that could not be written
-        if step > (self.checkpoints.latest() or 0):
-            self.save(state, progress, **found)
-        self.checkpoints.wait()
-        return Stopped(f"after update {step}, which is saved" if step else "before the first update")
-
-
 def tried(line: Callable[[str], None], write: Callable[..., None], *arguments: Any) -> None:
     """A write to the checkpoints, whose failure is printed: it is no reason to throw away what is being learned."""
     try:
@@ -108,8 +70,6 @@ def fresh_meta(job: Job, prompts: Sequence[Prompt], steps: Steps, source: str, n
     """What the first checkpoint of a run that starts from its model would say before any update; see `find_start`.
 
     Args:
-        prompts: of the training data.
-        steps: of the run.
         source: folder of the model that the run starts from.
         name: what others call that model: its hub id, or its folder.
     """
@@ -125,24 +85,6 @@ def fresh_meta(job: Job, prompts: Sequence[Prompt], steps: Steps, source: str, n
     model = str(job.adapter or source)
     meta["run"] = run_identity(prompts, job.toolbox, job.rewards, numbers, model, options)
     return meta
-
-
-@dataclasses.dataclass(frozen=True)
-class Due:
-    """When what happens every few updates is due.
-
-    Args:
-        every: event -> updates between two; None for never.
-        per_batch: updates on a batch, which may step over a multiple.
-    """
-
-    every: Mapping[str, int | None]
-    per_batch: int
-
-    def __call__(self, event: str, step: int) -> bool:
-        """Whether the batch that ended with this update reached a multiple of the interval."""
-        n = self.every[event]
-        return n is not None and step // n > (step - self.per_batch) // n
 
 
 def print_steps(console: Console, steps: Steps, data: DataSet) -> None:
