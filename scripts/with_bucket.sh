@@ -33,7 +33,8 @@ copy() {
 "$@" &
 command=$!
 trap 'kill -TERM "$command" 2>/dev/null' TERM INT
-(while sleep "${COPY_SECONDS:-60}"; do copy; done) &
+# the sleep outlives the loop that is killed: it must not hold the output of whoever started this
+(while sleep "${COPY_SECONDS:-60}" >/dev/null 2>&1; do copy; done) &
 copier=$!
 status=0
 while :; do # wait returns early when a signal comes
