@@ -1,6 +1,7 @@
 """The losses: values worked by hand, a float64 numpy version of TRL's whole loss, gradients."""
 
 import itertools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import TypeCheckError, jaxtyped
 
 from grpo_jax.update import losses
 
-LOSS_TYPES = losses.LOSS_TYPES
+LOSS_TYPES = typing.get_args(losses.LossType)
 LEVELS = ["token", "sequence"]
 B, J, BUDGET = 4, 6, 10
 
@@ -436,22 +437,6 @@ def test_the_entropy_floor_is_numpys_quantile(positions, share):
         assert floor == pytest.approx(np.quantile(entropies[mask], 1 - share), abs=1e-4)
     else:
         assert not (entropies >= floor).any()
-
-
-def test_unknown_names_are_refused_with_the_valid_ones():
-    x, mask = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
-    with pytest.raises(
-        ValueError, match=r"loss_type must be one of grpo, .* got 'dr-grpo'; nearest: dr_grpo"
-    ):
-        aggregate(x, mask, "dr-grpo", tokens=1, rows=1, max_completion_length=1)
-    with pytest.raises(
-        ValueError, match="must be one of token, sequence, got 'sequences'; nearest: sequence"
-    ):
-        importance_ratio_log(x, x, mask, "sequences")
-    with pytest.raises(
-        ValueError, match=r"sampler_correction must be .* got 'mask_token'; nearest: token_mask"
-    ):
-        sampler_correction(x, x, mask, "mask_token", None, None)
 
 
 def test_annotated_shapes_are_those_that_are_checked():

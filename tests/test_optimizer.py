@@ -116,11 +116,6 @@ def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments_nor_c
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
-def test_negative_max_grad_norm_is_refused():
-    with pytest.raises(ValueError, match=r"max_grad_norm must be >= 0 .* got -1"):
-        optimizer(max_grad_norm=-1)
-
-
 @pytest.mark.parametrize("kept", ["float32", "bfloat16"])
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_moments_have_the_asked_type_whatever_the_weights_have(kept, weights):

@@ -48,7 +48,6 @@ def make_tree(prompts: Sequence[list[int]], budget: int, devices: int = 1) -> Tr
 
     Args:
         prompts: token ids of every prompt, each of at least one token.
-        budget: tokens that a completion may have.
         devices: along data and fsdp; shared levels are sharded over their tokens.
     """
     preamble = common_prefix(prompts)
@@ -161,7 +160,7 @@ class Batch:
         completions: B rows.
         tokens: trained tokens of the whole batch; groups without an advantage may be left out of
             `completions` and still count here.
-        rows: completions of the whole batch.
+        rows: the whole batch's completions.
         J: loss positions per row, a bucket that no row's count of trained tokens exceeds.
     """
 

@@ -1,7 +1,8 @@
 """The GRPO losses as formulas: arrays and scalars in, arrays out.
 
-All arrays are on loss positions [B, J] with a bool mask [B, J]. Values where the mask is False must be
-finite and have no influence on a loss or a gradient.
+All arrays are on loss positions [B, J]: `mask` is True at positions that are in the loss; values elsewhere
+must be finite and have no influence on a loss or a gradient. Log-probabilities are in nats, `logprobs` those of
+the policy that is trained; `log_ratio` is log ρ, and `advantages` holds A, one per row or position.
 A whole loss reads
 
     log_ratio = importance_ratio_log(logprobs, old_logprobs, mask, "token")
@@ -17,24 +18,27 @@ throughout; `tests/test_trl_update.py` compares whole updates with its trainer.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.level import AnyArray
-from grpo_jax.text import unknown_choice
 
 Count = Int[AnyArray, ""] | int
 Advantages = Float[AnyArray, " B"] | Float[AnyArray, "B J"]  # of rows, or of positions
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-LEVELS = ("token", "sequence")
-SAMPLER_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+RatioLevel = Literal["token", "sequence"]  # GRPO's ratio, or GSPO's
+Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 def importance_ratio_log(
-    logprobs: Float[Array, "B J"], old_logprobs: Float[Array, "B J"], mask: Bool[Array, "B J"], level: str
+    logprobs: Float[Array, "B J"],
+    old_logprobs: Float[Array, "B J"],
+    mask: Bool[Array, "B J"],
+    level: RatioLevel,
 ) -> Float[Array, "B J"]:
     """Log of the importance ratio ρ between the policy and the one before the update.
 
@@ -42,16 +46,10 @@ def importance_ratio_log(
     sequence: log ρ   = mean of that over the row's positions in the mask, the same at each of them
 
     Args:
-        logprobs: nats, of the policy that is trained.
-        old_logprobs: nats; `stop_gradient(logprobs)` when there is one update per batch.
-        mask: True at positions that are in the loss.
-        level: "token" (GRPO) or "sequence" (GSPO).
+        old_logprobs: `stop_gradient(logprobs)` when there is one update per batch.
 
     Returns:
         nats; with "token", 0 where the mask is False.
-
-    Raises:
-        ValueError: when level is unknown.
 
     Source: Zheng et al. 2025, "Group Sequence Policy Optimization", equation 7. With one
     advantage per row its gradient is that of GSPO-token (equation 13); else see `token_gradient`.
@@ -59,10 +57,8 @@ def importance_ratio_log(
     log_ratio = jnp.where(mask, logprobs - old_logprobs, 0.0)
     if level == "token":
         return log_ratio
-    if level == "sequence":
-        mean = log_ratio.sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
-        return jnp.broadcast_to(mean, log_ratio.shape)
-    raise unknown_choice("importance_sampling_level", level, LEVELS)
+    mean = log_ratio.sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    return jnp.broadcast_to(mean, log_ratio.shape)
 
 
 def token_gradient(log_ratio: Float[Array, "B J"], logprobs: Float[Array, "B J"]) -> Float[Array, "B J"]:
@@ -90,10 +86,6 @@ def clipped_surrogate(
     """Clipped policy-gradient loss: −min(min(ρ, δ)·A, clip(ρ, 1 − ε, 1 + ε_high)·A).
 
     Args:
-        log_ratio: log ρ in nats.
-        advantages: A, one per row or position.
-        epsilon: the ratio is clipped below 1 − ε,
-        epsilon_high: and above 1 + ε_high.
         delta: δ > 1 + ε_high, upper bound of the unclipped ratio; it changes the loss only where A < 0. None: no bound.
 
     Returns:
@@ -121,9 +113,6 @@ def cispo(
     No token loses its gradient, however far its ratio is.
 
     Args:
-        log_ratio: log ρ in nats.
-        logprobs: nats, of the policy that is trained.
-        advantages: A, one per row or position.
         epsilon_high: the ceiling of the ratio itself, not of ρ − 1 as in `clipped_surrogate`: 5 in ScaleRL.
 
     Source: MiniMax 2025, "MiniMax-M1", arXiv:2506.13585, equation 4, without its lower bound; Khatri et al.
@@ -142,8 +131,6 @@ def sapo(
     """Surrogate with a soft gate for the clip: −(4/τ)·σ(τ·(ρ − 1))·A; at ρ = 1 its gradient is that of −ρ·A.
 
     Args:
-        log_ratio: log ρ in nats.
-        advantages: A, one per row or position.
         temperature_pos: τ where A > 0; larger closes the gate sooner.
         temperature_neg: τ elsewhere.
 
@@ -168,13 +155,11 @@ def vespo(
     φ(w) = w^k · e^(λ·(1 − w)), 1 at w = 1; log w is the sum of log ρ over the row's positions in the mask.
 
     Args:
-        token_log_ratio: nats, of each token; cut to ± 20, as their sum is to [log 1e-8, 20].
-        logprobs: nats, of the policy that is trained.
-        mask: True at positions that are in the loss.
-        advantages: A, one per row or position.
+        token_log_ratio: log ρ of each token, whatever the loss's own level; cut to ± 20, as their sum is to
+            [log 1e-8, 20].
         positive: (k, λ) where A >= 0.
         negative: (k, λ) elsewhere.
-        correction: of `sampler_correction`, which w is multiplied by; None: no correction.
+        correction: what `sampler_correction` gives, a factor of w; None: no correction.
 
     Source: "VESPO: Variational Sequence-Level Soft Policy Optimization", arXiv:2602.10693, as in TRL.
     """
@@ -199,10 +184,8 @@ def k3_kl(
     unbiased one of the KL, on policy too, where the weight is 1: that of the unweighted k3 alone is not.
 
     Args:
-        logprobs: nats, of the policy that is trained.
-        ref_logprobs: nats, of the frozen reference.
-        log_ratio: log ρ in nats, of the tokens or of their sequences, as TRL does by default
-            (`use_bias_correction_kl`); None for ρ = 1.
+        log_ratio: of the tokens or of their sequences, as TRL does by default (`use_bias_correction_kl`); None
+            for ρ = 1.
 
     Returns:
         nats.
@@ -226,10 +209,7 @@ def off_policy_kept(
     """Where the surrogate is kept: A >= 0, or mean(log π_sampler − log π) <= threshold over the row.
 
     Args:
-        logprobs: nats, of the policy that is trained.
-        sampler_logprobs: nats, with which the tokens were sampled.
-        mask: True at positions that are in the loss.
-        advantages: A, one per row or position.
+        sampler_logprobs: those with which the tokens were sampled.
         threshold: δ in nats per token.
 
     Source: DeepSeek-AI 2025, "DeepSeek-V3.2", arXiv:2512.02556, equation 9.
@@ -243,16 +223,15 @@ def sampler_correction(
     old_logprobs: Float[Array, "B J"],
     sampler_logprobs: Float[Array, "B J"],
     mask: Bool[Array, "B J"],
-    mode: str,
+    mode: Correction,
     clip_min: float | None,
     clip_max: float | None,
 ) -> Float[Array, "B _"]:
     """Weight of each token for the gap between sampler and trainer: ρ = π_old / π_sampler, bounded.
 
     Args:
-        old_logprobs: nats, the trainer's before the batch's first update.
-        sampler_logprobs: nats, with which the tokens were sampled.
-        mask: True at positions that are in the loss.
+        old_logprobs: the trainer's before the batch's first update.
+        sampler_logprobs: those with which the tokens were sampled.
         mode: token_… has a ratio per token, sequence_… their product over the row; …_truncate moves a ratio
             to the nearest bound, …_mask gives 0 to those outside.
         clip_min: lower bound, at most 1; None: no bound.
@@ -261,14 +240,9 @@ def sampler_correction(
     Returns:
         [B, J], or [B, 1] where a row has one ratio; 1 where the mask is False. No gradient passes.
 
-    Raises:
-        ValueError: when mode is unknown.
-
     Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training";
     the names, and the sum over a sequence where `importance_ratio_log` takes the mean, are TRL's.
     """
-    if mode not in SAMPLER_CORRECTIONS:
-        raise unknown_choice("sampler_correction", mode, SAMPLER_CORRECTIONS)
     log_ratio = jnp.where(mask, jax.lax.stop_gradient(old_logprobs) - sampler_logprobs, 0.0)
     if mode.startswith("sequence"):
         log_ratio = log_ratio.sum(-1, keepdims=True)
@@ -284,8 +258,7 @@ def entropy_floor(
 
     Args:
         entropies: nats, of every position of the batch.
-        mask: True at positions that are in the loss.
-        share: of the positions that are to learn, in (0, 1].
+        share: how many of the positions are to learn, in (0, 1].
 
     Returns:
         Nats, linear between two positions; NaN, which nothing reaches, when the mask is empty.
@@ -301,7 +274,7 @@ def entropy_floor(
 def aggregate(
     per_token: Float[Array, "B J"],
     mask: Bool[Array, "B J"],
-    loss_type: str,
+    loss_type: LossType,
     *,
     tokens: Count,
     rows: Count,
@@ -320,18 +293,12 @@ def aggregate(
     `rows`; its tokens are not in `tokens`; both as in TRL.
 
     Args:
-        per_token: the loss of each position.
-        mask: True at positions that are in the loss.
-        loss_type: one of `LOSS_TYPES`.
         tokens: positions in the mask, of the whole batch; 0 is taken as 1.
-        rows: B of the whole batch.
-        max_completion_length: budget of a completion in tokens.
+        rows: the whole batch's B.
+        max_completion_length: a completion's budget in tokens.
 
     Returns:
         This micro-batch's share of the loss: the shares add up to the batch's.
-
-    Raises:
-        ValueError: when loss_type is unknown.
 
     Source: grpo: Shao et al. 2024, "DeepSeekMath", equation 3; dapo: Yu et al. 2025, "DAPO"
     (token-level loss); dr_grpo: Liu et al. 2025, "Understanding R1-Zero-Like Training"; luspo: Liu et al.
@@ -340,13 +307,11 @@ def aggregate(
     row_sums = jnp.where(mask, per_token, 0.0).sum(-1)
     if loss_type in ("grpo", "sapo"):
         return (row_sums / jnp.maximum(mask.sum(-1), 1)).sum() / rows
-    if loss_type in ("bnpo", "dapo", "cispo", "vespo"):
-        return row_sums.sum() / jnp.maximum(tokens, 1)
     if loss_type == "dr_grpo":
         return row_sums.sum() / (rows * max_completion_length)
     if loss_type == "luspo":
         return row_sums.sum() / rows
-    raise unknown_choice("loss_type", loss_type, LOSS_TYPES)
+    return row_sums.sum() / jnp.maximum(tokens, 1)
 
 
 def clip_fractions(
@@ -363,11 +328,6 @@ def clip_fractions(
     low: ρ < 1 − ε and A < 0; high: ρ > 1 + ε_high and A > 0; region: either.
 
     Args:
-        log_ratio: log ρ in nats.
-        advantages: A, one per row or position.
-        mask: True at positions that are in the loss.
-        epsilon: the ratio is clipped below 1 − ε,
-        epsilon_high: and above 1 + ε_high.
         tokens: positions in the mask, of the whole batch; 0 is taken as 1.
 
     Returns:

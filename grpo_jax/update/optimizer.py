@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,7 @@ class Optimizer(NamedTuple):
     The rate is an argument of a compiled update, so that another rate or schedule compiles nothing again.
 
     Args:
-        init: of optax.
-        update: of optax, with the keywords `learning_rate`, a scalar, and `finite`, see `layer_by_layer`.
+        update: optax's, with the keywords `learning_rate`, a scalar, and `finite`, see `layer_by_layer`.
         schedule: number of updates done → learning rate.
     """
 
@@ -44,25 +43,28 @@ def make_optimizer(
 
     Args:
         rule: gradient → step of rate 1, such as `scale_by_adam`; see `make_rule`.
-        schedule: number of updates done → learning rate.
         weight_decay: decoupled decay, times the learning rate; see `decay_mask`.
-        max_grad_norm: largest norm of the whole gradient; 0 or None for no clipping.
-
-    Raises:
-        ValueError: when max_grad_norm is negative.
+        max_grad_norm: largest norm of the whole gradient, >= 0; 0 or None for no clipping.
 
     Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2.
     """
-    if max_grad_norm and max_grad_norm < 0:
-        raise ValueError(f"max_grad_norm must be >= 0 (0 for no clipping), got {max_grad_norm}")
+
+    def by_rate(updates, state, params=None, **given):
+        return jax.tree.map(lambda x: -given["learning_rate"] * x, updates), state
+
+    scale = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), by_rate)
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
-    decayed = optax.chain(rule, optax.add_decayed_weights(weight_decay, decay_mask), _scale_by_rate())
+    decayed = optax.chain(rule, optax.add_decayed_weights(weight_decay, decay_mask), scale)
     whole = optax.chain(clip, layer_by_layer(decayed))
     return Optimizer(lambda params: whole.init(in_float32(params)), whole.update, schedule)
 
 
 def make_rule(
-    optim: str, b1: float, b2: float, eps: float, moments_dtype: jax.typing.DTypeLike = jnp.float32
+    optim: Literal["adamw", "adafactor", "lion", "muon", "sgd"],
+    b1: float,
+    b2: float,
+    eps: float,
+    moments_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
     """The step of an optimizer at rate 1: adamw, adafactor, lion, muon or sgd.
 
@@ -72,8 +74,7 @@ def make_rule(
     AdamW's steps, so that learning rates are AdamW's; all other weights by AdamW with Nesterov momentum.
 
     Args:
-        optim: its name.
-        b1, b2, eps: of `scale_by_adam`; lion takes b1 and b2, adafactor and sgd none.
+        b1, b2, eps: those of `scale_by_adam`; lion takes b1 and b2, adafactor and sgd none.
         moments_dtype: what the moments of adamw and lion are kept in; the others' stay float32.
 
     Source: Shazeer and Stern 2018, "Adafactor", algorithm 4; Chen et al. 2023, "Symbolic Discovery of
@@ -93,13 +94,6 @@ def make_rule(
         "sgd": optax.identity,
     }
     return rules[optim]()
-
-
-def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
-    def update(updates, state, params=None, **given):
-        return jax.tree.map(lambda x: -given["learning_rate"] * x, updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _matrix_axes(params: Any) -> Any:
@@ -190,8 +184,7 @@ def scale_by_adam(
 
     Args:
         b1: decay of the gradient's mean, in [0, 1).
-        b2: decay of the squared gradient's mean, in [0, 1).
-        eps: added to the root of the latter.
+        b2: decay of the squared gradient's mean, in [0, 1); eps is added to that mean's root.
         moments_dtype: float32, for optax's own, or bfloat16; see `round_like`.
     """
     return _kept_in(moments_dtype, optax.scale_by_adam(b1, b2, eps))
@@ -254,11 +247,8 @@ def round_like(values: Any, like: Any, *draw: int | jax.Array) -> Any:
 def decay_mask(params: Any) -> Any:
     """True for the weights that decay: all but norms' scales and biases, as in HF's Trainer.
 
-    Args:
-        params: nested dict of arrays, for instance {"norm": {"scale": [D]}}.
-
     Returns:
-        The same tree of bool.
+        A tree of bool like params, which is for instance {"norm": {"scale": [D]}}.
     """
 
     def decays(path: tuple, _: jax.Array) -> bool:

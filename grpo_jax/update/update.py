@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +34,9 @@ class TrainState:
     """All that an update changes.
 
     Args:
-        step: int32 scalar, updates done (skipped ones included).
+        step: int32 scalar, updates done, skipped ones included.
         params: what is trained: master weights in `param_dtype`, layers stacked [L, …], or float32
             adapters on frozen weights.
-        opt_state: optax state.
     """
 
     step: jax.Array
@@ -46,28 +45,19 @@ class TrainState:
 
 
 class Metrics(NamedTuple):
-    """What an objective reports of a micro-batch, by metric name.
-
-    Args:
-        sums: its shares of the batch's figures, which add up.
-        maxima: largest values, of which the largest counts.
-    """
+    """What an objective reports of a micro-batch, by metric name: shares that add up, and largest values."""
 
     sums: dict[str, Array]
     maxima: dict[str, Array]
 
 
 class LossInputs(NamedTuple):
-    """What an objective sees of a micro-batch, on loss positions.
+    """What an objective sees of a micro-batch, on loss positions; log-probabilities and entropies are in nats.
 
     Args:
-        logprobs: [b, J] nats, differentiable.
-        entropies: [b, J] nats.
-        mask: [b, J] bool, False entries are padding.
-        sampler_logprobs: [b, J] nats.
-        old_logprobs: [b, J] nats, or None for the current ones.
-        ref_logprobs: [b, J] nats, or None.
-        advantages: [b], or [b, J].
+        logprobs: differentiable.
+        mask: False entries are padding.
+        old_logprobs: None for the current ones.
     """
 
     logprobs: Float[Array, "b J"]
@@ -83,8 +73,7 @@ class Totals(NamedTuple):
     """What the shares of micro-batches are divided by.
 
     Args:
-        tokens: trained tokens of the whole batch.
-        rows: completions of the whole batch.
+        tokens: trained tokens of the whole batch, and `rows` its completions.
         present: trained tokens of the groups that the update was given, for means over them.
     """
 
@@ -101,10 +90,9 @@ class ModelStep:
     """How the model is run in training.
 
     Args:
-        layout: the training column.
-        dtype: of activations.
+        dtype: that activations have.
         remat: recompute layers in the backward pass (`gradient_checkpointing`).
-        temperature: of the sampling distribution; log-probabilities are taken under it.
+        temperature: the sampling distribution's; log-probabilities are taken under it.
         micro_batches: parts that the completions are run in, one after the other; the
             result does not depend on it.
     """
@@ -146,8 +134,8 @@ class GrpoObjective:
     epsilon_high: float = 0.2
     delta: float | None = None
     beta: float = 0.0
-    loss_type: str = "dapo"
-    importance_sampling_level: str = "token"
+    loss_type: losses.LossType = "dapo"
+    importance_sampling_level: losses.RatioLevel = "token"
     max_completion_length: int = 256
     top_entropy_quantile: float = 1.0
     use_bias_correction_kl: bool = True
@@ -156,7 +144,7 @@ class GrpoObjective:
     vespo_negative: tuple[float, float] = (3.0, 2.0)
     entropy_coef: float = 0.0
     off_policy_mask_threshold: float | None = None
-    sampler_correction: str = "none"
+    sampler_correction: Literal["none"] | losses.Correction = "none"
     sampler_correction_bounds: tuple[float | None, float | None] = (None, 3.0)
     entropy_floor: Array | None = None
     floor_tokens: Array | None = None
@@ -276,8 +264,7 @@ def make_update(
     reports `skipped` = 1.
 
     Args:
-        objective: `GrpoObjective(...)`, `sft_objective` or `turns_objective`.
-        state: the state (or its shapes), for the shardings.
+        state: or its shapes; only its shardings are taken.
         frozen: what the trained adapters sit on; None when all weights are trained.
     """
 
@@ -317,7 +304,6 @@ def make_score(step: ModelStep) -> Callable[[Params, Batch], Float[Array, "B T2"
 
     def score(params: Params, batch: Batch) -> Array:
         index, mask = first_positions(batch.completions.trained, batch.J)
-
         logprobs: Any = _over_micro_batches(step, params, batch, lambda x, _: x.logprobs, stack=True)
         rows = jnp.arange(index.shape[0])[:, None]
         return jnp.zeros(batch.completions.targets.shape).at[rows, index].add(jnp.where(mask, logprobs, 0))
@@ -378,7 +364,12 @@ def _over_micro_batches(step, params, batch: Batch, function, stack: bool):
 
     def scan_step(carry, x):
         out = one(params, kvs, *x)
-        return (carry, out) if stack else (_combined(carry, out), None)
+        if stack:
+            return None, out
+        (loss, metrics), (more_loss, more) = carry, out
+        sums = jax.tree.map(jnp.add, metrics.sums, more.sums)
+        maxima = jax.tree.map(jnp.maximum, metrics.maxima, more.maxima)
+        return (loss + more_loss, Metrics(sums, maxima)), None
 
     if stack:
         stacked = jax.lax.scan(scan_step, None, (completions, parts))[1]
@@ -387,13 +378,6 @@ def _over_micro_batches(step, params, batch: Batch, function, stack: bool):
     zero = jax.eval_shape(lambda: one(params, kvs, first, parts[0]))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zero)
     return jax.lax.scan(scan_step, zero, (completions, parts))[0]
-
-
-def _combined(a: tuple[Array, Metrics], b: tuple[Array, Metrics]) -> tuple[Array, Metrics]:
-    (loss_a, metrics_a), (loss_b, metrics_b) = a, b
-    sums = jax.tree.map(jnp.add, metrics_a.sums, metrics_b.sums)
-    maxima = jax.tree.map(jnp.maximum, metrics_a.maxima, metrics_b.maxima)
-    return loss_a + loss_b, Metrics(sums, maxima)
 
 
 class Split(NamedTuple):
@@ -523,9 +507,6 @@ def micro_batches_for(step: ModelStep, tree: Tree, P: int, G: int) -> int:
     """
     tokens = tree.budget / step.layout.row_devices
     itemsize = jnp.dtype(step.dtype).itemsize
-    return cost.micro_batches(step.cfg, P, G, tokens, itemsize, step.remat, _memory_bytes())
-
-
-def _memory_bytes() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return cost.micro_batches(step.cfg, P, G, tokens, itemsize, step.remat, memory)
