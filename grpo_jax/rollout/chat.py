@@ -15,7 +15,7 @@ import numpy as np
 
 from grpo_jax.models.qwen import Params
 from grpo_jax.rollout.drafts import known_texts, pays
-from grpo_jax.rollout.loop import ToolLoop, answered, final_answer, make_policy, parse_feedback, spends
+from grpo_jax.rollout.loop import ToolLoop, after_calls, after_turn, make_policy
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.sampling import row_keys
 from grpo_jax.types import (
@@ -67,7 +67,7 @@ class Reply:
     Args:
         messages: those that follow the user's: assistant turns and tool results.
         status: a `Status`, "interrupted", or "calling" where whoever asked runs the last message's calls.
-        tokens: number of sampled tokens.
+        tokens: how many were sampled.
     """
 
     messages: list[Message]
@@ -84,7 +84,7 @@ class Limits:
 
     Args:
         answer: tokens that follow a user's message at most, tool responses included.
-        positions: of the model; None for a model that names no limit.
+        positions: what the model has; None for a model that names no limit.
     """
 
     answer: int
@@ -96,11 +96,11 @@ class Asked:
     """What is particular to one answer; None leaves it to the conversation.
 
     Args:
-        sampler: of the same model and budget.
+        sampler: one of the same model and budget.
         seed: the same messages get the same answer with it.
         tokens: in place of `Limits.answer`.
-        schemas: of tools that whoever asks runs, so that their calls end the answer, in place of the conversation's
-            own tools; with chat messages only.
+        schemas: tools that whoever asks runs, so that their calls end the answer, in place of the conversation's
+            own; with chat messages only.
     """
 
     sampler: Sampler | None = None
@@ -116,10 +116,7 @@ class Chat:
         loop: its tree's preamble is what all conversations begin with, its sampler's budget what one may hold
             after that.
         params: rollout weights, from `sampler.export`.
-        schemas: of the tools that the model sees.
-        system: its message, or none.
-        limits: of answers and conversations.
-        seed: of the sampling.
+        system: text of the system message; None for none.
     """
 
     def __init__(
@@ -167,7 +164,6 @@ class Chat:
         Args:
             prompt: the user's text, which continues the conversation; or chat messages, which begin a new one.
             stop: asked after every few tokens; True ends the answer, and the conversation may continue.
-            asked: what is particular to this answer.
 
         Yields:
             What happens, in order; last a `Reply`.
@@ -219,7 +215,7 @@ class Chat:
             ids, turn = yield from self._turn(min(left, loop.max_turn or left), stop, asked)
             tokens, left = tokens + len(ids), left - len(ids)
             self.messages.append(loop.conversation.assistant_message(turn))
-            spent = spends(loop, turn.calls, tool_turns)
+            status, feedback = after_turn(loop, turn, tool_turns, calls)
             results: list[tuple[str, str]] = []
             if stop():
                 status = INTERRUPTED
@@ -227,29 +223,20 @@ class Chat:
                 status = Status.OVERLONG
             elif turn.error:
                 yield Malformed(turn.error)
-                if loop.malformed_feedback and not spent:
-                    results = [(PARSER_NAME, parse_feedback(turn.error))]
-                else:
-                    status = Status.MALFORMED_CALL
-            elif not turn.calls:
-                status = answered(calls)
-            elif asked.schemas is not None:
+                if feedback is not None:
+                    results = [(PARSER_NAME, feedback)]
+            elif turn.calls and asked.schemas is not None:
                 status = CALLING
-            elif spent:
-                status = Status.TOOL_LIMIT
-            else:
+            elif status is None:
                 running = loop.runner.submit(turn.calls, [0] * len(turn.calls))
                 ran = [(call, future.result()) for call, future in zip(turn.calls, running, strict=True)]
-                answer, ran = final_answer(loop, ran)
-                yield from (Called(*pair) for pair in ran)
-                calls += ran
-                results = [(call.name, result.text) for call, result in ran]
+                told, answer, status = after_calls(loop, ran, calls)
+                yield from (Called(*pair) for pair in told)
+                calls += told
+                results = [(call.name, result.text) for call, result in told]
                 if answer is not None:
                     self.messages[-1]["content"] = answer
                     yield Piece(answer)
-                    status = answered(calls, loop.final_tools)
-                elif loop.stop_after_tools:
-                    status = Status.TOOLS_DONE
             if results:
                 tool_turns += 1
                 said = [{"role": "tool", "name": name, "content": text} for name, text in results]

@@ -32,7 +32,16 @@ from grpo_jax.rollout.drafts import known_texts, pays
 from grpo_jax.rollout.sampler import Cache, Decoded, Sampler, Trunk
 from grpo_jax.rollout.sampling import row_keys
 from grpo_jax.tools import ToolRunner
-from grpo_jax.types import PARSER_NAME, Outcome, Prompt, Status, ToolCall, ToolResult, Trajectory
+from grpo_jax.types import (
+    PARSER_NAME,
+    Outcome,
+    ParsedTurn,
+    Prompt,
+    Status,
+    ToolCall,
+    ToolResult,
+    Trajectory,
+)
 from grpo_jax.update.batch import Tree, preamble_level, prompts_level, response_bucket
 
 # Decode returns once one in RETURN_AT of the decoding completions has ended its turn: sooner costs more returns, later
@@ -45,10 +54,6 @@ class ToolLoop:
     """What a rollout needs in addition to weights and prompts.
 
     Args:
-        sampler: its jitted functions.
-        conversation: tokenizer and template.
-        runner: runs the calls.
-        tree: the data set's preamble and buckets.
         max_iterations: tool turns per completion; None for no limit but the budget.
         malformed_feedback: report to the model why a call did not parse instead of ending the completion.
         stop_after_tools: end a completion when the results of its first turn of calls are in.
@@ -96,7 +101,6 @@ def make_policy(loop: ToolLoop, params: Params) -> Policy:
     """What `roll_out` samples from, once per weight version.
 
     Args:
-        loop: its sampler and its tree's preamble, which may be empty.
         params: rollout weights, from `sampler.export`.
     """
     return Policy(params, _prefill(loop.sampler, params, (), preamble_level(loop.tree)))
@@ -132,11 +136,10 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """What `roll_out` sampled, and the work that took.
+    """What `roll_out` sampled, and the decode passes that took.
 
     Args:
-        trajectories: of all hosts, a group's completions next to each other, without rewards.
-        work: of all decode passes.
+        trajectories: those of all hosts, a group's completions next to each other, without rewards.
         step_seconds: median time of a decode step on the slowest host.
         interrupted: a host was asked to stop before the last turn ended, and completions may be missing; the same on all
             of them.
@@ -199,11 +202,8 @@ def roll_out(
     """Sample G trajectories for each prompt, tools included; all hosts call it with the same arguments.
 
     Args:
-        loop: sampler, tools and settings.
-        policy: the weights.
         prompts: P of them, at least one a prompt; None fills up a batch of one shape and gives no trajectory.
         generations: G.
-        seed: of the run.
         on_progress: called at every return of decode with the number of completions that were finished since, and
             as keywords with what to show: completions still running, tokens a second, tool turns so far.
         stop: whether this host was asked to stop; asked first and at every return, and ends the rollout early.
@@ -213,15 +213,21 @@ def roll_out(
     """
     if hosts.agree([stop()]).any():  # before it compiles anything
         return Rollout([], interrupted=True)
-    G = generations
+    sampler, put, G = loop.sampler, loop.sampler.layout.put_rows, generations
     filler = next(prompt for prompt in prompts if prompt is not None)
     filled = [filler if prompt is None else prompt for prompt in prompts]
     own = list(zip(hosts.share(filled), hosts.share(prompts), strict=True))
     flights = [_Flight(Trajectory(prompt), given is not None) for prompt, given in own for _ in range(G)]
     draws = np.repeat([-1 if given is None else prompt.draw for prompt, given in own], G)
     keys = row_keys(seed, draws, np.tile(np.arange(G), len(own)))
+
+    # The prompts' levels are prefilled on all hosts; each row begins with its prompt's last token pending.
     level = prompts_level(loop.tree, [prompt.ids for prompt in filled])
-    decoder = _begin(loop, policy, level, [prompt for prompt, _ in own], keys)
+    trunk = policy.preamble + _prefill(sampler, policy.params, policy.preamble, level)
+    pending = np.array([[prompt.ids[-1], len(prompt.ids) - 1] for prompt, _ in own], np.int32)
+    token, position = np.repeat(pending, G, 0).T
+    put_keys, cache = put(keys), sampler.begin(put(token), put(position))
+    decoder = _Decoder(loop, policy.params, trunk, cache, put_keys, [prompt for prompt, _ in own])
     loop.runner.start_step([f.trajectory.prompt.example.columns for f in flights])
     began, turns, failure = time.perf_counter(), 0, hosts.Failure()
     now = _Agreed(decoding=sum(prompt is not None for prompt in prompts) * G)
@@ -246,7 +252,7 @@ def roll_out(
         # 3. Exchange the counts with the other hosts, and feed the responses into the caches.
         now, turns = _agree(flights, responses, failure, stop()), turns + now.fed
         if now.fed and not now.interrupted:
-            decoder.feed(_pending_and_responses(flights, responses, now.longest), now)
+            decoder.feed(flights, responses, now)
         speed = decoder.work.sampled / (time.perf_counter() - began)
         on_progress(before - now.running, running=now.running, tokens_per_s=speed, tool_turns=turns)
 
@@ -265,7 +271,7 @@ def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool, steps: int
     """Read completion i's turn: its calls start to run, or it gets feedback on its call, or it is finished.
 
     Args:
-        steps: of the rollout so far.
+        steps: decode steps of the rollout so far.
     """
     flight.decoding, flight.due = False, steps
     trajectory = flight.trajectory
@@ -275,38 +281,59 @@ def _end_turn(loop: ToolLoop, flight: _Flight, i: int, stopped: bool, steps: int
         return flight.finish(Status.OVERLONG)
     parsed = loop.conversation.parse(ids, trajectory.prompt.schemas)
     trajectory.messages.append(loop.conversation.assistant_message(parsed))
-    spent = spends(loop, parsed.calls, flight.tool_turns)
-    if parsed.error and loop.malformed_feedback and not spent:
-        flight.feedback = parse_feedback(parsed.error)
-    elif parsed.error:
-        flight.finish(Status.MALFORMED_CALL)
-    elif not parsed.calls:
-        flight.finish(answered(trajectory.calls))
-    elif spent:
-        flight.finish(Status.TOOL_LIMIT)
-    else:
+    status, flight.feedback = after_turn(loop, parsed, flight.tool_turns, trajectory.calls)
+    if status is not None:
+        flight.finish(status)
+    elif flight.feedback is None:
         results = loop.runner.submit(parsed.calls, [i] * len(parsed.calls))
         flight.running = list(zip(parsed.calls, results, strict=True))
         flight.due += max(loop.delays.get(call.name, 0) for call in parsed.calls)
 
 
-def spends(loop: ToolLoop, calls: Sequence[ToolCall], tool_turns: int) -> bool:
-    """Whether a turn's calls are more than a completion may make; one turn of final calls more is allowed."""
-    final = bool(calls) and all(call.name in loop.final_tools for call in calls)
-    return loop.max_iterations is not None and tool_turns >= loop.max_iterations + final
+def after_turn(
+    loop: ToolLoop, turn: ParsedTurn, tool_turns: int, calls: Sequence[CallAndResult]
+) -> tuple[Status | None, str | None]:
+    """What a closed turn means: (the status that it ends with, what the model is told of a call that does not parse).
+
+    Both are None where the turn's calls are to run.
+
+    Args:
+        tool_turns: earlier turns whose calls were answered.
+        calls: those of earlier turns.
+    """
+    final = bool(turn.calls) and all(call.name in loop.final_tools for call in turn.calls)
+    # one turn of final calls may follow the last of the others
+    spent = loop.max_iterations is not None and tool_turns >= loop.max_iterations + final
+    if turn.error and loop.malformed_feedback and not spent:
+        return None, f"Error: the tool call does not parse: {turn.error}"
+    if turn.error:
+        return Status.MALFORMED_CALL, None
+    if not turn.calls:
+        return answered(calls), None
+    return Status.TOOL_LIMIT if spent else None, None
 
 
-def final_answer(loop: ToolLoop, done: Sequence[CallAndResult]) -> tuple[str | None, list[CallAndResult]]:
-    """The answer in the last final call that was accepted, None without one; and the other calls of the turn."""
+def after_calls(
+    loop: ToolLoop, done: Sequence[CallAndResult], calls: Sequence[CallAndResult]
+) -> tuple[list[CallAndResult], str | None, Status | None]:
+    """What a turn's results mean: (those that the model is told, its answer, the status that they end with).
+
+    The argument of an accepted final call is the answer, the last one's of several; its result is not told.
+
+    Args:
+        done: the turn's calls.
+        calls: those of earlier turns.
+    """
 
     def accepted(pair: CallAndResult) -> bool:
         return pair[0].name in loop.final_tools and pair[1].outcome is Outcome.OK
 
+    told = [pair for pair in done if not accepted(pair)]
     final = [call for call, _ in filter(accepted, done)]
     if not final:
-        return None, list(done)
-    answer = final[-1].arguments[loop.final_tools[final[-1].name]]
-    return answer_text(answer), [pair for pair in done if not accepted(pair)]
+        return told, None, Status.TOOLS_DONE if loop.stop_after_tools else None
+    answer = answer_text(final[-1].arguments[loop.final_tools[final[-1].name]])
+    return told, answer, answered([*calls, *told], loop.final_tools)
 
 
 def answer_text(answer: Any) -> str:
@@ -323,11 +350,6 @@ def answered(calls: Sequence[CallAndResult], without: Container[str] = ()) -> St
     return Status.ANSWERED if last is Outcome.OK else Status.TOOL_ERROR
 
 
-def parse_feedback(error: str) -> str:
-    """What the model is told where its call did not parse."""
-    return f"Error: the tool call does not parse: {error}"
-
-
 def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
     """Append what answers a completion's turn as the template writes it, if that fits the budget.
 
@@ -339,15 +361,11 @@ def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
         results, flight.feedback, ended = [(PARSER_NAME, flight.feedback)], None, None
     else:
         done = [(call, result.result()) for call, result in flight.running]
-        answer, done = final_answer(loop, done)
-        if answer is not None:  # the call is the answer, and no result of a tool
-            trajectory.messages[-1]["content"] = answer
-        trajectory.calls.extend(done)
-        results, flight.running = [(call.name, result.text) for call, result in done], []
+        told, answer, ended = after_calls(loop, done, trajectory.calls)
         if answer is not None:
-            ended = answered(trajectory.calls, loop.final_tools)
-        else:
-            ended = Status.TOOLS_DONE if loop.stop_after_tools else None
+            trajectory.messages[-1]["content"] = answer
+        trajectory.calls.extend(told)
+        results, flight.running = [(call.name, result.text) for call, result in told], []
     flight.tool_turns += 1
     for name, text in results:
         refused = {"final": True} if name in loop.final_tools else {}
@@ -365,14 +383,13 @@ def _respond(loop: ToolLoop, flight: _Flight) -> list[int]:
 
 
 class _Agreed(NamedTuple):
-    """Where a rollout stands, of all hosts.
+    """Where a rollout stands, counted over all hosts.
 
     Args:
-        decoding: completions whose turn is being decoded.
-        waiting: completions whose calls are to be answered.
-        fed: completions that are answered now.
+        waiting: completions whose turn has ended and is still to be answered.
+        fed: completions that get a response now.
         longest: tokens of the longest of these responses.
-        held: tokens of the longest of the first.
+        held: tokens of the longest completion that is being decoded.
         interrupted: some host was asked to stop.
     """
 
@@ -405,37 +422,20 @@ def _agree(
     return _Agreed(decoding, waiting, fed, longest, most, bool(interrupted))
 
 
-def _pending_and_responses(flights, responses, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `sampler.append` feeds: the pending token and the responses except for their last token, which is pending next.
-
-    Returns:
-        (tokens [B, T], count [B], pending [B]); T is the bucket of the longest response.
-    """
-    tokens = np.zeros((len(flights), response_bucket(longest)), np.int32)
-    for i, (flight, ids) in enumerate(zip(flights, responses, strict=True)):
-        if ids:  # the pending token is the one before the response
-            tokens[i, : len(ids)] = flight.trajectory.completion_ids[-len(ids) - 1 : -1]
-    count = np.array([len(ids) for ids in responses], np.int32)
-    last = np.array([ids[-1] if ids else 0 for ids in responses], np.int32)
-    return tokens, count, last
-
-
 @dataclasses.dataclass
 class _Decoder:
     """The part of a rollout that runs on the devices, and what was measured of it.
 
     Args:
-        loop: its sampler.
-        params: rollout weights.
         trunk: keys and values of preamble and prompts.
-        cache: those of the rows.
-        keys: of the rows' randomness.
-        prompts: of this host's groups.
-        known: what drafts may be copied from, of all rows; made where drafts pay.
-        work: of all passes.
-        drafted: of those with drafts.
+        cache: the rows' own keys and values.
+        keys: [B, 2] the rows' random keys.
+        prompts: this host's, one for each group of rows.
+        known: what each row's drafts may be copied from; None until drafts pay.
+        work: what all passes did.
+        drafted: what the passes with drafts did.
         steps: passes so far.
-        step_seconds: of a pass, one at each return.
+        step_seconds: seconds that a pass took, one number for each return.
     """
 
     loop: ToolLoop
@@ -451,14 +451,14 @@ class _Decoder:
     step_seconds: list[float] = dataclasses.field(default_factory=list)
 
     def decode(self, left: np.ndarray, now: _Agreed) -> Decoded:
-        """Decode until enough of the completions that are decoding have ended their turn; this host's rows of it.
+        """Decode until some turns have ended; what this host's rows sampled.
 
         Args:
             left: [b] tokens that each row may still sample.
         """
         sampler, trunk = self.loop.sampler, self.trunk
         put = sampler.layout.put_rows
-        return_at = now.decoding - max(1, now.decoding // RETURN_AT)
+        # 1. Give the cache its texts for drafts, where these pay, and the room that the longest row needs.
         rows = sampler.rows_for(now.decoding, self.cache, trunk)
         drafting = (
             self.loop.drafts and sampler.draftable(now.held) and pays(rows, self.drafted.tokens_per_pass)
@@ -470,12 +470,15 @@ class _Decoder:
                 self.known = put(np.repeat(texts, len(left) // len(self.prompts), 0))
             self.cache = self.cache._replace(known=self.known)
         self.cache = sampler.fit(self.cache, now.held + 1 + self.cache.drafted)
-        rows = sampler.rows_for(now.decoding, self.cache, trunk)
+        rows = sampler.rows_for(now.decoding, self.cache, trunk)  # again: a cache that grew may allow fewer
+        # 2. Decode.
+        return_at = now.decoding - max(1, now.decoding // RETURN_AT)
         began = time.perf_counter()
         self.cache, turn = sampler.decode(
             self.params, trunk, self.cache, self.keys, put(left), np.int32(return_at), rows=rows
         )
         turn = sampler.layout.get_rows(turn)
+        # 3. Count what was done.
         done = Work(int(turn.row_steps), int(turn.live_steps), int(turn.sampled))
         steps = done.row_steps // rows
         self.step_seconds.append((time.perf_counter() - began) / steps)
@@ -485,31 +488,20 @@ class _Decoder:
             self.known, self.cache = self.cache.known, self.cache._replace(known=self.cache.known[:, :0])
         return turn
 
-    def feed(self, fed: tuple[np.ndarray, ...], now: _Agreed) -> None:
-        """Feed what `_pending_and_responses` returned."""
+    def feed(self, flights: Sequence[_Flight], responses: Sequence[list[int]], now: _Agreed) -> None:
+        """Put the responses, which the completions end with, into the cache; [] for a row that has none."""
+        # A row's pending token goes before its response, whose last token is pending next.
+        tokens = np.zeros((len(flights), response_bucket(now.longest)), np.int32)
+        for row, flight, ids in zip(tokens, flights, responses, strict=True):
+            if ids:
+                row[: len(ids)] = flight.trajectory.completion_ids[-len(ids) - 1 : -1]
+        count = np.array([len(ids) for ids in responses], np.int32)
+        last = np.array([ids[-1] if ids else 0 for ids in responses], np.int32)
         sampler = self.loop.sampler
         self.cache = sampler.fit(self.cache, now.held + 1)
-        arrays = map(sampler.layout.put_rows, fed)
+        arrays = map(sampler.layout.put_rows, (tokens, count, last))
         rows = sampler.rows_fed(self.cache, self.trunk)
         self.cache = sampler.append(self.params, self.trunk, self.cache, *arrays, rows=rows)
-
-
-def _begin(
-    loop: ToolLoop, policy: Policy, level: Level, prompts: Sequence[Prompt], keys: np.ndarray
-) -> _Decoder:
-    """Prefill the prompts and begin the rows.
-
-    Args:
-        level: the prompts of all hosts.
-        prompts: of this host's groups.
-        keys: of the randomness of its rows.
-    """
-    sampler, put = loop.sampler, loop.sampler.layout.put_rows
-    trunk = policy.preamble + _prefill(sampler, policy.params, policy.preamble, level)
-    pending = np.array([[prompt.ids[-1], len(prompt.ids) - 1] for prompt in prompts], np.int32)
-    token, position = np.repeat(pending, len(keys) // len(prompts), 0).T
-    put_keys, cache = put(keys), sampler.begin(put(token), put(position))
-    return _Decoder(loop, policy.params, trunk, cache, put_keys, prompts)
 
 
 def _prefill(sampler: Sampler, params: Params, above: Trunk, level: Level) -> Trunk:
