@@ -53,7 +53,6 @@ class Conversation:
     """A tokenizer with its chat template; made by `load_conversation`.
 
     Args:
-        tokenizer: the HF fast tokenizer that renders and decodes.
         encode_plain: text to ids, never to a control token.
         control_ids: every added token of the tokenizer, special or not, with its id.
         control: matches any of them, the longest first.
@@ -61,7 +60,6 @@ class Conversation:
         stop_ids: ids that end a turn; the first is the end-of-turn token.
         pad_id: id for positions that are never read.
         vocab_size: every id of the tokenizer lies below; a model may have more rows.
-        call_format: how the template writes tool calls.
         opens_thinking: the generation prompt ends inside an open think block.
         template_kwargs: passed to every rendering, e.g. `{"enable_thinking": False}`.
     """
@@ -164,11 +162,21 @@ class Conversation:
 
         Those in which the same is hidden are rendered by one call, which takes the schemas in once.
         """
-        data = [[_data_of(message) for message in messages] for messages in conversations]
+
+        def data_of(message: Message) -> Message:
+            """The parts of a message that are data, so that control strings in them are text."""
+            if message.get("role") == "assistant":
+                return {key: message[key] for key in ("tool_calls",) if key in message}
+            return {key: value for key, value in message.items() if key != "role"}
+
+        data = [[data_of(message) for message in messages] for messages in conversations]
         known = _strings_of_json(json.dumps(schemas))
         alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
-        for i, parts in enumerate(data):
-            alike.setdefault(tuple(self._placeholders(parts, known).items()), []).append(i)
+        for i, parts in enumerate(data):  # each control string gets a private-use character that is not there
+            strings = "\0".join([*_strings(parts), known])
+            unused = (char for char in map(chr, range(0xF0000, 0x10FFFE)) if char not in strings)
+            pairs = ((token, next(unused)) for token in sorted(set(self.control.findall(strings))))
+            alike.setdefault(tuple(pairs), []).append(i)
         rendered: list[tuple[str, dict[str, str]]] = [("", {})] * len(data)
         for pairs, members in alike.items():
             placeholders, shown, tools = dict(pairs), [data[i] for i in members], schemas
@@ -190,12 +198,6 @@ class Conversation:
                 rendered[i] = text, hidden
         return rendered
 
-    def _placeholders(self, data: list[Message], known: str) -> dict[str, str]:
-        """For each control token in the strings of a conversation and in `known`, a private-use character not there."""
-        texts = "\0".join([*_strings(data), known])
-        unused = (char for char in map(chr, range(0xF0000, 0x10FFFE)) if char not in texts)
-        return {token: next(unused) for token in sorted(set(self.control.findall(texts)))}
-
     def _encode(self, text: str, hidden: Mapping[str, str]) -> list[int]:
         """Ids of a rendering: its control strings as control tokens, hidden ones as plain text."""
         ids: list[int] = []
@@ -213,16 +215,19 @@ def load_conversation(
     """Load a tokenizer and learn from its chat template how turns and calls are written.
 
     Args:
-        folder: holds tokenizer.json.
         chat_template_kwargs: extra variables for the template; None for its own defaults.
 
     Raises:
-        ValueError: the tokenizer cannot be found or loaded, or its template is missing
-            or cannot carry tool calls; the message names the fix.
+        ValueError: the tokenizer cannot be found or loaded, its template is missing or cannot
+            carry tool calls, or generation_config.json holds no ids; the message names the fix.
     """
     tokenizer = _load_tokenizer(Path(folder))
     kwargs = dict(chat_template_kwargs or {})
-    control_ids = _control_ids(tokenizer)
+    for token in tokenizer.added_tokens_decoder.values():
+        # splitting at the string of such a token would not give the tokenizer's own ids
+        if token.lstrip or token.rstrip or token.single_word:
+            raise ValueError(f"added token {token.content!r} must not set lstrip, rstrip or single_word")
+    control_ids = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
     control = _any_of(control_ids)
     try:
         prompt, end_of_turn = _probe_template(tokenizer, kwargs, control)
@@ -232,8 +237,13 @@ def load_conversation(
             f"the chat template in {str(folder)!r} cannot be rendered ({type(error).__name__}: {error}); copy it "
             "again from the model's repository, or correct chat_template_kwargs"
         ) from None
-    eos = [control_ids[end_of_turn], tokenizer.eos_token_id, *_configured_eos(Path(folder))]
-    stop_ids = tuple(dict.fromkeys(token for token in eos if token is not None))
+    path = Path(folder) / "generation_config.json"
+    eos = read_json_object(path).get("eos_token_id") if path.exists() else None
+    configured = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(one) is not int or one < 0 for one in configured):
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {eos!r}")
+    ends = [control_ids[end_of_turn], tokenizer.eos_token_id, *configured]
+    stop_ids = tuple(dict.fromkeys(token for token in ends if token is not None))
     return Conversation(
         tokenizer=tokenizer,
         encode_plain=_plain_encoder(tokenizer),
@@ -274,19 +284,6 @@ def _load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _control_ids(tokenizer: Any) -> dict[str, int]:
-    """Every added token with its id.
-
-    Raises:
-        ValueError: one swallows neighbouring whitespace or needs a word boundary, so that
-            splitting at its string would not give the tokenizer's own ids.
-    """
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.lstrip or token.rstrip or token.single_word:
-            raise ValueError(f"added token {token.content!r} must not set lstrip, rstrip or single_word")
-    return {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-
-
 def _probe_template(tokenizer: Any, kwargs: dict[str, Any], control: re.Pattern[str]) -> tuple[str, str]:
     """The rendered prompt of a one-word question, and the token that closes an assistant turn."""
     question = {"role": "user", "content": "…"}
@@ -324,20 +321,6 @@ def _probe_tools(tokenizer: Any, kwargs: dict[str, Any], source: str) -> None:
             )
 
 
-def _configured_eos(folder: Path) -> list[int]:
-    """The end-of-sequence ids of generation_config.json; empty without that file.
-
-    Raises:
-        ValueError: the file is not a JSON object, or the entry is not ids.
-    """
-    path = folder / "generation_config.json"
-    eos = read_json_object(path).get("eos_token_id") if path.exists() else None
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if any(type(one) is not int or one < 0 for one in ids):
-        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {eos!r}")
-    return ids
-
-
 def _plain_encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
     """The tokenizer without its added tokens.
 
@@ -355,13 +338,6 @@ def _plain_encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
         return tuple(plain.encode(replace_lone_surrogates(text), add_special_tokens=False).ids)
 
     return encode
-
-
-def _data_of(message: Message) -> Message:
-    """The parts of a message that are data, so that control strings in them are text."""
-    if message.get("role") == "assistant":
-        return {key: message[key] for key in ("tool_calls",) if key in message}
-    return {key: value for key, value in message.items() if key != "role"}
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:

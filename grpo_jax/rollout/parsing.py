@@ -50,7 +50,6 @@ def parse_turn(text: str, schemas: list[Schema], call_format: CallFormat = "herm
     Args:
         text: the decoded turn without its end-of-turn token.
         schemas: the tools' JSON schemas, as the chat template gets them.
-        call_format: how calls are written inside `<tool_call>`.
 
     Returns:
         The parsed turn. `error` begins with one of "unterminated", "not JSON",
@@ -192,19 +191,18 @@ def _check_values(value: Any) -> None:
     """Refuse what the json module reads but a tool, a file or a template could not carry."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
+        below: list[Any] = []
         for item in level:
             if isinstance(item, str) and has_lone_surrogate(item):
                 raise ValueError("a string holds half of a surrogate pair")
-        level = [child for item in level for child in _children(item)]
-        if not level:
+            if isinstance(item, dict):
+                below += [*item.keys(), *item.values()]
+            elif isinstance(item, list):
+                below += item
+        if not below:
             return
+        level = below
     raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-
-
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return [*value.keys(), *value.values()]
-    return value if isinstance(value, list) else []
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -284,19 +282,16 @@ def _typed_value(text: str, schema: Schema) -> Any:
         return None
     if types - {"null"} == {"string"}:
         return text
+    written = _AS_JSON.get(text, text)
     try:
-        value = _whole_json(_AS_JSON.get(text, text))
+        value, end = _read_json(written, _skip_whitespace(written, 0))
     except ValueError:
         return text
-    return text if "string" in types and not _has_type(value, types) else value
-
-
-def _whole_json(text: str) -> Any:
-    """The one JSON value in `text`; whitespace around it is allowed."""
-    value, end = _read_json(text, _skip_whitespace(text, 0))
-    if _skip_whitespace(text, end) < len(text):
-        raise ValueError("text after the JSON value")
-    return value
+    if _skip_whitespace(written, end) < len(written):  # something follows the value
+        return text
+    kind = _json_type(value)
+    admitted = kind in types or (kind == "integer" and "number" in types)
+    return value if admitted or "string" not in types else text
 
 
 def _json_types(schema: Schema) -> set[str]:
@@ -315,8 +310,3 @@ def _json_type(value: Any) -> str:
         return "null"
     names = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
     return names[type(value)]
-
-
-def _has_type(value: Any, types: set[str]) -> bool:
-    name = _json_type(value)
-    return name in types or (name == "integer" and "number" in types)

@@ -119,7 +119,6 @@ class Sampler:
         pad: (keys or values of a layer, slots) -> the same with so many slots.
         budget: tokens after the prompt that a row may reach.
         layout: the rollout column.
-        compact: leave finished rows out of decode.
     """
 
     export: Callable[[Params], Params]
@@ -186,11 +185,7 @@ def make_sampler(
     """Build the jitted functions of a rollout for one model, mesh and way of sampling.
 
     Args:
-        cfg: the model's sizes.
-        layout: the rollout column.
-        dtype: of weights and caches.
-        sampling: how a token is drawn.
-        stop_ids: tokens that end a row's turn.
+        dtype: that weights and caches have.
         budget: tokens after the prompt that a row may reach.
         compact: leave finished rows out of decode; None: where `compaction_pays`.
     """
@@ -304,7 +299,13 @@ def _decode_function(run, cfg: ModelConfig, layout: Layout, stop_ids: tuple[int,
         had right and one token more; rows that have ended stay as they are."""
         # 1. Feed the pending token and the draft.
         params, cache, live, turn = inputs.params, state.cache, state.live, state.turn
-        draft, copied = _draft(cache, inputs.texts, state.copied)
+        if cache.drafted:
+            places = cache.length[:, None] - jnp.arange(COMPARED)[None]
+            recent = jnp.take_along_axis(cache.ids, jnp.maximum(places, 0), 1)
+            recent = jnp.where(places < 0, NONE, recent)
+            draft, copied = propose(recent, jnp.concatenate([inputs.texts, cache.ids], 1), state.copied)
+        else:
+            draft, copied = jnp.zeros((len(live), 0), jnp.int32), state.copied
         fed = jnp.concatenate([cache.pending[:, None], jnp.maximum(draft, 0)], 1)
         B, T = fed.shape
         hidden, kv = _feed(run, params, trunk, cache, fed, live, layout)
@@ -323,12 +324,13 @@ def _decode_function(run, cfg: ModelConfig, layout: Layout, stop_ids: tuple[int,
         kept = live[:, None] & jnp.pad(accepted, ((0, 0), (1, 0)), constant_values=1).astype(bool)
         kept &= turn.count[:, None] + jnp.arange(T)[None] < inputs.remaining[:, None]
         n, stopped = kept.sum(1), (kept & stops).any(1)
+        last = jnp.take_along_axis(token, jnp.maximum(n - 1, 0)[:, None], 1)[:, 0]
         # 4. Advance the rows.
         cache = cache._replace(
             kv=kv,
             length=cache.length + n,
             position=cache.position + n,
-            pending=jnp.where(live, _at(token, n - 1), cache.pending),
+            pending=jnp.where(live, last, cache.pending),
             ids=_written(cache.ids, token, cache.length + 1, kept),
         )
         turn = Decoded(
@@ -358,11 +360,17 @@ def _decode_function(run, cfg: ModelConfig, layout: Layout, stop_ids: tuple[int,
             state = _take(state, chosen, layout)
         step = decode_pass
         if target.on_cpu() and target.device_count() == 1:
-            trunk = _keys_transposed_in_memory(trunk)
+            # The keys lie in memory as a CPU multiplies them. Otherwise XLA transposes those of every layer at
+            # every token: 1.0 of 8.4 ms at the original TRL recipe's 5,800 tokens (docs/log.md).
+            in_order = functools.partial(with_layout_constraint, layouts=MemoryLayout((0, 1, 2, 3)))
+            trunk = tuple(
+                (KV(list(map(in_order, kv.k)), kv.v), valid) for kv, valid in _keys_transposed(trunk)
+            )
             step = lambda trunk, *args: decode_pass(_keys_transposed(trunk), *args)  # noqa: E731
 
         def unfinished(state):
-            room = _longest(state.live, state.cache) + cache.drafted < cache.room
+            longest = jnp.where(state.live, state.cache.length, 0).max()
+            room = longest + cache.drafted < cache.room
             return (state.live.sum() > return_at) & (state.turn.count.max() < MAX_STEPS) & room
 
         state = jax.lax.while_loop(unfinished, functools.partial(step, trunk, read), state)
@@ -397,24 +405,6 @@ class _State(NamedTuple):
 def _keys_transposed(trunk: Trunk) -> Trunk:
     """The trunk with its keys as [n, K, H, S]; its own inverse."""
     return tuple((KV([k.swapaxes(2, 3) for k in kv.k], kv.v), valid) for kv, valid in trunk)
-
-
-def _keys_transposed_in_memory(trunk: Trunk) -> Trunk:
-    """`_keys_transposed`, and laid out so in memory, as a CPU multiplies keys.
-
-    Otherwise XLA transposes every layer's keys at every token: 1.0 of 8.4 ms at the original TRL recipe's 5,800
-    tokens (docs/log.md).
-    """
-
-    def laid_out(k):
-        return with_layout_constraint(k, MemoryLayout((0, 1, 2, 3)))
-
-    return tuple((KV(list(map(laid_out, kv.k)), kv.v), valid) for kv, valid in _keys_transposed(trunk))
-
-
-def _longest(live, cache: Cache):
-    """Tokens in the cache of the longest live row."""
-    return jnp.where(live, cache.length, 0).max()
 
 
 def _take(tree, rows, layout):
@@ -486,19 +476,6 @@ def _texts(cache, trunk):
     groups = trunk[-1][1].shape[0] if trunk else B
     of_group = jnp.repeat(cache.ids.reshape(groups, B // groups * S), B // groups, 0)
     return jnp.concatenate([cache.known, of_group], 1)
-
-
-def _draft(cache, texts, copied):
-    """Each row's draft [B, k], and where in its texts the row is."""
-    if not cache.drafted:
-        return jnp.zeros((len(copied), 0), jnp.int32), copied
-    places = cache.length[:, None] - jnp.arange(COMPARED)[None]
-    recent = jnp.take_along_axis(cache.ids, jnp.maximum(places, 0), 1)
-    return propose(jnp.where(places < 0, NONE, recent), jnp.concatenate([texts, cache.ids], 1), copied)
-
-
-def _at(x, index):
-    return jnp.take_along_axis(x, jnp.maximum(index, 0)[:, None], 1)[:, 0]
 
 
 def _written(old, new, start, kept):
