@@ -135,7 +135,8 @@ def _segment_forward(q, segment, tiling, causal):
 
     def weighted(pair, peak):
         k, v, mask = _keys(segment, pair, tiling, causal)
-        s = jnp.where(mask, _scores(_queries(q, pair[0], tiling), k), MASKED)
+        s = dot_fp32("nkgth,nksh->nkgts", _queries(q, pair[0], tiling), k) * H**-0.5
+        s = jnp.where(mask, s, MASKED)
         peak = jnp.maximum(peak, s.max(-1, keepdims=True))
         p = jnp.exp(s - peak)
         return peak, p.sum(-1, keepdims=True), dot_fp32("nkgts,nksh->nkgth", p.astype(v.dtype), v)
@@ -211,10 +212,6 @@ def dot_fp32(spec: str, a: Array, b: Array) -> Array:
 def _transposed(x):
     """[n, k, g, t, s or 1] -> [n, k, s or 1, g, t]."""
     return jnp.moveaxis(x, -1, 2)
-
-
-def _scores(q, k):
-    return dot_fp32("nkgth,nksh->nkgts", q, k) * q.shape[-1] ** -0.5
 
 
 def _tile(q_shape, S, causal, blocks: _Blocks) -> _Tiling:

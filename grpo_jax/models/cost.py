@@ -133,8 +133,6 @@ def kept_bytes(cfg: ModelConfig, itemsize: int, remat: bool = True, tensor: int 
     projections before and after their norm and rotation, and the MLP: 6D + 8NH + 8KH + 3F.
 
     Args:
-        itemsize: bytes of an activation.
-        remat: layers are recomputed in the backward pass.
         tensor: devices that share heads and width.
     """
     if remat:
@@ -151,9 +149,9 @@ def layer_bytes(
     scores).
 
     Args:
-        tokens: that pass through it at a time.
+        tokens: those that pass through it at a time.
         tensor: devices that share heads and width.
-        score_bytes: of attention scores at a time.
+        score_bytes: bytes of the attention scores that exist at a time.
         whole_mlp: all tokens pass through the MLP at once, and not block by block, which takes less than attention.
     """
     queries, keys, mlp = (size / tensor for size in (cfg.N * cfg.H, cfg.K * cfg.H, cfg.F))
@@ -168,11 +166,8 @@ def micro_batches(
     """The fewest micro-batches whose completions' activations fit in a third of the memory.
 
     Args:
-        G: completions per prompt.
-        tokens: of a completion, divided by the devices that rows are spread over.
-        itemsize: bytes of an activation.
-        remat: layers are recomputed in the backward pass.
-        memory: of a device, in bytes.
+        tokens: those of a completion, divided by the devices that rows are spread over.
+        memory: bytes that a device has.
     """
     rows = P * G * tokens
     needed = kept_bytes(cfg, itemsize, remat) * rows + layer_bytes(cfg, rows)

@@ -53,11 +53,10 @@ class InGguf:
     """A tensor of a GGUF file; an index reads and dequantises the rows that it names.
 
     Args:
-        path: of the file.
         type: ggml's name of how it is stored.
         shape: as HF has it, [outputs, inputs].
-        offset: of its first byte.
-        row_bytes: of one row; of a vector, all of it.
+        offset: where its first byte lies in the file.
+        row_bytes: bytes of one row; of a vector, all of its bytes.
         heads: the rows of so many heads lie as llama.cpp permutes them for its rotation; None: as HF has them.
     """
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from grpo_jax.files import cannot_write, save_tensors, writing
 from grpo_jax.models import gguf
+from grpo_jax.models.cache import write_json
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params, check_params
 
 WEIGHTS = "model.safetensors"
@@ -82,9 +83,7 @@ class Entry:
 
     Args:
         name: HF name, with {} for the layer when stacked.
-        layout: how HF's matrix becomes ours; see `TABLE`.
         shape: of our leaf, [L, …] when stacked.
-        stacked: one HF tensor per layer.
     """
 
     name: str
@@ -164,7 +163,6 @@ def fetch_model(name_or_path: str, revision: str | None = None, *, weights: bool
     Args:
         name_or_path: a folder, a GGUF file or a hub id.
         revision: branch, tag or commit of a hub id.
-        weights: download them too.
 
     Raises:
         ValueError: it is a file other than GGUF, or one that cannot be used.
@@ -248,7 +246,7 @@ def load_params(folder: Path, cfg: ModelConfig, shardings: Params, dtype: DTypeL
     Args:
         folder: holds safetensors, one file or several with an index.
         shardings: a tree like params.
-        dtype: of the result; the file's tensors are cast to it.
+        dtype: what the file's tensors are cast to.
 
     Raises:
         FileNotFoundError: a weight file is missing.
@@ -289,7 +287,6 @@ def save_model(
         folder: replaced when it exists.
         params: stacked, on one host or several devices.
         source: the folder that the model was loaded from.
-        max_shard_size: of one weight file.
 
     Raises:
         OutputError: it cannot be written; what was there before stays.
@@ -306,8 +303,21 @@ def save_model(
             if file.is_file() and file.suffix in WITH_WEIGHTS and file.name not in (INDEX, gguf.TENSORS):
                 shutil.copyfile(file, part / file.name)
         if exact is None:
-            _name_type(part / "config.json", jax.tree.leaves(params)[0].dtype.name)
-        _write_shards(part, exact or tensors, max_shard_size)
+            config, dtype = read_json_object(part / "config.json"), jax.tree.leaves(params)[0].dtype.name
+            if named := {key: dtype for key in ("dtype", "torch_dtype") if key in config}:
+                write_json(part / "config.json", config | named)
+        written = exact or tensors
+        plan = split_state_dict_into_shards_factory(
+            written,
+            get_storage_size=lambda x: x.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        for file, names in plan.filename_to_tensors.items():
+            save_tensors({name: written[name] for name in names}, part / file)
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (part / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -330,8 +340,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             yield part
-            if folder.is_dir() and _holds_more(folder, {file.name for file in part.iterdir()}):
-                _move_into(part, folder)
+            new = {file.name for file in part.iterdir()}
+            there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+            others = there - new - {"README.md", INDEX}
+            # more than a model is in it, whose weights may have had other names
+            if any(not re.fullmatch(r"(adapter_)?model.*\.safetensors", name) for name in others):
+                for name in sorted(new):
+                    os.replace(part / name, folder / name)
+                if any(name.startswith("model") for name in new):  # not an adapter
+                    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+                        if old.name not in new:
+                            old.unlink(missing_ok=True)
                 return
             shutil.rmtree(aside, ignore_errors=True)
             if folder.exists():
@@ -342,23 +361,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             raise cannot_write(folder, str(error)) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
-
-
-def _holds_more(folder: Path, new: set[str]) -> bool:
-    """Whether a folder has anything but a model with files of these names: weights may have had other ones."""
-    names = {path.name for path in folder.iterdir()} - new - {"README.md", INDEX}
-    return any(not re.fullmatch(r"(adapter_)?model.*\.safetensors", name) for name in names)
-
-
-def _move_into(part: Path, folder: Path) -> None:
-    """Every file of one folder into another, whose earlier weights go."""
-    new = {file.name for file in part.iterdir()}
-    for name in sorted(new):
-        os.replace(part / name, folder / name)
-    if any(name.startswith("model") for name in new):  # not an adapter
-        for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
-            if old.name not in new:
-                old.unlink(missing_ok=True)
 
 
 def _in_types_of(source: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray] | None:
@@ -373,27 +375,6 @@ def _in_types_of(source: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.n
         if types[name].itemsize > x.itemsize or not np.array_equal(exact[name].astype(x.dtype), x):
             return None
     return exact
-
-
-def _name_type(path: Path, name: str) -> None:
-    config = read_json_object(path)
-    named = {key: name for key in ("dtype", "torch_dtype") if key in config}
-    if named:
-        path.write_text(json.dumps(config | named, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_shards(folder: Path, tensors: dict[str, np.ndarray], max_shard_size: str) -> None:
-    plan = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda x: x.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    for file, names in plan.filename_to_tensors.items():
-        save_tensors({n: tensors[n] for n in names}, folder / file)
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, Stored | gguf.InGguf]]:

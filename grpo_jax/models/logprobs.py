@@ -45,8 +45,6 @@ def token_logprobs(
     Args:
         hidden: final hidden states at the positions that predict `targets`.
         head: output head, or the tied embedding table.
-        targets: the tokens whose log-probability is asked for.
-        temperature: of the sampling distribution.
         logits_bytes: what one block of fp32 logits should stay under, by half more where that cuts
             V evenly; None means 16 MB on a CPU, which stay in its cache, and 256 MB elsewhere.
         shards: equal parts that V is sharded into; every block takes its share of each.

@@ -84,7 +84,6 @@ class Adapters:
 
     Args:
         weights: {"q_lora_a": [L, D, R], …}; one layer's lack the L.
-        config: rank, scale and dropout.
     """
 
     weights: Params
@@ -97,8 +96,7 @@ class Frozen:
 
     Args:
         base: the model's weights, stacked, in the dtype of the computation.
-        seed: uint32 scalar, of the dropout.
-        config: of the adapters.
+        seed: uint32 scalar, what the dropout is drawn from.
     """
 
     base: Params
@@ -111,7 +109,6 @@ def init_adapters(layers: Params, config: LoraConfig, seed: int) -> Params:
 
     Args:
         layers: the model's stacked layers, or their shapes.
-        config: which modules, of what rank.
     """
     out = {}
     for module in config.modules:
@@ -137,25 +134,23 @@ def adapt(adapters: Adapters | None, keys: UInt32[Array, "n 2"] | None, y, name:
     """A module's output with that of its adapters: y + (alpha / rank)·B(A(dropout(x))).
 
     Args:
-        adapters: of one layer; None for none.
+        adapters: those of one layer; None for none.
         keys: one per row of x, for the dropout; None drops nothing.
-        y: [n, T, …] output of the frozen weight.
-        name: of the weight; y comes back as it is when it has no adapters.
+        y: [n, T, …] output of the frozen weight, which comes back as it is when the weight has no adapters.
         x: [n, T, …] the weight's input.
     """
     if adapters is None or f"{name}_lora_a" not in adapters.weights:
         return y
     a, b = adapters.weights[f"{name}_lora_a"], adapters.weights[f"{name}_lora_b"]
     if keys is not None:
-        x = _drop(x, adapters.config.dropout, fold_in(keys, _NUMBER[name]))
+        rate = adapters.config.dropout
+
+        def keep(key):
+            key = jax.random.wrap_key_data(key, impl="threefry2x32")
+            return jax.random.bernoulli(key, 1 - rate, x.shape[1:])
+
+        x = jnp.where(jax.vmap(keep)(fold_in(keys, _NUMBER[name])), x / (1 - rate), 0)
     return y + adapters.config.scale * jnp.tensordot(jnp.tensordot(x, a, a.ndim - 1), b, 1)
-
-
-def _drop(x, rate: float, keys):
-    def keep(key):
-        return jax.random.bernoulli(jax.random.wrap_key_data(key, impl="threefry2x32"), 1 - rate, x.shape[1:])
-
-    return jnp.where(jax.vmap(keep)(keys), x / (1 - rate), 0)
 
 
 def fold_in(keys: UInt32[Array, "n 2"], data: Int[Array, "*n"] | int) -> UInt32[Array, "n 2"]:
@@ -195,7 +190,6 @@ def merge(params: Params, get: Callable[[Any], Any] = jax.device_get) -> Params:
     Only one layer at a time is on the device twice: at 8 B weights all of them would not fit.
 
     Args:
-        params: from `join`.
         get: brings a tree of arrays to the host.
     """
     if "lora" not in params:

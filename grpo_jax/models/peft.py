@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -51,7 +50,6 @@ def load_adapter(folder: str | Path, layers: Params) -> Adapters:
     """The adapters of a PEFT folder.
 
     Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
         layers: the base model's stacked layers, or their shapes.
 
     Raises:
@@ -104,15 +102,8 @@ def save_adapter(folder: Path, adapters: Params, config: LoraConfig, base: str) 
         adapters: stacked; see `lora`.
         base: hub id or folder of the model that they were trained on.
     """
-    tensors = peft_tensors(adapters, config)
-    with whole_folder(folder) as part:
-        (part / "adapter_config.json").write_text(json.dumps(_peft_config(config, base), indent=2) + "\n")
-        save_tensors(tensors, part / "adapter_model.safetensors")
-
-
-def _peft_config(config: LoraConfig, base: str) -> dict[str, Any]:
     alpha = config.alpha
-    return {
+    described = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
@@ -127,6 +118,10 @@ def _peft_config(config: LoraConfig, base: str) -> dict[str, Any]:
         "use_dora": False,
         "use_rslora": False,
     }
+    tensors = peft_tensors(adapters, config)
+    with whole_folder(folder) as part:
+        (part / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n")
+        save_tensors(tensors, part / "adapter_model.safetensors")
 
 
 def peft_tensors(adapters: Params, config: LoraConfig) -> dict[str, np.ndarray]:

@@ -388,10 +388,9 @@ def extend(
             is unrolled. With adapters under "lora" (see `lora.join`) the layers are stacked.
         levels: from the most shared to the least; rows of each divide the rows of the next.
         segments: (keys and values of every layer, valid [n, S]) of earlier calls.
-        dtype: of activations; weights are cast to it layer by layer.
+        dtype: that activations have; weights are cast to it layer by layer.
         remat: recompute each layer in the backward pass, except for what attention returned; the MLP takes
             its tokens in blocks.
-        keep_kv: return the levels' keys and values.
         constrain: sharding constraint on an array, by kind; see `sharding`.
 
     Returns:
@@ -425,7 +424,11 @@ def extend(
     xs = _embed(constrain(params["embedding"], "embedding"), levels, dtype)
     xs = tuple(constrain(x, f"{name}_x") for x, name in zip(xs, names, strict=True))
     kvs = tuple(kv for kv, _ in segments)
-    keys = tuple(_layer_keys(level.dropout_keys, cfg.L) for level in levels)
+    in_layers = jax.vmap(lora.fold_in, (None, 0))  # a level's dropout keys in every layer, [L, n, 2]
+    keys = tuple(
+        None if level.dropout_keys is None else in_layers(level.dropout_keys, jnp.arange(cfg.L))
+        for level in levels
+    )
     if isinstance(layers, dict):
         xs, new = _scan(run_layer, xs, layers, kvs, keys, _last_unrolled(levels, cfg.L))
     else:
@@ -470,11 +473,6 @@ def _last_unrolled(levels, L: int) -> bool:
     """
     shared = sum(level.tokens.size for level in levels if level.shared)
     return L <= FEW_LAYERS and 2 * shared > sum(level.tokens.size for level in levels)
-
-
-def _layer_keys(keys, L):
-    """A level's keys in every layer, [L, n, 2]."""
-    return None if keys is None else jax.vmap(lora.fold_in, (None, 0))(keys, jnp.arange(L))
 
 
 def _unroll(run_layer, xs, layers, kvs, keys):

@@ -70,7 +70,6 @@ def read_rope(config: dict[str, Any], source: str) -> tuple[float, Scaling | Non
 
     Args:
         config: has `rope_theta` and perhaps `rope_scaling`, or transformers 5's `rope_parameters`.
-        source: the file, for messages.
 
     Raises:
         KeyError: a key is missing.
@@ -100,10 +99,6 @@ def read_position_limit(config: dict[str, Any], scaling: Scaling | None) -> int 
 
     With YaRN they are `factor` times those of the pretraining, whether or not `max_position_embeddings`
     already counts them.
-
-    Args:
-        config: has `max_position_embeddings`.
-        scaling: from `read_rope`.
     """
     stated = config.get("max_position_embeddings")
     if not isinstance(scaling, Yarn):
@@ -157,7 +152,6 @@ def frequencies(theta: float, H: int, scaling: Scaling | None = None) -> np.ndar
 
     Args:
         theta: base; frequency i is theta^(-2i/H).
-        H: head size.
     """
     exponent = np.arange(0, H, 2, dtype=np.float32) / H
     period = (theta ** exponent.astype(np.float64)).astype(np.float32)

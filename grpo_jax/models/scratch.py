@@ -10,7 +10,6 @@ rendering a longer conversation only ever appends.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.files import save_tensors
+from grpo_jax.models.cache import write_json
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Added tokens that Qwen does not mark as special: decoding keeps them.
@@ -102,13 +102,10 @@ def make_tiny_checkpoint(
     The same arguments give the same bytes.
 
     Args:
-        folder: where it goes; must not exist. It appears whole or not at all.
+        folder: must not exist; it appears whole or not at all, and is returned.
         texts: what the tokenizer is trained on, as often as the model will meet them; the
             template's own words are added.
-        sizes: of the model; the tokenizer has at most as many ids as the embedding has rows.
-
-    Returns:
-        The folder.
+        sizes: the model's; the tokenizer has at most as many ids as the embedding has rows.
 
     Raises:
         ValueError: the folder exists, the vocabulary cannot hold all bytes and control
@@ -134,11 +131,17 @@ def make_tiny_checkpoint(
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        _write_json(partial / "config.json", config | ends)
-        _write_json(partial / "generation_config.json", _generation_config(ids))
-        _write_json(
-            partial / "tokenizer_config.json", _tokenizer_config(ids, config["max_position_embeddings"])
-        )
+        write_json(partial / "config.json", config | ends)
+        sampling = {
+            "bos_token_id": ids["<|endoftext|>"],
+            "do_sample": True,
+            "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+            "pad_token_id": ids["<|endoftext|>"],
+            "temperature": 1.0,
+        }
+        write_json(partial / "generation_config.json", sampling)
+        settings = _tokenizer_config(ids, config["max_position_embeddings"])
+        write_json(partial / "tokenizer_config.json", settings)
         tokenizer.save(str(partial / "tokenizer.json"))
         _save_weights(partial / "model.safetensors", config, seed)
         partial.rename(folder)
@@ -146,10 +149,6 @@ def make_tiny_checkpoint(
         shutil.rmtree(partial)
         raise
     return folder
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _config(sizes: Sizes) -> dict[str, Any]:
@@ -178,16 +177,6 @@ def _config(sizes: Sizes) -> dict[str, Any]:
         "use_cache": True,
         "use_sliding_window": False,
         "vocab_size": sizes.vocab_size,
-    }
-
-
-def _generation_config(ids: dict[str, int]) -> dict[str, Any]:
-    return {
-        "bos_token_id": ids["<|endoftext|>"],
-        "do_sample": True,
-        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
-        "pad_token_id": ids["<|endoftext|>"],
-        "temperature": 1.0,
     }
 
 

@@ -112,7 +112,6 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, n: int, devices: str) -> tuple
     """Devices along data, fsdp and tensor; -1 for data takes what the others leave.
 
     Args:
-        n: devices to be filled.
         devices: what they are called in an error.
 
     Raises:
@@ -137,11 +136,7 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One column of the tables on a mesh.
-
-    Args:
-        rollout: the rollout's column instead of training's.
-    """
+    """One column of the tables on a mesh."""
 
     mesh: Mesh | AbstractMesh
     rollout: bool = False
@@ -173,7 +168,16 @@ class Layout:
         """The inverse of `put_rows` for a tree of arrays; scalars as they are."""
         if hosts.alone():
             return jax.device_get(tree)
-        return jax.tree.map(lambda x: self._own_rows(x) if x.ndim else jax.device_get(x), tree)
+
+        def own(x: Any) -> np.ndarray:
+            if not x.ndim:
+                return jax.device_get(x)
+            x = jax.device_put(x, self._named((ROWS,), x.shape))
+            # a dict, since there are copies along tensor
+            parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+            return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+        return jax.tree.map(own, tree)
 
     def activation(self, shape: tuple[int, ...], kind: str) -> NamedSharding:
         """Sharding of an activation of a kind."""
@@ -206,13 +210,6 @@ class Layout:
             specs = jax.tree_util.tree_map_with_path(lambda path, w: self._weight(path, w, drop), x)
             return jax.lax.with_sharding_constraint(x, specs)
         return jax.lax.with_sharding_constraint(x, self.activation(x.shape, kind))
-
-    def _own_rows(self, x) -> np.ndarray:
-        x = jax.device_put(x, self._named((ROWS,), x.shape))
-        parts = {
-            shard.index[0].start or 0: shard.data for shard in x.addressable_shards
-        }  # copies along tensor
-        return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
     def _weight(self, path, x, drop=()) -> NamedSharding:
         names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]

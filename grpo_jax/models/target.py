@@ -44,7 +44,7 @@ def tpu_devices(kind: str, count: int) -> Devices:
 
     Args:
         kind: a name in `SLICES`.
-        count: of devices; the slice is the smallest that has them.
+        count: the slice is the smallest that has so many devices.
 
     Raises:
         RuntimeError: libtpu, which compiles for a TPU, is not installed.
