@@ -146,16 +146,6 @@ def test_gdpo_equals_an_independent_version_on_1000_batches():
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
 
 
-def test_unknown_names_and_bad_group_sizes_are_refused():
-    with pytest.raises(
-        ValueError, match="scale_rewards must be one of group, batch, none, got 'batches'; nearest: batch"
-    ):
-        group_advantages([1.0, 2.0], 2, "batches")
-    with pytest.raises(ValueError, match=r"advantage_estimator must be .* got 'rloo'; nearest: loo"):
-        group_advantages([1.0, 2.0], 2, "none", "rloo")
-    with pytest.raises(
-        ValueError, match=r"aggregation must be .* got 'sum_then_normalise'; nearest: sum_then_n"
-    ):
-        batch_advantages([[1.0], [2.0]], [1.0], 2, aggregation="sum_then_normalise")
+def test_bad_group_sizes_are_refused():
     with pytest.raises(ValueError, match="groups of 4, got 6"):
         group_advantages(np.zeros(6), 4, "group")

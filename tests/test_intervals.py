@@ -19,11 +19,6 @@ def test_wilson_interval(successes, n, low, high):
     assert wilson_interval(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
-def test_wilson_interval_refuses_more_successes_than_rows():
-    with pytest.raises(ValueError, match=r"in \[0, n = 3\], got 4"):
-        wilson_interval(4, 3)
-
-
 def test_bootstrap_interval_is_about_two_standard_errors_and_repeats():
     values = np.random.default_rng(0).normal(0.5, 0.2, 400)
     low, high = bootstrap_interval(values, seed=1)
@@ -34,10 +29,8 @@ def test_bootstrap_interval_is_about_two_standard_errors_and_repeats():
     assert bootstrap_interval(values, seed=2) != (low, high)
 
 
-def test_bootstrap_interval_of_equal_values_is_a_point_and_of_none_an_error():
+def test_bootstrap_interval_of_equal_values_is_a_point():
     assert bootstrap_interval([0.7] * 5, seed=0) == pytest.approx((0.7, 0.7))
-    with pytest.raises(ValueError, match="at least one value"):
-        bootstrap_interval([], seed=0)
 
 
 def test_the_interval_of_one_value_is_that_value():

@@ -6,15 +6,14 @@ every mean and deviation and has zero advantage.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from grpo_jax.text import unknown_choice
-
-SCALES = ("group", "batch", "none")
-ESTIMATORS = ("group", "loo", "none")
-AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+Scale = Literal["group", "batch", "none"]
+Estimator = Literal["group", "loo", "none"]
 
 # TRL's constant; it keeps nearly equal rewards of a group from being amplified.
 STD_EPSILON = 1e-4
@@ -25,7 +24,7 @@ def combine_rewards(values: ArrayLike, weights: ArrayLike) -> Float[np.ndarray, 
 
     Args:
         values: [B, n] one column per reward function; NaN where it does not apply.
-        weights: [n] one per reward function.
+        weights: [n].
 
     Returns:
         [B] float64; NaN for a row to which no reward function applies.
@@ -48,36 +47,32 @@ def batch_advantages(
     weights: ArrayLike,
     num_generations: int,
     *,
-    scale: str = "group",
-    aggregation: str = "sum_then_normalize",
-    estimator: str = "group",
+    scale: Scale = "group",
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize",
+    estimator: Estimator = "group",
 ) -> Float[np.ndarray, " B"]:
     """The advantages of a batch from the values of its reward functions.
 
     Args:
         values: [B, n] one column per reward function; NaN or None where it does not apply.
-        weights: [n] one per reward function.
+        weights: [n].
         num_generations: G, rows per group.
-        scale: see `group_advantages`.
         aggregation: "sum_then_normalize", `group_advantages` of the sum of rewards, or "normalize_then_sum",
             `decoupled_advantages`, which takes no scale and no estimator.
-        estimator: see `group_advantages`.
 
     Returns:
         [B] float64.
 
     Raises:
-        ValueError: as the two do, and when aggregation is unknown.
+        ValueError: as the two do.
     """
     if aggregation == "normalize_then_sum":
         return decoupled_advantages(values, weights, num_generations)
-    if aggregation == "sum_then_normalize":
-        return group_advantages(combine_rewards(values, weights), num_generations, scale, estimator)
-    raise unknown_choice("multi_objective_aggregation", aggregation, AGGREGATIONS)
+    return group_advantages(combine_rewards(values, weights), num_generations, scale, estimator)
 
 
 def group_advantages(
-    rewards: ArrayLike, num_generations: int, scale: str, estimator: str = "group"
+    rewards: ArrayLike, num_generations: int, scale: Scale, estimator: Estimator = "group"
 ) -> Float[np.ndarray, " B"]:
     """How much better a row did than its group: A_i = (r_i − b_i) / (std + 1e-4).
 
@@ -98,16 +93,12 @@ def group_advantages(
         [B] float64.
 
     Raises:
-        ValueError: when B does not divide by num_generations, or scale or estimator is unknown.
+        ValueError: when B does not divide by num_generations.
 
     Source: Shao et al. 2024, "DeepSeekMath", section 4.1.2; "none": Liu et al. 2025,
     "Understanding R1-Zero-Like Training". Bessel's correction and 1e-4 are TRL's. "loo": Kool et al. 2019,
     "Buy 4 REINFORCE Samples, Get a Baseline for Free!"; Ahmadian et al. 2024, "Back to Basics".
     """
-    if scale not in SCALES:
-        raise unknown_choice("scale_rewards", scale, SCALES)
-    if estimator not in ESTIMATORS:
-        raise unknown_choice("advantage_estimator", estimator, ESTIMATORS)
     advantages = _centred_groups(rewards, num_generations)  # r_i − mean of the group
     if estimator == "loo":  # r_i − mean of the others = (r_i − mean of all)·n / (n − 1)
         n = np.sum(~np.isnan(advantages), axis=1, keepdims=True)
@@ -132,7 +123,7 @@ def decoupled_advantages(
 
     Args:
         values: [B, n] one column per reward function; NaN or None where it does not apply.
-        weights: [n] one per reward function.
+        weights: [n].
         num_generations: G, rows per group.
 
     Returns:

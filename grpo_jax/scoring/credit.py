@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from grpo_jax.scoring.advantages import group_advantages
+from grpo_jax.scoring.advantages import Scale, group_advantages
 from grpo_jax.types import Fault, Trajectory
 
 
@@ -38,7 +38,7 @@ def soft_overlong(
 
 
 def turn_advantages(
-    rewards: Sequence[Sequence[float]], num_generations: int, scale: str
+    rewards: Sequence[Sequence[float]], num_generations: int, scale: Scale
 ) -> list[list[float]]:
     """How much better a turn did than the turns of its group: A_it = (r_it − mean) / (std + 1e-4).
 
@@ -49,7 +49,6 @@ def turn_advantages(
     Args:
         rewards: for each of B rows one value per turn; NaN where there is none.
         num_generations: G, rows per group.
-        scale: see `group_advantages`.
 
     Returns:
         One value per turn, as `rewards`.
@@ -74,13 +73,13 @@ class Credit:
         turn_coef: c, the weight of a turn's advantage relative to the completion's.
         malformed: subtracted from the advantage of the tokens of a call that does not parse.
         failed: the same for a call whose result is an error, a timeout or a crash.
-        scale: of the advantages of turns, see `group_advantages`.
+        scale: what divides the advantages of turns; see `group_advantages`.
     """
 
     turn_coef: float = 1.0
     malformed: float = 0.0
     failed: float = 0.0
-    scale: str = "group"
+    scale: Scale = "group"
 
     @property
     def penalises(self) -> bool:
@@ -97,7 +96,7 @@ class Credit:
         """The trajectories with one advantage per token: A_i + c · A_i,turn − penalties; 0 where not sampled.
 
         Args:
-            trajectories: [B], with their advantages.
+            trajectories: [B].
             num_generations: G, rows per group.
             turn_rewards: for each row one value per turn; None where no reward scores turns.
             faults: for each row the calls that went wrong.

@@ -71,7 +71,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     Args:
         n: samples, >= k.
         c: right ones among them.
-        k: samples that one may be right of.
 
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -62,7 +63,10 @@ def _states(final: str, results: Iterable[str]) -> bool:
         quoted: list[str] = []
 
         def read(found: re.Match[str], quoted: list[str] = quoted) -> str:
-            value = _unescaped(found[1]) if found[1] else found[2]
+            value = found[1] or found[2]
+            if found[1]:
+                with contextlib.suppress(ValueError):  # what is not JSON is taken as it is
+                    value = json.loads(f'"{value}"', strict=False)
             if found[3]:
                 return " "
             if value:
@@ -72,17 +76,10 @@ def _states(final: str, results: Iterable[str]) -> bool:
         wanted = _numbers(_plain(_QUOTED.sub(read, text)))
         if text.strip() and not wanted and not quoted:
             quoted.append(_plain(text))
-        if not wanted <= numbers or not all(_occurs(one, final) for one in quoted):
+        whole_words = (rf"(?<!{_IN_WORD}){re.escape(one)}(?!{_IN_WORD})" for one in quoted)
+        if not wanted <= numbers or not all(re.search(words, final) for words in whole_words):
             return False
     return True
-
-
-def _unescaped(text: str) -> str:
-    """A quoted text as JSON means it, or as it is where it is none."""
-    try:
-        return json.loads(f'"{text}"', strict=False)
-    except ValueError:
-        return text
 
 
 def _plain(text: str) -> str:
@@ -91,7 +88,3 @@ def _plain(text: str) -> str:
 
 def _numbers(text: str) -> set[Decimal]:
     return {Decimal(re.sub("[,$€£¥₹₩]", "", n).replace("−", "-")) for n in _NUMBER.findall(text)}
-
-
-def _occurs(words: str, text: str) -> bool:
-    return re.search(rf"(?<!{_IN_WORD}){re.escape(words.strip())}(?!{_IN_WORD})", text) is not None

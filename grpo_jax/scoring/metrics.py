@@ -11,7 +11,7 @@ import numpy as np
 
 from grpo_jax.scoring.grounding import trajectory_grounded
 from grpo_jax.text import shorten
-from grpo_jax.types import Message, Outcome, Status, Trajectory
+from grpo_jax.types import Outcome, Status, Trajectory
 
 # Every metric of metrics.jsonl and what it is; `python scripts/make_docs.py` writes docs/metrics.md from this table.
 # NAME is a reward function, STATUS a status, FIGURE a figure of an evaluation.
@@ -144,7 +144,8 @@ class FirstCalls:
             return None
         self._seen += trajectories
         turns = [m for one in self._seen for m in one.messages if m["role"] == "assistant"]
-        if any(map(_tries_a_call, turns)):
+        # a call that was run, or one that does not parse, whose content is the raw text
+        if any(m.get("tool_calls") or "<tool_call>" in (m.get("content") or "") for m in turns):
             self._left, self._seen = 0, []
             return None
         self._left -= 1
@@ -174,8 +175,3 @@ _BARE_CALL = re.compile(
     r'|\{\s*"(?:arguments|parameters)"\s*:\s*\{.*"(?:name|function)"\s*:',
     re.S,
 )
-
-
-def _tries_a_call(message: Message) -> bool:
-    """A call that was run, or one that does not parse, whose content is the raw text."""
-    return bool(message.get("tool_calls")) or "<tool_call>" in (message.get("content") or "")
