@@ -792,11 +792,6 @@ def test_options_that_cannot_work_are_errors(account, options, message):
         ToolRunner(account, **options)
 
 
-def test_a_limit_is_positive():
-    with pytest.raises(ValueError, match="the limit on a tool's memory_mb must be positive, got 0"):
-        Limits(memory_mb=0)
-
-
 # --- fuzz ------------------------------------------------------------------------------------------------
 
 _JSON = st.recursive(

@@ -51,7 +51,6 @@ class RewardFunction:
 
     Args:
         name: the file's name without `.py`, or the built-in's; metrics are called rewards/NAME/….
-        function: the user's callable.
         source: the file, or "built-in".
     """
 
@@ -69,9 +68,9 @@ class TrainerState(Mapping):
 
     Args:
         global_step: updates done.
-        max_steps: of the whole run.
+        max_steps: updates of the whole run.
         epoch: passes over the data done, a fraction included.
-        num_train_epochs: of the whole run.
+        num_train_epochs: passes of the whole run.
     """
 
     global_step: int
@@ -182,15 +181,14 @@ def accuracy(completions: Sequence[Sequence[Message]], answer: Sequence[str], **
     Returns:
         [B] rewards.
     """
-    return [_accuracy(messages, expected) for messages, expected in zip(completions, answer, strict=True)]
-
-
-def _accuracy(messages: Sequence[Message], answer: str) -> float:
-    responses = [text for _, text in tool_results(messages)]
-    if not responses:
-        # A call without a response: the row's budget ended before it.
-        return 0.1 if any(m.get("tool_calls") for m in messages) else 0.0
-    return 1.0 if same_answer(responses[-1], answer) else 0.1
+    rewards = []
+    for messages, expected in zip(completions, answer, strict=True):
+        results = tool_results(messages)
+        if results:
+            rewards.append(1.0 if same_answer(results[-1][1], expected) else 0.1)
+        else:  # a call without a response: the row's budget ended before it
+            rewards.append(0.1 if any(m.get("tool_calls") for m in messages) else 0.0)
+    return rewards
 
 
 def grounded(
@@ -226,7 +224,6 @@ def load_rewards(files: Sequence[str] | None, names: Sequence[str] | None) -> li
 
     Args:
         files: Python files exporting `reward_func`, and names of built-ins; when given, `names` is not read.
-        names: built-in rewards.
 
     Raises:
         ValueError: a missing or failing file, no `reward_func` in it or one that is not callable,
@@ -249,17 +246,19 @@ def rewards_of(given: Callable | str | Sequence[Callable | str]) -> list[RewardF
     several = [given] if isinstance(given, str) or callable(given) else list(given)
     if not several:
         raise ValueError("reward_funcs needs at least one reward, got none")
-    return _distinct([_built_in(one) if isinstance(one, str) else _from_function(one) for one in several])
-
-
-def _from_function(function: Any) -> RewardFunction:
-    if not callable(function):
-        raise TypeError(
-            f"reward_func must be callable, got {_short(function)}; give a function or the name of a built-in "
-            f"reward ({', '.join(BUILT_IN)})"
-        )
-    name = getattr(function, "__name__", type(function).__name__)
-    return RewardFunction(name, function, f"given in Python, {getattr(function, '__module__', '?')}")
+    rewards = []
+    for one in several:
+        if isinstance(one, str):
+            rewards.append(_built_in(one))
+            continue
+        if not callable(one):
+            raise TypeError(
+                f"reward_func must be callable, got {_short(one)}; give a function or the name of a built-in "
+                f"reward ({', '.join(BUILT_IN)})"
+            )
+        name = getattr(one, "__name__", type(one).__name__)
+        rewards.append(RewardFunction(name, one, f"given in Python, {getattr(one, '__module__', '?')}"))
+    return _distinct(rewards)
 
 
 def _distinct(rewards: list[RewardFunction]) -> list[RewardFunction]:
@@ -291,7 +290,7 @@ def call_rewards(
 
     Args:
         completions: [B] the messages after each prompt.
-        answer: [B] expected answers.
+        answer: [B].
         prompts: [B] each prompt as messages.
         completion_ids: [B] token ids after each prompt.
         trainer_state: passed on unchanged, usually a `TrainerState`.
@@ -309,22 +308,35 @@ def call_rewards(
         "completion_ids": completion_ids,
     }
     logs = [_Log() for _ in rewards]
-    with _printing_to_log():
-        results = _run([_bound(r, batch, trainer_state, log) for r, log in zip(rewards, logs, strict=True)])
-        for reward, result in zip(rewards, results, strict=True):
-            if isinstance(result, _Raised):
-                raise _failure(reward, result.error, batch, trainer_state) from result.error
+    try:
+        with contextlib.redirect_stdout(_printed), contextlib.redirect_stderr(_printed):
+            results = _run(
+                [_bound(r, batch, trainer_state, log) for r, log in zip(rewards, logs, strict=True)]
+            )
+            for reward, result in zip(rewards, results, strict=True):
+                if isinstance(result, _Raised):
+                    raise _failure(reward, result.error, batch, trainer_state) from result.error
+    finally:
+        for line in _printed.getvalue().splitlines():
+            _log.info("reward function prints: %s", line)
+        _forget_printed(0)  # including what a handler that writes there made of these records
+    # --- what they returned: one number per row, or a list with one number per turn of the model
     n = len(completions)
     values, turns = np.full((n, len(rewards)), np.nan), {}
     numbers = [sum(message["role"] == "assistant" for message in messages) for messages in completions]
     for k, (reward, result) in enumerate(zip(rewards, results, strict=True)):
-        if _scores_turns(result):
+        if isinstance(result, list | tuple) and any(isinstance(row, list | tuple) for row in result):
             turns[k] = _checked_turns(reward, result, numbers)
         else:
             values[:, k] = _checked(reward, result, n)
+    # --- what they logged: the mean of a metric is over all functions that log it
     extras = _columns(rewards, logs, n)
     extras |= {f"{rewards[k].name}/turns": plain(list(results[k])) for k in turns}
-    return RewardOutcome(values, _means(logs), extras, turns)
+    means = {}
+    for name in dict.fromkeys(name for log in logs for name in log.metrics):
+        logged = [value for log in logs for value in log.metrics.get(name, ())]
+        means[_own_name("log_metric", name, is_run_metric(name))] = sum(logged) / len(logged)
+    return RewardOutcome(values, means, extras, turns)
 
 
 # Loading
@@ -381,15 +393,6 @@ class _Log:
         self.extras.setdefault(str(column), []).extend(values)
 
 
-def _means(logs: Sequence[_Log]) -> dict[str, float]:
-    """The mean of each metric, over all functions that log it."""
-    means = {}
-    for name in dict.fromkeys(name for log in logs for name in log.metrics):
-        values = [value for log in logs for value in log.metrics.get(name, ())]
-        means[_own_name("log_metric", name, is_run_metric(name))] = sum(values) / len(values)
-    return means
-
-
 def _columns(rewards: Sequence[RewardFunction], logs: Sequence[_Log], n: int) -> dict[str, list]:
     columns = {}
     for reward, log in zip(rewards, logs, strict=True):
@@ -405,24 +408,21 @@ def _columns(rewards: Sequence[RewardFunction], logs: Sequence[_Log], n: int) ->
     return columns
 
 
+@functools.cache  # warns once
 def _own_name(function: str, name: str, taken: bool) -> str:
     """The name under which a reward's logged value is written, so that it does not replace the run's own."""
-    if taken:
-        _warn_once(
-            f"{function}({name!r}, …): the run itself writes {name!r}; the reward's value is logged as 'logged/{name}'"
-        )
-    return f"logged/{name}" if taken else name
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    _log.warning(text)
+    if not taken:
+        return name
+    _log.warning(
+        f"{function}({name!r}, …): the run itself writes {name!r}; the reward's value is logged as 'logged/{name}'"
+    )
+    return f"logged/{name}"
 
 
 def _bound(
     reward: RewardFunction, batch: Mapping[str, Sequence], trainer_state: Any, log: _Log
 ) -> functools.partial:
-    """The function with the keywords that it takes; what it changes in them reaches no other row, reward or run."""
+    """The function with the keywords that it takes, copied: what it changes in them reaches no other row or reward."""
     keywords = {
         **batch,
         "trainer_state": trainer_state,
@@ -462,7 +462,10 @@ def _run(calls: Sequence[functools.partial]) -> list[Any]:
         for call in calls:
             asyncio.set_event_loop(None)  # back to the one loop, where the function before set another
             with users_code(call.func):
-                results.append(_attempt(call))
+                try:
+                    results.append(call())
+                except (Exception, SystemExit) as error:
+                    results.append(_Raised(error))
         waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
         if waiting:
             with contextlib.ExitStack() as footing:
@@ -474,69 +477,36 @@ def _run(calls: Sequence[functools.partial]) -> list[Any]:
     return results
 
 
-def _attempt(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except (Exception, SystemExit) as error:
-        return _Raised(error)
-
-
 async def _gather(awaitables: Sequence[Awaitable]) -> list[Any]:
-    return await asyncio.gather(*map(_attempt_async, awaitables))
+    async def attempt(awaitable: Awaitable) -> Any:
+        try:
+            return await awaitable
+        except (Exception, SystemExit) as error:
+            return _Raised(error)
 
-
-async def _attempt_async(awaitable: Awaitable) -> Any:
-    try:
-        return await awaitable
-    except (Exception, SystemExit) as error:
-        return _Raised(error)
+    return await asyncio.gather(*map(attempt, awaitables))
 
 
 def _failure(
     reward: RewardFunction, error: BaseException, batch: Mapping[str, Sequence], trainer_state: Any
 ) -> RewardError:
-    row = _failing_row(reward, error, batch, trainer_state)
+    """The error for the user, with the first row on which the function, called with it alone, raises the same."""
     where = "only on the whole batch, on no single row"
-    if row is not None:
-        where = f"on row {row} (answer {batch['answer'][row]!r})"
+    for row in range(len(batch["completions"])):
+        alone = {name: values[row : row + 1] for name, values in batch.items()}
+        printed = len(_printed.getvalue())
+        try:
+            (result,) = _run([_bound(reward, alone, trainer_state, _Log())])
+        finally:
+            _forget_printed(printed)  # once was enough
+        if isinstance(result, _Raised) and type(result.error) is type(error):
+            where = f"on row {row} (answer {batch['answer'][row]!r})"
+            break
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return RewardError(
         f"reward function {reward} raised {where}: {error_text(error)} "
         f"({frame.filename}:{frame.lineno}: {frame.line})"
     )
-
-
-def _failing_row(
-    reward: RewardFunction, error: BaseException, batch: Mapping[str, Sequence], trainer_state: Any
-) -> int | None:
-    """The first row on which the function, called with it alone, raises the same kind of error."""
-    for row in range(len(batch["completions"])):
-        alone = {name: values[row : row + 1] for name, values in batch.items()}
-        with _silent():
-            (result,) = _run([_bound(reward, alone, trainer_state, _Log())])
-        if isinstance(result, _Raised) and type(result.error) is type(error):
-            return row
-    return None
-
-
-@contextlib.contextmanager
-def _printing_to_log():
-    try:
-        with contextlib.redirect_stdout(_printed), contextlib.redirect_stderr(_printed):
-            yield
-    finally:
-        for line in _printed.getvalue().splitlines():
-            _log.info("reward function prints: %s", line)
-        _forget_printed(0)  # including what a handler that writes there made of these records
-
-
-@contextlib.contextmanager
-def _silent():
-    before = len(_printed.getvalue())
-    try:
-        yield
-    finally:
-        _forget_printed(before)
 
 
 def _forget_printed(start: int) -> None:
@@ -545,11 +515,6 @@ def _forget_printed(start: int) -> None:
 
 
 # Checking
-
-
-def _scores_turns(result: Any) -> bool:
-    """Whether a function returned a list of lists: one number per turn of each completion."""
-    return isinstance(result, list | tuple) and any(isinstance(row, list | tuple) for row in result)
 
 
 def _checked_turns(reward: RewardFunction, result: Sequence, turns: Sequence[int]) -> list[list[float]]:

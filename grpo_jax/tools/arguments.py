@@ -21,7 +21,6 @@ def check_arguments(function: Callable, arguments: dict[str, Any], lax: bool = F
     """The arguments as the function wants them: integral floats as int, enum members, dataclasses.
 
     Args:
-        function: the tool.
         arguments: what the model gave, as JSON values.
         lax: strings may stand for numbers and booleans.
 
@@ -35,20 +34,15 @@ def check_arguments(function: Callable, arguments: dict[str, Any], lax: bool = F
     problems: list[str] = []
     converted: dict[str, Any] = {}
     for name, value in _read_keys(arguments, known, "", problems):
-        converted[name] = _argument(value, known[name], name, lax, problems)
+        before, choices = len(problems), known[name].choices
+        converted[name] = _field(value, known[name], name, lax, problems)
+        if value is None or choices is None or len(problems) > before:
+            continue
+        if not _chosen(value, choices) and not _chosen(converted[name], choices):
+            problems.append(f"{_at(name)} must be {_one_of(choices)}, got {show(value)}")
     if problems:
         shown, more = problems[:_PROBLEMS_SHOWN], len(problems) - _PROBLEMS_SHOWN
         raise ValueError("; ".join(shown) + (f"; and {more} more" if more > 0 else ""))
-    return converted
-
-
-def _argument(value: Any, parameter: hints.Field, name: str, lax: bool, problems: list[str]) -> Any:
-    before = len(problems)
-    converted = _field(value, parameter, name, lax, problems)
-    if value is None or parameter.choices is None or len(problems) > before:
-        return converted
-    if not _chosen(value, parameter.choices) and not _chosen(converted, parameter.choices):
-        problems.append(f"{_at(name)} must be {_one_of(parameter.choices)}, got {show(value)}")
     return converted
 
 
@@ -81,29 +75,27 @@ def _convert(value: Any, hint: Any, where: str, lax: bool, problems: list[str]) 
     if hints.is_union(hint):
         return _to_member(value, typing.get_args(hint), where, lax, problems)
     if kind is typing.Literal or hints.is_enum(hint):
-        return _to_value(value, hint, where, lax, problems)
-    if hints.is_record(hint) and isinstance(value, dict):
+        for written, meant in hints.allowed_values(hint):
+            if _same(_from_text(value, type(written)) if lax else value, written):
+                return meant
+    elif hints.is_record(hint) and isinstance(value, dict):
         return _to_record(value, hint, where, lax, problems)
-    if kind in hints.ARRAYS and isinstance(value, list):
+    elif kind in hints.ARRAYS and isinstance(value, list):
         return _to_array(value, hint, where, lax, problems)
-    if kind in hints.OBJECTS and isinstance(value, dict):
+    elif kind in hints.OBJECTS and isinstance(value, dict):
         return _to_object(value, hint, where, lax, problems)
-    if kind in hints.SCALARS:
+    elif kind in hints.SCALARS:
         value = _from_text(value, kind) if lax else value
         if kind is int and type(value) is float and value.is_integer():
             return int(value)
-        if _is_scalar(value, kind):
+        if kind is float and type(value) is int:
+            return value
+        if type(value) is kind and (kind is not float or math.isfinite(value)):
             return value
     elif not (hints.is_record(hint) or kind in hints.ARRAYS or kind in hints.OBJECTS):
         return value  # Any, or a type that JSON does not know
     problems.append(f"{_at(where)} must be {describe(hint)}, got {show(value)}")
     return value
-
-
-def _is_scalar(value: Any, kind: type) -> bool:
-    if kind is float:
-        return type(value) is int or (type(value) is float and math.isfinite(value))
-    return type(value) is kind
 
 
 def _from_text(value: Any, kind: type) -> Any:
@@ -140,15 +132,6 @@ def _to_member(value: Any, members: tuple, where: str, lax: bool, problems: list
     return value
 
 
-def _to_value(value: Any, hint: Any, where: str, lax: bool, problems: list[str]) -> Any:
-    """A Literal's value, or the Enum member of that value."""
-    for written, meant in hints.allowed_values(hint):
-        if _same(_from_text(value, type(written)) if lax else value, written):
-            return meant
-    problems.append(f"{_at(where)} must be {describe(hint)}, got {show(value)}")
-    return value
-
-
 def _same(value: Any, other: Any) -> bool:
     """Equal as JSON: 1 is 1.0, and true is not 1."""
     if isinstance(value, bool) or isinstance(other, bool):
@@ -169,9 +152,8 @@ def _to_record(value: dict, record: type, where: str, lax: bool, problems: list[
     if hints.is_typeddict(record) or len(problems) > before:
         return keys
     try:
-        if hints.is_model(
-            record
-        ):  # a strict model would refuse the JSON text of a date; ours are strict checks already
+        if hints.is_model(record):
+            # a strict model would refuse the JSON text of a date; ours are strict checks already
             return record.model_validate(keys, strict=False)
         return record(**keys)
     except Exception as error:  # __post_init__ and a model's validators are the user's

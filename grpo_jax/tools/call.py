@@ -58,9 +58,8 @@ def execute(
     """Run one call; returns its text and outcome.
 
     Args:
-        functions: name → function.
         name: the tool's name, as the model gave it.
-        arguments: its arguments, as JSON values.
+        arguments: JSON values.
         lax: strings may stand for numbers and booleans.
         limit: characters that a result may have; None for any number.
 
@@ -76,8 +75,12 @@ def execute(
 
 
 def _attempt(functions: Mapping[str, Callable], name: Any, arguments: Any, lax: bool) -> tuple[str, str]:
-    if not isinstance(name, str) or name not in functions:
-        return _unknown_tool(name, list(functions)), "error"
+    if not isinstance(name, str):
+        shown = ", ".join(list(functions)[:_NAMES_LISTED])
+        return f"Error: a tool's name must be text, got {show(name)}. Available: {shown}", "error"
+    if name not in functions:
+        near = functions if len(functions) <= _NAMES_LISTED else nearest(name, functions, 5)
+        return f"Error: unknown tool {name[:60]!r}. Available: {', '.join(near)}", "error"
     if not isinstance(arguments, dict):
         return f"Error: the arguments of {name} must be a JSON object", "error"
     try:
@@ -98,14 +101,6 @@ def _attempt(functions: Mapping[str, Callable], name: Any, arguments: Any, lax: 
         return f"Error: {name} raised {shorten(error_text(error), _MESSAGE_LIMIT)}", "error"
 
 
-def _unknown_tool(name: Any, names: list[str]) -> str:
-    if not isinstance(name, str):
-        return f"Error: a tool's name must be text, got {show(name)}. Available: {', '.join(names[:_NAMES_LISTED])}"
-    if len(names) > _NAMES_LISTED:
-        names = nearest(name, names, 5)
-    return f"Error: unknown tool {name[:60]!r}. Available: {', '.join(names)}"
-
-
 # --- event loops -----------------------------------------------------------------------------------------
 
 
@@ -123,7 +118,11 @@ class _Loops(list):
             if not loop.is_running():
                 return loop
         loop = None
-        with contextlib.suppress(RuntimeError), _without_warnings():
+        with contextlib.ExitStack() as quiet:
+            quiet.enter_context(contextlib.suppress(RuntimeError))
+            if threading.current_thread() is threading.main_thread():  # as the warning
+                quiet.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
             loop = asyncio.get_event_loop()  # one that the user's file set or asked for when it was imported
         if loop is None or loop.is_closed() or loop.is_running():
             loop = asyncio.new_event_loop()
@@ -214,15 +213,3 @@ def no_running_loop() -> Iterator[None]:
         asyncio.set_event_loop(running)
         if task is not None:
             asyncio._enter_task(running, task)
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # it is for the main thread only, as the warning
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

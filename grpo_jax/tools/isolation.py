@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import subprocess
 from collections.abc import Mapping
+from typing import Literal
 
 # Variables that every worker gets: locations of programs, libraries and caches, the language, the number of threads.
 VARIABLES = (
@@ -37,18 +38,16 @@ class Isolation:
 
     Args:
         variables: names or patterns of the environment variables that it gets in addition to `VARIABLES` (`tool_env`).
-        sandbox: one of `SANDBOXES` (`tool_sandbox`).
+        sandbox: the program that starts it (`tool_sandbox`).
 
     Raises:
         ValueError: the sandbox does not work on this machine; says why.
     """
 
     variables: tuple[str, ...] = ()
-    sandbox: str = "none"
+    sandbox: Literal["none", "unshare", "bubblewrap"] = "none"
 
     def __post_init__(self):
-        if self.sandbox not in SANDBOXES:
-            raise ValueError(f"tool_sandbox must be one of {', '.join(SANDBOXES)}, got {self.sandbox!r}")
         if not self.prefix:
             return
         try:
@@ -70,16 +69,15 @@ class Isolation:
     def environment(self, of_run: Mapping[str, str]) -> dict[str, str]:
         """The variables that reach a worker, out of those of the run."""
 
-        def allowed(name: str) -> bool:
-            usual = _fits(name, VARIABLES) and not _fits(name.upper(), NEVER)
-            return usual or _fits(name, self.variables)
+        def fits(name: str, patterns: tuple[str, ...]) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
-        return {name: value for name, value in of_run.items() if allowed(name)}
+        return {
+            name: value
+            for name, value in of_run.items()
+            if (fits(name, VARIABLES) and not fits(name.upper(), NEVER)) or fits(name, self.variables)
+        }
 
     def exit_code(self, code: int) -> int:
         """The worker's own, negative for a signal, from that of the process that was started."""
         return 128 - code if self.prefix and code > 128 else code
-
-
-def _fits(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -44,7 +44,8 @@ class Toolbox:
     @property
     def stateful(self) -> bool:
         """Some functions are methods of an object, so a call may change what the next one answers."""
-        return self.factory is not None or any(map(_is_object_method, self.functions.values()))
+        methods = filter(inspect.ismethod, map(inspect.unwrap, self.functions.values()))
+        return self.factory is not None or any(not isinstance(m.__self__, type) for m in methods)
 
     def made_for(self, row: Mapping[str, Any]) -> dict[str, Callable]:
         """Name → function for one trajectory: made anew where there is a factory, which may ask for the row."""
@@ -95,9 +96,6 @@ def final_tools(toolbox: Toolbox, name: str | None = None) -> dict[str, str]:
     """The tools whose call ends a conversation, each with its one parameter, which is the answer.
 
     They are those that `typing.final` marks, and the named one.
-
-    Args:
-        name: of one more; None for none.
 
     Raises:
         ValueError: there is no tool of that name, or a final tool has not exactly one parameter, without a
@@ -252,8 +250,3 @@ def _import(script: str | os.PathLike | None, module: str | None) -> tuple[Modul
     if module is None:
         raise ValueError("no tools given; set tools_script to a file or tool_functions_module to a module")
     return import_module(module), module
-
-
-def _is_object_method(function: Callable) -> bool:
-    function = inspect.unwrap(function)
-    return inspect.ismethod(function) and not isinstance(function.__self__, type)

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 from grpo_jax.text import shorten
 from grpo_jax.tools.call import execute, thread_loops
@@ -28,7 +28,6 @@ from grpo_jax.tools.load import Toolbox, pickled
 from grpo_jax.tools.user_code import error_text, users_code
 from grpo_jax.types import Outcome, ToolCall, ToolResult
 
-EXECUTORS = ("process", "inline")
 PURITY_SAMPLE = 8  # calls a step that `verify_purity` runs again
 USUAL = Isolation()
 _CANCEL_GRACE = 0.2  # seconds for an async tool to end when it is cancelled
@@ -43,19 +42,11 @@ class Limits:
         seconds: of wall time (`tool_timeout`).
         memory_mb: MiB of data that a worker process may hold on top of its start (`tool_memory_limit`).
         characters: of a result (`tool_result_limit`); a longer one becomes an error that says so.
-
-    Raises:
-        ValueError: one is not positive.
     """
 
     seconds: float = 5.0
     memory_mb: int = 2048
     characters: int = 20_000
-
-    def __post_init__(self):
-        for name, limit in dataclasses.asdict(self).items():
-            if limit <= 0:
-                raise ValueError(f"the limit on a tool's {name} must be positive, got {limit}")
 
 
 class ToolRunner:
@@ -79,15 +70,15 @@ class ToolRunner:
     def __init__(
         self,
         toolbox: Toolbox,
-        executor: str = "process",
+        executor: Literal["process", "inline"] = "process",
         limits: Limits = Limits(),
         workers: int | None = None,
         lax: bool = False,
         cache: bool = True,
         isolation: Isolation = USUAL,
     ):
-        if executor not in EXECUTORS:
-            raise ValueError(f"tool_executor must be one of {', '.join(EXECUTORS)}, got {executor!r}")
+        if executor not in ("process", "inline"):  # users call this class too
+            raise ValueError(f"tool_executor must be one of process, inline, got {executor!r}")
         if executor == "inline" and isolation != USUAL:
             raise ValueError(
                 "tool_env and tool_sandbox are for worker processes, and inline tools run in this one; set "
@@ -147,7 +138,7 @@ class ToolRunner:
         """Run calls: those of different rows at once, those of one row in order.
 
         Args:
-            calls: the calls of a turn, of all rows.
+            calls: those of a turn, of all rows.
             rows: the row of each call; by default each call has a separate row.
 
         Returns:
@@ -166,8 +157,7 @@ class ToolRunner:
         A row's earlier calls must have ended, or those of the two batches may run out of order.
 
         Args:
-            calls: the calls of a turn, of all rows.
-            rows: the row of each call; by default each call has a separate row.
+            calls, rows: as in `run`.
             again: bypass the cache, which stays unchanged.
         """
         self._check_open()
@@ -286,14 +276,8 @@ class PurityCheck:
             different += 1
             if call.name not in self._reported:
                 self._reported.add(call.name)
-                given, was, now = (
-                    shorten(text, 200)
-                    for text in (
-                        json.dumps(call.arguments, ensure_ascii=False),
-                        repr(first.text),
-                        repr(second.text),
-                    )
-                )
+                given = shorten(json.dumps(call.arguments, ensure_ascii=False), 200)
+                was, now = (shorten(repr(result.text), 200) for result in (first, second))
                 self._report(
                     f"Warning: the tool {call.name} is not pure: with {given} it returned {was} and then {now}. "
                     "Equal calls of a step share one result; make it deterministic, or set tool_cache to false"
@@ -310,7 +294,6 @@ class _ProcessLane:
     Args:
         setup: the worker's first line (see `worker.py`).
         timeout: seconds per call.
-        isolation: what it may see.
     """
 
     def __init__(self, setup: dict[str, Any], timeout: float, isolation: Isolation):
@@ -380,27 +363,30 @@ class _ProcessLane:
             raise RuntimeError(f"a tool worker did not start: {why}")
 
     def _ask(self, line: str, timeout: float) -> tuple[str, str, float]:
-        answer = json.loads(self._exchange(line, timeout))
-        match answer:
+        """Write one line to the worker and read its answer."""
+        deadline = time.monotonic() + timeout
+
+        def wait(fd: int, event: int) -> None:
+            poller = select.poll()
+            poller.register(fd, event)
+            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise TimeoutError
+
+        stdin, stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
+        data = line.encode() + b"\n"
+        while data:
+            wait(stdin, select.POLLOUT)
+            data = data[os.write(stdin, data) :]
+        chunks: list[bytes] = []
+        while not chunks or not chunks[-1].endswith(b"\n"):
+            wait(stdout, select.POLLIN)
+            chunks.append(os.read(stdout, 1 << 16))
+            if not chunks[-1]:
+                raise EOFError("it closed its pipe")
+        match json.loads(b"".join(chunks)):
             case ["ready" | "ok" | "error" | "crash" as outcome, str(text), float(seconds)]:
                 return outcome, text, seconds
         raise ValueError("it wrote into the worker's pipe")
-
-    def _exchange(self, line: str, timeout: float) -> bytes:
-        deadline = time.monotonic() + timeout
-        self._write(line.encode() + b"\n", deadline)
-        chunks: list[bytes] = []
-        while not chunks or not chunks[-1].endswith(b"\n"):
-            _wait(self._process.stdout.fileno(), select.POLLIN, deadline)
-            chunks.append(os.read(self._process.stdout.fileno(), 1 << 16))
-            if not chunks[-1]:
-                raise EOFError("it closed its pipe")
-        return b"".join(chunks)
-
-    def _write(self, data: bytes, deadline: float) -> None:
-        while data:
-            _wait(self._process.stdin.fileno(), select.POLLOUT, deadline)
-            data = data[os.write(self._process.stdin.fileno(), data) :]
 
     def _cause_of_death(self, error: Exception) -> str:
         try:
@@ -411,13 +397,6 @@ class _ProcessLane:
             return f"ended its worker process with exit code {code}"
         hint = ", perhaps out of memory" if code == -signal.SIGKILL else ""
         return f"crashed its worker process ({signal.Signals(-code).name}{hint})"
-
-
-def _wait(fd: int, event: int, deadline: float) -> None:
-    poller = select.poll()
-    poller.register(fd, event)
-    if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-        raise TimeoutError
 
 
 def _overtime(name: str, timeout: float) -> str:

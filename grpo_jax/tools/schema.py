@@ -23,9 +23,6 @@ def get_schema(function: Callable) -> dict[str, Any]:
     Where it does not (NumPy or `name (int): text` docstrings, undocumented arguments, TypedDict, dataclass,
     limits in `Annotated`), the schema is read here in the same form.
 
-    Args:
-        function: a typed function or bound method with a docstring.
-
     Returns:
         `{"type": "function", "function": {"name", "description", "parameters", "return"?}}`.
 
@@ -70,13 +67,23 @@ def read_schema(function: Callable) -> dict[str, Any]:
         ) from error
     except Exception as error:  # what is no type, or a name inside a TypedDict that does not exist
         raise ValueError(f"{hints.location(function)}: a type hint cannot be read: {error}") from error
-    _warn_unknown_types(function)
+    for name, parameter in parameters.items():
+        for hint in _unknown_types(parameter.hint):
+            logger.warning(
+                "%s: the type %r of argument '%s' has no JSON form; the model sees no type and the tool "
+                "gets the JSON value as it is",
+                hints.location(function),
+                hint,
+                name,
+            )
     schema: dict[str, Any] = {"type": "object", "properties": properties}
     if required := [name for name, p in parameters.items() if p.required]:
         schema["required"] = required
     output = {"name": function.__name__, "description": doc.description, "parameters": schema}
-    if (returned := _returned(function, doc.returns)) is not None:
-        output["return"] = returned
+    hint = hints.type_hints(function).get("return")
+    returned = {} if hint is None else type_schema(hint)
+    if returned or hint is Any:
+        output["return"] = returned if doc.returns is None else returned | {"description": doc.returns}
     return {"type": "function", "function": output}
 
 
@@ -85,17 +92,31 @@ def type_schema(hint: Any) -> dict[str, Any]:
     hint = hints.meaning(hint)
     kind = hints.container(hint)
     if hints.is_enum(hint) or kind is typing.Literal:
-        return _values_schema([written for written, _ in hints.allowed_values(hint)])
+        values = [written for written, _ in hints.allowed_values(hint)]
+        types = list(dict.fromkeys(hints.SCALARS[type(v)] for v in values))
+        return {"type": types[0] if len(types) == 1 else types, "enum": values}
+    members = typing.get_args(hint)
     if hints.is_union(hint):
-        return _union_schema(typing.get_args(hint))
+        return _union_schema(members)
     if hints.is_record(hint):
-        return _record_schema(hint)
+        fields = hints.record_fields(hint)
+        properties = {key: _property(field) for key, field in fields.items()}
+        if hints.is_model(hint):  # it may say limits, formats and defaults that type hints do not
+            own = _pydantics(hint.model_json_schema).get("properties", {})
+            for key in fields.keys() & own.keys():
+                _limit(properties[key], own[key])
+        required = [key for key, field in fields.items() if field.required]
+        schema = {"type": "object", "properties": properties}
+        return schema | {"required": required} if required else schema
     if kind in hints.SCALARS:
         return {"type": hints.SCALARS[kind]}
     if kind in hints.ARRAYS:
-        return _array_schema(kind, typing.get_args(hint))
+        if kind is tuple and members and Ellipsis not in members:
+            return {"type": "array", "prefixItems": [type_schema(m) for m in members]}
+        return {"type": "array", "items": type_schema(members[0])} if members else {"type": "array"}
     if kind in hints.OBJECTS:
-        return _object_schema(typing.get_args(hint))
+        schema = {"type": "object"}
+        return schema | {"additionalProperties": type_schema(members[1])} if len(members) == 2 else schema
     return {}
 
 
@@ -147,18 +168,6 @@ def _property(parameter: hints.Field) -> dict[str, Any]:
     return schema
 
 
-def _warn_unknown_types(function: Callable) -> None:
-    for name, parameter in hints.parameters(function).items():
-        for hint in _unknown_types(parameter.hint):
-            logger.warning(
-                "%s: the type %r of argument '%s' has no JSON form; the model sees no type and the tool "
-                "gets the JSON value as it is",
-                hints.location(function),
-                hint,
-                name,
-            )
-
-
 def _unknown_types(hint: Any, records: tuple = ()) -> Iterator[Any]:
     """The types without a JSON form in a hint, its members, items and fields; pydantic reads those of its models.
 
@@ -177,19 +186,6 @@ def _unknown_types(hint: Any, records: tuple = ()) -> Iterator[Any]:
         yield hint
 
 
-def _returned(function: Callable, text: str | None) -> dict[str, Any] | None:
-    hint = hints.type_hints(function).get("return")
-    schema = {} if hint is None else type_schema(hint)
-    if not schema and hint is not Any:
-        return None
-    return schema if text is None else schema | {"description": text}
-
-
-def _values_schema(values: list) -> dict[str, Any]:
-    types = list(dict.fromkeys(hints.SCALARS[type(v)] for v in values))
-    return {"type": types[0] if len(types) == 1 else types, "enum": values}
-
-
 def _union_schema(members: tuple) -> dict[str, Any]:
     subtypes = [type_schema(m) for m in members if m is not type(None)]
     if len(subtypes) == 1:
@@ -200,23 +196,6 @@ def _union_schema(members: tuple) -> dict[str, Any]:
     else:
         schema = {"anyOf": subtypes}
     return schema | {"nullable": True} if type(None) in members else schema
-
-
-def _record_schema(record: type) -> dict[str, Any]:
-    fields = hints.record_fields(record)
-    schema = {"type": "object", "properties": {key: _property(field) for key, field in fields.items()}}
-    if hints.is_model(record):
-        _add_limits(schema["properties"], record)
-    if required := [k for k, f in fields.items() if f.required]:
-        schema["required"] = required
-    return schema
-
-
-def _add_limits(properties: dict[str, dict], model: Any) -> None:
-    """Adds what a pydantic model says of its fields and type hints do not: limits, formats, defaults."""
-    own = _pydantics(model.model_json_schema).get("properties", {})
-    for key in properties.keys() & own.keys():
-        _limit(properties[key], own[key])
 
 
 def _pydantics(schema: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -236,17 +215,3 @@ def _limit(schema: dict[str, Any], own: dict[str, Any]) -> None:
     named = schema.keys() & {"type", "enum", "anyOf"}
     limits = own if not named and "$ref" not in own else {k: own.get(k) for k in _MODEL_LIMITS}
     schema |= {k: v for k, v in limits.items() if v is not None and k not in ("title", "description")}
-
-
-def _array_schema(kind: Any, members: tuple) -> dict[str, Any]:
-    if not members:
-        return {"type": "array"}
-    if kind is tuple and Ellipsis not in members:
-        return {"type": "array", "prefixItems": [type_schema(m) for m in members]}
-    return {"type": "array", "items": type_schema(members[0])}
-
-
-def _object_schema(members: tuple) -> dict[str, Any]:
-    if len(members) != 2:
-        return {"type": "object"}
-    return {"type": "object", "additionalProperties": type_schema(members[1])}

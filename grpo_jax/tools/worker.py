@@ -26,7 +26,11 @@ _ORPHAN_GRACE = 5.0  # seconds past the time limit, for the parent to act first
 
 def main() -> None:
     """Serve calls until the parent closes the pipe."""
-    calls, answers = _protocol_pipes()
+    # The pipes to the parent, moved away from where a tool prints and reads.
+    calls = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
     setup = json.loads(calls.readline())
     user_code.has_own_process = True
     try:
@@ -46,16 +50,6 @@ def main() -> None:
         answers.write(answer + "\n")
         signal.setitimer(signal.ITIMER_REAL, 0)
     os._exit(0)  # threads and exit handlers of tools do not hold the worker back
-
-
-def _protocol_pipes():
-    """The pipes to the parent, moved away from where a tool prints and reads."""
-    calls = os.fdopen(os.dup(0), "r", encoding="utf-8")
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(2, 1)
-    return calls, answers
 
 
 def _limit_memory(megabytes: int) -> None:
