@@ -104,8 +104,6 @@ def part_of(items: Sequence[T], process_index: int, process_count: int) -> list[
 
     Args:
         items: [P] of the whole batch, the same in every process.
-        process_index: counted from 0.
-        process_count: number of processes.
 
     Returns:
         [P / process_count] of them.
@@ -143,7 +141,10 @@ def gather(make: Callable[[], T]) -> list[T]:
     except Exception as raised:
         error = raised
     message = pickle.dumps((value, None if error is None else f"{type(error).__name__}: {error}"))
-    answers = [pickle.loads(one) for one in _all_messages(message)]
+    lengths = agree([len(message)])[:, 0]
+    size = max(SMALLEST_MESSAGE, 1 << int(lengths.max() - 1).bit_length())
+    padded = _all_gather(np.frombuffer(message.ljust(size, b"\0"), np.uint8))
+    answers = [pickle.loads(row[:n].tobytes()) for row, n in zip(padded, lengths, strict=True)]
     for process, (_, problem) in enumerate(answers):
         if problem is not None:
             raise HostError(f"process {process} failed: {problem}") from error
@@ -239,10 +240,3 @@ def _all_gather(x: Any, tiled: bool = False) -> np.ndarray:
     from jax.experimental.multihost_utils import process_allgather
 
     return process_allgather(x, tiled=tiled)
-
-
-def _all_messages(message: bytes) -> list[bytes]:
-    lengths = agree([len(message)])[:, 0]
-    size = max(SMALLEST_MESSAGE, 1 << int(lengths.max() - 1).bit_length())
-    padded = np.frombuffer(message.ljust(size, b"\0"), np.uint8)
-    return [row[:n].tobytes() for row, n in zip(_all_gather(padded), lengths, strict=True)]

@@ -87,9 +87,8 @@ class Prompt:
     """An example as the model sees it.
 
     Args:
-        example: the row.
         ids: token ids of the whole prompt, preamble included.
-        schemas: of the tools that it shows, the only ones that its completions may call.
+        schemas: the tools that it shows, the only ones that its completions may call.
         draw: global draw index, epoch · n + place in the epoch's order: with the run's seed, the
             completion's number and the position it decides what is sampled.
     """
@@ -123,7 +122,6 @@ class ToolResult:
 
     Args:
         text: what the model sees.
-        outcome: what became of the call.
         seconds: wall time of the call, without waiting for a worker.
     """
 
@@ -171,7 +169,6 @@ class Trajectory:
     """One completion of a prompt with all its tool turns, token in, token out.
 
     Args:
-        prompt: what it completes.
         completion_ids: everything after the prompt: sampled tokens and tool responses.
         sampled_mask: True where the policy sampled the token.
         logprobs: the sampler's log-probability in nats; 0.0 where not sampled.

@@ -13,9 +13,8 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of the rows in an epoch: a permutation of 0 … n − 1 that depends on nothing else.
 
     Args:
-        seed: of the run, >= 0.
+        seed: that of the run, >= 0.
         epoch: counted from 0.
-        n: number of rows.
     """
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
@@ -50,7 +49,6 @@ def next_batch(
     Args:
         n: number of rows.
         size: rows per batch.
-        cursor: where the last batch ended.
         shuffle: draw an order for every epoch; False keeps the order of the data.
 
     Returns:
@@ -85,7 +83,6 @@ def choose_groups(useful: np.ndarray, size: int) -> np.ndarray:
 
     Args:
         useful: [n >= size] bool, in the order in which they were drawn.
-        size: groups per batch.
 
     Returns:
         [size] their indices, rising.
@@ -101,7 +98,7 @@ class Steps:
         P: prompts per batch.
         G: completions per prompt.
         batches_per_epoch: full batches; an incomplete last one is dropped.
-        batches: of the whole run.
+        batches: those of the whole run.
         updates_per_batch: optimizer steps on each batch, `num_iterations`.
     """
 
@@ -128,12 +125,10 @@ def count_steps(
     """The steps of a run over a data set.
 
     Args:
-        rows: of the data set.
         P: prompts per batch.
         G: completions per prompt.
         epochs: passes over the data; a fraction is rounded up to whole batches.
         max_updates: updates after which the run ends instead, rounded up to whole batches; ignored unless > 0.
-        updates_per_batch: optimizer steps on each batch.
 
     Raises:
         ValueError: the data has fewer rows than one batch has prompts.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, signature
-from typing import Any, Protocol
+from typing import Any
 
 from grpo_jax.data.rows import parsed_text, recorded_call, row_tools, show_json
 from grpo_jax.text import shorten
+from grpo_jax.tools import ToolRunner
 from grpo_jax.tools.hints import container, is_record, is_union, meaning, record_fields
 from grpo_jax.types import Example, Outcome, ToolCall, ToolResult
 
@@ -28,7 +30,6 @@ def gold_calls(example: Example, functions: Mapping[str, Callable]) -> list[Tool
     become int, as the original TRL recipe's data needs. In `tool_call` both are kept.
 
     Args:
-        example: the row.
         functions: tool name → function, whose signature says which parameters are its own.
 
     Returns:
@@ -66,8 +67,9 @@ def _gold_call(call: Any, functions: Mapping[str, Callable], original: bool) -> 
         raise ValueError(f"unknown tool {name!r}; the tools are {', '.join(functions)}")
     written = signature(functions[name]).parameters
     parameters = {key: p for key, p in written.items() if p.kind is not Parameter.VAR_KEYWORD}
-    free, hints = len(parameters) < len(written), _hints(functions[name])
-    kept = {}
+    free, hints, kept = len(parameters) < len(written), {}, {}
+    with contextlib.suppress(Exception):  # loading the tools has already reported it
+        hints = typing.get_type_hints(functions[name])
     for key, value in arguments.items():
         parameter, hint = parameters.get(key), hints.get(key, Any)
         if value is None:
@@ -96,18 +98,16 @@ def unpadded(example: Example, functions: Mapping[str, Callable]) -> Any:
     calls: list[Any] = value if isinstance(value, list) else [value]
     if not gold or not all(isinstance(call, dict) for call in calls):
         return value
-    found = [_with_arguments(call, one) for call, one in zip(calls, gold, strict=True)]
+    found = []
+    for call, one in zip(calls, gold, strict=True):
+        function, read = call.get("function"), {"name": one.name, "arguments": one.arguments}
+        if isinstance(function, dict):
+            # OpenAI's own way is text, for rewards that are written for it
+            as_text = isinstance(function.get("arguments"), str)
+            found.append(read | call | {"function": function if as_text else function | read})
+        else:
+            found.append(call | read)
     return found if isinstance(value, list) else found[0]
-
-
-def _with_arguments(call: dict[str, Any], gold: ToolCall) -> dict[str, Any]:
-    """A recorded call with the arguments of the gold call that was read from it."""
-    function, read = call.get("function"), {"name": gold.name, "arguments": gold.arguments}
-    if not isinstance(function, dict):
-        return call | read
-    # OpenAI's own way is text, for rewards that are written for it
-    as_text = isinstance(function.get("arguments"), str)
-    return read | call | {"function": function if as_text else function | read}
 
 
 def _without_nulls(value: Any, hint: Any) -> Any:
@@ -136,13 +136,6 @@ def _integers(value: Any) -> Any:
     if isinstance(value, list):
         return [_integers(inner) for inner in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _hints(of: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(of)
-    except Exception:  # loading the tools has already reported it
-        return {}
 
 
 def _takes_null(hint: Any) -> bool:
@@ -175,16 +168,8 @@ def gold_texts(example: Example, functions: Mapping[str, Callable]) -> list[str]
 # Running them
 
 
-class Runner(Protocol):
-    """What runs calls: `tools.ToolRunner`."""
-
-    def start_step(self, rows: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def run(self, calls: Sequence[ToolCall], rows: Sequence[int]) -> list[ToolResult]: ...
-
-
 def run_gold_calls(
-    examples: Sequence[Example], functions: Mapping[str, Callable], runner: Runner
+    examples: Sequence[Example], functions: Mapping[str, Callable], runner: ToolRunner
 ) -> list[list[CallAndResult]]:
     """The gold calls of every row, each with its result."""
     gold = [gold_calls(example, functions) for example in examples]
@@ -198,7 +183,6 @@ def failed_call(calls: Sequence[CallAndResult], answers: bool) -> CallAndResult 
     """The first gold call of a row that did not run; None where all did, or where its error is the answer.
 
     Args:
-        calls: the row's calls in order.
         answers: whether the last result is the row's answer.
     """
     return None if answers else next((pair for pair in calls if pair[1].outcome is not Outcome.OK), None)

@@ -58,7 +58,12 @@ def _example(row: Any, place: str, system_prompt: str | None, columns: Mapping[s
         raise ValueError(
             "a string contains half of a surrogate pair, which no file can represent; write the whole character"
         )
-    row = _renamed(row, columns)
+    if absent := [theirs for theirs in columns.values() if theirs not in row]:
+        raise ValueError(
+            f"has no column {absent[0]!r}, which dataset_columns names; it has {', '.join(map(repr, row))}"
+        )
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    row = kept | {ours: row[theirs] for ours, theirs in columns.items()}
     for name in ("prompt", "answer"):
         if name not in row:
             raise ValueError(
@@ -75,15 +80,6 @@ def _example(row: Any, place: str, system_prompt: str | None, columns: Mapping[s
     if system_prompt is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
     return Example(messages, answer, row, place)
-
-
-def _renamed(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    if absent := [theirs for theirs in columns.values() if theirs not in row]:
-        raise ValueError(
-            f"has no column {absent[0]!r}, which dataset_columns names; it has {', '.join(map(repr, row))}"
-        )
-    kept = {name: value for name, value in row.items() if name not in columns.values()}
-    return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
 def _answer(value: Any) -> str:
@@ -111,8 +107,7 @@ def row_tools(example: Example, names: Iterable[str], column: str = "tools") -> 
     """The tools that a row shows, in the order of `names`: those that its column `tools` names, or all.
 
     Args:
-        example: the row; null in the column means all, as does its absence.
-        names: of all tools.
+        example: null in its column means all, as does its absence.
         column: `must_state` for the tools whose results the final text must state.
 
     Raises:

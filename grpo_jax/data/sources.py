@@ -59,7 +59,12 @@ def read_source(source: Source) -> Iterator[Row]:
         return _file_rows(sliced["path"], sliced["part"])
     if hub and _format(hub["name"])[0] not in FORMATS:
         return _hub_rows(source, hub["name"], (hub["split"] or "train") + (hub["part"] or ""))
-    raise _not_found(sliced["path"] if sliced else source)
+    path = sliced["path"] if sliced else source
+    files = (*Path(path).expanduser().parent.glob("*"), *Path().glob("*/*"))
+    found = {str(file) for file in files if _format(file.name)[0] in FORMATS and os.path.isfile(file)}
+    near = nearest(path, sorted(found), n=3)
+    hint = f"nearest: {', '.join(near)}" if near else f"there is no data set next to it; {SUPPORTED}"
+    raise FileNotFoundError(f"data set {path} does not exist; {hint}")
 
 
 # Files
@@ -69,12 +74,18 @@ def _file_rows(path: str, part: str | None) -> Iterator[Row]:
     """The rows of a file, or of a slice of it; lines outside the slice are not parsed."""
     file = Path(path).expanduser()
     if file.is_dir():
-        raise ValueError(f"{path} is a folder; {_file_of_folder(file)}; {SUPPORTED}")
+        if (file / "dataset_info.json").exists() or (file / "dataset_dict.json").exists():
+            what = "saved by `datasets`: load it with load_from_disk and write it with to_parquet('rows.parquet')"
+        else:
+            files = sorted(one for one in file.iterdir() if _format(one.name)[0] in FORMATS)
+            data = [one for one in files if one.name not in ("state.json", "config.json")]
+            what = f"name one file in it, e.g. {data[0]}" if data else "give the path of a file"
+        raise ValueError(f"{path} is a folder; {what}; {SUPPORTED}")
     kind, compression = _format(path)
     if not file.is_file() or kind not in FORMATS or (compression and kind not in TEXT_FORMATS):
         what = f"has the unknown format {file.suffix!r}" if file.is_file() else "is not a regular file"
         raise ValueError(f"data set {path} {what}; {SUPPORTED}")
-    lines = False
+    is_lines = False
     if kind == ".parquet":
         rows = _parquet_rows(path)
     else:
@@ -82,13 +93,22 @@ def _file_rows(path: str, part: str | None) -> Iterator[Row]:
         if kind in (".csv", ".tsv"):
             rows = _table_rows(path, text, "\t" if kind == ".tsv" else ",")
         elif kind == ".json" and text.lstrip().startswith("["):
-            rows = _array_rows(path, text)
+            try:
+                array = json.loads(text, parse_constant=_no_constant)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}: not JSON: {error}; write an array of objects, or one JSON object per line"
+                ) from None
+            rows = [(f"row {i} of {path}", row) for i, row in enumerate(array, start=1)]
         else:
-            rows, lines = _lines(path, text), True
+            is_lines, lines = True, list(io.StringIO(text, newline=None))
+            while lines and not lines[-1].strip():  # empty ones at the end
+                lines.pop()
+            rows = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
     if part is not None and rows:
         rows = [rows[i] for i in _chosen(path, part, len(rows))]
     for place, row in rows:
-        yield place, _parsed(place, row) if lines else row
+        yield place, _parsed(place, row) if is_lines else row
 
 
 def _format(path: str) -> tuple[str, str | None]:
@@ -96,15 +116,6 @@ def _format(path: str) -> tuple[str, str | None]:
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else None
     return suffixes[-1] if suffixes else "", compression
-
-
-def _file_of_folder(folder: Path) -> str:
-    """What to do about a folder."""
-    files = sorted(file for file in folder.iterdir() if _format(file.name)[0] in FORMATS)
-    if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
-        return "saved by `datasets`: load it with load_from_disk and write it with to_parquet('rows.parquet')"
-    data = [file for file in files if file.name not in ("state.json", "config.json")]
-    return f"name one file in it, e.g. {data[0]}" if data else "give the path of a file"
 
 
 def _text(path: str, compression: str | None) -> str:
@@ -131,14 +142,6 @@ def _text(path: str, compression: str | None) -> str:
         raise ValueError(f"{path}:{line}: not UTF-8: {error}; save the file as UTF-8") from None
 
 
-def _lines(path: str, text: str) -> list[Row]:
-    """The lines of a file without the empty ones at its end."""
-    lines = list(io.StringIO(text, newline=None))
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1)]
-
-
 def _parsed(place: str, line: str) -> Any:
     if not line.strip():
         raise ValueError(f"{place}: empty line between rows; delete it")
@@ -152,16 +155,6 @@ def _parsed(place: str, line: str) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON; write null or a number")
-
-
-def _array_rows(path: str, text: str) -> list[Row]:
-    try:
-        rows = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: not JSON: {error}; write an array of objects, or one JSON object per line"
-        ) from None
-    return [(f"row {i} of {path}", row) for i, row in enumerate(rows, start=1)]
 
 
 def _table_rows(path: str, text: str, delimiter: str) -> list[Row]:
@@ -224,14 +217,6 @@ def _chosen(path: str, part: str, rows: int) -> range:
         ) from None
 
 
-def _not_found(path: str) -> FileNotFoundError:
-    files = (*Path(path).expanduser().parent.glob("*"), *Path().glob("*/*"))
-    found = {str(file) for file in files if _format(file.name)[0] in FORMATS and os.path.isfile(file)}
-    near = nearest(path, sorted(found), n=3)
-    hint = f"nearest: {', '.join(near)}" if near else f"there is no data set next to it; {SUPPORTED}"
-    return FileNotFoundError(f"data set {path} does not exist; {hint}")
-
-
 # Python objects
 
 
@@ -245,7 +230,7 @@ def _given_rows(source: Any) -> Iterator[Row]:
     ):
         splits = ", ".join(map(str, source))
         raise ValueError(
-            f"the given {kind} holds the splits {splits}; give one, as data[{next(iter(source), '')!r}]"
+            f"the given {kind} holds the splits {splits}; give one, as data[{next(iter(source))!r}]"
         )
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise ValueError(
@@ -279,35 +264,31 @@ def _plain(value: Any) -> Any:
 
 
 def _tfds_rows(source: str) -> Iterator[Row]:
+    """The rows of a registered data set, prepared on disk; of processes that start together, the first writes it."""
     name, _, split = source.removeprefix("tfds:").partition(":")
     try:
-        data = _prepared(name).as_data_source(split=split or "train")
+        import filelock
+        import tensorflow_datasets as tfds
+
+        cache = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+        os.makedirs(cache, exist_ok=True)
+        tfds.disable_progress_bar()
+        load = functools.partial(tfds.builder, name, data_dir=cache, file_format="array_record")
+        with filelock.FileLock(os.path.join(cache, "grpo_jax.lock")):
+            try:  # inside the lock: a builder reads what another process has written
+                builder = load()
+            except tfds.core.DatasetNotFoundError:
+                # some builders, gsm8k among them, register only when their module is imported
+                base = name.partition("/")[0]
+                for init in Path(tfds.__file__).parent.glob(f"*/{base}/__init__.py"):
+                    importlib.import_module(f"tensorflow_datasets.{init.parts[-3]}.{base}")
+                builder = load()
+            builder.download_and_prepare()
+        data = builder.as_data_source(split=split or "train")
     except Exception as error:  # the builder's own download code may raise anything
         raise ValueError(f"{source} cannot be loaded: {_reason(error)}; {_LOCAL}") from error
     for i in range(len(data)):
         yield f"{source}:{i + 1}", _plain(data[i])
-
-
-def _prepared(name: str) -> Any:
-    """The builder of a registered data set, prepared on disk; of processes that start together, the first writes it."""
-    import filelock
-    import tensorflow_datasets as tfds
-
-    cache = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    os.makedirs(cache, exist_ok=True)
-    tfds.disable_progress_bar()
-    load = functools.partial(tfds.builder, name, data_dir=cache, file_format="array_record")
-    with filelock.FileLock(os.path.join(cache, "grpo_jax.lock")):
-        try:  # inside the lock: a builder reads what another process has written
-            builder = load()
-        except tfds.core.DatasetNotFoundError:
-            # some builders, gsm8k among them, register only when their module is imported
-            base = name.partition("/")[0]
-            for init in Path(tfds.__file__).parent.glob(f"*/{base}/__init__.py"):
-                importlib.import_module(f"tensorflow_datasets.{init.parts[-3]}.{base}")
-            builder = load()
-        builder.download_and_prepare()
-    return builder
 
 
 def _hub_rows(source: str, name: str, split: str) -> Iterator[Row]:
@@ -323,7 +304,6 @@ def _hub_rows(source: str, name: str, split: str) -> Iterator[Row]:
 
 
 def _library(name: str, what: str) -> Any:
-    """An optional library."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
