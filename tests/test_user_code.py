@@ -16,7 +16,8 @@ import warnings
 import numpy as np
 import pytest
 
-from grpo_jax.tools.user_code import import_file, import_module, users_code
+from grpo_jax.tools.process_state import users_code
+from grpo_jax.tools.user_code import import_file, import_module
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ from grpo_jax.scoring.event_loop import EventLoop
 from grpo_jax.scoring.grounding import is_grounded
 from grpo_jax.scoring.metrics import is_run_metric
 from grpo_jax.text import shorten
-from grpo_jax.tools.user_code import error_text, import_file, users_code
+from grpo_jax.tools.process_state import users_code
+from grpo_jax.tools.user_code import error_text, import_file
 from grpo_jax.types import BUILT_IN_REWARDS, Message, Status, tool_results
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from typing import Any
 from grpo_jax.text import nearest, replace_lone_surrogates, shorten
 from grpo_jax.tools.arguments import check_arguments, show
 from grpo_jax.tools.load import Toolbox, named_functions
-from grpo_jax.tools.user_code import error_text, message_of, users_code
+from grpo_jax.tools.process_state import users_code
+from grpo_jax.tools.user_code import error_text, message_of
 
 _MESSAGE_LIMIT = 1000  # characters of an exception's message that a model gets to see
 _NAMES_LISTED = 20

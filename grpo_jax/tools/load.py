@@ -15,8 +15,9 @@ from typing import Any
 
 from grpo_jax.text import nearest
 from grpo_jax.tools import hints
+from grpo_jax.tools.process_state import users_code
 from grpo_jax.tools.schema import get_schema
-from grpo_jax.tools.user_code import import_file, import_module, users_code, users_errors
+from grpo_jax.tools.user_code import import_file, import_module, users_errors
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what chat templates and services allow
 

@@ -25,7 +25,8 @@ from grpo_jax.text import shorten
 from grpo_jax.tools.call import execute, thread_loops
 from grpo_jax.tools.isolation import Isolation
 from grpo_jax.tools.load import Toolbox, pickled
-from grpo_jax.tools.user_code import error_text, users_code
+from grpo_jax.tools.process_state import users_code
+from grpo_jax.tools.user_code import error_text
 from grpo_jax.types import Outcome, ToolCall, ToolResult
 
 PURITY_SAMPLE = 8  # calls a step that `verify_purity` runs again

@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from grpo_jax.tools import user_code
+from grpo_jax.tools import process_state
 from grpo_jax.tools.call import OUT_OF_MEMORY, execute
 from grpo_jax.tools.load import load_functions
 
@@ -32,7 +32,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     setup = json.loads(calls.readline())
-    user_code.has_own_process = True
+    process_state.has_own_process = True
     try:
         functions = load_functions(setup["script"], setup["module"], setup["pickled"])
         _limit_memory(setup["limits"]["memory_mb"])
