@@ -53,7 +53,7 @@ class SolveRates:
         """The rates after a rollout.
 
         Args:
-            rows: [P] whose groups it sampled.
+            rows: [P] the rows whose groups the rollout sampled.
             solved: [P·G] whether a completion is right; those of a group are adjacent.
         """
         rates = self.rates.copy()

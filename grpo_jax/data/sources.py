@@ -273,7 +273,7 @@ def _tfds_rows(source: str) -> Iterator[Row]:
         cache = os.path.expanduser(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
         os.makedirs(cache, exist_ok=True)
         tfds.disable_progress_bar()
-        load = functools.partial(tfds.builder, name, data_dir=cache, file_format="array_record")
+        load: Any = functools.partial(tfds.builder, name, data_dir=cache, file_format="array_record")
         with filelock.FileLock(os.path.join(cache, "grpo_jax.lock")):
             try:  # inside the lock: a builder reads what another process has written
                 builder = load()

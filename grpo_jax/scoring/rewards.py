@@ -145,7 +145,7 @@ def joined(outcomes: Sequence[RewardOutcome]) -> RewardOutcome:
     """The outcome of a batch whose parts were scored separately; a metric is the mean of the parts' means.
 
     Args:
-        outcomes: of the parts, in order; a column that a part lacks is None in its rows.
+        outcomes: one per part, in order; a column that a part lacks is None in its rows.
     """
     metrics = {
         name: [o.metrics[name] for o in outcomes if name in o.metrics] for o in outcomes for name in o.metrics

@@ -230,18 +230,13 @@ def type_hints(function: Callable, include_extras: bool = False) -> dict[str, An
     try:
         return typing.get_type_hints(function, include_extras=include_extras)
     except Exception as error:
-        try:
-            return typing.get_type_hints(_without_return(function), include_extras=include_extras)
+        try:  # a function with the same hints except the return value's
+            inner = inspect.unwrap(getattr(function, "__func__", function))
+            bare = types.FunctionType(inner.__code__, inner.__globals__)
+            bare.__annotations__ = {k: hint for k, hint in inner.__annotations__.items() if k != "return"}
+            return typing.get_type_hints(bare, include_extras=include_extras)
         except Exception:
             raise ValueError(f"{location(function)}: a type hint cannot be read: {error}") from error
-
-
-def _without_return(function: Callable) -> Callable:
-    """A function with the same hints except the return value's."""
-    function = inspect.unwrap(getattr(function, "__func__", function))
-    bare = types.FunctionType(function.__code__, function.__globals__)
-    bare.__annotations__ = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
-    return bare
 
 
 def meaning(hint: Any) -> Any:
@@ -273,19 +268,16 @@ def allowed_values(hint: Any) -> list[tuple[Any, Any]]:
     Raises:
         ValueError: a Literal holds bytes, which JSON does not know.
     """
-    members = list(hint) if is_enum(hint) else typing.get_args(hint)
-    pairs = [(_written(member), member) for member in members]
-    for written, _ in pairs:
+    pairs = []
+    for member in list(hint) if is_enum(hint) else typing.get_args(hint):
+        written = member
+        if isinstance(member, Enum):
+            by_value = all(type(one.value) in SCALARS for one in type(member))
+            written = member.value if by_value else member.name
         if type(written) not in SCALARS:
             raise ValueError(f"{written!r} has no JSON form; use text")
+        pairs.append((written, member))
     return pairs
-
-
-def _written(member: Any) -> Any:
-    if not isinstance(member, Enum):
-        return member
-    by_value = all(type(one.value) in SCALARS for one in type(member))
-    return member.value if by_value else member.name
 
 
 def is_record(hint: Any) -> bool:
@@ -318,12 +310,14 @@ def record_fields(record: type) -> dict[str, Field]:
 
 def _record_fields(record: type) -> dict[str, Field]:
     if is_model(record):
-        return {
-            _alias(name, field): Field(
+        found = {}
+        for name, field in record.model_fields.items():
+            alias = field.validation_alias or field.alias
+            key = alias if isinstance(alias, str) else name
+            found[key] = Field(
                 field.annotation, field.is_required(), field.default is None, field.description
             )
-            for name, field in record.model_fields.items()
-        }
+        return found
     hints = typing.get_type_hints(record)
     extras = typing.get_type_hints(record, include_extras=True)
     # Under `from __future__ import annotations` the class itself sees neither Required nor NotRequired.
@@ -351,8 +345,3 @@ def _record_fields(record: type) -> dict[str, Field]:
         for f in dataclasses.fields(record)
         if f.init
     }
-
-
-def _alias(name: str, field: Any) -> str:
-    alias = field.validation_alias or field.alias
-    return alias if isinstance(alias, str) else name

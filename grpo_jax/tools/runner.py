@@ -40,9 +40,9 @@ class Limits:
     """What one tool call may take.
 
     Args:
-        seconds: of wall time (`tool_timeout`).
+        seconds: wall time (`tool_timeout`).
         memory_mb: MiB of data that a worker process may hold on top of its start (`tool_memory_limit`).
-        characters: of a result (`tool_result_limit`); a longer one becomes an error that says so.
+        characters: length of a result (`tool_result_limit`); a longer one becomes an error that says so.
     """
 
     seconds: float = 5.0
@@ -56,7 +56,7 @@ class ToolRunner:
     Args:
         executor: "process" (isolated worker processes) or "inline" (threads of this process, for tools with
             state; a tool that hangs or uses too much memory is then abandoned but not stopped).
-        limits: of a call; the one on memory holds for "process" only.
+        limits: what a call may take; the limit on memory holds for "process" only.
         workers: calls that run at once; default the CPU count, at least 2, and 1 inline, where tools may
             share state.
         lax: strings may stand for numbers and booleans.
@@ -240,7 +240,7 @@ class PurityCheck:
     background. A second run that times out or crashes is not counted.
 
     Args:
-        runner: that ran the calls; from `start` to `finish` it must not be asked for anything else.
+        runner: it ran the calls, and must not be asked for anything else from `start` to `finish`.
         report: gets a line for each function whose results differ, once.
 
     Raises:
@@ -410,7 +410,6 @@ class _InlineLane:
     Args:
         functions_of: row → its functions by name.
         sample: one of the functions, which says from which file they come.
-        limits: of a call.
         lax: strings may stand for numbers and booleans.
     """
 

@@ -44,10 +44,19 @@ def main() -> None:
     for line in calls:
         # Without its parent nothing else ends a hanging tool: SIGALRM's default action does.
         signal.setitimer(signal.ITIMER_REAL, setup["limits"]["seconds"] + _ORPHAN_GRACE)
-        answer = _answer(functions, line, setup)
+        try:
+            name, arguments = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            answer = ["error", f"Error: the call cannot be read: {error}", 0.0]
+        else:
+            began = time.perf_counter()
+            text, outcome = execute(functions, name, arguments, setup["lax"], setup["limits"]["characters"])
+            if text == f"Error: {name} {OUT_OF_MEMORY}":
+                text += f"; tool_memory_limit is {setup['limits']['memory_mb']} MB"
+            answer = [outcome, text, time.perf_counter() - began]
         if os.getpid() != worker:  # a child that the tool forked: one call must not be answered twice
             os._exit(0)
-        answers.write(answer + "\n")
+        answers.write(json.dumps(answer) + "\n")
         signal.setitimer(signal.ITIMER_REAL, 0)
     os._exit(0)  # threads and exit handlers of tools do not hold the worker back
 
@@ -87,15 +96,3 @@ def _limit_memory(megabytes: int) -> None:
     for name in ("_start_new_thread", "_start_joinable_thread"):  # the latter from Python 3.13 on
         if hasattr(threading, name):
             setattr(threading, name, counted(getattr(threading, name)))
-
-
-def _answer(functions: dict, line: str, setup: dict) -> str:
-    try:
-        name, arguments = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return json.dumps(["error", f"Error: the call cannot be read: {error}", 0.0])
-    began = time.perf_counter()
-    text, outcome = execute(functions, name, arguments, setup["lax"], setup["limits"]["characters"])
-    if text == f"Error: {name} {OUT_OF_MEMORY}":
-        text += f"; tool_memory_limit is {setup['limits']['memory_mb']} MB"
-    return json.dumps([outcome, text, time.perf_counter() - began])
