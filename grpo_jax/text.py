@@ -15,12 +15,10 @@ def shorten(text: str, limit: int) -> str:
 
 
 def nearest(name: str, names: Iterable[str], n: int = 1, cutoff: float = 0.0) -> list[str]:
-    """The `n` names most like the given one, the most similar first.
+    """Up to `n` of the names, the most similar to the given one first.
 
     Args:
         name: what was written; only its first 64 characters are compared.
-        names: the valid ones.
-        n: how many to return at most.
         cutoff: similarity below which a name is left out, from 0 (none) to 1.
     """
     return difflib.get_close_matches(name[:64], list(names), n=n, cutoff=cutoff)

@@ -95,10 +95,7 @@ class Steps:
     """The batches and updates of a run.
 
     Args:
-        P: prompts per batch.
-        G: completions per prompt.
         batches_per_epoch: full batches; an incomplete last one is dropped.
-        batches: those of the whole run.
         updates_per_batch: optimizer steps on each batch, `num_iterations`.
     """
 
@@ -125,8 +122,6 @@ def count_steps(
     """The steps of a run over a data set.
 
     Args:
-        P: prompts per batch.
-        G: completions per prompt.
         epochs: passes over the data; a fraction is rounded up to whole batches.
         max_updates: updates after which the run ends instead, rounded up to whole batches; ignored unless > 0.
 

@@ -33,7 +33,6 @@ def run_tool(
 
     Args:
         call: `{"name": …, "arguments": {…}}` as JSON text or as a dict.
-        tools: a toolbox, functions, or name → function.
         lax: strings may stand for numbers and booleans.
 
     Returns:
@@ -59,9 +58,6 @@ def execute(
     """Run one call; returns its text and outcome.
 
     Args:
-        name: the tool's name, as the model gave it.
-        arguments: JSON values.
-        lax: strings may stand for numbers and booleans.
         limit: characters that a result may have; None for any number.
 
     Returns:

@@ -85,7 +85,6 @@ class Field:
 
     Args:
         hint: its type hint, `Annotated` stripped.
-        required: it has no default and must be given.
         nullable_default: its default is None, so an explicit null means the same.
         text: its documentation on one line, None when there is none.
         choices: the values of a closing `(choices: [...])` in its documentation.

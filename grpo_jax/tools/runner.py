@@ -61,7 +61,6 @@ class ToolRunner:
             share state.
         lax: strings may stand for numbers and booleans.
         cache: equal calls of a step run once. Tools with state are never cached.
-        isolation: what worker processes may see.
 
     Raises:
         ValueError: an unknown executor, tools with state in processes, functions given in Python that
@@ -408,9 +407,7 @@ class _InlineLane:
     """One thread of this process. A tool that hangs keeps its thread, unless it is async; the next call gets a new one.
 
     Args:
-        functions_of: row → its functions by name.
         sample: one of the functions, which says from which file they come.
-        lax: strings may stand for numbers and booleans.
     """
 
     def __init__(

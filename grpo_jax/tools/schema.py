@@ -172,7 +172,7 @@ def _unknown_types(hint: Any, records: tuple = ()) -> Iterator[Any]:
     """The types without a JSON form in a hint, its members, items and fields; pydantic reads those of its models.
 
     Args:
-        records: those that the hint is inside of.
+        records: the records that contain the hint.
     """
     hint = hints.meaning(hint)
     if hints.is_record(hint):
