@@ -9,13 +9,18 @@ import pytest
 from trajectories import trajectory
 
 from grpo_jax.files import OutputError
-from grpo_jax.run.log import MetricsWriter, PhaseTimer, RolloutLog, interval_text, write_json_atomic
+from grpo_jax.run.log import PhaseTimer, Records, interval_text, write_json_atomic, write_rollouts
+from grpo_jax.run.options import GRPOConfig
 from grpo_jax.scoring.rewards import ROW_COLUMNS
 from grpo_jax.types import Example, Status
 
 
 def steps_of(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def records(folder, resume_step=None, report_to="none"):
+    return Records(GRPOConfig(output_dir=str(folder), report_to=report_to), resume_step)
 
 
 class Clock:
@@ -31,39 +36,35 @@ class Clock:
 
 
 def test_each_step_is_on_disk_as_soon_as_it_is_written(tmp_path):
-    writer = MetricsWriter(tmp_path)
-    writer.write(1, {"reward": np.float32(0.5), "n": np.int64(3)})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "reward": 0.5, "n": 3}
-    writer.write(2, {"reward": math.nan})
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[1] == '{"step": 2, "reward": null}'
-    writer.close()
+    with records(tmp_path) as run:
+        run.write_metrics(1, {"reward": np.float32(0.5), "n": np.int64(3)})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "reward": 0.5, "n": 3}
+        run.write_metrics(2, {"reward": math.nan})
+        assert (tmp_path / "metrics.jsonl").read_text().splitlines()[1] == '{"step": 2, "reward": null}'
 
 
 def test_resume_drops_later_steps_and_a_torn_line_and_continues(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "x": 1.50}\n{"step": 2}\n{"step": 3}\n{"step": 4, "rew')
-    writer = MetricsWriter(tmp_path, resume_step=2)
-    assert path.read_text() == '{"step": 1, "x": 1.50}\n{"step": 2}\n'
-    writer.write(3, {})
-    writer.close()
+    with records(tmp_path, resume_step=2) as run:
+        assert path.read_text() == '{"step": 1, "x": 1.50}\n{"step": 2}\n'
+        run.write_metrics(3, {})
     assert steps_of(path) == [1, 2, 3]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_new_run_starts_with_an_empty_file_and_resume_without_one_works(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    MetricsWriter(tmp_path).close()
+    with records(tmp_path), records(tmp_path / "new", resume_step=5):
+        pass
     assert (tmp_path / "metrics.jsonl").read_text() == ""
-    MetricsWriter(tmp_path / "new", resume_step=5).close()
     assert (tmp_path / "new" / "metrics.jsonl").read_text() == ""
 
 
 def test_tensorboard_files_are_written_only_when_asked(tmp_path):
-    MetricsWriter(tmp_path / "a", "none").close()
+    with records(tmp_path / "a"), records(tmp_path / "b", report_to="tensorboard") as run:
+        run.write_metrics(1, {"reward": 0.5, "note": "text is no scalar", "bad": math.nan})
     assert not (tmp_path / "a" / "tensorboard").exists()
-    writer = MetricsWriter(tmp_path / "b", "tensorboard")
-    writer.write(1, {"reward": 0.5, "note": "text is no scalar", "bad": math.nan})
-    writer.close()
     (events,) = (tmp_path / "b" / "tensorboard").iterdir()
     content = events.read_bytes()
     assert b"reward" in content
@@ -88,7 +89,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 # --- rollouts ---
 
 
-def test_rollout_log_holds_one_object_a_row(tmp_path):
+def test_rollouts_hold_one_object_a_row(tmp_path):
     chat = [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "first"},
@@ -103,7 +104,7 @@ def test_rollout_log_holds_one_object_a_row(tmp_path):
         status=Status.OVERLONG,
         advantage=-0.25,
     )
-    path = RolloutLog(tmp_path).write(12, [row], ["accuracy", "style"])
+    path = write_rollouts(tmp_path, 12, [row], ["accuracy", "style"])
     assert path == tmp_path / "rollouts" / "step_000012.jsonl"
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {
@@ -119,20 +120,20 @@ def test_rollout_log_holds_one_object_a_row(tmp_path):
 
 def test_the_columns_of_a_row_are_those_that_rewards_cannot_take(tmp_path):
     """ROW_COLUMNS keeps what rewards log away from a row's own columns, so it must name all of these."""
-    path = RolloutLog(tmp_path).write(1, [trajectory()], ["accuracy"])
+    path = write_rollouts(tmp_path, 1, [trajectory()], ["accuracy"])
     assert set(json.loads(path.read_text())) == ROW_COLUMNS
 
 
 def test_what_rewards_log_stands_next_to_a_rows_own_columns(tmp_path):
     extras = {"logged/status": ["scored"], "words": ["{1, 2}"]}
-    path = RolloutLog(tmp_path).write(1, [trajectory()], ["accuracy"], extras)
+    path = write_rollouts(tmp_path, 1, [trajectory()], ["accuracy"], extras)
     row = json.loads(path.read_text())
     assert (row["status"], row["logged/status"], row["words"]) == ("answered", "scored", "{1, 2}")
 
 
-def test_rollout_log_refuses_rewards_without_a_name(tmp_path):
+def test_rollouts_refuse_rewards_without_a_name(tmp_path):
     with pytest.raises(ValueError):
-        RolloutLog(tmp_path).write(1, [trajectory(rewards=(1.0, 0.5))], ["accuracy"])
+        write_rollouts(tmp_path, 1, [trajectory(rewards=(1.0, 0.5))], ["accuracy"])
 
 
 # --- time ---

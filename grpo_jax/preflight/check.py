@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 
@@ -38,11 +37,9 @@ from grpo_jax.preflight.diagnosis import (
 from grpo_jax.run.cold_start import cold_start_rows, gold_trajectories, written_trajectory
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import DataSet, Job
-from grpo_jax.run.log import MetricsWriter, RolloutLog
 from grpo_jax.scoring.advantages import combine_rewards
-from grpo_jax.scoring.metrics import trajectory_metrics
 from grpo_jax.scoring.rewards import TrainerState
-from grpo_jax.types import Example, Outcome, Prompt, ToolCall, ToolResult, Trajectory
+from grpo_jax.types import Outcome, Prompt, ToolCall, ToolResult, Trajectory
 
 SECONDS = 30.0  # spent on running gold calls; how many rows were left out is reported
 ROWS_AT_ONCE = 16  # between looks at the clock: where tools hang, each call takes its whole time limit
@@ -83,14 +80,24 @@ def check_job(job: Job, data: DataSet, evaluation: DataSet | None) -> int:
     _print_tokens(console, data, evaluation, gold)
     found(preamble_hints(examples, [len(p.ids) for p in data.prompts], len(data.tree.preamble)))
     found(limit_hints(gold, config.max_grpo_completion_length, config.max_tool_calling_iterations))
-    _print_gold_calls(console, gold)
+    if outcomes := [result.outcome for row in gold for _, result in row.trajectory.calls]:
+        ran = outcomes.count(Outcome.OK)
+        console.line(
+            f"Gold calls of {len(gold)} rows: {ran} ran, {len(outcomes) - ran} returned an error; the last "
+            f"result is the answer in {sum(row.answers for row in gold)} rows"
+        )
     found(gold_hints(gold))
     if evaluation is not None:
         found(evaluation_hints([p.example for p in evaluation.prompts]))
     calls = _calls_of_each_tool(job, gold)
     bare = [e for e in examples if not gold_calls(e, job.toolbox.functions)]
     found(form_hints(bare, {name: [r.text for _, r in made] for name, made in calls.items()}, none=not gold))
-    found(second_call_hints({name: _again(job, *made[0]) for name, made in calls.items() if made}))
+
+    def again(call: ToolCall) -> ToolResult:  # past the cache, in the worker that is free first
+        return job.runner.submit([call], again=True)[0].result()
+
+    firsts = {name: made[0] for name, made in calls.items() if made}
+    found(second_call_hints({name: [r, again(call), again(call)] for name, (call, r) in firsts.items()}))
     if gold:
         rows, last, hints_of = _spread(gold), "gold calls", reward_hints
     else:
@@ -99,10 +106,6 @@ def check_job(job: Job, data: DataSet, evaluation: DataSet | None) -> int:
     first, second = _score_by_hand(job, rows, gold, last)
     found(hints_of(rows, first))
     found(second_score_hints(rows, first, second))
-    return _verdict(console, hints)
-
-
-def _verdict(console: Console, hints: Sequence[Hint]) -> int:
     problems = sum(hint.fatal for hint in hints)
     failed = f"failed: no right answer would be rewarded; problems: {problems}"
     console.line(f"Check {failed if problems else 'passed'}; hints: {len(hints) - problems}")
@@ -161,21 +164,6 @@ def _calls_of_each_tool(job: Job, gold: Sequence[Gold]) -> dict[str, list[tuple[
     return calls
 
 
-def _again(job: Job, call: ToolCall, result: ToolResult) -> list[ToolResult]:
-    """A call's result, and those of two more runs past the cache, which the worker that is free first serves."""
-    return [result, *(job.runner.submit([call], again=True)[0].result() for _ in range(2))]
-
-
-def _print_gold_calls(console: Console, gold: Sequence[Gold]) -> None:
-    outcomes = [result.outcome for row in gold for _, result in row.trajectory.calls]
-    if outcomes:
-        ran = outcomes.count(Outcome.OK)
-        console.line(
-            f"Gold calls of {len(gold)} rows: {ran} ran, {len(outcomes) - ran} returned an error; the last "
-            f"result is the answer in {sum(row.answers for row in gold)} rows"
-        )
-
-
 def _print_tokens(console: Console, data: DataSet, evaluation: DataSet | None, gold: Sequence[Gold]) -> None:
     counts = {
         "preamble that prompts share": [len(data.tree.preamble)],
@@ -197,7 +185,6 @@ def _score_by_hand(
     """Score three conversations of each row as two batches of a run, and print what they earn in the first.
 
     Args:
-        rows: n rows to score.
         gold: all rows, to take wrong calls from.
         last: what the rows' own conversations are.
 
@@ -207,45 +194,29 @@ def _score_by_hand(
     """
     kinds = ("no call", "wrong call", last)
     conversations = [c for row in rows for c in _conversations(job, row, gold)]
-    names, weights, both = job.reward_names, job.reward_weights, []
-    with tempfile.TemporaryDirectory() as elsewhere:  # a run's files must be able to hold what rewards log
-        metrics = MetricsWriter(elsewhere)
-        for step in (0, 1):
-            outcome = job.score(conversations, TrainerState(step, 2, 0.0, job.config.num_train_epochs))
-            both.append(combine_rewards(outcome.means, weights).reshape(len(rows), len(kinds)))
-            scored = [_with_rewards(c, v) for c, v in zip(conversations, outcome.means, strict=True)]
-            own = trajectory_metrics(scored, both[-1].ravel(), [0.0] * len(rows), names)
-            metrics.write(step + 1, {**own, **outcome.metrics})
-            RolloutLog(elsewhere).write(step + 1, scored, names, outcome.extras)
-            if step == 0:
-                values = outcome.means
-        metrics.close()
-    combined = both[0]
-    by_name = {name: v.reshape(combined.shape) for name, v in zip(names, values.T, strict=True)}
+    first, second = (
+        job.score(conversations, TrainerState(step, 2, 0.0, job.config.num_train_epochs)).means
+        for step in (0, 1)
+    )
+    shape = len(rows), len(kinds)
+    combined, again = (combine_rewards(v, job.reward_weights).reshape(shape) for v in (first, second))
+
+    def mean(values: np.ndarray) -> str:
+        applying = values[~np.isnan(values)]
+        return figure(applying.mean() if applying.size else np.nan)
+
+    by_name = {name: v.reshape(shape) for name, v in zip(job.reward_names, first.T, strict=True)}
     if len(by_name) > 1:
         by_name["weighted sum"] = combined
     title = f"Mean rewards of conversations written by hand, for {len(rows)} rows"
-    means = [(name, *map(_mean, array.T)) for name, array in by_name.items()]
+    means = [(name, *map(mean, array.T)) for name, array in by_name.items()]
     job.console.table(title, ("reward", *kinds), means)
-    _print_samples(job.console, rows[0].example, conversations[: len(kinds)], values[: len(kinds)])
-    return both[0], both[1]
-
-
-def _with_rewards(trajectory: Trajectory, values: np.ndarray) -> Trajectory:
-    return dataclasses.replace(trajectory, rewards=tuple(values.tolist()))
-
-
-def _print_samples(
-    console: Console, example: Example, conversations: Sequence[Trajectory], values: np.ndarray
-) -> None:
-    scored = [_with_rewards(c, value) for c, value in zip(conversations, values, strict=True)]
-    console.line(f"{example.source} asks {quoted(example.messages[-1]['content'])}")
-    console.samples(scored, [example.answer] * len(scored))
-
-
-def _mean(values: np.ndarray) -> str:
-    applying = values[~np.isnan(values)]
-    return figure(applying.mean() if applying.size else np.nan)
+    example = rows[0].example
+    job.console.line(f"{example.source} asks {quoted(example.messages[-1]['content'])}")
+    shown = zip(conversations[: len(kinds)], first.tolist(), strict=False)  # those of the first row
+    scored = [dataclasses.replace(c, rewards=tuple(values)) for c, values in shown]
+    job.console.samples(scored, [example.answer] * len(scored))
+    return combined, again
 
 
 def _spread(rows: Sequence) -> list:
@@ -264,8 +235,16 @@ def _made_up(job: Job, prompt: Prompt) -> Gold:
 
 def _conversations(job: Job, row: Gold, gold: Sequence[Gold]) -> list[Trajectory]:
     """The row's conversation without a call, with a wrong call, and its own."""
-    prompt = row.trajectory.prompt
-    call, result = _wrong_call(job, row, gold)
+    prompt, name = row.trajectory.prompt, row.trajectory.calls[-1][0].name
+    right = {normalised(row.result), normalised(row.example.answer)}
+    # another row's call of the same tool, with another result; else one that the tool refuses
+    for other in gold:
+        call, result = other.trajectory.calls[-1]
+        if not other.failed and call.name == name and normalised(result.text) not in right:
+            break
+    else:
+        call = ToolCall(name, {"no_such_argument": 0})
+        (result,) = job.runner.run([call])
     try:
         last = job.last_turn(result.text)
     except ValueError:  # an error's text, which a final tool need not take
@@ -275,15 +254,3 @@ def _conversations(job: Job, row: Gold, gold: Sequence[Gold]) -> list[Trajectory
         written_trajectory(job.conversation, prompt, [(call, result)], last),
         row.trajectory,
     ]
-
-
-def _wrong_call(job: Job, row: Gold, gold: Sequence[Gold]) -> tuple[ToolCall, ToolResult]:
-    """Another row's call of the same tool, with another result; else one that the tool refuses."""
-    name = row.trajectory.calls[-1][0].name
-    right = {normalised(row.result), normalised(row.example.answer)}
-    for other in gold:
-        call, result = other.trajectory.calls[-1]
-        if not other.failed and call.name == name and normalised(result.text) not in right:
-            return call, result
-    call = ToolCall(name, {"no_such_argument": 0})
-    return call, job.runner.run([call])[0]

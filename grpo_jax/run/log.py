@@ -35,138 +35,101 @@ def read_summary(output_dir: str | os.PathLike) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-class MetricsWriter:
-    """metrics.jsonl, one object per step, and a tracker if one is named.
+class Records:
+    """What the first host writes of every step, and nothing in the others: metrics.jsonl, one object per step,
+    the tracker that `report_to` names, and rollouts. A context manager.
 
     Args:
-        report_to: the tracker's name, or "none"; see `trackers`.
-        resume_step: updates done at the checkpoint that the run continues from; later
-            lines are dropped, since those steps are repeated. None for a new run.
+        resume_step: updates done at the checkpoint that the run continues from; later lines are dropped,
+            since those steps are repeated. None for a new run.
     """
 
-    def __init__(
-        self,
-        output_dir: str | os.PathLike,
-        report_to: str = "none",
-        resume_step: int | None = None,
-        config: dict[str, Any] | None = None,
-    ):
-        self.path = Path(output_dir) / "metrics.jsonl"
-        kept = [] if resume_step is None else _lines_up_to(self.path, resume_step)
-        write_text_atomic(self.path, "".join(kept))
-        self._file = self.path.open("a", encoding="utf-8")
-        self._tracker = open_tracker(report_to, output_dir, resume_step, config or {})
+    def __init__(self, config: Any, resume_step: int | None = None):
+        self._folder = Path(config.output_dir)
+        self._path = self._folder / "metrics.jsonl"
+        self._file = self._tracker = None
+        if hosts.is_first():
+            kept = []
+            if resume_step is not None and self._path.exists():
+                lines = whole_lines(self._path)
+                kept = [line for line in lines if json.loads(line)["step"] <= resume_step]
+            write_text_atomic(self._path, "".join(kept))
+            self._file = self._path.open("a", encoding="utf-8")
+            options = dataclasses.asdict(config)
+            self._tracker = open_tracker(config.report_to, self._folder, resume_step, options)
 
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
+    def write_metrics(self, step: int, record: dict[str, Any]) -> None:
         """Append a step's metrics and flush, so that a kill loses no finished step.
 
         Args:
             step: updates done.
-            metrics: name -> number (or anything of JSON's types).
+            record: name -> number (or anything of JSON's types).
 
         Raises:
             OutputError: the file is gone, or the disk full.
         """
-        values = plain(metrics)
-        self.check()
-        with writing(self.path):
+        if self._file is None:
+            return
+        values = plain(record)
+        self._check()
+        with writing(self._path):
             self._file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
             self._file.flush()
         if self._tracker is not None:
             self._tracker.log(step, {k: float(v) for k, v in values.items() if isinstance(v, int | float)})
 
-    def check(self) -> None:
-        """Raises OutputError when the file was removed, in which writes would be lost."""
-        if not self.path.exists():
-            raise cannot_write(self.path, "it, or its folder, was removed while the run is writing it")
-
-    def close(self) -> None:
-        """Close the files; nothing is lost without it."""
-        self._file.close()
-        if self._tracker is not None:
-            self._tracker.close()
-
-
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    """The lines of steps up to `step`; a last line torn by a kill counts as later."""
-    lines = whole_lines(path) if path.exists() else []
-    return [line for line in lines if json.loads(line)["step"] <= step]
-
-
-class RolloutLog:
-    """rollouts/step_000012.jsonl: every completion of a step, one object per row."""
-
-    def __init__(self, output_dir: str | os.PathLike):
-        self.folder = Path(output_dir) / "rollouts"
-
-    def write(
-        self,
-        step: int,
-        trajectories: Sequence[Trajectory],
-        reward_names: Sequence[str],
-        extras: Mapping[str, Sequence[Any]] | None = None,
-    ) -> Path:
-        """Write a step's rows.
-
-        Args:
-            step: the update that these rows are for.
-            trajectories: [B].
-            reward_names: one per value of a trajectory's rewards.
-            extras: more columns, [B] values each (what rewards gave to `log_extra`); none has the name of a
-                row's own column, see `scoring.rewards.ROW_COLUMNS`.
-        """
-        rows = [
-            {
-                "prompt": last_user_message(one.prompt.example.messages),
-                "messages": one.messages,
-                "answer": one.prompt.example.answer,
-                "rewards": dict(zip(reward_names, one.rewards, strict=True)),
-                "status": one.status.value,
-                "advantage": one.advantage,
-                **{name: values[i] for name, values in (extras or {}).items()},
-            }
-            for i, one in enumerate(trajectories)
-        ]
-        path = self.folder / f"step_{step:06d}.jsonl"
-        write_text_atomic(path, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
-        return path
-
-
-class Records:
-    """What the first host writes of every step; nothing in the others. A context manager.
-
-    Args:
-        resume_step: updates done at the checkpoint that the run continues from; None for a new run.
-    """
-
-    def __init__(self, config: Any, resume_step: int | None):
-        self._files = None
-        if hosts.is_first():
-            options = dataclasses.asdict(config)
-            metrics = MetricsWriter(config.output_dir, config.report_to, resume_step, options)
-            self._files = metrics, RolloutLog(config.output_dir)
-
-    def write_metrics(self, step: int, record: dict[str, Any]) -> None:
-        """A step's metrics."""
-        if self._files is not None:
-            self._files[0].write(step, record)
-
     def write_rollouts(self, step: int, *completions: Any) -> None:
-        """A step's completions, as `RolloutLog.write` takes them; the run continues without those that cannot be."""
-        if self._files is not None:
-            metrics, rollouts = self._files
-            metrics.check()
+        """As the function `write_rollouts` takes them; the run continues without those that cannot be written."""
+        if self._file is not None:
+            self._check()
             try:
-                rollouts.write(step, *completions)
+                write_rollouts(self._folder, step, *completions)
             except OutputError as error:
                 _log.warning("%s", error)
+
+    def _check(self) -> None:
+        if not self._path.exists():  # what is written to a removed file is lost
+            raise cannot_write(self._path, "it, or its folder, was removed while the run is writing it")
 
     def __enter__(self) -> Records:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._files is not None:
-            self._files[0].close()
+        for one in (self._file, self._tracker):
+            if one is not None:
+                one.close()
+
+
+def write_rollouts(
+    output_dir: str | os.PathLike,
+    step: int,
+    trajectories: Sequence[Trajectory],
+    reward_names: Sequence[str],
+    extras: Mapping[str, Sequence[Any]] | None = None,
+) -> Path:
+    """Write rollouts/step_000012.jsonl: every completion of a step, one object per row.
+
+    Args:
+        trajectories: [B].
+        reward_names: one per value of a trajectory's rewards.
+        extras: more columns, [B] values each (what rewards gave to `log_extra`); none has the name of a
+            row's own column, see `scoring.rewards.ROW_COLUMNS`.
+    """
+    rows = [
+        {
+            "prompt": last_user_message(one.prompt.example.messages),
+            "messages": one.messages,
+            "answer": one.prompt.example.answer,
+            "rewards": dict(zip(reward_names, one.rewards, strict=True)),
+            "status": one.status.value,
+            "advantage": one.advantage,
+            **{name: values[i] for name, values in (extras or {}).items()},
+        }
+        for i, one in enumerate(trajectories)
+    ]
+    path = Path(output_dir) / "rollouts" / f"step_{step:06d}.jsonl"
+    write_text_atomic(path, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
+    return path
 
 
 def last_user_message(messages: Sequence[dict[str, Any]]) -> str:
