@@ -39,3 +39,8 @@ def has_lone_surrogate(text: str) -> bool:
 def replace_lone_surrogates(text: str) -> str:
     """The text with U+FFFD for each half of a surrogate pair."""
     return _LONE_SURROGATE.sub("\ufffd", text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -34,6 +34,7 @@ from grpo_jax.preflight.plan_inputs import (
 from grpo_jax.run.console import Console
 from grpo_jax.run.job import steps_of
 from grpo_jax.run.options import GRPOConfig
+from grpo_jax.text import first_line
 
 USABLE = 0.9  # of what jax takes of a device's memory: the rest is the programs' own, and holes
 LARGEST_SHARE = 0.95  # of a GPU's memory that jax may be asked to take; the driver and kernels need the rest
@@ -71,9 +72,7 @@ def show_plan(config: GRPOConfig, console: Console) -> int:
         try:
             temporary, word = compile_step(step, devices), ""
         except jax.errors.JaxRuntimeError as error:
-            console.line(
-                f"XLA does not compile it, what follows is an estimate: {str(error).splitlines()[0]}"
-            )
+            console.line(f"XLA does not compile it, what follows is an estimate: {first_line(error)}")
     size = step_bytes(step, temporary)
     items = dataclasses.asdict(size) | {"rollout in all": size.rollout, "update in all": size.update}
     rows = [(name.replace("_", " "), f"{value / GB:.3f}") for name, value in items.items()]
@@ -104,7 +103,6 @@ def find_remedies(step: Step, scale: tuple[float, float] = (1, 1)) -> list[tuple
     """Options that make it fit, each alone; if none does, the first ones together that do.
 
     Args:
-        step: what does not fit.
         scale: of what was compiled over its estimate, for update and decode; the remedies are estimated.
 
     Returns:
@@ -176,12 +174,9 @@ def _print_remedies(step: Step, size: StepBytes, scale: tuple[float, float], con
 
 
 def step_hours(step: Step, peak: cost.Rates) -> float:
-    """Hours of one batch at the assumed shares of the peak rates; every completion uses its whole budget.
+    """Hours of one batch at the assumed shares of a device's peak rates; every completion uses its whole budget.
 
     Tool calls, rewards and the network between devices take no time here.
-
-    Args:
-        peak: of a device.
     """
     config, x, (data, fsdp, tensor) = step.config, step.lengths, step.sizes
     flops, moved = FLOP_SHARE * peak.flops, BYTES_SHARE * peak.bytes

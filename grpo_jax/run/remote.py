@@ -32,6 +32,7 @@ from typing import Any
 from grpo_jax import hosts
 from grpo_jax.files import cannot_write, is_url
 from grpo_jax.run.lock import LOCK
+from grpo_jax.text import first_line
 
 _log = logging.getLogger(__name__)
 MANIFEST = "published.json"
@@ -98,7 +99,7 @@ class Remote:
             self._store.rm_file(probe)
         except Exception as error:  # every store has its own
             raise ValueError(
-                f"output_dir {self.url} cannot be written: {_first_line(error)}; check the name, the permissions and "
+                f"output_dir {self.url} cannot be written: {first_line(error)}; check the name, the permissions and "
                 "the network"
             ) from None
 
@@ -248,7 +249,7 @@ class Remote:
         try:
             yield
         except Exception as error:  # every store has its own
-            raise cannot_write(self.url, _first_line(error)) from None
+            raise cannot_write(self.url, first_line(error)) from None
 
 
 def _whole(name: str) -> str | None:
@@ -281,7 +282,3 @@ def _copy(source: Any, target: Any) -> list[int]:
 def _figures(path: Path) -> list[int]:
     with path.open("rb") as source, open(os.devnull, "wb") as target:
         return _copy(source, target)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
