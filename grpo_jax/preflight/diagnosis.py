@@ -33,7 +33,6 @@ class Hint:
     """Something that was found in a job.
 
     Args:
-        text: where, what, and the fix.
         fatal: because of it no right answer would be rewarded.
     """
 
@@ -87,13 +86,31 @@ def gold_hints(gold: Sequence[Gold]) -> list[Hint]:
     """Gold calls that do not run, and results that are not the answer."""
     hints = []
     if failed := [row for row in gold if row.failed]:
-        outcomes = [result.outcome for row in gold for _, result in row.trajectory.calls]
-        hints.append(_failed_hint(failed, len(gold), none_runs=Outcome.OK not in outcomes))
+        none_runs = all(
+            result.outcome is not Outcome.OK for row in gold for _, result in row.trajectory.calls
+        )
+        of_rows = f"the gold calls of {len(failed)} of {len(gold)} rows do not run"
+        first = next(pair for row in failed if (pair := row.failed))
+        hints.append(
+            Hint(
+                f"{failed[0].example.source}: {'no gold call runs' if none_runs else of_rows}; the first: "
+                f"{show_call(*first)}; correct the call or the tool",
+                fatal=none_runs,
+            )
+        )
     differing: dict[str, list[Gold]] = {}
     for row in gold:
         if not row.failed and (kind := difference(row.result, row.example.answer)):
             differing.setdefault(kind, []).append(row)
-    return hints + [_difference_hint(kind, rows, len(gold)) for kind, rows in differing.items()]
+    for kind, rows in differing.items():
+        example, result = rows[0].example, rows[0].result
+        text = (
+            f"{example.source}: {len(rows)} of {len(gold)} answers differ from what their gold calls return {kind}; "
+            f"here the answer is {quoted(example.answer)}, the tool returns {quoted(result)}; write answers as the "
+            "tools return them"
+        )
+        hints.append(Hint(text + ", or compare them without these, as accuracy does" * (kind == BY_CASE)))
+    return hints
 
 
 def difference(result: str, answer: str) -> str | None:
@@ -110,26 +127,6 @@ def normalised(text: str) -> str:
     text = re.sub(r"[\s$€£]", "", text.casefold())
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     return re.sub(r"\d+(\.\d+)?", lambda number: f"{Decimal(number[0]).normalize():f}", text)
-
-
-def _failed_hint(failed: Sequence[Gold], rows: int, *, none_runs: bool) -> Hint:
-    call, result = next(pair for row in failed if (pair := row.failed))
-    return Hint(
-        f"{failed[0].example.source}: "
-        + ("no gold call runs" if none_runs else f"the gold calls of {len(failed)} of {rows} rows do not run")
-        + f"; the first: {show_call(call, result)}; correct the call or the tool",
-        fatal=none_runs,
-    )
-
-
-def _difference_hint(kind: str, rows: Sequence[Gold], of: int) -> Hint:
-    first = rows[0]
-    text = (
-        f"{first.example.source}: {len(rows)} of {of} answers differ from what their gold calls return {kind}; "
-        f"here the answer is {quoted(first.example.answer)}, the tool returns {quoted(first.result)}; write "
-        "answers as the tools return them"
-    )
-    return Hint(text + (", or compare them without these, as accuracy does" if kind == BY_CASE else ""))
 
 
 def evaluation_hints(examples: Sequence[Example]) -> list[Hint]:
@@ -156,7 +153,6 @@ def form_hints(
     that change with the arguments, are no part of it.
 
     Args:
-        examples: the rows without gold calls.
         results: tool → what it returned in some calls; empty where no call is known that it accepts.
         none: no row of the data has a gold call.
     """
@@ -299,56 +295,44 @@ def preamble_hints(examples: Sequence[Example], prompt_tokens: Sequence[int], pr
     """A preamble that is under half of a prompt, and what varies in it.
 
     Args:
-        examples: the rows.
         prompt_tokens: of each whole prompt.
         preamble: tokens that all prompts share.
     """
     mean = sum(prompt_tokens) / len(prompt_tokens)
     if 2 * preamble >= mean:
         return []
-    causes = _varying(examples) or [
-        "the messages after the system message are longer than it and the tool schemas; nothing to fix"
-    ]
-    text = f"the preamble that prompts share, and that is computed once, is under half of a prompt ({preamble} of "
-    return [Hint(text + f"{mean:.1f} tokens): " + "; ".join(causes))]
-
-
-def _varying(examples: Sequence[Example]) -> list[str]:
-    """What precedes the questions and differs between rows."""
+    # what precedes the questions and differs between rows
     first, causes = examples[0], []
-    if other := _first_other(examples, _system_message):
-        a, b = _around_difference(_system_message(first), _system_message(other))
+
+    def first_other(part: Callable[[Example], Any]) -> Example | None:
+        return next((e for e in examples if part(e) != part(first)), None)
+
+    def system(example: Example) -> str:
+        message = example.messages[0]
+        return message["content"] if message["role"] == "system" else ""
+
+    def tools(example: Example) -> list[str] | None:
+        return example.extra.get("tools")
+
+    if other := first_other(system):
+        a, b = system(first), system(other)
+        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        start = max(0, same - 20)  # a little before they differ
+        a, b = ("… " * (start > 0) + quoted(text[start : same + 40]) for text in (a, b))
         causes.append(
             f"the system message varies, first between {first.source} ({a}) and {other.source} ({b}); "
             "move what varies into the user's message"
         )
-    if other := _first_other(examples, _tools):
+    if other := first_other(tools):
         causes.append(
-            f"the column 'tools' varies, first between {first.source} ({quoted(_tools(first))}) and "
-            f"{other.source} ({quoted(_tools(other))}); show all rows the same tools"
+            f"the column 'tools' varies, first between {first.source} ({quoted(tools(first))}) and "
+            f"{other.source} ({quoted(tools(other))}); show all rows the same tools"
         )
-    return causes
-
-
-def _first_other(examples: Sequence[Example], part: Callable[[Example], Any]) -> Example | None:
-    return next((e for e in examples if part(e) != part(examples[0])), None)
-
-
-def _system_message(example: Example) -> str:
-    first = example.messages[0]
-    return first["content"] if first["role"] == "system" else ""
-
-
-def _tools(example: Example) -> list[str] | None:
-    return example.extra.get("tools")
-
-
-def _around_difference(a: str, b: str) -> tuple[str, str]:
-    """Both texts, quoted from a little before they differ."""
-    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    start = max(0, same - 20)
-    a, b = ("… " * (start > 0) + quoted(text[start : same + 40]) for text in (a, b))
-    return a, b
+    causes = causes or [
+        "the messages after the system message are longer than it and the tool schemas; nothing to fix"
+    ]
+    text = f"the preamble that prompts share, and that is computed once, is under half of a prompt ({preamble} of "
+    return [Hint(text + f"{mean:.1f} tokens): " + "; ".join(causes))]
 
 
 def limit_hints(gold: Sequence[Gold], budget: int, max_turns: int | None) -> list[Hint]:
@@ -362,19 +346,18 @@ def limit_hints(gold: Sequence[Gold], budget: int, max_turns: int | None) -> lis
         max_turns: max_tool_calling_iterations; None for no limit.
     """
     hints, rows = [], [row for row in gold if not row.failed]
-    if over := [row for row in rows if row.tokens > budget]:
-        found = _over(over[0], f"{len(over)} of {len(rows)}", "tokens", over[0].tokens, budget)
-        most, fatal = max(row.tokens for row in over), all(row.tokens_of_calls > budget for row in rows)
-        hints.append(Hint(f"{found}; raise max_grpo_completion_length to {most}", fatal))
-    if max_turns is not None and (over := [row for row in rows if row.turns > max_turns]):
-        found = _over(over[0], f"{len(over)} of {len(rows)}", "tool turns", over[0].turns, max_turns)
-        most, fatal = max(row.turns for row in over), len(over) == len(rows)
-        hints.append(Hint(f"{found}; raise max_tool_calling_iterations to {most}", fatal))
+    turns, needed = [row.turns for row in rows], [row.tokens_of_calls for row in rows]
+    for unit, limit, option, counts, least in (
+        ("tokens", budget, "max_grpo_completion_length", [row.tokens for row in rows], needed),
+        ("tool turns", max_turns, "max_tool_calling_iterations", turns, turns),
+    ):
+        if limit is not None and (over := [i for i, n in enumerate(counts) if n > limit]):
+            text = (
+                f"{rows[over[0]].example.source}: {len(over)} of {len(rows)} gold conversations exceed {limit} {unit}, "
+                f"this one has {counts[over[0]]}; raise {option} to {max(counts)}"
+            )
+            hints.append(Hint(text, fatal=min(least) > limit))
     return hints
-
-
-def _over(first: Gold, share: str, unit: str, count: int, limit: int) -> str:
-    return f"{first.example.source}: {share} gold conversations exceed {limit} {unit}, this one has {count}"
 
 
 # Rewards
@@ -384,7 +367,6 @@ def reward_hints(rows: Sequence[Gold], rewards: np.ndarray) -> list[Hint]:
     """Gold conversations that earn too little.
 
     Args:
-        rows: n of them.
         rewards: [n, 3] of each row's NO_CALL, WRONG and GOLD conversation; NaN where none applies.
     """
     better = earns_more(rewards)
@@ -423,7 +405,6 @@ def second_score_hints(rows: Sequence[Gold], first: np.ndarray, second: np.ndarr
     """The same conversations that earn something else when they are scored again, after an update.
 
     Args:
-        rows: n of them.
         first: [n, 3], as `reward_hints` takes them.
         second: [n, 3] of the second time.
     """
