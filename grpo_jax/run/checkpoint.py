@@ -1,4 +1,4 @@
-"""Checkpoints: save, restore, where a run starts, and stopping cleanly on Ctrl-C or SIGTERM.
+"""Checkpoints: save, restore, and where a run starts.
 
 Only this module uses Orbax. A checkpoint is a folder named after its step with three
 items: `params`, `optimizer` (with the step counter) and `meta` (JSON). It appears
@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import orbax.checkpoint as ocp
@@ -38,14 +38,42 @@ from grpo_jax import hosts
 from grpo_jax.data.batches import Cursor
 from grpo_jax.files import OutputError, cannot_write, writing
 from grpo_jax.models.sharding import placed
-from grpo_jax.run.identity import check_adapters, differences
+from grpo_jax.run.identity import Identity, check_adapters, differences
 from grpo_jax.run.memory import is_out_of_memory
-from grpo_jax.text import shorten
+from grpo_jax.text import first_line, shorten
 from grpo_jax.update.update import TrainState
 
 _log = logging.getLogger(__name__)
 UNFINISHED = ".orbax-checkpoint-tmp"
 MACHINE = ("threads", "xla_flags")  # in a meta: what decides the order of sums
+
+
+class Meta(TypedDict):
+    """What a checkpoint says in addition to the state, as JSON; no checkpoint has all of these keys."""
+
+    # what the run started as; written by `progress.fresh_meta`
+    run: Identity  # what it is compared by
+    source: str  # folder of the model that its updates started from
+    param_dtype: str
+    threads: int
+    xla_flags: str
+    lora: dict[str, Any]  # with adapters: their settings
+    base: dict[str, str]  # with adapters: what others call the model below them, and its dtype
+    # how far it is; by `Progress.to_meta`
+    cursor: dict[str, int]
+    num_tokens: int
+    best: dict[str, Any]
+    tool_delays: dict[str, Any]
+    solve_rates: dict[str, Any]  # with difficulty_sampling
+    # by `Saver.save`
+    timings: dict[str, float]
+    # by the trainer, for a step that was stopped in its evaluation: its record
+    unevaluated: dict[str, Any]
+    # by `find_start`: the step of another run that this one began from
+    origin: str
+    # by `cold_start`, whose checkpoints have these two alone: how far it is, and a digest of what decides its result
+    at: dict[str, Any]
+    of: str
 
 
 class DamagedCheckpoint(ValueError):
@@ -63,7 +91,6 @@ class Checkpoints:
     the next one may be tried.
 
     Args:
-        directory: the folder; made by the first save.
         keep: number of newest checkpoints to keep, None for all.
         async_save: return from `save` as soon as the state is copied, and write in the background.
         publish: called in the background when a save is written; it counts as written afterwards.
@@ -83,8 +110,16 @@ class Checkpoints:
         if keep is not None and keep < 1:
             raise ValueError(f"save_total_limit must be >= 1, or none to keep all checkpoints, got {keep}")
         self.directory = Path(directory).absolute()
+        if self.directory.exists():
+            if not self.directory.is_dir():
+                raise ValueError(f"{self.directory} is a file; checkpoints need a folder")
+            known = lambda name: name.isdigit() or name.endswith(UNFINISHED) or name.startswith(".")  # noqa: E731
+            if others := sorted(p.name for p in self.directory.iterdir() if not known(p.name)):
+                raise ValueError(
+                    f"{self.directory} holds {others[0]!r}, which is not a checkpoint of this program "
+                    "(those are folders named by their step). Choose another folder, or move it away"
+                )
         self._kept = _NewestAndBest(keep)
-        _refuse_other_folders(self.directory)
         self._options = ocp.CheckpointManagerOptions(
             create=False,  # a mistyped folder to read from must not be created
             preservation_policy=self._kept,
@@ -92,7 +127,7 @@ class Checkpoints:
         )
         self._manager = self._open()
         self._waiter = ThreadPoolExecutor(1, "checkpoint")
-        self._written = _nothing_written()
+        self._written: Future[None] | None = None  # of the last save: done when it is written and published
         self._publish = publish
         self._newest = self.directory  # what is being written, for messages
         self._quiet = contextlib.ExitStack()
@@ -105,15 +140,13 @@ class Checkpoints:
         }
         return ocp.CheckpointManager(self.directory, options=self._options, item_handlers=handlers)
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Saves a copy of the state; later changes, donation included, do not reach it.
 
         With several hosts, all of them call it.
 
         Args:
             step: updates done; newer than every checkpoint in the folder.
-            state: what to restore.
-            meta: any JSON: data cursor, timings, thread count, flags.
 
         Raises:
             ValueError: when the folder already holds this step or a newer one.
@@ -132,6 +165,12 @@ class Checkpoints:
             # Through JSON here: the writer's thread would see later changes, and fail late.
             meta=JsonSave(json.loads(json.dumps(meta))),
         )
+
+        def finish(manager: ocp.CheckpointManager) -> None:
+            manager.wait_until_finished()
+            if self._publish is not None:
+                self._publish()
+
         self.wait()
         self._newest = self.directory / str(step)
         self._quiet.close()
@@ -139,7 +178,7 @@ class Checkpoints:
         with self._writing():
             self._manager.save(step, args=items)
         # Orbax reports that a save failed only when it is waited for
-        self._written = self._waiter.submit(self._finish, self._manager)
+        self._written = self._waiter.submit(finish, self._manager)
 
     def keep_best(self, step: int) -> None:
         """Keep this step in addition to the newest ones, in place of the step of an earlier call."""
@@ -153,7 +192,7 @@ class Checkpoints:
         """The newest step, or None when there is none."""
         return self._manager.latest_step()
 
-    def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, step: int, target: TrainState) -> tuple[TrainState, Meta]:
         """What `save` was given, placed as the target says.
 
         Args:
@@ -176,7 +215,7 @@ class Checkpoints:
         """The parameters alone, for export and evaluation; arguments and errors as `restore`."""
         return self._restore(step, target).params
 
-    def meta(self, step: int) -> dict[str, Any]:
+    def meta(self, step: int) -> Meta:
         """The JSON of a step alone.
 
         Raises:
@@ -208,21 +247,17 @@ class Checkpoints:
             f"{earlier[-1]} is used instead, and the later updates are repeated. ({damaged})"
         )
 
-    def _finish(self, manager: ocp.CheckpointManager) -> None:
-        manager.wait_until_finished()
-        if self._publish is not None:
-            self._publish()
-
     def wait(self) -> None:
         """Returns when every save has been written; errors as `save`."""
         with self._writing():
             self._manager.wait_until_finished()
-            self._written.result()
+            if self._written is not None:
+                self._written.result()
 
     def check(self) -> None:
         """Raises OutputError when a save that is written in the background has failed."""
         with self._writing():
-            if self._written.done():
+            if self._written is not None and self._written.done():
                 self._written.result()
 
     def close(self) -> None:
@@ -252,13 +287,13 @@ class Checkpoints:
             yield
         # Orbax and TensorStore have no specific error for a disk that is full or gone.
         except Exception as error:
-            failed, self._written = self._newest, _nothing_written()
+            failed, self._written = self._newest, None
             with contextlib.suppress(Exception):  # the same failure again
                 self._manager.close()
             self._manager = self._open()  # the old one would count the step that failed
-            raise (
-                error if isinstance(error, OutputError) else cannot_write(failed, _reason(error))
-            ) from None
+            if isinstance(error, OutputError):
+                raise error from None
+            raise cannot_write(failed, _reason(error)) from None
 
     def _check_held(self, step: int) -> None:
         if step not in self.steps():
@@ -301,12 +336,6 @@ class Checkpoints:
             ) from error
 
 
-def _nothing_written() -> Future[None]:
-    written: Future[None] = Future()
-    written.set_result(None)
-    return written
-
-
 class _NewestAndBest(PreservationPolicy):
     """What Orbax keeps: the newest n checkpoints, all where n is None, and one more."""
 
@@ -332,8 +361,7 @@ class Start:
 
     Args:
         checkpoint: folder of checkpoints and step to continue from; None for the model's own weights.
-        meta: what the run's next checkpoint says, `cursor`, `num_tokens` and `timings` included; `origin` is the
-            step of another run that it began from.
+        meta: what the run's next checkpoint says; a `Meta`.
         notes: what the user should know: how the run differs from the checkpoint.
         finished: updates of the finished run in output_dir when no more are asked for: there is nothing to do.
     """
@@ -347,9 +375,7 @@ class Start:
         """The state to start with.
 
         Args:
-            own: the run's checkpoints.
-            fresh: the state of a run that starts from the model's weights, or its shapes and types, which are all that
-            a checkpoint needs.
+            fresh: the state of a run that starts from the model's weights; of a checkpoint's, shapes and types do.
             shardings: a tree like it.
         """
         if self.checkpoint is None:
@@ -378,12 +404,9 @@ def find_start(
     it was saved with.
 
     Args:
-        checkpoints: of output_dir.
         wanted: resume_from_checkpoint: a step's folder, "none" for a fresh start, None for the newest.
         summary: of the run in output_dir, empty for a new one: `after` says that it is finished, `updates` how
             many it made, `stopped_early` after how many evaluations without a better one.
-        fresh: the meta of a fresh start: `cursor`, `source`, `run` (see `run_identity`), the `MACHINE`'s keys, and
-            with adapters those of `adapters_meta`.
         allow_change: continue despite differences that change the result.
 
     Raises:
@@ -391,40 +414,22 @@ def find_start(
             the newest of a run that has checkpoints; a finished run without any; other adapters; a
             difference that would silently change the result.
     """
-    newest, updates, origin = checkpoints.latest(), fresh["run"]["numbers"]["updates"], None
-    found = None if newest is None else (checkpoints.directory, newest)
-    if wanted == "none" and newest is not None:
-        raise ValueError(
-            f"resume_from_checkpoint is none, but {checkpoints.directory} holds checkpoints; "
-            "start over with --overwrite_output_dir, or choose another --output_dir"
-        )
-    if wanted not in (None, "none"):
-        if not is_step_folder(wanted):
+    newest, updates = checkpoints.latest(), fresh["run"]["numbers"]["updates"]
+    found, origin = _newest_or_named(checkpoints, wanted)
+    finished = None
+    if "after" in summary:
+        done, waited = summary["updates"], summary.get("stopped_early", 0)
+        patience = fresh["run"]["options"].get("early_stop_patience")
+        if updates <= done or (patience is not None and waited >= patience):
+            finished = done  # 4
+        elif newest is None:
             raise ValueError(
-                f"resume_from_checkpoint must be a step's folder (RUN/checkpoints/STEP), got {wanted}"
+                f"the run in {checkpoints.directory.parent} is finished after {done} updates and left no checkpoint to "
+                f"continue from, {updates} are requested now: start over with --overwrite_output_dir, or train its model "
+                f"further with --model_name_or_path {checkpoints.directory.parent / 'model'} and another --output_dir"
             )
-        path = Path(wanted).absolute()
-        named = path.parent, int(path.name)
-        if found is None:
-            found, origin = named, str(path)
-        elif found != named and checkpoints.meta(found[1]).get("origin") != str(path):
-            raise ValueError(
-                f"cannot resume from {path}: {checkpoints.directory} already holds step {newest}; "
-                "choose another --output_dir to keep what was saved there"
-            )
-    done = summary.get("updates", newest or updates) if "after" in summary else None
-    patience, waited = fresh["run"]["options"].get("early_stop_patience"), summary.get("stopped_early", 0)
-    enough = done is not None and (updates <= done or (patience is not None and waited >= patience))
-    if done is not None and newest is None and not enough:
-        raise ValueError(
-            f"the run in {checkpoints.directory.parent} is finished after {done} updates and left no checkpoint to "
-            f"continue from, {updates} are requested now: start over with --overwrite_output_dir, or train its model "
-            f"further with --model_name_or_path {checkpoints.directory.parent / 'model'} and another --output_dir"
-        )
-    finished = done if enough else None
     if found is None or (newest is None and finished is not None):
-        return Start(None, dict(fresh), [], finished)
-    where = found[0] / str(found[1])
+        return Start(None, dict(fresh), [], finished)  # 1, or 4 of a run without checkpoints
     with _opened(found[0], checkpoints) as source:
         try:
             saved = source.meta(found[1])
@@ -432,40 +437,62 @@ def find_start(
             if finished is None:
                 raise
             return Start(None, dict(fresh), [], finished)
+    where = found[0] / str(found[1])
     if "cursor" not in saved:
         raise ValueError(
             f"cannot resume from {where}: it is the checkpoint of a cold start, which only the command that wrote it "
             "can continue"
         )
-    check_adapters(saved, fresh, where)
-    if finished is None:
-        _check_optimizer(saved, fresh, where)
-    notes, meta = _compared(saved, fresh, where, allow_change or finished is not None)
+    # 2 or 3; of 4, what has changed is only said
+    notes, meta = _compared(saved, fresh, where, finished is not None, allow_change)
     return Start(found, meta | ({"origin": origin} if origin else {}), notes, finished)
 
 
-def _check_optimizer(saved: Mapping[str, Any], fresh: Mapping[str, Any], where: Path) -> None:
-    """Whether a checkpoint's moments are of this run's optimizer.
+def _newest_or_named(
+    checkpoints: Checkpoints, wanted: str | None
+) -> tuple[tuple[Path, int] | None, str | None]:
+    """The checkpoint to continue from, if there is one, and the named step where it is another run's."""
+    newest = checkpoints.latest()
+    own = None if newest is None else (checkpoints.directory, newest)
+    if wanted is None:
+        return own, None  # 2, or 1
+    if wanted == "none":
+        if own is not None:
+            raise ValueError(
+                f"resume_from_checkpoint is none, but {checkpoints.directory} holds checkpoints; "
+                "start over with --overwrite_output_dir, or choose another --output_dir"
+            )
+        return None, None  # 1
+    if not is_step_folder(wanted):
+        raise ValueError(
+            f"resume_from_checkpoint must be a step's folder (RUN/checkpoints/STEP), got {wanted}"
+        )
+    path = Path(wanted).absolute()
+    named = path.parent, int(path.name)
+    if own is None:
+        return named, str(path)  # 3
+    if own != named and checkpoints.meta(own[1]).get("origin") != str(path):
+        raise ValueError(
+            f"cannot resume from {path}: {checkpoints.directory} already holds step {newest}; "
+            "choose another --output_dir to keep what was saved there"
+        )
+    return own, None  # 2
 
-    Raises:
-        ValueError: names both.
-    """
-    then, now = (meta.get("run", {}).get("options", {}).get("optim") for meta in (saved, fresh))
-    if None not in (then, now) and then != now:
+
+def _compared(
+    saved: Meta, fresh: Mapping[str, Any], where: Path, finished: bool, allow_change: bool
+) -> tuple[list[str], dict[str, Any]]:
+    """What to say of a checkpoint's differences from the run, and the meta to continue with; errors as `find_start`."""
+    check_adapters(saved, fresh, where)
+    then, now = (meta["run"]["options"].get("optim") for meta in (saved, fresh))
+    if not finished and then != now:
         raise ValueError(
             f"cannot continue from {where}: it holds the moments of --optim {then}, which {now} cannot use. Continue "
             f"with --optim {then}, or choose another --output_dir for a new run"
         )
-
-
-def _compared(
-    saved: Mapping[str, Any], fresh: Mapping[str, Any], where: Path, allow_change: bool
-) -> tuple[list[str], dict[str, Any]]:
-    """What to say of a checkpoint's differences from the run, and the meta to continue with."""
-    # checkpoints of earlier versions do not say what they were made of
-    found = differences(saved["run"], fresh["run"]) if "run" in saved else []
+    found = differences(saved["run"], fresh["run"])
     refused = [one.text for one in found if one.refused]
-    if refused and not allow_change:
+    if refused and not (allow_change or finished):
         raise ValueError(
             f"cannot continue from {where}: this run differs from the one that saved it ({'; '.join(refused)}), which "
             "would silently change the result. Restore what it was saved with, choose another --output_dir for "
@@ -478,8 +505,8 @@ def _compared(
         for name in MACHINE
         if saved.get(name) != fresh[name]
     ]
-    meta = {**saved, **{name: fresh[name] for name in ("run", "param_dtype", *MACHINE) if name in fresh}}
-    if "run" in saved and saved["run"]["rows"]["order"] != fresh["run"]["rows"]["order"]:
+    meta = {**saved, **{name: fresh[name] for name in ("run", "param_dtype", *MACHINE)}}
+    if saved["run"]["rows"]["order"] != fresh["run"]["rows"]["order"]:
         notes.append(
             "The training data is not that of the checkpoint, so it is read from the start of an epoch"
         )
@@ -493,11 +520,9 @@ def machine_meta() -> dict[str, Any]:
     return dict(zip(MACHINE, (len(os.sched_getaffinity(0)), os.environ.get("XLA_FLAGS", "")), strict=True))
 
 
-@contextlib.contextmanager
-def _opened(directory: Path, own: Checkpoints) -> Iterator[Checkpoints]:
+def _opened(directory: Path, own: Checkpoints) -> contextlib.AbstractContextManager[Checkpoints]:
     """The checkpoints of a folder; the run's own stay open."""
-    with contextlib.nullcontext(own) if directory == own.directory else Checkpoints(directory) as source:
-        yield source
+    return contextlib.nullcontext(own) if directory == own.directory else Checkpoints(directory)
 
 
 def _reason(error: BaseException) -> str:
@@ -506,7 +531,7 @@ def _reason(error: BaseException) -> str:
         return error.strerror
     if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
         return os.strerror(int(found[1]))
-    return shorten(next(iter(str(error).splitlines()), "") or type(error).__name__, 300)
+    return shorten(first_line(error), 300)
 
 
 class _OrbaxTraces(logging.Filter):
@@ -551,21 +576,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path and shape of each leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
-
-
-def _refuse_other_folders(directory: Path) -> None:
-    """Raises ValueError when the folder holds anything but checkpoints."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is a file; checkpoints need a folder")
-    others = [
-        p.name
-        for p in directory.iterdir()
-        if not p.name.isdigit() and not p.name.endswith(UNFINISHED) and not p.name.startswith(".")
-    ]
-    if others:
-        raise ValueError(
-            f"{directory} holds {sorted(others)[0]!r}, which is not a checkpoint of this program "
-            "(those are folders named by their step). Choose another folder, or move it away"
-        )

@@ -20,7 +20,7 @@ from grpo_jax.models.lora import LoraConfig
 from grpo_jax.scoring.rewards import RewardFunction
 from grpo_jax.text import shorten
 from grpo_jax.tools import Toolbox
-from grpo_jax.types import Example, Prompt
+from grpo_jax.types import Prompt
 
 Identity = dict[str, Any]  # JSON, from `run_identity`
 
@@ -47,7 +47,6 @@ class Difference:
     """Something in which a run differs from the checkpoint that it continues.
 
     Args:
-        text: what, with both values.
         refused: it would silently change the result.
     """
 
@@ -68,10 +67,25 @@ def run_identity(
     Args:
         prompts: of the training data, in order.
         numbers: `seed`, `prompts` and `num_generations` of an update, `num_iterations`, `updates` of the run.
-        model: folder that the run starts from.
-        options: by name.
     """
-    rows = [_digest(_row(p.example)) for p in prompts]
+
+    def of_object(value: Any) -> str:  # of a hub data set, which holds more than JSON's types
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+    examples = [p.example for p in prompts]  # without the place that each was read from
+    rows = [_digest(json.dumps([e.messages, e.answer, e.extra], default=of_object)) for e in examples]
+    if toolbox.script is not None:
+        file = Path(toolbox.script)
+    else:
+        spec = importlib.util.find_spec(toolbox.module) if toolbox.module else None
+        file = Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+    sources = {}
+    for reward in rewards:
+        path = Path(reward.source).expanduser()
+        if reward.source == "built-in":
+            sources[reward.name] = {reward.name: "built-in"}
+        else:
+            sources[reward.name] = source_digests(path if path.is_file() else None, [reward.function])
     return {
         "rows": {
             "number": len(rows),
@@ -80,8 +94,8 @@ def run_identity(
             # the text that JSON has for them, of millions of ids in half the time
             "tokens": _digest(repr([p.ids for p in prompts])),
         },
-        "tools": source_digests(_tools_file(toolbox), toolbox.functions.values()),
-        "rewards": {reward.name: _reward_digests(reward) for reward in rewards},
+        "tools": source_digests(file, toolbox.functions.values()),
+        "rewards": sources,
         "numbers": dict(numbers),
         "model": model,
         "options": {name: value for name, value in options.items() if name not in NOT_COMPARED},
@@ -89,25 +103,19 @@ def run_identity(
 
 
 def differences(then: Identity, now: Identity) -> list[Difference]:
-    """The differences between a run and the checkpoint that it continues; refused ones first.
-
-    Args:
-        then: of the checkpoint.
-        now: of the run.
-    """
-    found = [Difference(text, True) for text in _row_differences(then["rows"], now["rows"])]
-    found += [Difference(text, True) for text in _source_differences("tools", then["tools"], now["tools"])]
+    """The differences between a run and the checkpoint that it continues; refused ones first."""
+    refused = _row_differences(then["rows"], now["rows"])
+    refused += _source_differences("tools", then["tools"], now["tools"])
     old, new = then["rewards"], now["rewards"]
     if [*old] != [*new]:
-        found.append(Difference(_was("the rewards", ", ".join(old), ", ".join(new)), True))
+        refused.append(_was("the rewards", ", ".join(old), ", ".join(new)))
     for name in old.keys() & new.keys():
-        found += [
-            Difference(text, True) for text in _source_differences(f"reward {name}", old[name], new[name])
-        ]
+        refused += _source_differences(f"reward {name}", old[name], new[name])
     for name, value in then["numbers"].items():
         if name != "updates" and value != now["numbers"][name]:
             title = "prompts per update" if name == "prompts" else name
-            found.append(Difference(_was(title, value, now["numbers"][name]), True))
+            refused.append(_was(title, value, now["numbers"][name]))
+    found = [Difference(text, True) for text in refused]
     options = {name: (value, now["options"].get(name)) for name, value in then["options"].items()}
     # weights come with the checkpoint, but the reference of the KL is loaded from the model
     if then["model"] != now["model"] and os.path.exists(then["model"]):
@@ -116,17 +124,13 @@ def differences(then: Identity, now: Identity) -> list[Difference]:
     found += [Difference(_was(name, a, b), name == "optim") for name, (a, b) in options.items() if a != b]
     updates = then["numbers"]["updates"], now["numbers"]["updates"]
     if updates[0] != updates[1]:
-        found.append(Difference(_was("the run's number of updates", *updates) + _horizon(now), False))
+        text = _was("the run's number of updates", *updates)
+        schedule, warmup = now["options"]["lr_scheduler_type"], now["options"]["warmup_steps"]
+        warms = schedule != "constant" and 0 < warmup < 1  # for a share of the run
+        if warms or schedule not in ("constant", "constant_with_warmup", "inverse_sqrt"):
+            text += f"; the {schedule} schedule of the learning rate now ends there, so its next values jump to the new curve"
+        found.append(Difference(text, False))
     return sorted(found, key=lambda one: not one.refused)
-
-
-def _horizon(now: Identity) -> str:
-    """The effect of a different number of updates on the learning rate."""
-    schedule, warmup = now["options"]["lr_scheduler_type"], now["options"]["warmup_steps"]
-    endless = schedule in ("constant", "constant_with_warmup", "inverse_sqrt")
-    if endless and not (schedule != "constant" and 0 < warmup < 1):
-        return ""
-    return f"; the {schedule} schedule of the learning rate now ends there, so its next values jump to the new curve"
 
 
 def _was(name: str, then: Any, now: Any) -> str:
@@ -165,7 +169,6 @@ def adapters_meta(config: LoraConfig, name: str, dtype: Any) -> dict[str, Any]:
 
     Args:
         name: hub id or folder of the base.
-        dtype: of the base in the run.
     """
     # lists, as they come back from JSON
     fields = dataclasses.asdict(config) | {"modules": list(config.modules)}
@@ -178,7 +181,6 @@ def check_adapters(saved: Mapping[str, Any], meta: Mapping[str, Any], where: Pat
     Args:
         saved: the checkpoint's meta.
         meta: what this run would save.
-        where: the checkpoint, for the message.
 
     Raises:
         ValueError: names the setting that differs, and both values.
@@ -207,36 +209,12 @@ def _digest(text: str | bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _row(example: Example) -> str:
-    """Everything of a row except the place that it was read from."""
-
-    def of_object(value: Any) -> str:  # of a hub data set, which holds more than JSON's types
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-    return json.dumps([example.messages, example.answer, example.extra], default=of_object)
-
-
-def _tools_file(toolbox: Toolbox) -> Path | None:
-    if toolbox.script is not None:
-        return Path(toolbox.script)
-    spec = importlib.util.find_spec(toolbox.module) if toolbox.module else None
-    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
-
-
-def _reward_digests(reward: RewardFunction) -> dict[str, str]:
-    if reward.source == "built-in":
-        return {reward.name: "built-in"}
-    file = Path(reward.source).expanduser()
-    return source_digests(file if file.is_file() else None, [reward.function])
-
-
 def source_digests(file: Path | None, functions: Iterable[Callable]) -> dict[str, str]:
     """Digests of the source behind functions, without comments and layout.
 
     Args:
         file: that they were loaded from; digested with the modules next to it that it imports, and those
             that these import. Data files that the code reads are not. None: the functions' own source alone.
-        functions: the functions.
 
     Returns:
         Path relative to the file's folder, or the function's name → digest.
