@@ -12,7 +12,6 @@ so that a model that does not end its turns yet does not hold training up.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -20,7 +19,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,6 @@ def fine_tune(
 
     Args:
         data: the training rows; the last `sft_validation_size` of them are held out.
-        folder: where the model is written.
         adapter: where a PEFT folder is written, if adapters were trained.
         stop: whether this host was asked to stop; asked before every update and in the validation.
         before_saving: gets what is returned, before the folder appears.
@@ -100,13 +98,16 @@ def fine_tune(
     """
     config = dataclasses.replace(job.config, eval_samples=None)  # the rule looks at greedy completions
     job = dataclasses.replace(job, config=config)
-    train, held_out, gold = _rows(job, data)
+    train, held_out = cold_start_rows(job, data)
+    if missing := len(data.prompts) - len(train.prompts) - len(held_out.prompts):
+        job.console.line(
+            f"Fine-tuning leaves out {missing} of {len(data.prompts)} rows, which have no gold call"
+        )
+    train, gold = _with_gold(job, train)
     limit = VALIDATION_LENGTHS * max(len(trajectory.completion_ids) for trajectory in gold)
     update, state, frozen = _update_and_state(job)
-    progress, digest, line = _Progress(config.sft_eval_steps), _digest(job, gold), job.console.line
-    saved = folder.with_name(folder.name + SAVED)
-    if (last := _last_saved(saved, digest)) is None:
-        hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
+    digest, line, saved = _digest(job, gold), job.console.line, folder.with_name(folder.name + SAVED)
+    state, progress = _continued(job, saved, digest, state)
     save_steps = config.interval("save", config.sft_max_steps, len(gold) // config.sft_batch_size)
     clock = [time.perf_counter()]  # when updates and validations began, in turn
     with (
@@ -118,10 +119,7 @@ def fine_tune(
             if progress.done > (checkpoints.latest() or 0):
                 checkpoints.save(progress.done, state, {"at": dataclasses.asdict(progress), "of": digest})
 
-        if last is not None:
-            with _can_be_read(saved):
-                state, meta = checkpoints.restore(last, placed(state, state_shardings(job.training, state)))
-                progress = _Progress.from_json(meta["at"])
+        if progress.done:
             line(f"Continuing the cold start after its update {progress.done}")
             bar.advance(progress.done)
         while True:
@@ -158,29 +156,14 @@ def fine_tune(
     return found
 
 
-def _rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet, list[Trajectory]]:
-    """The rows to train on, those held out, and the gold conversations of the first; the errors of `fine_tune`."""
-    train, held_out = cold_start_rows(job, data)
-    if missing := len(data.prompts) - len(train.prompts) - len(held_out.prompts):
-        job.console.line(
-            f"Fine-tuning leaves out {missing} of {len(data.prompts)} rows, which have no gold call"
-        )
-    train, gold = _with_gold(job, train)
-    _check_budget(gold, job.config.max_grpo_completion_length)
-    return train, held_out, list(map(turns_weighted, gold)) if job.config.sft_weights == "turns" else gold
-
-
 @dataclasses.dataclass(frozen=True)
 class _Progress:
     """Where a cold start is; part of its checkpoint.
 
     Args:
         every: updates between validations.
-        done: updates.
         cursor: place in the data of the next batch.
-        validate: a validation is due.
         ended: the last validation was the end.
-        loss: of the last update.
     """
 
     every: int
@@ -213,6 +196,25 @@ def _update_and_state(job: Job) -> tuple[Callable, TrainState, Frozen | None]:
     return make_update(step, optimizer, objective, state, frozen), state, frozen
 
 
+def _continued(job: Job, saved: Path, digest: str, fresh: TrainState) -> tuple[TrainState, _Progress]:
+    """What the same cold start left when it was stopped; the fresh state, and an empty folder, where it did not."""
+    if saved.exists():
+        with Checkpoints(saved) as checkpoints:
+            try:
+                last = checkpoints.latest()
+                if last is not None and checkpoints.meta(last)["of"] == digest:
+                    target = placed(fresh, state_shardings(job.training, fresh))
+                    state, meta = checkpoints.restore(last, target)
+                    return state, _Progress.from_json(meta["at"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"the cold start cannot continue from {saved}: the checkpoint there is damaged, or an earlier version "
+                    "of grpo_jax wrote it; delete that folder to begin the cold start again"
+                ) from error
+    hosts.of_first(lambda: shutil.rmtree(saved, ignore_errors=True))
+    return fresh, _Progress(job.config.sft_eval_steps)
+
+
 def _after_validation(
     job: Job, progress: _Progress, report: dict[str, Any], clock: Sequence[float]
 ) -> _Progress:
@@ -221,7 +223,16 @@ def _after_validation(
     Args:
         clock: when the updates before it began, when it began and when it ended, in seconds.
     """
-    config, rule = job.config, _stop_rule(job)
+    config = job.config
+    if config.sft_stop_reward is None:
+        rule = {"exact_answer_match": config.sft_stop_match}
+    else:
+        rule = {"reward": config.sft_stop_reward}
+    rule["answer_grounded"] = config.sft_stop_grounded
+
+    def reached(share: float) -> bool:  # a figure that is None counts as 0
+        return all((report[name] or 0.0) >= least * share for name, least in rule.items())
+
     shown = ", ".join(f"{name} {report[name] or 0.0:.3f}" for name in rule)
     job.console.line(f"cold start {progress.done}: loss {progress.loss:.3f}, validation {shown}")
     trained, validated = clock[1] - clock[0], clock[2] - clock[1]
@@ -230,24 +241,9 @@ def _after_validation(
             f"Validation took {validated:.0f} s, the updates before it {trained:.0f} s; a larger "
             "sft_eval_steps or a smaller sft_validation_size makes that less"
         )
-    sooner = max(1, config.sft_eval_steps // 4) if _reached(rule, report, 0.5) else progress.every
-    ended = _reached(rule, report) or progress.done == config.sft_max_steps
+    sooner = max(1, config.sft_eval_steps // 4) if reached(0.5) else progress.every
+    ended = reached(1.0) or progress.done == config.sft_max_steps
     return dataclasses.replace(progress, every=sooner, ended=ended)
-
-
-def _reached(rule: dict[str, float], report: dict[str, Any], share: float = 1.0) -> bool:
-    """Whether each figure of the rule is at least this share of what it asks for; one that is None counts as 0."""
-    return all((report[name] or 0.0) >= least * share for name, least in rule.items())
-
-
-def _stop_rule(job: Job) -> dict[str, float]:
-    """The figures of a validation at which the cold start stops, once each is at least so high."""
-    config = job.config
-    if config.sft_stop_reward is None:
-        rule = {"exact_answer_match": config.sft_stop_match}
-    else:
-        rule = {"reward": config.sft_stop_reward}
-    return rule | {"answer_grounded": config.sft_stop_grounded}
 
 
 def _validation(
@@ -273,78 +269,37 @@ def _digest(job: Job, gold: Sequence[Trajectory]) -> str:
     return hashlib.sha256(json.dumps(made_of, default=int).encode()).hexdigest()[:16]
 
 
-def _last_saved(saved: Path, digest: str) -> int | None:
-    """The last saved update of the same cold start; None where there is no such."""
-    if not saved.exists():
-        return None
-    with Checkpoints(saved) as checkpoints, _can_be_read(saved):
-        last = checkpoints.latest()
-        return last if last is not None and checkpoints.meta(last)["of"] == digest else None
-
-
-@contextlib.contextmanager
-def _can_be_read(saved: Path) -> Iterator[None]:
-    """A block that reads what a cold start left; an earlier version may have written other entries."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"the cold start cannot continue from {saved}: the checkpoint there is damaged, or an earlier version of "
-            "grpo_jax wrote it; delete that folder to begin the cold start again"
-        ) from error
-
-
-def _with_calls(job: Job, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The rows that have a gold call.
-
-    Raises:
-        ValueError: they are fewer than a batch.
-    """
-    found = [bool(gold_calls(p.example, job.toolbox.functions)) for p in prompts]
-    if sum(found) < (size := job.config.sft_batch_size):
-        first = prompts[found.index(False)].example.source
-        raise ValueError(
-            f"{first}: fine-tuning needs a gold call in column tool_call or ground_truth, got none; {sum(found)} of "
-            f"{len(prompts)} rows have one, fewer than sft_batch_size, {size}"
-        )
-    return list(itertools.compress(prompts, found))
-
-
 def _with_gold(job: Job, train: DataSet) -> tuple[DataSet, list[Trajectory]]:
-    """The rows whose gold calls run, with their trajectories; refused calls are not imitated."""
+    """The rows to train on, whose gold calls run, with their trajectories; refused calls are not imitated."""
     # not in every host: a tool that answers differently would make them run different programs
     gold = hosts.of_first(lambda: gold_trajectories(job, train.prompts))
-    runs, failed = [], {}
-    for i, trajectory in enumerate(gold):
-        answers = same_answer(trajectory.calls[-1][1].text, trajectory.prompt.example.answer)
+    config, runs, failed = job.config, [], []
+    for prompt, trajectory in zip(train.prompts, gold, strict=True):
+        answers = same_answer(trajectory.calls[-1][1].text, prompt.example.answer)
         if (pair := failed_call(trajectory.calls, answers)) is None:
-            runs.append(i)
+            runs.append((prompt, trajectory))
         else:
-            failed[i] = pair
-    if not failed:
-        return train, gold
-    first, pair = next(iter(failed.items()))
-    source = train.prompts[first].example.source
-    shown = f"the first, {source}: {show_call(*pair)}; correct the call or the tool"
-    if not runs:
-        raise ValueError(f"no gold call of the {len(gold)} rows to fine-tune on runs; {shown}")
-    found = f"the gold calls of {len(failed)} of {len(gold)} rows do not run"
-    if len(runs) < (size := job.config.sft_batch_size):
-        raise ValueError(
-            f"{found}, and the {len(runs)} others are fewer than sft_batch_size, {size}; lower it, or correct the "
-            f"rows: {shown}"
-        )
-    job.console.line(f"Warning: {found}, and fine-tuning leaves these rows out; {shown}")
-    return _part(job, [train.prompts[i] for i in runs]), [gold[i] for i in runs]
-
-
-def _check_budget(gold: Sequence[Trajectory], budget: int) -> None:
+            failed.append((prompt.example.source, pair))
+    if failed:
+        source, pair = failed[0]
+        shown = f"the first, {source}: {show_call(*pair)}; correct the call or the tool"
+        if not runs:
+            raise ValueError(f"no gold call of the {len(gold)} rows to fine-tune on runs; {shown}")
+        found = f"the gold calls of {len(failed)} of {len(gold)} rows do not run"
+        if len(runs) < (size := config.sft_batch_size):
+            raise ValueError(
+                f"{found}, and the {len(runs)} others are fewer than sft_batch_size, {size}; lower it, or correct the "
+                f"rows: {shown}"
+            )
+        job.console.line(f"Warning: {found}, and fine-tuning leaves these rows out; {shown}")
+        train, gold = _part(job, [prompt for prompt, _ in runs]), [trajectory for _, trajectory in runs]
     for trajectory in gold:
-        if (tokens := len(trajectory.completion_ids)) > budget:
+        if (tokens := len(trajectory.completion_ids)) > config.max_grpo_completion_length:
             raise ValueError(
                 f"{trajectory.prompt.example.source}: the gold conversation has {tokens} tokens after the prompt, "
-                f"more than max_grpo_completion_length {budget}; raise that"
+                f"more than max_grpo_completion_length {config.max_grpo_completion_length}; raise that"
             )
+    return train, list(map(turns_weighted, gold)) if config.sft_weights == "turns" else gold
 
 
 def gold_trajectories(job: Job, prompts: Sequence[Prompt]) -> list[Trajectory]:
@@ -427,14 +382,21 @@ def cold_start_rows(job: Job, data: DataSet) -> tuple[DataSet, DataSet]:
     Raises:
         ValueError: too few rows, too few of them with a gold call, or validation rows whose answers are all errors.
     """
-    size = job.config.sft_validation_size
-    if len(data.prompts) < size + job.config.sft_batch_size:
+    size, batch = job.config.sft_validation_size, job.config.sft_batch_size
+    if len(data.prompts) < size + batch:
         raise ValueError(
-            f"the cold start needs at least sft_validation_size {size} + sft_batch_size {job.config.sft_batch_size} rows, "
+            f"the cold start needs at least sft_validation_size {size} + sft_batch_size {batch} rows, "
             f"got {len(data.prompts)}; lower one of them, or add rows"
         )
-
-    train, held_out = _part(job, _with_calls(job, data.prompts[:-size])), _part(job, data.prompts[-size:])
+    rows = data.prompts[:-size]
+    found = [bool(gold_calls(p.example, job.toolbox.functions)) for p in rows]
+    if sum(found) < batch:
+        first = rows[found.index(False)].example.source
+        raise ValueError(
+            f"{first}: fine-tuning needs a gold call in column tool_call or ground_truth, got none; {sum(found)} of "
+            f"{len(rows)} rows have one, fewer than sft_batch_size, {batch}"
+        )
+    train, held_out = _part(job, list(itertools.compress(rows, found))), _part(job, data.prompts[-size:])
     check_gold_calls(held_out.prompts, job.toolbox.functions)
     if job.config.sft_stop_reward is None:
         check_stop_rule(held_out.prompts, job.config.sft_stop_match)
