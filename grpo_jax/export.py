@@ -24,7 +24,6 @@ def export(saved: Path, step: str, folder: Path | None, max_shard_size: str, ada
         saved: the folder of a run's checkpoints, in its output_dir.
         step: a step number, or "latest".
         folder: where to; None for `RUN/export/step_N`, or `step_N_adapter`.
-        max_shard_size: of one weight file.
         adapter: write the adapters alone, as a PEFT folder.
 
     Returns:

@@ -52,13 +52,8 @@ class Step:
     """One step of a job, of the sizes that a run on the machine would choose; from `plan_step`.
 
     Args:
-        config: the options.
-        model: its sizes.
-        data: its lengths.
-        machine: what it is planned for.
         lengths: padded.
         sizes: devices along data, fsdp and tensor.
-        micro_batches: of the update.
     """
 
     config: GRPOConfig

@@ -47,7 +47,6 @@ class Machine(NamedTuple):
     """The devices of a plan, as jax sees them.
 
     Args:
-        name: as asked for.
         count: of devices.
         memory: bytes of one.
         rates: of one at its peak; None where only the memory was given.

@@ -48,10 +48,7 @@ def parse_config(
     """The options of a command: defaults, then the YAML file, then flags.
 
     Args:
-        argv: the words after the command.
-        prog: the command, for --help.
         default_config: YAML file that applies without --config and without flags of OWN_JOB.
-        description: what the command does, for --help.
 
     Raises:
         ValueError: for a missing or unreadable file, and for all options that are unknown (with the nearest

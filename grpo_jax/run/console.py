@@ -119,7 +119,6 @@ class Console:
         Args:
             trajectories: [B].
             answers: [B] what each row should have found.
-            n: how many.
         """
         n = min(n, len(trajectories))
         chosen = [i * len(trajectories) // n for i in range(n)]
@@ -137,9 +136,6 @@ class Console:
         """A progress bar: `with console.progress("rollout", 64) as bar: bar.advance(8, reward=0.4)`.
 
         Bars may be nested; each is removed at its end.
-
-        Args:
-            total: units of work.
 
         Yields:
             An object with `advance(n=1, **fields)`; the fields are shown next to the bar.
@@ -287,9 +283,6 @@ def setup_logging(console: Console, level: str) -> None:
 
     A root logger that the user configured keeps its handlers and its level; only a
     level other than "info" is then set on our own logger.
-
-    Args:
-        level: "debug", "info" or "warning".
     """
     ours = logging.getLogger("grpo_jax")
     for handler in [h for h in ours.handlers if isinstance(h, _ConsoleHandler)]:

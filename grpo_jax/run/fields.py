@@ -27,7 +27,6 @@ def _opt(
 
     Args:
         default: a dict stands for a new copy of it each time.
-        description: its line in --help.
         path: what it names: a `file`, `data` or a `model`; see `GRPOConfig.with_absolute_paths`.
         why: follows a bound in errors.
         spellings: other forms of values, in lower case -> the value.

@@ -91,8 +91,6 @@ class Inputs:
     """What the user brings, loaded and checked.
 
     Args:
-        toolbox: the tools.
-        rewards: the reward functions.
         train: the training examples, or what else a command reads.
         evaluation: the evaluation's examples; None for no evaluation.
     """
@@ -108,20 +106,10 @@ class Job:
     """The parts of a job.
 
     Args:
-        config: the options.
-        console: where it prints.
-        timer: seconds by phase.
-        toolbox: the tools.
-        rewards: the reward functions.
-        runner: runs tool calls.
         folder: HF folder of the model that the job starts from.
         checkpoint: a step's folder whose weights take the place of the folder's; or None.
         adapter: a PEFT folder whose adapters are merged into the folder's weights; or None.
         model_name: what others call the model: its hub id, or its folder.
-        model: its sizes.
-        conversation: its tokenizer and template.
-        mesh: the devices.
-        dtype: of the computation.
         purity: runs a sample of the calls again; None when that is not asked for.
     """
 
@@ -353,7 +341,6 @@ class Job:
         Args:
             trained: what updates changed.
             frozen: what they read, from `load_trained`.
-            folder: of the model.
             adapter: PEFT folder; left out where there are no adapters.
         """
         params = hosts.fetch(merge(join(trained, frozen), hosts.fetch))
@@ -389,9 +376,7 @@ def read_inputs(
     """Load and check tools, rewards and data; nothing is written.
 
     Args:
-        config: the options.
         train: a data set, as `load_examples` takes it.
-        evaluation: another.
         tools: functions, in place of those that the options name.
         rewards: functions and names of built-in ones, one alone or several, in place of the options'.
 

@@ -54,9 +54,6 @@ def run_lock(output_dir: str | os.PathLike, command: str) -> Iterator[None]:
     run. It ends with the process in every case, and is not inherited by forked children; a file
     that a killed run left behind locks nothing. Of several hosts the first locks for all.
 
-    Args:
-        command: that holds it, for the message.
-
     Raises:
         ValueError: another active run writes there, or the folder cannot be made or written.
     """

@@ -68,7 +68,6 @@ def write_model_card(folder: Path, run: Path, updates: int) -> None:
     """Write README.md of a model folder.
 
     Args:
-        folder: an HF folder.
         run: the run's output_dir, whose resolved_config.yaml and summary.json are read if they are there.
         updates: the model's; the evaluation after training is shown where it is of the same number.
     """

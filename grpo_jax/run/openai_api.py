@@ -168,7 +168,6 @@ def make_app(
 
     Args:
         job, chat, sampling: from `open_chat`.
-        name: of the model.
         hosts: names that clients may call the server by, ["*"] for any. A web page can give its own name the
             address 127.0.0.1, so a local server has few.
         stopping: whether running answers are to end as they are.

@@ -88,9 +88,7 @@ class GRPOConfig(Options):
         """Updates between two checkpoints, evaluations or printed lines; None for none during training.
 
         Args:
-            event: what is due.
             total: updates of the run, of which an interval below 1 is a fraction, rounded up.
-            per_epoch: updates of an epoch.
         """
         strategy = {"save": self.save_strategy, "eval": self.eval_strategy}.get(event)
         steps = {"save": self.save_steps, "eval": self.eval_steps, "logging": self.logging_steps}[event]

@@ -40,7 +40,6 @@ def open_tracker(
     """The tracker of a run, or None for "none".
 
     Args:
-        name: a value of `report_to`.
         resume_step: updates done at the checkpoint that the run continues from: the service's run is then
             continued as well. None for a new one.
     """

@@ -55,11 +55,7 @@ class Settled:
 
 
 def settle(entries: Iterable[Entry], options: Collection[str]) -> Settled:
-    """Read the names of one source (a file, the flags, a call), and warn of those that have no effect.
-
-    Args:
-        options: the names that are options here.
-    """
+    """Read the names of one source (a file, the flags, a call), and warn of those that have no effect."""
     settled, sets = Settled(), []
     found, problems = settled.found, settled.problems
     for given, value, where in entries:

@@ -34,7 +34,6 @@ def source_of(meta: Mapping[str, Any], run: Path) -> Path:
     """The folder of the model that a run's updates started from: its config.json and tokenizer.
 
     Args:
-        meta: of a checkpoint.
         run: where the run's folder is now, which may be another place than it was trained in.
 
     Raises:
