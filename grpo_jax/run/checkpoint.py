@@ -375,7 +375,7 @@ class Start:
         """The state to start with.
 
         Args:
-            fresh: the state of a run that starts from the model's weights; of a checkpoint's, shapes and types do.
+            fresh: the state where there is no checkpoint; for one, its shapes and types suffice.
             shardings: a tree like it.
         """
         if self.checkpoint is None:

@@ -122,7 +122,11 @@ class Console:
         """
         n = min(n, len(trajectories))
         chosen = [i * len(trajectories) // n for i in range(n)]
-        title, rows = "Sample conversations", [_sample(trajectories[i], answers[i]) for i in chosen]
+        title, rows = "Sample conversations", []
+        for i in chosen:
+            one = trajectories[i]
+            rewards = ", ".join("none" if math.isnan(value) else f"{value:.3g}" for value in one.rewards)
+            rows.append(("\n".join(map(_message, one.messages)), answers[i], rewards, one.status.value))
         if self.terminal:
             return self.table(title, ("completion", "answer", "rewards", "status"), rows)
         self.line(title)
@@ -146,7 +150,17 @@ class Console:
                 yield lines
             lines.finish()
             return
-        outermost, bars = self._bars is None, self._bars or _new_bars(self._rich)
+        outermost = self._bars is None
+        bars = self._bars or Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[fields]}", markup=False),
+            console=self._rich,
+            transient=True,
+        )
         if outermost:
             self._bars = bars
             bars.start()
@@ -178,19 +192,6 @@ class Console:
         finally:
             ended.set()
             self._running.pop()
-
-
-def _new_bars(console: RichConsole) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[fields]}", markup=False),
-        console=console,
-        transient=True,
-    )
 
 
 class _Bar:
@@ -240,12 +241,6 @@ class _Lines:
 
 def _fields(fields: dict[str, Any]) -> str:
     return " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
-
-
-def _sample(trajectory: Trajectory, answer: str) -> tuple[str, str, str, str]:
-    text = "\n".join(_message(message) for message in trajectory.messages)
-    rewards = ", ".join("none" if math.isnan(value) else f"{value:.3g}" for value in trajectory.rewards)
-    return text, answer, rewards, trajectory.status.value
 
 
 def _message(message: dict[str, Any]) -> str:
@@ -320,14 +315,11 @@ def _is_users(handler: logging.Handler) -> bool:
         return False
     if handler in grpo_jax.ROOT_HANDLERS and not grpo_jax.ABSL_CAME_FIRST:
         return True
-    return not _is_default(handler)
-
-
-def _is_default(handler: logging.Handler) -> bool:
-    """Whether a root handler is what `logging.basicConfig()` adds without an argument, at the level it leaves."""
-    return (
+    # what `logging.basicConfig()` adds without an argument, at the level it leaves
+    is_default = (
         type(handler) is logging.StreamHandler
         and handler.level == logging.NOTSET
         and getattr(handler.formatter, "_fmt", None) == logging.BASIC_FORMAT
         and logging.getLogger().level == logging.WARNING
     )
+    return not is_default

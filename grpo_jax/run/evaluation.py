@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo_jax import hosts
 from grpo_jax.data.gold import gold_calls
@@ -18,17 +18,11 @@ from grpo_jax.run.job import DataSet, Job
 from grpo_jax.run.log import interval_text, last_user_message
 from grpo_jax.run.stopping import Stopped
 from grpo_jax.scoring.evaluation import row_figures, summarize, summarize_samples
-from grpo_jax.types import ToolCall, Trajectory
+from grpo_jax.types import Trajectory
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """One evaluation.
-
-    Args:
-        summary: its figures, see `scoring.evaluation.summarize`.
-        trajectories: one per example.
-    """
+class Evaluation(NamedTuple):
+    """The figures of an evaluation, see `scoring.evaluation.summarize`, and a trajectory per example."""
 
     summary: dict[str, Any]
     trajectories: list[Trajectory]
@@ -69,7 +63,17 @@ def evaluate(
         written["_samples"] = sampled, [calls for calls in gold for _ in range(n)]
     for suffix, rows in written.items() if name is not None else ():
         path = Path(job.config.output_dir) / "evaluation" / f"{name}{suffix}.jsonl"
-        lines = [json.dumps(plain(row), ensure_ascii=False) + "\n" for row in map(_row, *rows)]
+        made = [
+            {
+                "prompt": last_user_message(one.prompt.example.messages),
+                "messages": one.messages,
+                "answer": one.prompt.example.answer,
+                "status": one.status.value,
+                **row_figures(one, calls),
+            }
+            for one, calls in zip(*rows, strict=True)
+        ]
+        lines = [json.dumps(plain(row), ensure_ascii=False) + "\n" for row in made]
         hosts.of_first(lambda path=path, lines=lines: write_text_atomic(path, "".join(lines)))
     return Evaluation(summary, trajectories)
 
@@ -112,17 +116,6 @@ def completions(
                 raise Stopped(f"in {title}")
             trajectories += rollout.trajectories
     return trajectories
-
-
-def _row(trajectory: Trajectory, gold: Sequence[ToolCall]) -> dict[str, Any]:
-    """An evaluated row, as `evaluation/` has it."""
-    return {
-        "prompt": last_user_message(trajectory.prompt.example.messages),
-        "messages": trajectory.messages,
-        "answer": trajectory.prompt.example.answer,
-        "status": trajectory.status.value,
-        **row_figures(trajectory, gold),
-    }
 
 
 def compare(console: Console, summaries: dict[str, dict[str, Any]]) -> None:

@@ -503,22 +503,19 @@ def _model_folder(config: GRPOConfig, inputs: Inputs, console: Console) -> tuple
 
     def make() -> None:
         if not folder.exists():
-            make_tiny_checkpoint(folder, _texts(inputs.train, inputs.toolbox), seed=config.seed)
+            # What the tokenizer learns its merges from: schemas, questions, gold calls, answers. Every prompt holds the
+            # schemas; a twentieth of that is enough to make their words tokens.
+            schemas = [json.dumps(schema) for schema in inputs.toolbox.schemas]
+            texts = schemas * (len(inputs.train) // 20 + 1)
+            for example in inputs.train:
+                texts += [m["content"] for m in example.messages if isinstance(m.get("content"), str)]
+                texts.append(example.answer)
+                texts += gold_texts(example, inputs.toolbox.functions)
+            make_tiny_checkpoint(folder, texts, seed=config.seed)
             console.line(f"Made a small model with its own tokenizer in {folder}")
 
     make() if config.check else hosts.of_first(make)  # a check has a temporary folder in every host
     return folder, None
-
-
-def _texts(examples: Sequence[Example], toolbox: Toolbox) -> list[str]:
-    """What a scratch tokenizer learns its merges from: schemas, questions, gold calls, answers."""
-    # every prompt holds the schemas; a twentieth of that is enough to make their words tokens
-    texts = [json.dumps(schema) for schema in toolbox.schemas] * (len(examples) // 20 + 1)
-    for example in examples:
-        texts += [m["content"] for m in example.messages if isinstance(m.get("content"), str)]
-        texts.append(example.answer)
-        texts += gold_texts(example, toolbox.functions)
-    return texts
 
 
 def schemas_of(example: Example, toolbox: Toolbox) -> list[Schema]:
@@ -536,19 +533,14 @@ def encoded(examples: Sequence[Example], toolbox: Toolbox, conversation: Convers
         try:
             ids = conversation.prompts_ids([row.messages for row in rows], schemas)
         except ValueError:
-            for row in rows:
-                _check_prompt(row, schemas, conversation)
+            for row in rows:  # which of them the template refuses
+                try:
+                    conversation.prompt_ids(row.messages, schemas)
+                except ValueError as error:
+                    raise ValueError(f"{row.source}: {error}" if row.source else str(error)) from error
             raise
         prompts += [Prompt(*one, schemas) for one in zip(rows, ids, strict=True)]
     return prompts
-
-
-def _check_prompt(example: Example, schemas: list[Schema], conversation: Conversation) -> None:
-    """Whether the template takes the prompt; raises ValueError, with the row's place."""
-    try:
-        conversation.prompt_ids(example.messages, schemas)
-    except ValueError as error:
-        raise ValueError(f"{example.source}: {error}" if example.source else str(error)) from error
 
 
 def lora_config(config: GRPOConfig) -> LoraConfig:

@@ -67,7 +67,9 @@ def run_lock(output_dir: str | os.PathLike, command: str) -> Iterator[None]:
         with writing(path):
             file = _locked(path)
             file.truncate(0)
-            json.dump(_about_this_run(command), file)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            about = {"host": socket.gethostname(), "pid": os.getpid(), "command": command, "started": started}
+            json.dump(about, file)
             file.flush()
         held.append(file)
         _HELD.add(path)
@@ -123,8 +125,12 @@ def _locked(path: Path) -> IO[str]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = _holder(file)
-            file.close()
+            holder = "another process"
+            with file, contextlib.suppress(ValueError, KeyError, TypeError):
+                file.seek(0)
+                about = json.load(file)
+                place = f"process {about['pid']} on host {about['host']}, since {about['started']}"
+                holder = f"{about['command']} ({place})"
             if error.errno in _BUSY:
                 raise _refusal(path, holder) from None
             _log.warning(
@@ -139,24 +145,8 @@ def _locked(path: Path) -> IO[str]:
         file.close()  # the run that held it removed it between our opening and our locking
 
 
-def _holder(file: IO[str]) -> str:
-    try:
-        file.seek(0)
-        about = json.load(file)
-        return (
-            f"{about['command']} (process {about['pid']} on host {about['host']}, since {about['started']})"
-        )
-    except (ValueError, KeyError, TypeError):
-        return "another process"
-
-
 def _refusal(path: Path, holder: str) -> ValueError:
     return ValueError(
         f"output_dir {path.parent} is in use by {holder}, and two runs would mix their results: wait until it "
         "ends, stop it, or choose another --output_dir"
     )
-
-
-def _about_this_run(command: str) -> dict[str, str | int]:
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "command": command, "started": started}

@@ -71,7 +71,8 @@ def write_model_card(folder: Path, run: Path, updates: int) -> None:
         run: the run's output_dir, whose resolved_config.yaml and summary.json are read if they are there.
         updates: the model's; the evaluation after training is shown where it is of the same number.
     """
-    options, summary = _options(run), read_summary(run)
+    config, summary = run / "resolved_config.yaml", read_summary(run)
+    options = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     shown = {"before": summary.get("before"), "after": summary.get("after")}
     if summary.get("updates") != updates:
         shown["after"] = None
@@ -92,10 +93,12 @@ def write_model_card(folder: Path, run: Path, updates: int) -> None:
         "rewards": ", ".join(summary.get("rewards", [])),
         "adapters": f"LoRA of rank {options['lora_r']}, merged" if options.get("use_peft") else None,
     }
-    changed = changed_options(run / "resolved_config.yaml")
+    changed = changed_options(config)
     header = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base and "/" in base and not Path(base).exists():  # what a hub can link to
         header["base_model"] = base
+    files = (folder / file for file in ("chat_template.jinja", "tokenizer_config.json"))
+    template = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
     text = CARD.format(
         header=yaml.safe_dump(header | {"tags": ["tool-calling", "grpo"]}),
         name=run.absolute().name,
@@ -104,14 +107,9 @@ def write_model_card(folder: Path, run: Path, updates: int) -> None:
         figures=_figures({when: one for when, one in shown.items() if one}),
         options="\n".join(f"- `{name}`: `{value}`" for name, value in changed),
         tools=tools,
-        parser="qwen3_coder" if "<function=" in _template(folder) else "hermes",
+        parser="qwen3_coder" if "<function=" in template else "hermes",
     )
     write_text_atomic(folder / "README.md", text)
-
-
-def _options(run: Path) -> dict[str, Any]:
-    path = run / "resolved_config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _figures(shown: dict[str, dict[str, Any]]) -> str:
@@ -124,8 +122,3 @@ def _figures(shown: dict[str, dict[str, Any]]) -> str:
     return (
         f"Greedy answers to {n} questions, with 95 % intervals (docs/evaluation.md of grpo_jax):\n\n{table}"
     )
-
-
-def _template(folder: Path) -> str:
-    files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
-    return "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())

@@ -25,7 +25,6 @@ import shutil
 import threading
 import uuid
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +139,12 @@ class Remote:
         """
         if not hosts.is_first():
             return
-        with self._lock, self._writing():
-            while not self._publish():  # something was replaced meanwhile
-                pass
+        with self._lock:
+            try:
+                while not self._publish():  # something was replaced meanwhile
+                    pass
+            except Exception as error:  # every store has its own
+                raise cannot_write(self.url, first_line(error)) from None
 
     def _fetch(self, empty: bool) -> int:
         self.check()
@@ -243,13 +245,6 @@ class Remote:
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # every store has its own
-            raise cannot_write(self.url, first_line(error)) from None
 
 
 def _whole(name: str) -> str | None:

@@ -63,12 +63,27 @@ def write_report(output_dir: str | Path) -> Path:
     folder = Path(output_dir)
     lines, summary = read_run(folder)
     title = html.escape(f"{folder.absolute().name}: {len(lines)} updates")
-    parts = [f"<h1>{title}</h1>", _options(folder / "resolved_config.yaml")]
-    if summary.get("after") or summary.get("before"):
-        parts += ["<h2>Evaluation</h2>", _evaluation(summary)]
+    parts, changed = [f"<h1>{title}</h1>"], changed_options(folder / "resolved_config.yaml")
+    options = f"{len(changed)} options that are not the defaults"
+    parts.append(f"<details><summary>{options}</summary>{_table(changed)}</details>" if changed else "")
+    if shown := {when: summary[when] for when in ("before", "after") if summary.get(when)}:
+        figure = _figure(2.6)
+        for axes, name in zip(figure.subplots(1, len(FIGURES)), FIGURES, strict=True):
+            draw_figure(axes, summary, name)
+        names = next(iter(shown.values()))["intervals"]
+        rows = [("", *shown), *((name, *(interval_text(s, name) for s in shown.values())) for name in names)]
+        rows.append(("rows", *(s["n"] for s in shown.values())))
+        parts += ["<h2>Evaluation</h2>", _table(rows) + _svg(figure)]
     parts += ["<h2>Training</h2>", _svg(_curves(lines))]
     if "timings" in summary:
-        parts += ["<h2>Time</h2>", _svg(_times(summary["timings"]))]
+        total = sum(summary["timings"].values())
+        seconds = {phase: s for phase, s in summary["timings"].items() if s >= 0.005 * total}
+        figure = _figure(0.6 + 0.3 * len(seconds))
+        axes = figure.add_subplot()
+        axes.bar_label(axes.barh(list(seconds), list(seconds.values()), color="C0"), fmt="%.0f s", padding=3)
+        axes.invert_yaxis()
+        axes.set(xlabel="seconds")
+        parts += ["<h2>Time</h2>", _svg(figure)]
     parts += ["<h2>Conversations</h2>", *_conversations(folder / "rollouts")]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     path = folder / "report.html"
@@ -149,17 +164,6 @@ def _curves(lines):
     return figure
 
 
-def _times(seconds: dict[str, float]):
-    shown = {phase: s for phase, s in seconds.items() if s >= 0.005 * sum(seconds.values())}
-    figure = _figure(0.6 + 0.3 * len(shown))
-    axes = figure.add_subplot()
-    bars = axes.barh(list(shown), list(shown.values()), color="C0")
-    axes.bar_label(bars, fmt="%.0f s", padding=3)
-    axes.invert_yaxis()
-    axes.set(xlabel="seconds")
-    return figure
-
-
 def _figure(height: float):
     from matplotlib.figure import Figure  # 0.4 s to import; no window is ever opened
 
@@ -186,16 +190,6 @@ def _svg(figure) -> str:
 # --- text ---
 
 
-def _evaluation(summary) -> str:
-    shown = {when: summary[when] for when in ("before", "after") if summary.get(when)}
-    figure = _figure(2.6)
-    for axes, name in zip(figure.subplots(1, len(FIGURES)), FIGURES, strict=True):
-        draw_figure(axes, summary, name)
-    names = next(iter(shown.values()))["intervals"]
-    rows = [("", *shown), *((name, *(interval_text(s, name) for s in shown.values())) for name in names)]
-    return _table([*rows, ("rows", *(s["n"] for s in shown.values()))]) + _svg(figure)
-
-
 def changed_options(path: Path) -> list[tuple[str, str]]:
     """The options of a resolved_config.yaml that are not the defaults, as JSON; none where there is no file."""
     if not path.is_file():
@@ -203,13 +197,6 @@ def changed_options(path: Path) -> list[tuple[str, str]]:
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     default = GRPOConfig()
     return [(k, json.dumps(v)) for k, v in given.items() if v != getattr(default, k, None)]
-
-
-def _options(path: Path) -> str:
-    changed = changed_options(path)
-    if not changed:
-        return ""
-    return f"<details><summary>{len(changed)} options that are not the defaults</summary>{_table(changed)}</details>"
 
 
 def _conversations(folder: Path) -> list[str]:

@@ -45,7 +45,9 @@ BEFORE_SCHEDULE: tuple[Rule, ...] = (
     (
         "sampler_correction",
         lambda o: (
-            o.value.endswith("truncate") and o.sampler_correction_min is o.sampler_correction_max is None
+            o.value.endswith("truncate")
+            and o.sampler_correction_min is None
+            and o.sampler_correction_max is None
         ),
         "sampler_correction {value} needs sampler_correction_min or _max to truncate at",
     ),

@@ -10,23 +10,13 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from grpo_jax.files import write_text_atomic
 
 # by the names of `report_to`
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 RUN_FILE = "tracker.json"  # which of a server's runs the folder belongs to
-
-
-class Tracker(Protocol):
-    """One run of a tracking service."""
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """A step's numbers."""
-
-    def close(self) -> None:
-        """The run has ended."""
 
 
 def is_installed(name: str) -> bool:
@@ -36,7 +26,7 @@ def is_installed(name: str) -> bool:
 
 def open_tracker(
     name: str, output_dir: str | os.PathLike, resume_step: int | None, config: dict[str, Any]
-) -> Tracker | None:
+) -> _TensorBoard | _WeightsAndBiases | _MLflow | None:
     """The tracker of a run, or None for "none".
 
     Args:
@@ -45,9 +35,8 @@ def open_tracker(
     """
     if name == "none":
         return None
-    folder = Path(output_dir).absolute()
-    make = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases, "mlflow": _MLflow}[name]
-    return make(folder, resume_step, config)
+    tracker = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases, "mlflow": _MLflow}[name]
+    return tracker(Path(output_dir).absolute(), resume_step, config)
 
 
 class _TensorBoard:
@@ -104,17 +93,15 @@ class _MLflow:
         self._client = MlflowClient(uri)
         run = _known_run(folder, "mlflow", resume_step)
         if run is None:
-            run = self._client.create_run(self._experiment(), run_name=folder.name).info.run_id
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "grpo_jax")
+            known = self._client.get_experiment_by_name(name)
+            experiment = self._client.create_experiment(name) if known is None else known.experiment_id
+            run = self._client.create_run(experiment, run_name=folder.name).info.run_id
             params = [Param(name, str(value)) for name, value in config.items()]
             for i in range(0, len(params), 100):  # as many as MLflow takes at once
                 self._client.log_batch(run, params=params[i : i + 100])
             _remember_run(folder, "mlflow", run)
         self._run = run
-
-    def _experiment(self) -> str:
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "grpo_jax")
-        found = self._client.get_experiment_by_name(name)
-        return self._client.create_experiment(name) if found is None else found.experiment_id
 
     def log(self, step: int, values: dict[str, float]) -> None:
         from mlflow.entities import Metric

@@ -73,7 +73,9 @@ def settle(entries: Iterable[Entry], options: Collection[str]) -> Settled:
                 logger.warning("%s%s has no effect here: %s", where, name, INSTEAD[name])
         elif name in REFUSED:
             accepted, reason = REFUSED[name]
-            if value is not None and not any(_same(value, one) for one in accepted):
+            # 0 == False in Python, but only one of them is a value of a switch
+            same = [x for x in accepted if value == x and isinstance(value, bool) == isinstance(x, bool)]
+            if value is not None and not same:
                 problems.append(f"{where}{name} {show(value)} is not supported: {reason}")
         else:
             settled.unknown = True
@@ -138,11 +140,6 @@ def show(value: Any) -> str:
 
 def _at(where: str) -> str:
     return f", first at {where.removesuffix(': ')}" if where else ""
-
-
-def _same(value: Any, other: Any) -> bool:
-    # 0 == False in Python, but only one of them is a value of a switch
-    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _set(name: str, value: Any, where: str, found: dict[str, tuple[Any, str]]) -> list[str]:
