@@ -186,7 +186,7 @@ def _score_by_hand(
 
     Args:
         gold: all rows, to take wrong calls from.
-        last: what the rows' own conversations are.
+        last: title of the rows' own conversations.
 
     Returns:
         Twice [n, 3] weighted sums of the rewards: without a call, with a wrong call, of the rows' own

@@ -295,8 +295,8 @@ def preamble_hints(examples: Sequence[Example], prompt_tokens: Sequence[int], pr
     """A preamble that is under half of a prompt, and what varies in it.
 
     Args:
-        prompt_tokens: of each whole prompt.
-        preamble: tokens that all prompts share.
+        prompt_tokens: number of tokens of each whole prompt.
+        preamble: number of tokens that all prompts share.
     """
     mean = sum(prompt_tokens) / len(prompt_tokens)
     if 2 * preamble >= mean:

@@ -103,7 +103,7 @@ def find_remedies(step: Step, scale: tuple[float, float] = (1, 1)) -> list[tuple
     """Options that make it fit, each alone; if none does, the first ones together that do.
 
     Args:
-        scale: of what was compiled over its estimate, for update and decode; the remedies are estimated.
+        scale: compiled bytes over estimated bytes, of update and decode; the remedies are estimated.
 
     Returns:
         (changed options, peak bytes) each; empty when nothing helps.

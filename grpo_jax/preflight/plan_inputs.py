@@ -47,9 +47,8 @@ class Machine(NamedTuple):
     """The devices of a plan, as jax sees them.
 
     Args:
-        count: of devices.
-        memory: bytes of one.
-        rates: of one at its peak; None where only the memory was given.
+        memory: bytes of one device.
+        rates: peak rates of one device; None where only the memory was given.
     """
 
     name: str

@@ -361,8 +361,8 @@ class Start:
 
     Args:
         checkpoint: folder of checkpoints and step to continue from; None for the model's own weights.
-        meta: what the run's next checkpoint says; a `Meta`.
-        notes: what the user should know: how the run differs from the checkpoint.
+        meta: the `Meta` of the run's next checkpoint.
+        notes: how the run differs from the checkpoint, for the user.
         finished: updates of the finished run in output_dir when no more are asked for: there is nothing to do.
     """
 
@@ -405,7 +405,7 @@ def find_start(
 
     Args:
         wanted: resume_from_checkpoint: a step's folder, "none" for a fresh start, None for the newest.
-        summary: of the run in output_dir, empty for a new one: `after` says that it is finished, `updates` how
+        summary: summary.json of the run in output_dir, empty for a new one: `after` says that it is finished, `updates` how
             many it made, `stopped_early` after how many evaluations without a better one.
         allow_change: continue despite differences that change the result.
 

@@ -83,7 +83,7 @@ def fine_tune(
 
     Args:
         data: the training rows; the last `sft_validation_size` of them are held out.
-        adapter: where a PEFT folder is written, if adapters were trained.
+        adapter: PEFT folder to write if adapters were trained.
         stop: whether this host was asked to stop; asked before every update and in the validation.
         before_saving: gets what is returned, before the folder appears.
 

@@ -42,7 +42,7 @@ def evaluate(
     Args:
         params: rollout weights, from `sampler.export`.
         limit: tokens that a completion may have, where that is less than the budget.
-        name: of the file in `evaluation/` that gets a line for each row; None for none. Samples have their own,
+        name: name of the file in `evaluation/` that gets a line for each row; None for none. Samples have their own,
             NAME_samples.jsonl, a row's next to each other.
 
     Raises:

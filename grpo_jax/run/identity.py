@@ -65,7 +65,7 @@ def run_identity(
     """What decides a run's result, as JSON: digests of rows and sources, the batch, the options.
 
     Args:
-        prompts: of the training data, in order.
+        prompts: the training data, in its order.
         numbers: `seed`, `prompts` and `num_generations` of an update, `num_iterations`, `updates` of the run.
     """
 
@@ -180,7 +180,7 @@ def check_adapters(saved: Mapping[str, Any], meta: Mapping[str, Any], where: Pat
 
     Args:
         saved: the checkpoint's meta.
-        meta: what this run would save.
+        meta: the one that this run would save.
 
     Raises:
         ValueError: names the setting that differs, and both values.
@@ -213,7 +213,7 @@ def source_digests(file: Path | None, functions: Iterable[Callable]) -> dict[str
     """Digests of the source behind functions, without comments and layout.
 
     Args:
-        file: that they were loaded from; digested with the modules next to it that it imports, and those
+        file: where they were loaded from; digested with the modules next to it that it imports, and those
             that these import. Data files that the code reads are not. None: the functions' own source alone.
 
     Returns:

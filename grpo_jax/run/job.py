@@ -267,7 +267,7 @@ class Job:
         """The weights that the job starts from, straight into their shards.
 
         Args:
-            dtype: of the result; None for that of the trained weights, `param_dtype`.
+            dtype: None for that of the trained weights, `param_dtype`.
         """
         dtype, began = jnp.dtype(dtype or self.config.param_dtype), time.perf_counter()
         if self.checkpoint is None:
@@ -339,8 +339,7 @@ class Job:
         All hosts call it; the first writes, and it is there for all when it returns.
 
         Args:
-            trained: what updates changed.
-            frozen: what they read, from `load_trained`.
+            trained, frozen: as `load_trained` returns them, after training.
             adapter: PEFT folder; left out where there are no adapters.
         """
         params = hosts.fetch(merge(join(trained, frozen), hosts.fetch))

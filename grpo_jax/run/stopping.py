@@ -15,9 +15,9 @@ class Best:
     """The best of a run's evaluations; part of a checkpoint.
 
     Args:
-        figure: that is compared (`early_stop_metric`), the higher the better.
+        figure: name of the compared figure (`early_stop_metric`), the higher the better.
         step: updates done at that evaluation; 0 before the first one.
-        value: of the figure; None before the first one.
+        value: the figure there; None before the first one.
         waited: evaluations since, none of which was better.
     """
 
