@@ -102,9 +102,8 @@ def _read_flags(argv: Sequence[str]) -> tuple[list[Entry], str | None, list[str]
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            current = words[name.replace("-", "_")] = (
-                [value] if equals else []
-            )  # the last of equal flags counts
+            current = [value] if equals else []
+            words[name.replace("-", "_")] = current  # the last of equal flags counts
         elif current is None:
             problems.append(f"{word!r} belongs to no option; write --option value")
         else:
@@ -112,12 +111,10 @@ def _read_flags(argv: Sequence[str]) -> tuple[list[Entry], str | None, list[str]
     entries, path = [], None
     for name, given in words.items():
         option = ALIASES.get(name, name)
-        single = option == "config" or (option in OPTIONS and not option_type(option).is_list)
-        if single and len(given) > 1:
+        holds = option_type(option) if option in OPTIONS else None
+        if len(given) > 1 and (option == "config" or (holds and not holds.is_list)):
             problems.append(f"{given[1]!r} belongs to no option; write --option value")
-        elif not given and (
-            option == "config" or (option in OPTIONS and option_type(option).kind is not bool)
-        ):
+        elif not given and (option == "config" or (holds and holds.kind is not bool)):
             problems.append(f"--{name} needs a value")
         elif option == "config":
             path = given[0]

@@ -98,9 +98,8 @@ class GRPOConfig(Options):
             return per_epoch
         if strategy == "no" or steps is None:
             return None
-        return (
-            int(steps) if steps >= 1 else math.ceil(total * steps - 1e-9)
-        )  # 0.1 · 30 is 3, also where rounding leaves it slightly above
+        # 0.1 · 30 is 3, also where rounding leaves it slightly above
+        return int(steps) if steps >= 1 else math.ceil(total * steps - 1e-9)
 
     def required(self, name: str) -> str:
         """The value of an option that this command requires.
@@ -223,9 +222,8 @@ def _checked(values: dict[str, Any]) -> tuple[Options, list[tuple[str, str]]]:
     try:
         return Options(**values), []
     except ValidationError as error:
-        wrong = {
-            e["loc"][0]: e for e in reversed(error.errors(include_url=False))
-        }  # the first of each option
+        # the first of each option
+        wrong = {e["loc"][0]: e for e in reversed(error.errors(include_url=False))}
     problems = [(n, f"{n} must be {_rule_of(n, wrong[n])}") for n in values if n in wrong]
     return Options(**{n: v for n, v in values.items() if n not in wrong}), problems
 
@@ -246,9 +244,8 @@ def _rule_of(name: str, error: Mapping[str, Any]) -> str:
         signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
         bounds = [f"{signs[s]} {getattr(m, s)}" for m in field.metadata for s in signs if hasattr(m, s)]
         why = field.json_schema_extra["why"]
-        return (
-            f"{' and '.join(bounds)}{why and ' '}{why}, got {error['input']}"  # a flag's text without quotes
-        )
+        # a flag's text without quotes
+        return f"{' and '.join(bounds)}{why and ' '}{why}, got {error['input']}"
     return KINDS[option_type(name).kind] + got
 
 
