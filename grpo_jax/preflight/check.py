@@ -73,6 +73,8 @@ def check_job(job: Job, data: DataSet, evaluation: DataSet | None) -> int:
 
     if config.cold_start:
         cold_start_rows(job, data)
+
+    # What the model sees, and whether it fits.
     console.line("Tool schemas, as the model sees them:")
     for schema in job.toolbox.schemas:
         console.line(f"  {json.dumps(schema, ensure_ascii=False)}")
@@ -80,6 +82,8 @@ def check_job(job: Job, data: DataSet, evaluation: DataSet | None) -> int:
     _print_tokens(console, data, evaluation, gold)
     found(preamble_hints(examples, [len(p.ids) for p in data.prompts], len(data.tree.preamble)))
     found(limit_hints(gold, config.max_grpo_completion_length, config.max_tool_calling_iterations))
+
+    # Whether the gold calls run and return the answers.
     if outcomes := [result.outcome for row in gold for _, result in row.trajectory.calls]:
         ran = outcomes.count(Outcome.OK)
         console.line(
@@ -89,6 +93,8 @@ def check_job(job: Job, data: DataSet, evaluation: DataSet | None) -> int:
     found(gold_hints(gold))
     if evaluation is not None:
         found(evaluation_hints([p.example for p in evaluation.prompts]))
+
+    # Whether the tools return such answers at all, and the same again.
     calls = _calls_of_each_tool(job, gold)
     bare = [e for e in examples if not gold_calls(e, job.toolbox.functions)]
     found(form_hints(bare, {name: [r.text for _, r in made] for name, made in calls.items()}, none=not gold))
@@ -98,6 +104,8 @@ def check_job(job: Job, data: DataSet, evaluation: DataSet | None) -> int:
 
     firsts = {name: made[0] for name, made in calls.items() if made}
     found(second_call_hints({name: [r, again(call), again(call)] for name, (call, r) in firsts.items()}))
+
+    # Whether right calls earn the most.
     if gold:
         rows, last, hints_of = _spread(gold), "gold calls", reward_hints
     else:
