@@ -179,6 +179,25 @@ def test_messages_begin_a_new_conversation_whatever_their_system_message():
     assert [m["content"] for m in chat.messages] == ["Hi!", "No."]
 
 
+def test_an_answer_that_is_left_in_the_middle_leaves_the_conversation_whole():
+    """As by a second Ctrl-C: the next message continues from what is in the cache."""
+    chat = new_chat([FREE] * 40, text_ids("Bye."))
+    answer = chat.say("Hi")
+    next(answer)
+    answer.close()
+    assert int(chat._cache.length[0]) == len(chat._ids) - 1
+    list(chat.say("Again"))
+    assert int(chat._cache.length[0]) == len(chat._ids) - 1
+
+
+def test_a_thought_that_mentions_a_call_is_text():
+    thought = "<think>I write <tool_call> now.</think>"
+    chat = new_chat([*text_ids(thought)[:-1], *call_ids("add", a=3, b=4)], text_ids("It is 7."))
+    text, calls, _ = said(chat, "What is 3 plus 4?")
+    assert calls == [("add", "Sum: 7")]
+    assert thought in text
+
+
 # The command
 
 

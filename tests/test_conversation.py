@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from grpo_jax.models.scratch import make_tiny_checkpoint
 from grpo_jax.rollout import conversation as conversations
@@ -351,6 +352,71 @@ def test_a_template_with_function_tags_is_read_as_qwen3_coder(tmp_path, tiny):
 def test_unusable_tokenizers_are_refused(tmp_path, tiny, change, message):
     with pytest.raises(ValueError, match=message):
         load_conversation(_with_config(tmp_path / "m", tiny, change))
+
+
+def test_of_several_templates_that_for_tools_is_taken(tmp_path, tiny):
+    def named(config):
+        own = config["chat_template"]
+        config["chat_template"] = [
+            {"name": "default", "template": "{{ messages[0].content }}"},
+            {"name": "tool_use", "template": own},
+        ]
+
+    found = load_conversation(_with_config(tmp_path / "m", tiny, named))
+    asked = [{"role": "user", "content": "x"}]
+    assert found.prompt_ids(asked, SCHEMAS) == load_conversation(tiny).prompt_ids(asked, SCHEMAS)
+
+
+@pytest.mark.parametrize(
+    "name", ["add_generation_prompt", "tools", "tokenize", "conversation", "chat_template"]
+)
+def test_what_a_rendering_sets_is_no_variable_of_the_template(tiny, name):
+    with pytest.raises(ValueError, match=f"chat_template_kwargs are variables .* may not set {name}"):
+        load_conversation(tiny, chat_template_kwargs={name: False})
+
+
+def _with_tokenizer(folder, tiny, change):
+    """A copy of the tiny checkpoint with a changed tokenizer.json."""
+    shutil.copytree(tiny, folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    change(state)
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_a_tokenizer_splits_text_as_its_file_says_whatever_class_is_named(tmp_path, tiny):
+    """AutoTokenizer makes a GPT2Tokenizer anew, without the rule that digits stand alone."""
+
+    def by_digit(state):
+        first = {"type": "Digits", "individual_digits": True}
+        state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [first, state["pre_tokenizer"]]}
+
+    folder = _with_tokenizer(tmp_path / "m", tiny, by_digit)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
+    own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "x\n    12 and 1234"
+    assert (
+        list(load_conversation(folder).encode_plain(text)) == own.encode(text, add_special_tokens=False).ids
+    )
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_pieces_between_control_tokens_begin_as_in_the_whole_text(tmp_path, tiny, scheme):
+    """SentencePiece's tokenizers put a space before a text, and with "first" before no other piece of it."""
+
+    def metaspace(state):
+        state["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": "Ġ",
+            "prepend_scheme": scheme,
+            "split": True,
+        }
+        state["normalizer"] = None
+
+    conversation = load_conversation(_with_tokenizer(tmp_path / "m", tiny, metaspace))
+    asked = [{"role": "user", "content": "add two"}]
+    assert conversation.prompt_ids(asked, SCHEMAS) == _template_ids(conversation, asked, SCHEMAS)
 
 
 def test_control_tokens_that_swallow_blanks_are_refused(tmp_path, tiny):

@@ -57,7 +57,7 @@ def named(name):
     return f"blk.{stem[0]}.{TO_GGUF['.'.join(stem[1:])]}.{end}"
 
 
-def write_gguf(path, config, tensors, types=TYPES, arch=None, extra=()):
+def write_gguf(path, config, tensors, types=TYPES, arch=None, extra=(), change=lambda w: None):
     """A file as llama.cpp's converter writes it; returns the tensors as its types round them."""
     kind, rounded = config["model_type"], {}
     w = GGUFWriter(path, arch or kind)
@@ -73,6 +73,7 @@ def write_gguf(path, config, tensors, types=TYPES, arch=None, extra=()):
     w.add_rope_freq_base(config["rope_theta"])
     w.add_vocab_size(config["vocab_size"])
     add_tokenizer(w)
+    change(w)
     for name, x in extra:
         w.add_tensor(name, x)
     for name, x in tensors.items():
@@ -133,6 +134,16 @@ def test_tokenizer_template_and_stop_tokens_are_the_models(tmp_path):
     assert ours.control_ids == own.control_ids
 
 
+def test_an_old_file_of_qwen_that_does_not_name_its_split_has_qwens(tmp_path):
+    config = CONFIGS["qwen2"]
+    old = {"change": lambda w: w.kv_data[0].pop("tokenizer.ggml.pre")}
+    for name, more in (("new", {}), ("old", old)):
+        write_gguf(tmp_path / f"{name}.gguf", config, parity.random_tensors(config), **more)
+    new, old = (load_conversation(gguf.gguf_folder(tmp_path / f"{name}.gguf")) for name in ("new", "old"))
+    asked = [{"role": "user", "content": "Café 1234,  it's ünï\n\n x"}]
+    assert new.prompt_ids(asked, helpers.SCHEMAS) == old.prompt_ids(asked, helpers.SCHEMAS)
+
+
 @pytest.mark.parametrize("quant", ["Q4_K", "Q6_K", "Q5_0", "Q8_0"])
 def test_rows_of_a_quantised_tensor_are_read_alone(quant, tmp_path):
     rng, kind = np.random.default_rng(0), Type[quant]
@@ -169,8 +180,31 @@ def test_llama3s_scaling_is_read_from_its_factors(tmp_path):
         ({"keep": 0.01}, "is not a whole GGUF file"),
         ({"keep": 0.0}, "is not a whole GGUF file"),
         ({"extra": [("blk.0.odd.weight", np.zeros(2, np.float32))]}, "blk.0.odd.weight is not part of this"),
+        ({"change": lambda w: w.add_uint16("split.count", 2)}, "is one of 2 parts of a model; join them"),
+        (
+            {"change": lambda w: w.add_rope_scaling_factor(4.0)},
+            "rope.scaling.type must be none or yarn, got 'linear'",
+        ),
+        (
+            {"change": lambda w: w.add_float32("llama.rope.scale_linear", 4.0)},
+            "must be none or yarn, got 'linear'",
+        ),
+        ({"change": lambda w: w.kv_data[0].pop("tokenizer.ggml.pre")}, "with pre None"),
+        ({"change": lambda w: w.kv_data[0].pop("tokenizer.ggml.merges")}, "tokenizer.ggml.merges is missing"),
     ],
-    ids=["architecture", "type", "half", "header", "empty", "tensor"],
+    ids=[
+        "architecture",
+        "type",
+        "half",
+        "header",
+        "empty",
+        "tensor",
+        "split",
+        "linear",
+        "old linear",
+        "pre",
+        "merges",
+    ],
 )
 def test_what_is_wrong_with_a_file_is_named(spoil, message, tmp_path):
     path, config = tmp_path / "m.gguf", CONFIGS["llama"]

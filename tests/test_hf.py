@@ -203,6 +203,41 @@ def test_a_tied_checkpoint_may_hold_its_head_twice(tmp_path):
     assert "lm_head.weight" not in saved(tmp_path / "model")[0]
 
 
+def test_a_head_that_differs_from_the_embedding_is_not_dropped(tmp_path):
+    """As of a fine-tune that untied them and left config.json as it was."""
+    config = CASES["qwen3-tied"]
+    tensors = random_tensors(config)
+    tensors["lm_head.weight"] = 2 * tensors["model.embed_tokens.weight"]
+    with pytest.raises(ValueError, match="set tie_word_embeddings to false there"):
+        load(write_checkpoint(tmp_path, config, tensors))
+
+
+def test_a_model_can_be_written_when_another_one_has_its_sources_place(tmp_path):
+    source = write_checkpoint(tmp_path / "source", QWEN2)
+    cfg, params = load(source)
+    write_checkpoint(source, QWEN2 | {"num_hidden_layers": 1})
+    save_model(tmp_path / "model", params, cfg, source)
+    assert len(saved(tmp_path / "model")[0]) == len(random_tensors(QWEN2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_key_value_heads": 4}, "must be a multiple of num_key_value_heads"),
+        ({"head_dim": 7}, "head_dim even"),
+        ({"model_type": ["qwen2"]}, "model_type must be one of"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": float("inf"), "original_max_position_embeddings": 9}},
+            "factor must be a number >= 1, got inf",
+        ),
+    ],
+)
+def test_sizes_that_no_model_has_are_named(change, message, tmp_path):
+    write_checkpoint(tmp_path, QWEN2 | change)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(tmp_path)
+
+
 def broken(change):
     """The tensors of a good checkpoint, changed."""
     tensors = random_tensors(QWEN2)
@@ -270,11 +305,19 @@ def test_a_damaged_index_is_an_error_that_names_it(tmp_path):
     (source / INDEX).write_text('{"weight_map": {')
     with pytest.raises(ValueError, match=re.escape(f"{source / INDEX} is not JSON")):
         load(source)
-    (source / INDEX).write_text("{}")  # names no file: every tensor is missing
-    with pytest.raises(
-        ValueError, match=re.escape(f"{source}: the tensor lm_head.weight (128, 48) is missing")
-    ):
-        load(source)
+    for found in ("{}", '{"weight_map": null}', '{"weight_map": []}'):
+        (source / INDEX).write_text(found)
+        with pytest.raises(ValueError, match=re.escape(f"{source / INDEX}: weight_map must name")):
+            load(source)
+
+
+def test_shards_without_their_index_ask_for_it(tmp_path):
+    source = write_checkpoint(tmp_path / "source", QWEN2)
+    cfg, params = load(source)
+    save_model(tmp_path / "model", params, cfg, source, max_shard_size="30KB")
+    (tmp_path / "model" / INDEX).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(f"lacks {INDEX}")):
+        load(tmp_path / "model")
 
 
 def test_pickled_weights_are_not_read(tmp_path):

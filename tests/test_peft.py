@@ -90,6 +90,10 @@ def test_what_was_written_is_read_again(tmp_path):
         ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight is unknown"),
         ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "o_proj.lora_A.weight is missing"),
         ({"target_modules": ".*proj"}, "target_modules must be a list of q_proj"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be True, got 'pissa'"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication must be None"),
+        ({"r": "8"}, "r must be a number, got '8'"),
+        ({"lora_alpha": None}, "lora_alpha must be a number, got None"),
     ],
 )
 def test_adapters_that_are_not_supported_are_named(tmp_path, changes, message):
@@ -99,3 +103,12 @@ def test_adapters_that_are_not_supported_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError) as error:
         load_adapter(tmp_path / "adapter", weights()["layers"])
     assert message in str(error.value)
+
+
+def test_pickled_adapters_are_named(tmp_path):
+    written(tmp_path / "adapter", None)
+    (tmp_path / "adapter/adapter_model.safetensors").rename(tmp_path / "adapter/adapter_model.bin")
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks adapter_model\.safetensors; a \.bin file is a pickle"
+    ):
+        load_adapter(tmp_path / "adapter", weights()["layers"])

@@ -9,8 +9,12 @@ from types import SimpleNamespace
 
 import launch
 import pytest
+from safetensors.numpy import load_file
+from transformers import PreTrainedTokenizerFast
 
 from grpo_jax import GRPOConfig, GRPOTrainer
+from grpo_jax.models import cache
+from grpo_jax.rollout.conversation import load_conversation
 from grpo_jax.tools.load import load_tools
 
 ROOT = Path(__file__).parents[1]
@@ -289,6 +293,32 @@ class LoraConfig:
     use_rslora: bool = True
     bias: str = "none"
     rank_pattern: dict = dataclasses.field(default_factory=dict)
+
+
+@pytest.mark.parametrize("given", ["folder", "object"])
+def test_the_tokenizer_that_trains_is_exported_with_the_model(tmp_path, monkeypatch, given):
+    """Another folder's, or an object that a script has given another template."""
+    monkeypatch.setattr(cache, "CACHE", tmp_path / "cache")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(launch.small_model()))
+    tokenizer.chat_template += "{# mine #}"
+    tokenizer.save_pretrained(tmp_path / "other")
+    trainer = GRPOTrainer(
+        model=str(launch.small_model()),
+        tools=[add, multiply],
+        reward_funcs=spread,
+        train_dataset=launch.rows(10, 24),
+        args=small_config(tmp_path / "run"),
+        processing_class=tokenizer if given == "object" else str(tmp_path / "other"),
+    )
+    trainer.save_model(tmp_path / "model")
+    written = load_conversation(tmp_path / "model").tokenizer
+    assert (
+        trainer.job.conversation.tokenizer.chat_template == written.chat_template == tokenizer.chat_template
+    )
+    weights = [
+        load_file(folder / "model.safetensors") for folder in (launch.small_model(), tmp_path / "model")
+    ]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.files import writing
 
 CACHE = Path("~/.cache/grpo_jax/models")
+OF_TOKENIZER = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens_map",
+    "added_tokens",
+    "chat_template",
+)  # names begin
 
 
 def cached_name(stem: str, *parts: Any) -> Path:
@@ -44,11 +52,36 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def with_tokenizer(folder: Path, tokenizer: Path) -> Path:
+    """A folder that is a model's, by links, with the tokenizer of another in place of its own."""
+    if folder.absolute() == tokenizer.absolute():
+        return folder
+    files = {file.name: file for file in _files(folder) if not file.name.startswith(OF_TOKENIZER)}
+    of_turns = "generation_config.json"  # the tokens that end a turn: its own where it names some
+    own = [file for file in _files(tokenizer) if file.name.startswith((*OF_TOKENIZER, of_turns))]
+    files |= {file.name: file for file in own}
+    made = _cached_files(folder, files.values(), str(tokenizer.absolute()))
+    if not made.exists():
+        with filled_folder(made) as part:
+            for name, file in files.items():
+                (part / name).symlink_to(file)
+    return made
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.absolute().iterdir() if file.is_file())
+
+
+def _cached_files(folder: Path, files: Iterable[Path], other: str) -> Path:
+    """Where a folder made of files, as they are now, and of something else is kept."""
+    folder = folder.absolute()
+    return cached_name(folder.name, folder, other, [(f.name, f.stat().st_mtime_ns) for f in files])
+
+
 def with_template(folder: Path, template: str) -> Path:
     """A folder that is another one, by links, with a chat template in place of its own."""
-    folder = folder.absolute()
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    made = cached_name(folder.name, folder, template, [(f.name, f.stat().st_mtime_ns) for f in files])
+    files = _files(folder)
+    made = _cached_files(folder, files, template)
     if made.exists():
         return made
     with filled_folder(made) as part:

@@ -203,6 +203,10 @@ def _config(path: Path, fields: dict[str, Any], tensors: list[dict[str, Any]]) -
     kind = fields.get("general.architecture")
     if kind not in CLASSES:
         raise ValueError(f"{path}: the architecture must be one of {', '.join(CLASSES)}, got {kind!r}")
+    if (parts := fields.get("split.count", 1)) > 1:
+        raise ValueError(
+            f"{path} is one of {parts} parts of a model; join them with llama-gguf-split --merge, and name the result"
+        )
 
     def need(key: str) -> Any:
         if f"{kind}.{key}" not in fields:
@@ -234,7 +238,10 @@ def _config(path: Path, fields: dict[str, Any], tensors: list[dict[str, Any]]) -
         "tie_word_embeddings": "output.weight" not in shapes,
         "torch_dtype": "float32",
     }
-    scaling = fields.get(f"{kind}.rope.scaling.type", "none")
+    scaling = fields.get(f"{kind}.rope.scaling.type")
+    if scaling is None:  # llama.cpp then takes a factor to be linear
+        factors = [fields.get(f"{kind}.rope.{key}", 1.0) for key in ("scaling.factor", "scale_linear")]
+        scaling = "none" if {*factors} <= {0.0, 1.0} else "linear"
     if scaling == "yarn":
         config["rope_scaling"] = {
             "rope_type": "yarn",
@@ -285,7 +292,13 @@ def _write_tokenizer(folder: Path, path: Path, fields: dict[str, Any]) -> None:
         pre_tokenizers,
     )
 
-    model, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
+    for key in ("tokens", "merges", "token_type"):
+        if f"tokenizer.ggml.{key}" not in fields and fields.get("tokenizer.ggml.model") == "gpt2":
+            raise ValueError(f"{path}: the key tokenizer.ggml.{key} is missing; fetch the file again")
+    usual = (
+        None if fields["general.architecture"] == "llama" else "qwen2"
+    )  # files from before May 2024 do not say
+    model, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", usual)
     if model != "gpt2" or split not in SPLITS:
         raise ValueError(
             f"{path}: the tokenizer must be of model gpt2 (byte-level BPE) with pre one of {', '.join(SPLITS)}, "

@@ -31,6 +31,7 @@ from grpo_jax.models.qwen import ModelConfig, Params, abstract_params, check_par
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
 WITH_WEIGHTS = (".json", ".txt", ".jinja")  # config, tokenizer, chat template
 TEXT_FILES = [f"*{ending}" for ending in WITH_WEIGHTS]
 
@@ -371,6 +372,8 @@ def _in_types_of(source: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.n
         return None
     exact = {}
     for name, x in tensors.items():
+        if name not in types:  # another model lies there by now
+            return None
         exact[name] = x.astype(types[name])
         if types[name].itemsize > x.itemsize or not np.array_equal(exact[name].astype(x.dtype), x):
             return None
@@ -388,7 +391,10 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, Stored | gguf.InGguf]]:
         yield from gguf.tensors_of(folder)
         return
     if (folder / INDEX).exists():
-        names = sorted(set(read_json_object(folder / INDEX).get("weight_map", {}).values()))
+        files = read_json_object(folder / INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise ValueError(f"{folder / INDEX}: weight_map must name each tensor's file; download it again")
+        names = sorted(set(files.values()))
     else:
         names = [WEIGHTS]
     for name in names:
@@ -418,7 +424,7 @@ def _header(path: Path) -> dict[str, dict[str, Any]]:
 
 def _check_tensors(folder: Path, tensors: dict[str, Stored | gguf.InGguf], table: Params) -> None:
     want = {name: e.hf_shape for e in jax.tree.leaves(table) for name in e.names()}
-    unknown = tensors.keys() - want.keys() - {"lm_head.weight"}  # some tied checkpoints store it twice
+    unknown = tensors.keys() - want.keys() - {HEAD}  # some tied checkpoints store it twice
     for name in sorted(want.keys() - tensors.keys()):
         raise ValueError(f"{folder}: the tensor {name} {want[name]} is missing")
     for name in sorted(unknown):
@@ -427,6 +433,15 @@ def _check_tensors(folder: Path, tensors: dict[str, Stored | gguf.InGguf], table
         if tensors[name].shape != shape:
             raise ValueError(
                 f"{folder}: the tensor {name} must have shape {shape}, got {tensors[name].shape}"
+            )
+    if HEAD in tensors and HEAD not in want:
+        head, rows = tensors[HEAD][:], tensors["model.embed_tokens.weight"][:]
+        at_once = 4096  # rows, so that the comparison holds little
+        parts = (slice(i, i + at_once) for i in range(0, len(rows), at_once))
+        if head.shape != rows.shape or not all(np.array_equal(head[part], rows[part]) for part in parts):
+            raise ValueError(
+                f"{folder}: {HEAD} differs from model.embed_tokens.weight, but config.json says that they are one; set "
+                "tie_word_embeddings to false there"
             )
 
 
@@ -440,4 +455,6 @@ def _need(folder: Path, name: str) -> Path:
             f"model folder {folder} lacks {name}; {pickled[0]} is a pickle, which is not read: load it in "
             "transformers and write it with save_pretrained, which makes safetensors"
         )
+    if name == WEIGHTS and any(Path(folder).glob("model-*-of-*.safetensors")):
+        name = INDEX
     raise FileNotFoundError(f"model folder {folder} lacks {name}; copy it from the model's repository")

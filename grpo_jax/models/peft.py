@@ -25,6 +25,9 @@ _PLAIN = {
     "layers_to_transform": (None, []),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
+    "init_lora_weights": (True, False, None, "gaussian"),  # others change the base's weights
+    "alora_invocation_tokens": (None, []),
+    "layer_replication": (None, []),
 }
 
 
@@ -59,6 +62,11 @@ def load_adapter(folder: str | Path, layers: Params) -> Adapters:
     path = Path(folder) / "adapter_model.safetensors"
     try:
         tensors = load_file(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"adapter folder {folder} lacks {path.name}; a .bin file is a pickle, which is not read: load it in PEFT and "
+            "write it with save_pretrained"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
     shapes = jax.eval_shape(lambda: init_adapters(layers, config, seed=0))
@@ -91,6 +99,9 @@ def _read_config(path: Path) -> LoraConfig:
     modules = found.get("target_modules")
     if not isinstance(modules, list) or not modules or set(modules) - set(MODULES):
         raise ValueError(f"{path}: target_modules must be a list of {', '.join(MODULES)}, got {modules!r}")
+    for key, kinds in (("r", int), ("lora_alpha", int | float)):
+        if not isinstance(found.get(key), kinds):
+            raise ValueError(f"{path}: {key} must be a number, got {found.get(key)!r}")
     return LoraConfig.of(found["r"], float(found["lora_alpha"]), float(found.get("lora_dropout", 0)), modules)
 
 

@@ -84,7 +84,7 @@ class ModelConfig:
             if not absent and (type(value) is not int or value < 1):
                 raise ValueError(f"{source}: {key} must be a whole number >= 1, got {value!r}")
         kind = config.get("model_type")
-        if kind not in SUPPORTED:
+        if not isinstance(kind, str) or kind not in SUPPORTED:
             raise ValueError(f"{source}: model_type must be one of {sorted(SUPPORTED)}, got {kind!r}")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"{source}: hidden_act must be 'silu', got {config['hidden_act']!r}")
@@ -94,6 +94,12 @@ class ModelConfig:
         try:
             D, N = config["hidden_size"], config["num_attention_heads"]
             theta, rope = read_rope(config, source)
+            K, H = config.get("num_key_value_heads") or N, config.get("head_dim") or D // N
+            if N % K or H % 2:
+                raise ValueError(
+                    f"{source}: num_attention_heads must be a multiple of num_key_value_heads and head_dim even, got "
+                    f"{N}, {K} and {H}"
+                )
             return cls(
                 model_type=kind,
                 V=config["vocab_size"],
@@ -101,8 +107,8 @@ class ModelConfig:
                 F=config["intermediate_size"],
                 L=config["num_hidden_layers"],
                 N=N,
-                K=config.get("num_key_value_heads") or N,
-                H=config.get("head_dim") or D // N,
+                K=K,
+                H=H,
                 rope_theta=theta,
                 norm_eps=float(config["rms_norm_eps"]),
                 tied=config.get("tie_word_embeddings", False),

@@ -122,7 +122,7 @@ def _read_factor(rope: dict[str, Any], kind: str, keys: tuple[str, ...], source:
         raise ValueError(f"{source}: {kind} has no option {name}; it has {', '.join(keys)}")
     factor, original = rope["factor"], rope["original_max_position_embeddings"]
     for name, value in (("factor", factor), ("original_max_position_embeddings", original)):
-        if not isinstance(value, int | float) or value < 1:
+        if not isinstance(value, int | float) or not 1 <= value < math.inf:
             raise ValueError(f"{source}: {name} must be a number >= 1, got {value!r}")
     return float(factor), original
 

@@ -261,7 +261,7 @@ class Chat:
         text, shown, self._closed = "", 0, False
         while len(ids) < left and not self._closed and not stop():
             remaining = self._first(np.int32(min(PIECE, left - len(ids))))
-            held = len(self._ids) + len(ids)
+            held = len(self._ids)
             if not sampler.draftable(held + PIECE):
                 self._cache = self._cache._replace(known=self._cache.known[:, :0])
             self._cache = sampler.fit(self._cache, min(held + PIECE + self._cache.drafted, sampler.budget))
@@ -269,19 +269,20 @@ class Chat:
                 self._policy.params, self._trunk, self._cache, keys, remaining, np.int32(0)
             )
             turn = sampler.layout.get_rows(turn)
-            ids += turn.tokens[0, : turn.count[0]].tolist()
+            new = turn.tokens[0, : turn.count[0]].tolist()
+            ids, self._ids = ids + new, self._ids + new  # at once: what is in the cache, if it is left here
             self._closed = bool(turn.stopped[0])
             text = "<think>" * conversation.opens_thinking + conversation.decode(ids)
             settled = before_marks(text, _CALL)
             if len(settled) > shown:
                 yield Piece(settled[shown:])
                 shown = len(settled)
-        self._ids += ids
         if self._closed:
             parsed = conversation.parse(ids, self._schemas if asked.schemas is None else asked.schemas)
         else:
             parsed = ParsedTurn(conversation.decode(ids), None, (), None)
-        if rest := (text.partition(_CALL)[0] if parsed.calls else text)[shown:]:
+        said = text[: parsed.spans[0][0]] if parsed.calls else text  # a thought may mention the tag
+        if rest := said[shown:]:
             yield Piece(rest)
         return ids, parsed
 

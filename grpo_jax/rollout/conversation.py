@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import re
@@ -223,6 +224,11 @@ def load_conversation(
     """
     tokenizer = _load_tokenizer(Path(folder))
     kwargs = dict(chat_template_kwargs or {})
+    fixed = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents", "kwargs"}
+    if taken := sorted(kwargs.keys() & fixed):
+        raise ValueError(
+            f"chat_template_kwargs are variables of the template and may not set {', '.join(taken)}; leave it out"
+        )
     for token in tokenizer.added_tokens_decoder.values():
         # splitting at the string of such a token would not give the tokenizer's own ids
         if token.lstrip or token.rstrip or token.single_word:
@@ -244,7 +250,7 @@ def load_conversation(
         raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {eos!r}")
     ends = [control_ids[end_of_turn], tokenizer.eos_token_id, *configured]
     stop_ids = tuple(dict.fromkeys(token for token in ends if token is not None))
-    return Conversation(
+    conversation = Conversation(
         tokenizer=tokenizer,
         encode_plain=_plain_encoder(tokenizer),
         control_ids=control_ids,
@@ -257,24 +263,35 @@ def load_conversation(
         opens_thinking=prompt.rfind("<think>") > prompt.rfind("</think>"),
         template_kwargs=kwargs,
     )
+    ids = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
+    if conversation._encode(prompt, {}) != ids:
+        raise ValueError(
+            f"the tokenizer in {str(folder)!r} writes the text between control tokens in another way than on its own, "
+            "which is not supported; use another model's"
+        )
+    return conversation
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").exists():
         raise ValueError(f"folder {folder} has no tokenizer.json; copy it from the model's repository")
     source = str(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        # what tokenizer.json says: AutoTokenizer rebuilds the classes that it knows, some with other rules to split text
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source, local_files_only=True)
     except Exception as error:  # the libraries raise anything from KeyError to a bare Exception
         raise ValueError(
             f"the tokenizer in {source!r} cannot be loaded ({type(error).__name__}: {error}); copy its files "
             "again from the model's repository"
         ) from error
-    if not tokenizer.is_fast or not isinstance(tokenizer.chat_template, str):
+    if isinstance(templates := tokenizer.chat_template, dict):  # several by name, chosen as transformers does
+        tokenizer.chat_template = templates.get("tool_use", templates.get("default"))
+    if tokenizer.chat_template is None:
         raise ValueError(
-            f"tokenizer {source!r} needs a tokenizer.json and one chat template; use an Instruct model's"
+            f"tokenizer {source!r} needs a chat template; use an Instruct model's, or give one with --chat_template FILE "
+            "or --chat_template hermes"
         )
     if "<tool_call>" not in tokenizer.chat_template:
         raise ValueError(
@@ -330,6 +347,10 @@ def _plain_encoder(tokenizer: Any) -> Callable[[str], tuple[int, ...]]:
     from tokenizers import Tokenizer
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
+    split = state["pre_tokenizer"] or {}
+    for part in [split, *split.get("pretokenizers", [])]:
+        if part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "never"  # a piece follows a control token and does not begin a text
     plain = Tokenizer.from_str(json.dumps(state | {"added_tokens": []}))
 
     @functools.lru_cache(maxsize=4096)

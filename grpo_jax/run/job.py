@@ -28,6 +28,7 @@ from grpo_jax.data.batches import Steps, count_steps
 from grpo_jax.data.gold import gold_calls, gold_texts, show_call, unpadded
 from grpo_jax.data.rows import load_examples, parsed_text, row_tools
 from grpo_jax.models import hf
+from grpo_jax.models.cache import with_tokenizer
 from grpo_jax.models.lora import Frozen, LoraConfig, init_adapters, join, merge
 from grpo_jax.models.peft import adapter_base, is_adapter_folder, load_adapter, save_adapter
 from grpo_jax.models.qwen import ModelConfig, Params, abstract_params
@@ -411,14 +412,12 @@ def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: In
     adapter = Path(name).absolute() if is_adapter_folder(name) else None
     base = config if adapter is None else dataclasses.replace(config, model_name_or_path=adapter_base(name))
     folder, checkpoint = _model_folder(base, inputs, console)
+    if config.tokenizer_name_or_path is not None:
+        folder = with_tokenizer(folder, hf.fetch_tokenizer(config.tokenizer_name_or_path))
     folder = templated(folder, config.chat_template)
     model_name = str(folder.absolute()) if name == SCRATCH or Path(name).exists() else name
     model = hf.read_config(folder)
-    tokenizer = config.tokenizer_name_or_path
-    conversation = load_conversation(
-        templated(hf.fetch_tokenizer(tokenizer), config.chat_template) if tokenizer else folder,
-        chat_template_kwargs=config.chat_template_kwargs,
-    )
+    conversation = load_conversation(folder, chat_template_kwargs=config.chat_template_kwargs)
     if conversation.vocab_size > model.V:
         raise ValueError(
             f"the tokenizer has {conversation.vocab_size} tokens, but the model's embedding only {model.V} rows; "

@@ -104,12 +104,25 @@ def trainer_options(given: Mapping[str, Any]) -> dict[str, Any]:
         if name == "peft_config":
             options |= _lora_options(value)
         elif name == "processing_class":
-            options["tokenizer_name_or_path"] = getattr(value, "name_or_path", value)
+            options["tokenizer_name_or_path"] = _tokenizer_folder(value)
         elif name in TRAINER["refused"]:
             raise ValueError(f"{name} is not supported: {TRAINER['refused'][name]}")
         else:
             logger.warning("%s has no effect here: %s", name, TRAINER["instead"][name])
     return options
+
+
+def _tokenizer_folder(tokenizer: Any) -> str:
+    """A folder with the files of a tokenizer as it is now: a script may have given it another chat template."""
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        return getattr(tokenizer, "name_or_path", tokenizer)
+    from grpo_jax.models.cache import cached_name, filled_folder
+
+    folder = cached_name("tokenizer", tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
+    if not folder.exists():
+        with filled_folder(folder) as part:
+            tokenizer.save_pretrained(part)
+    return str(folder)
 
 
 def _lora_options(peft: Any) -> dict[str, Any]:
