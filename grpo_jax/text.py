@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -22,13 +22,6 @@ def nearest(name: str, names: Iterable[str], n: int = 1, cutoff: float = 0.0) ->
         cutoff: similarity below which a name is left out, from 0 (none) to 1.
     """
     return difflib.get_close_matches(name[:64], list(names), n=n, cutoff=cutoff)
-
-
-def unknown_choice(option: str, value: str, valid: Sequence[str]) -> ValueError:
-    """The error of an option's value that is not among the valid ones."""
-    return ValueError(
-        f"{option} must be one of {', '.join(valid)}, got {value!r}; nearest: {nearest(value, valid)[0]}"
-    )
 
 
 def has_lone_surrogate(text: str) -> bool:

@@ -503,8 +503,8 @@ class GRPOTrainer:
                 work += sampled.work
                 if config.dynamic_sampling:
                     compared = with_advantages(job, sampled.trajectories, outcomes[-1])
-                    groups = np.array([t.has_advantage for t in compared]).reshape(-1, steps.G)
-                    useful += groups.any(1).tolist()
+                    has = [t.has_advantage for t in compared]
+                    useful += [any(has[i : i + steps.G]) for i in range(0, len(has), steps.G)]
             if rates is not None:
                 rates = rates.after([i for i, _ in draws], list(map(is_exact, sampled.trajectories)))
         chosen = np.arange(steps.P)
