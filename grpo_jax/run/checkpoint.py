@@ -65,7 +65,7 @@ class Meta(TypedDict):
     best: dict[str, Any]
     tool_delays: dict[str, Any]
     solve_rates: dict[str, Any]  # with difficulty_sampling
-    # by `Saver.save`
+    # by the trainer, with every save
     timings: dict[str, float]
     # by the trainer, for a step that was stopped in its evaluation: its record
     unevaluated: dict[str, Any]
