@@ -51,6 +51,10 @@ def test_the_page_has_examples_and_every_status():
         ("", "anything", True),  # says nothing
         ("9" * 30_000, "9" * 30_000, True),
         ("1e999999999", "1", False),  # no number of that size is made
+        ("rate 0.5", "It is .5.", True),
+        ("-.5 and $.25", "−0.5, 0.25", True),
+        ("5 apples", "I have .5 apples", False),
+        ("5 apples", "apples.5", True),  # a sentence without a space after it
     ],
 )
 def test_numbers_and_quotes(result, final, expected):

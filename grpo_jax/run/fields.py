@@ -200,7 +200,7 @@ class Options:
     )
     model_revision: str = _opt("main", "Branch, tag or commit of a hub model.", spellings={"none": "main"})
     tokenizer_name_or_path: str | None = _opt(
-        None, "Tokenizer folder or hub id; unset: the model's own.", path="model"
+        None, "Tokenizer folder or hub id, exported with the model; unset: the model's own.", path="model"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = _opt(
         "auto", "Data type of the computation; auto: float32 on CPUs, bfloat16 on accelerators."

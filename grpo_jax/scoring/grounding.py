@@ -17,7 +17,7 @@ from grpo_jax.types import Message, Trajectory, tool_results
 _IN_WORD = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 _NUMBER = re.compile(
     rf"(?:(?<!{_IN_WORD})[-−][$€£¥₹₩]?)?"
-    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:e[-+]?[0-9]{1,3}(?!\w))?"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)(?:e[-+]?[0-9]{1,3}(?!\w))?"
 )
 # What is quoted, and whether it is the key of an object, which an answer need not repeat. An escaped quote outside of
 # quotes, as in a text that was cut, begins none: each would be looked for an end anew.
