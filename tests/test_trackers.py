@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 
@@ -66,4 +67,9 @@ def test_wandb_holds_every_step(tmp_path, monkeypatch):
         assert name in content
     for name in (b"note", b"bad"):
         assert b'"%s"' % name not in content
+    deadline = (
+        time.monotonic() + 60
+    )  # a process of wandb's own writes the file, now and then after the run has ended
+    while b"1.0" not in files[1].read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"1.0" in files[1].read_bytes()
