@@ -41,8 +41,8 @@ def run(resolved: ResolvedConfig, console: Console) -> None:
 
 def _rows_of(resolved: ResolvedConfig) -> str:
     """The data to evaluate on: the evaluation data, unless a flag names other rows; a run's file names those it learns from."""
-    config, of = resolved.config, resolved.origin
-    asked = of["dataset_id_or_path"].startswith("--") and not of["eval_dataset_id_or_path"].startswith("--")
+    config = resolved.config
+    asked = resolved.by_flag("dataset_id_or_path") and not resolved.by_flag("eval_dataset_id_or_path")
     evaluation = None if asked else config.eval_dataset_id_or_path
     return evaluation or config.required("dataset_id_or_path")
 

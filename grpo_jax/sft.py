@@ -36,13 +36,8 @@ def run(resolved: ResolvedConfig, console: Console) -> int:
                     "another --output_dir keeps both."
                 )
                 return 0
-            left = [name for name in ("summary.json", "checkpoints") if hosts.of_first((out / name).exists)]
-            if left and not config.overwrite_output_dir:
-                raise ValueError(
-                    f"output_dir {out} holds a training run ({', '.join(left)}), whose model/ fine-tuning would "
-                    "replace; choose another --output_dir, or start over with --overwrite_output_dir"
-                )
-            with starting_over(config):
+            lost = "a training run (summary.json or checkpoints), whose model/ fine-tuning would replace"
+            with starting_over(config, ("summary.json", "checkpoints"), lost):
                 job = open_job(config, console, timer, inputs)
                 data = load_data(job, inputs.train)
             with job.runner:

@@ -146,12 +146,8 @@ class GRPOTrainer:
         with run_lock(self.output_dir, "grpo_jax.train"), watch_compiles(console, timer):
             if self.remote is not None:
                 console.line(self.remote.fetch(empty=config.overwrite_output_dir))
-            if hosts.of_first((self.output_dir / "sft.json").exists) and not config.overwrite_output_dir:
-                raise ValueError(
-                    f"output_dir {self.output_dir} holds a fine-tuned model (sft.json, model/), which training would "
-                    "replace; choose another --output_dir, or start over with --overwrite_output_dir"
-                )
-            with starting_over(config):
+            lost = "a fine-tuned model (sft.json, model/), which training would replace"
+            with starting_over(config, ("sft.json",), lost):
                 self.job = open_job(config, console, timer, inputs)  # writes a new model into base_model
                 weakref.finalize(self, self.job.runner.close)
                 self.data = load_data(self.job, inputs.train)

@@ -305,12 +305,12 @@ def test_a_response_takes_under_a_millisecond(load):
     assert min(times) / 10 < 1e-3
 
 
-def _with_config(folder, tiny, change):
-    """A copy of the tiny checkpoint with a changed tokenizer_config.json."""
+def _changed(folder, tiny, change, name="tokenizer_config.json"):
+    """A copy of the tiny checkpoint with a changed JSON file."""
     shutil.copytree(tiny, folder)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    change(config)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    found = json.loads((folder / name).read_text())
+    change(found)
+    (folder / name).write_text(json.dumps(found))
     return folder
 
 
@@ -319,7 +319,7 @@ def test_a_prompt_that_opens_a_think_block_starts_the_turn_inside_it(tmp_path, t
         head, tail = config["chat_template"].rsplit("<|im_start|>assistant\\n", 1)
         config["chat_template"] = f"{head}<|im_start|>assistant\\n<think>\\n{tail}"
 
-    conversation = load_conversation(_with_config(tmp_path / "m", tiny, think))
+    conversation = load_conversation(_changed(tmp_path / "m", tiny, think))
     turn = conversation.parse(
         list(conversation.encode_plain("I <tool_call> add.\n</think>\n\nThree.")), SCHEMAS
     )
@@ -330,7 +330,7 @@ def test_a_template_with_function_tags_is_read_as_qwen3_coder(tmp_path, tiny):
     def xml(config):
         config["chat_template"] += "{#- <function=NAME> #}"
 
-    conversation = load_conversation(_with_config(tmp_path / "m", tiny, xml))
+    conversation = load_conversation(_changed(tmp_path / "m", tiny, xml))
     text = "<tool_call>\n<function=add>\n<parameter=a>\n5\n</parameter>\n</function>\n</tool_call>"
     assert conversation.parse(list(conversation.encode_plain(text)), SCHEMAS).calls == (
         ToolCall("add", {"a": 5}),
@@ -351,7 +351,7 @@ def test_a_template_with_function_tags_is_read_as_qwen3_coder(tmp_path, tiny):
 )
 def test_unusable_tokenizers_are_refused(tmp_path, tiny, change, message):
     with pytest.raises(ValueError, match=message):
-        load_conversation(_with_config(tmp_path / "m", tiny, change))
+        load_conversation(_changed(tmp_path / "m", tiny, change))
 
 
 def test_of_several_templates_that_for_tools_is_taken(tmp_path, tiny):
@@ -362,7 +362,7 @@ def test_of_several_templates_that_for_tools_is_taken(tmp_path, tiny):
             {"name": "tool_use", "template": own},
         ]
 
-    found = load_conversation(_with_config(tmp_path / "m", tiny, named))
+    found = load_conversation(_changed(tmp_path / "m", tiny, named))
     asked = [{"role": "user", "content": "x"}]
     assert found.prompt_ids(asked, SCHEMAS) == load_conversation(tiny).prompt_ids(asked, SCHEMAS)
 
@@ -375,15 +375,6 @@ def test_what_a_rendering_sets_is_no_variable_of_the_template(tiny, name):
         load_conversation(tiny, chat_template_kwargs={name: False})
 
 
-def _with_tokenizer(folder, tiny, change):
-    """A copy of the tiny checkpoint with a changed tokenizer.json."""
-    shutil.copytree(tiny, folder)
-    state = json.loads((folder / "tokenizer.json").read_text())
-    change(state)
-    (folder / "tokenizer.json").write_text(json.dumps(state))
-    return folder
-
-
 def test_a_tokenizer_splits_text_as_its_file_says_whatever_class_is_named(tmp_path, tiny):
     """AutoTokenizer makes a GPT2Tokenizer anew, without the rule that digits stand alone."""
 
@@ -391,7 +382,7 @@ def test_a_tokenizer_splits_text_as_its_file_says_whatever_class_is_named(tmp_pa
         first = {"type": "Digits", "individual_digits": True}
         state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [first, state["pre_tokenizer"]]}
 
-    folder = _with_tokenizer(tmp_path / "m", tiny, by_digit)
+    folder = _changed(tmp_path / "m", tiny, by_digit, "tokenizer.json")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -414,7 +405,7 @@ def test_pieces_between_control_tokens_begin_as_in_the_whole_text(tmp_path, tiny
         }
         state["normalizer"] = None
 
-    conversation = load_conversation(_with_tokenizer(tmp_path / "m", tiny, metaspace))
+    conversation = load_conversation(_changed(tmp_path / "m", tiny, metaspace, "tokenizer.json"))
     asked = [{"role": "user", "content": "add two"}]
     assert conversation.prompt_ids(asked, SCHEMAS) == _template_ids(conversation, asked, SCHEMAS)
 
@@ -426,7 +417,7 @@ def test_control_tokens_that_swallow_blanks_are_refused(tmp_path, tiny):
         ] = True
 
     with pytest.raises(ValueError, match="'<tool_call>' must not set lstrip, rstrip or single_word"):
-        load_conversation(_with_config(tmp_path / "m", tiny, greedy))
+        load_conversation(_changed(tmp_path / "m", tiny, greedy))
 
 
 def test_missing_tokenizers_are_named(tmp_path):

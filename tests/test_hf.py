@@ -290,10 +290,15 @@ def test_a_missing_file_is_an_error_that_names_it(name, tmp_path):
         load(tmp_path)
 
 
-def test_a_missing_shard_is_an_error_that_names_it(tmp_path):
-    source = write_checkpoint(tmp_path / "source", QWEN2)
+def sharded(folder):
+    """A model in several files with an index."""
+    source = write_checkpoint(folder.with_name("source"), QWEN2)
     cfg, params = load(source)
-    save_model(tmp_path / "model", params, cfg, source, max_shard_size="30KB")
+    save_model(folder, params, cfg, source, max_shard_size="30KB")
+
+
+def test_a_missing_shard_is_an_error_that_names_it(tmp_path):
+    sharded(tmp_path / "model")
     lost = sorted((tmp_path / "model").glob("*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(lost.name)):
@@ -312,9 +317,7 @@ def test_a_damaged_index_is_an_error_that_names_it(tmp_path):
 
 
 def test_shards_without_their_index_ask_for_it(tmp_path):
-    source = write_checkpoint(tmp_path / "source", QWEN2)
-    cfg, params = load(source)
-    save_model(tmp_path / "model", params, cfg, source, max_shard_size="30KB")
+    sharded(tmp_path / "model")
     (tmp_path / "model" / INDEX).unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(f"lacks {INDEX}")):
         load(tmp_path / "model")

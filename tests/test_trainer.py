@@ -295,6 +295,18 @@ class LoraConfig:
     rank_pattern: dict = dataclasses.field(default_factory=dict)
 
 
+def small_trainer(folder, **more):
+    """A trainer of the small model with other keywords of TRL's."""
+    return GRPOTrainer(
+        model=str(launch.small_model()),
+        tools=[add, multiply],
+        reward_funcs=spread,
+        train_dataset=launch.rows(10, 24),
+        args=small_config(folder),
+        **more,
+    )
+
+
 @pytest.mark.parametrize("given", ["folder", "object"])
 def test_the_tokenizer_that_trains_is_exported_with_the_model(tmp_path, monkeypatch, given):
     """Another folder's, or an object that a script has given another template."""
@@ -302,12 +314,8 @@ def test_the_tokenizer_that_trains_is_exported_with_the_model(tmp_path, monkeypa
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(launch.small_model()))
     tokenizer.chat_template += "{# mine #}"
     tokenizer.save_pretrained(tmp_path / "other")
-    trainer = GRPOTrainer(
-        model=str(launch.small_model()),
-        tools=[add, multiply],
-        reward_funcs=spread,
-        train_dataset=launch.rows(10, 24),
-        args=small_config(tmp_path / "run"),
+    trainer = small_trainer(
+        tmp_path / "run",
         processing_class=tokenizer if given == "object" else str(tmp_path / "other"),
     )
     trainer.save_model(tmp_path / "model")
@@ -327,12 +335,8 @@ def test_the_tokenizer_that_trains_is_exported_with_the_model(tmp_path, monkeypa
 )
 def test_trls_other_keywords_become_options(tmp_path, modules, expected, caplog):
     tokenizer = SimpleNamespace(name_or_path=str(launch.small_model()))
-    trainer = GRPOTrainer(
-        model=str(launch.small_model()),
-        tools=[add, multiply],
-        reward_funcs=spread,
-        train_dataset=launch.rows(10, 24),
-        args=small_config(tmp_path / "run"),
+    trainer = small_trainer(
+        tmp_path / "run",
         peft_config=LoraConfig(target_modules=modules),
         processing_class=tokenizer,
         callbacks=["one"],

@@ -14,14 +14,8 @@ from typing import Any
 from grpo_jax.files import writing
 
 CACHE = Path("~/.cache/grpo_jax/models")
-OF_TOKENIZER = (
-    "tokenizer",
-    "vocab",
-    "merges",
-    "special_tokens_map",
-    "added_tokens",
-    "chat_template",
-)  # names begin
+# what the names of a tokenizer's files begin with
+OF_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "chat_template")
 
 
 def cached_name(stem: str, *parts: Any) -> Path:

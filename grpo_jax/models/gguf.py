@@ -198,6 +198,12 @@ def _placed(tensor: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tensor.items() if key != "name"} | {"heads": heads}
 
 
+def _needed(path: Path, fields: dict[str, Any], key: str) -> Any:
+    if key not in fields:
+        raise ValueError(f"{path}: the key {key} is missing; fetch the file again")
+    return fields[key]
+
+
 def _config(path: Path, fields: dict[str, Any], tensors: list[dict[str, Any]]) -> dict[str, Any]:
     """config.json with the keys of a published model."""
     kind = fields.get("general.architecture")
@@ -209,9 +215,7 @@ def _config(path: Path, fields: dict[str, Any], tensors: list[dict[str, Any]]) -
         )
 
     def need(key: str) -> Any:
-        if f"{kind}.{key}" not in fields:
-            raise ValueError(f"{path}: the key {kind}.{key} is missing; fetch the file again")
-        return fields[f"{kind}.{key}"]
+        return _needed(path, fields, f"{kind}.{key}")
 
     shapes = {tensor["name"]: tensor["shape"] for tensor in tensors}
     if "token_embd.weight" not in shapes:
@@ -292,21 +296,19 @@ def _write_tokenizer(folder: Path, path: Path, fields: dict[str, Any]) -> None:
         pre_tokenizers,
     )
 
-    for key in ("tokens", "merges", "token_type"):
-        if f"tokenizer.ggml.{key}" not in fields and fields.get("tokenizer.ggml.model") == "gpt2":
-            raise ValueError(f"{path}: the key tokenizer.ggml.{key} is missing; fetch the file again")
-    usual = (
-        None if fields["general.architecture"] == "llama" else "qwen2"
-    )  # files from before May 2024 do not say
+    # files from before May 2024 do not say how text is split
+    usual = None if fields["general.architecture"] == "llama" else "qwen2"
     model, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", usual)
     if model != "gpt2" or split not in SPLITS:
         raise ValueError(
             f"{path}: the tokenizer must be of model gpt2 (byte-level BPE) with pre one of {', '.join(SPLITS)}, "
             f"got model {model!r} with pre {split!r}"
         )
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    tokens, types, pairs = (
+        _needed(path, fields, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges")
+    )
     vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in pairs]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=split == "llama-bpe"))
     if split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()

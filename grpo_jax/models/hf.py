@@ -31,15 +31,15 @@ from grpo_jax.models.qwen import ModelConfig, Params, abstract_params, check_par
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEAD = "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WITH_WEIGHTS = (".json", ".txt", ".jinja")  # config, tokenizer, chat template
 TEXT_FILES = [f"*{ending}" for ending in WITH_WEIGHTS]
 
 # path in params -> (HF name, layout). Layouts of an HF matrix [out, in]:
 #   "as is"; "in_out" [in, out]; "in_heads" [in, heads, H]; "heads_in" (o_proj) [heads, H, out]; "heads" (bias).
 TABLE = {
-    "embedding": ("model.embed_tokens.weight", "as is"),
-    "head": ("lm_head.weight", "as is"),
+    "embedding": (EMBEDDING, "as is"),
+    "head": (HEAD, "as is"),
     "norm/scale": ("model.norm.weight", "as is"),
     "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", "as is"),
     "layers/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", "as is"),
@@ -435,12 +435,12 @@ def _check_tensors(folder: Path, tensors: dict[str, Stored | gguf.InGguf], table
                 f"{folder}: the tensor {name} must have shape {shape}, got {tensors[name].shape}"
             )
     if HEAD in tensors and HEAD not in want:
-        head, rows = tensors[HEAD][:], tensors["model.embed_tokens.weight"][:]
+        head, rows = tensors[HEAD][:], tensors[EMBEDDING][:]
         at_once = 4096  # rows, so that the comparison holds little
         parts = (slice(i, i + at_once) for i in range(0, len(rows), at_once))
         if head.shape != rows.shape or not all(np.array_equal(head[part], rows[part]) for part in parts):
             raise ValueError(
-                f"{folder}: {HEAD} differs from model.embed_tokens.weight, but config.json says that they are one; set "
+                f"{folder}: {HEAD} differs from {EMBEDDING}, but config.json says that they are one; set "
                 "tie_word_embeddings to false there"
             )
 

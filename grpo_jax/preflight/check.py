@@ -253,12 +253,10 @@ def _conversations(job: Job, row: Gold, gold: Sequence[Gold]) -> list[Trajectory
     else:
         call = ToolCall(name, {"no_such_argument": 0})
         (result,) = job.runner.run([call])
-    try:
-        last = job.last_turn(result.text)
-    except ValueError:  # an error's text, which a final tool need not take
-        last = result.text
     return [
         written_trajectory(job.conversation, prompt, [], "I do not know."),
-        written_trajectory(job.conversation, prompt, [(call, result)], last),
+        written_trajectory(
+            job.conversation, prompt, [(call, result)], job.last_turn(result.text, refused=True)
+        ),
         row.trajectory,
     ]

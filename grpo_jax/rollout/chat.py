@@ -270,7 +270,8 @@ class Chat:
             )
             turn = sampler.layout.get_rows(turn)
             new = turn.tokens[0, : turn.count[0]].tolist()
-            ids, self._ids = ids + new, self._ids + new  # at once: what is in the cache, if it is left here
+            ids += new
+            self._ids += new  # at once: what is in the cache, if it is left here
             self._closed = bool(turn.stopped[0])
             text = "<think>" * conversation.opens_thinking + conversation.decode(ids)
             settled = before_marks(text, _CALL)

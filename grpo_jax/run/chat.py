@@ -41,7 +41,7 @@ def open_chat(
     # a person may ask the same twice and expect a tool to look again
     config = dataclasses.replace(given, tool_cache=False, verify_purity=False)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.min_p or 0.0)
-    if not resolved.origin["temperature"].startswith("--"):  # a run's file has that of its training
+    if not resolved.by_flag("temperature"):  # a run's file has that of its training
         sampling = dataclasses.replace(sampling, temperature=0)
     timer = PhaseTimer()
     toolbox = load_tools(config.tools_script, config.tool_functions_module)

@@ -48,6 +48,12 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 MACHINE = ("threads", "xla_flags")  # in a meta: what decides the order of sums
 
 
+OF_COLD_START = (
+    "the checkpoint is that of a cold start which has not ended: only the command that wrote it can continue it, "
+    "and writes the model when it ends"
+)
+
+
 class Meta(TypedDict):
     """What a checkpoint says in addition to the state, as JSON; no checkpoint has all of these keys."""
 
@@ -439,10 +445,7 @@ def find_start(
             return Start(None, dict(fresh), [], finished)
     where = found[0] / str(found[1])
     if "cursor" not in saved:
-        raise ValueError(
-            f"cannot resume from {where}: it is the checkpoint of a cold start, which only the command that wrote it "
-            "can continue"
-        )
+        raise ValueError(f"cannot resume from {where}: {OF_COLD_START}")
     # 2 or 3; of 4, what has changed is only said
     notes, meta = _compared(saved, fresh, where, finished is not None, allow_change)
     return Start(found, meta | ({"origin": origin} if origin else {}), notes, finished)

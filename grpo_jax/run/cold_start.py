@@ -313,12 +313,8 @@ def gold_trajectories(job: Job, prompts: Sequence[Prompt]) -> list[Trajectory]:
 
     def last_turn(prompt: Prompt, calls: Sequence[tuple[ToolCall, ToolResult]]) -> str | ToolCall | None:
         result = calls[-1][1].text
-        try:
-            return job.last_turn(result)
-        except ValueError:
-            if failed_call(calls, same_answer(result, prompt.example.answer)) is None:
-                raise
-            return result  # an error's text, which a final tool need not take; such a row is left out
+        refused = failed_call(calls, same_answer(result, prompt.example.answer)) is not None
+        return job.last_turn(result, refused)  # a row whose call is refused is left out
 
     return [
         written_trajectory(job.conversation, prompt, calls, last_turn(prompt, calls))

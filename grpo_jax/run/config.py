@@ -34,9 +34,13 @@ class ResolvedConfig:
     origin: dict[str, str]
     path: str | None
 
+    def by_flag(self, option: str) -> bool:
+        """Whether a flag gave the value."""
+        return self.origin[option].startswith("--")
+
     def sources(self) -> str:
         """Where the values came from, in one line."""
-        flags = sum(origin.startswith("--") for origin in self.origin.values())
+        flags = sum(map(self.by_flag, self.origin))
         parts = [self.path] if self.path else []
         parts += [f"{flags} flag{'s' if flags > 1 else ''}"] if flags else []
         return f"Options: {', '.join([*parts, 'defaults otherwise'])}" if parts else "Options: all defaults"

@@ -182,8 +182,11 @@ class Job:
         """The tools whose call ends a conversation, each with the parameter that is its answer."""
         return final_tools(self.toolbox, self.config.final_tool)
 
-    def last_turn(self, answer: str) -> str | ToolCall | None:
+    def last_turn(self, answer: str, refused: bool = False) -> str | ToolCall | None:
         """The turn with which a written conversation tells its answer: a text, a final tool's call, or none.
+
+        Args:
+            refused: the answer is the text of a call's error, which a final tool need not take; it is then a text.
 
         Raises:
             ValueError: the final tool does not take this answer, as text or as the JSON that it is.
@@ -195,6 +198,8 @@ class Job:
                 with contextlib.suppress(ValueError):
                     check_arguments(self.toolbox.functions[name], {of: value})
                     return ToolCall(name, {of: value})
+            if refused:
+                break
             raise ValueError(
                 f"the final tool {name} does not take the answer {shorten(answer, 100)!r} as its {of!r}, so that a "
                 "conversation written with it would never end; give the parameter a type that it fits, such as str"
@@ -456,15 +461,26 @@ def open_job(config: GRPOConfig, console: Console, timer: PhaseTimer, inputs: In
 
 
 @contextlib.contextmanager
-def starting_over(config: GRPOConfig) -> Iterator[None]:
+def starting_over(config: GRPOConfig, other: Sequence[str], lost: str) -> Iterator[None]:
     """A block that opens a run's model and data; with `overwrite_output_dir` an earlier run's files are then removed.
 
     Not before, since what is wrong with the input must not cost that run. Only where the model is `scratch`, which is
     made in output_dir and cannot be missing, they are removed first.
 
+    Args:
+        other: files or folders by which another command's run is known, which a model of this one would replace.
+        lost: says what is then lost.
+
     Raises:
-        ValueError: the run would start from what it is to write or remove.
+        ValueError: the run would start from what it is to write or remove, or replace another command's model.
     """
+    if not config.overwrite_output_dir and any(
+        hosts.of_first((Path(config.output_dir) / name).exists) for name in other
+    ):
+        raise ValueError(
+            f"output_dir {config.output_dir} holds {lost}; choose another --output_dir, or start over with "
+            "--overwrite_output_dir"
+        )
     out, made = Path(config.output_dir), config.model_name_or_path == SCRATCH
     names = ["model_name_or_path", "tokenizer_name_or_path"]
     names += ["resume_from_checkpoint"] if config.overwrite_output_dir else []

@@ -18,15 +18,11 @@ from grpo_jax.models import hf
 from grpo_jax.models.lora import Adapters, LoraConfig, init_adapters, merge
 from grpo_jax.models.qwen import Params, abstract_params
 from grpo_jax.models.sharding import placed
-from grpo_jax.run.checkpoint import Checkpoints
+from grpo_jax.run.checkpoint import OF_COLD_START, Checkpoints
 
 Place = Callable[[Any], Any]  # a tree of weights -> the tree of its shardings, as `Layout.params`
 
 
-OF_COLD_START = (
-    "the checkpoint is that of a cold start which has not ended: only the command that wrote it can continue it, "
-    "and writes the model when it ends"
-)
 WITHIN_A_RUN = ("cold_start", "base_model")  # folders of output_dir that its updates may have started from
 
 
